@@ -1,0 +1,31 @@
+"""What can go wrong, by what the user does next; the command line turns each into its exit code."""
+
+
+class StreamslrError(Exception):
+    """A failure with a message for the user: names the object, the values, and what to do next."""
+
+    exit_code = 1
+
+
+class InputError(StreamslrError):
+    """The model, the data or an option is wrong; the same line will fail again."""
+
+    exit_code = 2
+
+
+class BudgetError(StreamslrError):
+    """The work does not fit the memory or the disk it was given."""
+
+    exit_code = 3
+
+
+class ResumeError(StreamslrError):
+    """The output folder belongs to another run, or another process is writing it."""
+
+    exit_code = 4
+
+
+class HubError(StreamslrError):
+    """The hub could not be reached or refused; trying again later may help."""
+
+    exit_code = 5
