@@ -1,0 +1,147 @@
+"""Small random checkpoints of every architecture the tests stream, each with a byte-level BPE tokenizer."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 384
+TEXT = (
+    "A language model that does not fit the memory is read one block at a time. "
+    "Each block is replaced by a sparse matrix and a low-rank one, 2:4 and 64, and then written down. "
+    "Nothing is held longer than it is needed; what was written can be read again tomorrow. "
+    "def f(x):\n    return x + 1\n"
+)
+
+
+def _llama_like(layers: int, hidden: int) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+
+
+# What differs from the Llama-like arguments; a value of None takes an argument away.
+_ARGUMENTS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
+    "llama": lambda n, h: {},
+    "mistral": lambda n, h: {"sliding_window": 6},
+    "qwen2": lambda n, h: {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "qwen3": lambda n, h: {"head_dim": h // 4},
+    "gemma2": lambda n, h: {"head_dim": h // 4, "sliding_window": 6, "query_pre_attn_scalar": h // 4},
+    "phi3": lambda n, h: {"pad_token_id": 0},
+    "cohere2": lambda n, h: {"sliding_window": 6, "logit_scale": 0.25},
+    "opt": lambda n, h: {"ffn_dim": 2 * h, "word_embed_proj_dim": h, "intermediate_size": None},
+    "gpt_neox": lambda n, h: {"num_key_value_heads": None},
+    "bloom": lambda n, h: {"n_head": 4, "num_attention_heads": None, "num_key_value_heads": None},
+    "falcon": lambda n, h: {"alibi": False, "num_key_value_heads": None, "intermediate_size": None},
+    "gptj": lambda n, h: {
+        "rotary_dim": 8,
+        "n_layer": n,
+        "n_embd": h,
+        "n_head": 4,
+        "n_positions": 512,
+    },
+    "gpt2": lambda n, h: {"n_layer": n, "n_embd": h, "n_head": 4, "n_positions": 512},
+    "mixtral": lambda n, h: {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": lambda n, h: {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": h,
+        "head_dim": h // 4,
+    },
+    "gemma3n_text": lambda n, h: {
+        "head_dim": h // 4,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 1,
+        "activation_sparsity_pattern": None,
+    },
+}
+
+
+def tiny_config(architecture: str, layers: int = 3, hidden: int = 64, **more: Any) -> PretrainedConfig:
+    arguments = {"vocab_size": VOCABULARY, **_llama_like(layers, hidden)}
+    arguments |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    arguments |= _ARGUMENTS.get(architecture, lambda n, h: {})(layers, hidden) | more
+    return AutoConfig.for_model(architecture, **{k: v for k, v in arguments.items() if v is not None})
+
+
+def tiny_model(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    """A model whose every parameter is random, norms and biases too, so that a mix-up of any two shows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                    parameter.copy_(centre + 0.1 * torch.randn_like(parameter))
+                else:
+                    parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    return model.to(dtype).eval()
+
+
+@cache
+def _tokenizer_json() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """At most 384 tokens (every byte is one), trained on TEXT; token 0 ends a text."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tokenizer_json()), bos_token="<|end|>", eos_token="<|end|>"
+    )
+
+
+def tiny_checkpoint(
+    folder: str | Path,
+    architecture: str = "llama",
+    layers: int = 3,
+    hidden: int = 64,
+    shards: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    tie: bool = False,
+    tokenizer: bool = True,
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Writes a random checkpoint as `save_pretrained` does, in about `shards` files, and returns its folder.
+
+    architecture is a `model_type` of transformers; `config` goes over the sizes chosen here.
+    """
+    folder = Path(folder)
+    made = tiny_config(architecture, layers, hidden, **({"tie_word_embeddings": tie} | config))
+    model = tiny_model(made, dtype, seed)
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    # safetensors' sharding is greedy by size, so the number of files is only about what was asked for.
+    model.save_pretrained(folder, max_shard_size=10 * total if shards == 1 else -(-total // shards) + 4096)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    return folder
