@@ -1,0 +1,100 @@
+"""The seam between a layer and a method: the problem, its solution, and how good a solution is."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from streamslr.solve.pattern import SparsityPattern
+
+# The official 3BASiL defaults (arXiv 2603.01376): a share of each input's own energy, and of the mean one.
+DAMPING = 0.005
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Replace `weight` by S + U·V so that outputs on inputs with Gram matrix `gram` change least.
+
+    name: the layer, for messages. weight: [o, d] float32. gram: [d, d] float32, Xᵀ X over all calibration
+    rows, undamped. rank: columns of U; 0 for pure sparsity. seed: of the solver's random start.
+    """
+
+    name: str
+    weight: Tensor
+    gram: Tensor
+    pattern: SparsityPattern
+    rank: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SparseLowRank:
+    """weight ≈ S + U·V: S [o, d] with exact zeros off the pattern's support, U [o, r], V [r, d], all float32.
+
+    damping: the multiplier that was finally used on the damping; above 1 a factorization had failed.
+    warnings: what the user should know about this layer, a sentence each.
+    """
+
+    S: Tensor
+    U: Tensor
+    V: Tensor
+    iterations: int
+    damping: float = 1.0
+    warnings: tuple[str, ...] = ()
+
+    def dense(self) -> Tensor:
+        """S + U·V, [o, d]."""
+        return torch.addmm(self.S, self.U, self.V)
+
+
+class Solver(Protocol):
+    """A method: tensors in, tensors out, on the device of the problem's tensors."""
+
+    def solve(self, problem: LayerProblem) -> SparseLowRank:
+        """Raises InputError, naming the layer, when the problem cannot be solved."""
+        ...
+
+
+def damping_diagonal(gram: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What to add to the diagonal of `gram` [d, d] before anything is solved in it, and the dead inputs.
+
+    Returns ([d], bool [d]). Live inputs get DAMPING·(H_jj + mean of the live H_jj)·multiplier, dead ones
+    (H_jj = 0: always zero) what makes their H_jj 1. The mean is over live inputs, so that scaling H by a
+    constant scales the damping with it.
+    """
+    diagonal = gram.diagonal()
+    dead = diagonal <= 0
+    live_mean = diagonal.sum() / (~dead).sum().clamp_min(1)
+    added = DAMPING * multiplier * (diagonal + live_mean)
+    return torch.where(dead, 1 - diagonal, added), dead
+
+
+def relative_error(weight: Tensor, gram: Tensor, approximation: Tensor) -> float:
+    """tr(R H Rᵀ) / tr(W H Wᵀ) for R = weight − approximation, all [o, d], and H the damped `gram` [d, d].
+
+    Dead inputs count in neither: nothing that happens in their columns reaches an output. 0 for a perfect
+    approximation, also of an all-zero weight; inf for an imperfect one of an all-zero weight.
+    """
+    added, dead = damping_diagonal(gram)
+    numerator = _energy(weight - approximation, gram, added, dead)
+    if numerator == 0.0:
+        return 0.0
+    denominator = _energy(weight.clone(), gram, added, dead)
+    return numerator / denominator if denominator > 0.0 else float("inf")
+
+
+def _energy(rows: Tensor, gram: Tensor, added: Tensor, dead: Tensor) -> float:
+    """tr(M (gram + diag(added)) Mᵀ) for M = `rows` [o, d] without the dead columns; overwrites `rows`."""
+    rows[:, dead] = 0
+    # Small residuals sit where H is small, so the product cancels: float64 where it is not far slower.
+    precise = torch.float64 if rows.device.type == "cpu" else torch.float32
+    total = (rows.square().sum(0, dtype=torch.float64) * added).sum(dtype=torch.float64)
+    tile = 1024  # bounds what is held twice to slices
+    for column in range(0, gram.shape[1], tile):
+        columns = slice(column, column + tile)
+        slab = gram[:, columns].to(precise)
+        for row in range(0, rows.shape[0], tile):
+            part = rows[row : row + tile].to(precise)
+            total += ((part @ slab) * part[:, columns]).sum(dtype=torch.float64)
+    return float(total)
