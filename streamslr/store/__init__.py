@@ -1,0 +1,1 @@
+"""S, U, V -> bytes that last: packing by pattern, and durable safetensors shards."""

@@ -1,0 +1,383 @@
+"""The bytes of one sparse plus low-rank linear: S packed by its pattern, and S + U·V back as a dense matrix.
+
+For a linear of o outputs and d inputs, whatever the dtype of the values:
+
+    pattern   values          meta (uint8)                                               row_offsets
+    2:4       [o, d/2]        [o, ceil(d/8)]: a nibble a group of 4, idx0 | idx1 << 2    -
+    n:m       [o, d·n/m]      [o, ceil(d/8)]: a bit a column, 1 where a value is kept    -
+    50%       [nnz]           [o, ceil(d/8)]: the same                                   int64 [o + 1]
+
+Values run row by row, columns ascending. The low nibble of a byte, and its low bits, come first. n:m patterns
+keep exactly n slots a group: a group with fewer non-zeros also keeps its lowest free columns, at value 0.
+Bits past column d (the last nibble of 2:4 when d/4 is odd) are 0; as a nibble that names no pair, for
+idx0 < idx1, so padding never passes for a group.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from streamslr.errors import InputError
+from streamslr.solve.pattern import NofM, SparsityPattern, Unstructured
+
+_CHUNK = 1 << 22
+"""Elements of S worked on at once: keeps every temporary under about 100 MB, whatever the layer."""
+
+
+def pack(S: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> dict[str, Tensor]:
+    """S [o, d] -> {"values", "meta"[, "row_offsets"]}, on S's device.
+
+    `unpack` gives S.to(dtype) back exactly. What rounds to zero in `dtype` counts as zero, and so does -0.0,
+    which comes back as 0.0.
+    Raises ValueError where S breaks the pattern or is not finite, InputError where a value overflows `dtype`.
+    """
+    o, d = S.shape
+    if wrong := _misfit(pattern, (o, d)):
+        raise ValueError(wrong)
+    meta = torch.empty(o, _meta_width(d), dtype=torch.uint8, device=S.device)
+    if isinstance(pattern, NofM):
+        n, m = pattern.n, pattern.m
+        values = torch.empty(o, d // m * n, dtype=dtype, device=S.device)
+        for rows in _row_chunks(o, d):
+            part = _cast(S, rows, dtype)  # [rows, d]
+            kept = _fill_groups(part.view(-1, d // m, m) != 0, pattern, rows.start).view_as(part)
+            values[rows] = part[kept].view(-1, values.shape[1])
+            meta[rows] = _encode(kept, pattern)
+        return {"values": values, "meta": meta}
+
+    pieces = [torch.empty(0, dtype=dtype, device=S.device)]
+    counts = torch.zeros(o + 1, dtype=torch.int64, device=S.device)
+    for rows in _row_chunks(o, d):
+        part = _cast(S, rows, dtype)
+        kept = part != 0
+        pieces.append(part[kept])
+        counts[rows.start + 1 : rows.stop + 1] = kept.sum(dim=1)
+        meta[rows] = _encode(kept, pattern)
+    row_offsets = counts.cumsum(0)
+    if isinstance(pattern, Unstructured) and int(row_offsets[-1]) > pattern.kept(o, d):
+        raise ValueError(
+            f"S [{o}, {d}] breaks {pattern}: {int(row_offsets[-1])} non-zeros, {pattern.kept(o, d)} allowed"
+        )
+    return {"values": torch.cat(pieces), "meta": meta, "row_offsets": row_offsets}
+
+
+def unpack(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> Tensor:
+    """{"values", "meta"[, "row_offsets"]} -> S [o, d] in the dtype of the values, exact zeros elsewhere.
+
+    Raises InputError when the tensors do not fit together; `check_packed` says how.
+    """
+    _require_layout(tensors, pattern, shape)
+    S = torch.empty(shape, dtype=tensors["values"].dtype, device=tensors["values"].device)
+    for rows in _row_chunks(*shape):
+        S[rows] = _unpack_rows(tensors, pattern, shape, rows)
+    return S
+
+
+@torch.no_grad()
+def merge(
+    tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """S + U·V [o, d] in `dtype`; U [o, r] and V [r, d] may be missing (rank 0). Errors as `unpack`.
+
+    The one function that turns a packed linear into a dense one, so that propagation, replay after a crash
+    and evaluation see the same bits: the sum is formed in float32 whatever precision the process allows its
+    products, over slices of rows whose size depends on the shape alone.
+    """
+    _require_layout(tensors, pattern, shape)
+    if wrong := _low_rank_misfit(tensors, shape):
+        raise InputError(
+            f"cannot merge a {shape[0]}x{shape[1]} linear: {wrong[0]}; `streamslr verify` tells more"
+        )
+    values = tensors["values"]
+    dense = torch.empty(shape, dtype=dtype, device=values.device)
+    # copy=True: a float32 tensor mapped from a shard sits at any multiple of 4 bytes, a fresh one at a
+    # multiple of 64, and BLAS may sum in another order when alignment differs.
+    U = tensors["U"].to(torch.float32, copy=True) if "U" in tensors else None
+    V = tensors["V"].to(torch.float32, copy=True) if "V" in tensors else None
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(values.device.type, enabled=False):
+            for rows in _row_chunks(*shape):
+                total = _unpack_rows(tensors, pattern, shape, rows).to(torch.float32)
+                if U is not None and V is not None:
+                    total += U[rows] @ V
+                dense[rows] = total
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return dense
+
+
+def check_packed(
+    tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]
+) -> list[str]:
+    """What is wrong with one packed linear, a sentence each; [] when it is sound.
+
+    `tensors` holds everything stored for the linear by its last name: values, meta, row_offsets, U, V.
+    """
+    if wrong := _misfit(pattern, shape):
+        return [wrong]
+    wrongs = _layout_misfit(tensors, pattern, shape)
+    wrongs += _low_rank_misfit(tensors, shape)
+    known = {"values", "meta", "U", "V"} | ({"row_offsets"} if isinstance(pattern, Unstructured) else set())
+    wrongs += [f"{name} does not belong to a {pattern} linear" for name in sorted(tensors.keys() - known)]
+    for name in ("values", "U", "V"):
+        if name in tensors and tensors[name].is_floating_point():
+            wrongs += _non_finite(name, tensors[name])
+    if _layout_misfit(tensors, pattern, shape):
+        return wrongs
+    wrongs += _wrong_padding(tensors["meta"], shape[1])
+    if isinstance(pattern, NofM):
+        return wrongs + _wrong_groups(tensors["meta"], pattern, shape[1])
+    if isinstance(pattern, Unstructured):
+        wrongs += _wrong_offsets(tensors, pattern, shape)
+    return wrongs
+
+
+def _row_chunks(o: int, d: int) -> Iterator[slice]:
+    """Rows at a time; multiples of 16, so that every slice of a float32 matrix starts on a cache line."""
+    step = max(16, _CHUNK // max(d, 1) // 16 * 16)
+    return (slice(start, min(start + step, o)) for start in range(0, o, step))
+
+
+def _meta_width(d: int) -> int:
+    return -(-d // 8)
+
+
+def _cast(S: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+    """S[rows] in `dtype`, contiguous, without -0.0."""
+    part = S[rows].to(dtype) + 0.0
+    if not part.isfinite().all():
+        row, column = (~part.isfinite()).nonzero()[0].tolist()
+        value = S[rows.start + row, column].item()
+        if part.dtype == S.dtype or value != value or abs(value) == float("inf"):
+            raise ValueError(f"S[{rows.start + row}, {column}] is {value}: only finite values can be stored")
+        raise InputError(
+            f"S[{rows.start + row}, {column}] = {value:g} does not fit {dtype}, which ends at "
+            f"{torch.finfo(dtype).max:g}: store in bfloat16 or float32"
+        )
+    return part.contiguous()
+
+
+def _fill_groups(nonzero: Tensor, pattern: NofM, first_row: int) -> Tensor:
+    """Non-zeros [rows, groups, m] -> kept slots, n a group: short groups take their lowest free columns."""
+    spare = pattern.n - nonzero.sum(dim=2, keepdim=True, dtype=torch.int32)  # [rows, groups, 1]
+    if (spare < 0).any():
+        row, group, _ = (spare < 0).nonzero()[0].tolist()
+        raise ValueError(
+            f"S breaks {pattern}: row {first_row + row}, group {group} (columns {group * pattern.m} to "
+            f"{group * pattern.m + pattern.m - 1}) has {pattern.n - int(spare[row, group])} non-zeros"
+        )
+    if not spare.any():
+        return nonzero
+    free = ~nonzero
+    return nonzero | (free & (free.cumsum(dim=2, dtype=torch.int32) <= spare))
+
+
+def _encode(kept: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Kept slots [rows, d] bool -> meta [rows, ceil(d/8)] uint8."""
+    rows, d = kept.shape
+    bits = kept.to(torch.uint8)
+    if d % 8:
+        bits = torch.nn.functional.pad(bits, (0, -d % 8))
+    eights = bits.view(rows, -1, 8)
+    bitmask = eights[..., 0].clone()
+    for j in range(1, 8):
+        bitmask |= eights[..., j] << j
+    if _has_nibbles(pattern):
+        return _nibbles_of_bitmask(kept.device)[bitmask.int()]
+    return bitmask
+
+
+def _decode(meta: Tensor, pattern: SparsityPattern) -> Tensor:
+    """meta [rows, width] -> kept slots [rows, 8·width] bool; a nibble that names no pair keeps nothing."""
+    flags = _flags_of_nibbles(meta.device) if _has_nibbles(pattern) else _flags_of_bitmask(meta.device)
+    return flags[meta.int()].view(meta.shape[0], -1)
+
+
+def _has_nibbles(pattern: SparsityPattern) -> bool:
+    return isinstance(pattern, NofM) and (pattern.n, pattern.m) == (2, 4)
+
+
+# The byte tables of the two layouts. Each names its device, because transformers builds models, and so may
+# call this, under torch.device("meta").
+
+
+@cache
+def _flags_of_bitmask(device: torch.device) -> Tensor:
+    """[256, 8] bool: the columns that a bitmask byte keeps."""
+    return torch.tensor([[byte >> j & 1 for j in range(8)] for byte in range(256)], device=device).bool()
+
+
+@cache
+def _flags_of_nibbles(device: torch.device) -> Tensor:
+    """[256, 8] bool: the columns that a byte of two nibbles keeps."""
+    nibbles = [
+        [j in (code & 3, code >> 2) and (code & 3) < (code >> 2) for j in range(4)] for code in range(16)
+    ]
+    return torch.tensor([nibbles[byte & 15] + nibbles[byte >> 4] for byte in range(256)], device=device)
+
+
+@cache
+def _nibbles_of_bitmask(device: torch.device) -> Tensor:
+    """[256] uint8: a bitmask byte with two bits in each half -> its two nibbles; an empty half -> 0."""
+    codes = [0] * 16
+    for idx0 in range(4):
+        for idx1 in range(idx0 + 1, 4):
+            codes[1 << idx0 | 1 << idx1] = idx0 | idx1 << 2
+    table = [codes[byte & 15] | codes[byte >> 4] << 4 for byte in range(256)]
+    return torch.tensor(table, dtype=torch.uint8, device=device)
+
+
+def _unpack_rows(
+    tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int], rows: slice
+) -> Tensor:
+    """S[rows]; the layout has been checked, the meta bytes have not."""
+    kept = _decode(tensors["meta"][rows], pattern)
+    past_d = kept[:, shape[1] :]
+    kept = kept[:, : shape[1]]
+    if isinstance(pattern, NofM):
+        values = tensors["values"][rows].reshape(-1)
+        groups = kept.reshape(-1, shape[1] // pattern.m, pattern.m).sum(dim=2, dtype=torch.int32)
+        sound = (groups == pattern.n).all()
+    else:
+        offsets = tensors["row_offsets"][rows.start : rows.stop + 1]
+        start, stop = int(offsets[0]), int(offsets[-1])
+        values = tensors["values"][start:stop] if 0 <= start <= stop else tensors["values"][:0]
+        sound = (kept.sum(dim=1) == offsets.diff()).all() & (len(values) == stop - start)
+    if not sound or past_d.any():
+        raise InputError(
+            f"a packed {shape[0]}x{shape[1]} linear is damaged: in rows {rows.start} to {rows.stop - 1} meta "
+            f"does not describe {pattern}; `streamslr verify` names the file to copy or to make again"
+        )
+    S = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
+    return S.masked_scatter_(kept, values)
+
+
+def _misfit(pattern: SparsityPattern, shape: tuple[int, int]) -> str | None:
+    """Why no S of this shape can have the pattern, or None."""
+    if isinstance(pattern, NofM) and shape[1] % pattern.m:
+        return f"{pattern} needs rows of a multiple of {pattern.m} columns, not {shape[0]}x{shape[1]}"
+    return None
+
+
+def _layout_misfit(
+    tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]
+) -> list[str]:
+    """What is missing, or has the wrong dtype or shape, of values, meta and row_offsets."""
+    o, d = shape
+    expected: dict[str, tuple[torch.dtype | None, tuple[int, ...] | None]] = {
+        "values": (None, (o, d // pattern.m * pattern.n) if isinstance(pattern, NofM) else None),
+        "meta": (torch.uint8, (o, _meta_width(d))),
+    }
+    if isinstance(pattern, Unstructured):
+        expected["row_offsets"] = (torch.int64, (o + 1,))
+    wrongs = []
+    for name, (dtype, size) in expected.items():
+        if name not in tensors:
+            wrongs.append(f"{name} is missing")
+            continue
+        tensor = tensors[name]
+        if size is not None and tuple(tensor.shape) != size:
+            wrongs.append(
+                f"{name} has shape {list(tensor.shape)}, a {o}x{d} {pattern} linear needs {list(size)}"
+            )
+        elif size is None and tensor.dim() != 1:
+            wrongs.append(f"{name} has shape {list(tensor.shape)}, a {pattern} linear needs one dimension")
+        if dtype is not None and tensor.dtype != dtype:
+            wrongs.append(f"{name} is {tensor.dtype}, not {dtype}")
+        elif dtype is None and not tensor.is_floating_point():
+            wrongs.append(f"{name} is {tensor.dtype}, not a floating-point type")
+    return wrongs
+
+
+def _require_layout(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> None:
+    misfit = _misfit(pattern, shape)
+    if wrong := [misfit] if misfit else _layout_misfit(tensors, pattern, shape):
+        raise InputError(
+            f"cannot unpack a {shape[0]}x{shape[1]} linear: {wrong[0]}; `streamslr verify` tells more"
+        )
+
+
+def _low_rank_misfit(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
+    """What is wrong with the presence, dtypes and shapes of U and V."""
+    if "U" not in tensors and "V" not in tensors:
+        return []
+    if "U" not in tensors or "V" not in tensors:
+        return ["U is there without V" if "U" in tensors else "V is there without U"]
+    o, d = shape
+    U, V = tensors["U"], tensors["V"]
+    wrongs = []
+    if U.dim() != 2 or V.dim() != 2 or (U.shape[0], V.shape[1]) != (o, d) or U.shape[1] != V.shape[0]:
+        wrongs.append(
+            f"U {list(U.shape)} and V {list(V.shape)} are not the [{o}, r] and [r, {d}] of a {o}x{d} linear"
+        )
+    values = tensors.get("values", U)
+    for name, tensor in (("U", U), ("V", V)):
+        if not tensor.is_floating_point() or tensor.dtype != values.dtype:
+            wrongs.append(f"{name} is {tensor.dtype}, but values are {values.dtype}")
+    return wrongs
+
+
+def _non_finite(name: str, tensor: Tensor) -> list[str]:
+    finite = tensor.isfinite()
+    if finite.all():
+        return []
+    index = (~finite).nonzero()[0].tolist()
+    count = int(finite.numel() - finite.sum())
+    return [
+        f"{name}{index} is {tensor[tuple(index)].item()}: {count} of {finite.numel()} values are not finite"
+    ]
+
+
+def _wrong_padding(meta: Tensor, d: int) -> list[str]:
+    """Bits past column d, of nibbles too: one that names no pair would decode to nothing, unseen."""
+    beyond = meta[:, -1] >> d % 8 if d % 8 else meta[:, :0].any(dim=1)  # [o]
+    rows = beyond.nonzero()
+    if not len(rows):
+        return []
+    return [f"meta has bits set past column {d - 1} in row {int(rows[0])} ({len(rows)} of {len(meta)} rows)"]
+
+
+def _wrong_groups(meta: Tensor, pattern: NofM, d: int) -> list[str]:
+    """Groups of an n:m pattern that do not keep exactly n slots."""
+    first, count = "", 0
+    for rows in _row_chunks(len(meta), d):
+        kept = _decode(meta[rows], pattern)[:, :d].reshape(-1, d // pattern.m, pattern.m)
+        found = kept.sum(dim=2, dtype=torch.int32)  # [rows, groups]
+        wrong = (found != pattern.n).nonzero()
+        if len(wrong) and not count:
+            row, group = wrong[0].tolist()
+            first = f"row {rows.start + row}, group {group}"
+            if _has_nibbles(pattern):
+                nibble = int(meta[rows.start + row, group // 2]) >> 4 * (group % 2) & 15
+                first += f" has the indices {nibble & 3} and {nibble >> 2}, which do not ascend"
+            else:
+                first += f" keeps {int(found[row, group])} of {pattern.m} columns, not {pattern.n}"
+        count += len(wrong)
+    return [f"meta: {first} (first of {count} wrong groups)"] if count else []
+
+
+def _wrong_offsets(tensors: Mapping[str, Tensor], pattern: Unstructured, shape: tuple[int, int]) -> list[str]:
+    """Disagreements between the meta, row offsets and values of an unstructured pattern."""
+    o, d = shape
+    meta, offsets, values = tensors["meta"], tensors["row_offsets"], tensors["values"]
+    counts = torch.cat([_decode(meta[rows], pattern)[:, :d].sum(dim=1) for rows in _row_chunks(o, d)])  # [o]
+    total = int(counts.sum())
+    wrongs = []
+    if total > pattern.kept(o, d):
+        wrongs.append(f"meta keeps {total} of {o * d} columns, {pattern} allows {pattern.kept(o, d)}")
+    if len(values) != total:
+        wrongs.append(f"values has {len(values)} entries, but meta keeps {total} columns")
+    if offsets[0] != 0:
+        wrongs.append(f"row_offsets starts at {int(offsets[0])}, not at 0")
+    rows_wrong = (offsets.diff() != counts).nonzero()
+    if len(rows_wrong):
+        row = int(rows_wrong[0])
+        wrongs.append(
+            f"row_offsets gives row {row} {int(offsets[row + 1] - offsets[row])} values, but meta keeps "
+            f"{int(counts[row])} of its columns ({len(rows_wrong)} of {o} rows disagree)"
+        )
+    return wrongs
