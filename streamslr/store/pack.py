@@ -364,7 +364,9 @@ def _wrong_offsets(tensors: Mapping[str, Tensor], pattern: Unstructured, shape: 
     """Disagreements between the meta, row offsets and values of an unstructured pattern."""
     o, d = shape
     meta, offsets, values = tensors["meta"], tensors["row_offsets"], tensors["values"]
-    counts = torch.cat([_decode(meta[rows], pattern)[:, :d].sum(dim=1) for rows in _row_chunks(o, d)])  # [o]
+    counts = torch.zeros(o, dtype=torch.int64, device=meta.device)
+    for rows in _row_chunks(o, d):
+        counts[rows] = _decode(meta[rows], pattern)[:, :d].sum(dim=1)
     total = int(counts.sum())
     wrongs = []
     if total > pattern.kept(o, d):
