@@ -1,0 +1,1 @@
+"""A checkpoint, in a folder or on the hub -> one live transformer block at a time."""

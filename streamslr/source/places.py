@@ -1,0 +1,260 @@
+"""Where a model's files are: a folder here, or a hub repository fetched file by file through its cache."""
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from huggingface_hub import HfApi, constants, hf_hub_url, scan_cache_dir, try_to_load_from_cache
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but re-exported without saying so
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+    validate_repo_id,
+)
+
+from streamslr.errors import BudgetError, HubError, InputError, StreamslrError
+
+CONFIG_FILE = "config.json"
+
+log = logging.getLogger("streamslr")
+
+
+class Place(Protocol):
+    """Where a model's files are: `Folder` or `HubRepo`."""
+
+    label: str  # for messages
+    pinned: str | None  # what names the files' content for good; None where they may change
+
+    @property
+    def files(self) -> Collection[str]:
+        """Names of the files, without those in subfolders."""
+        ...
+
+    def start_of(self, name: str, nbytes: int) -> tuple[bytes, int]:
+        """Up to the first `nbytes` of a file, and its whole size."""
+        ...
+
+    def here(self, name: str) -> Path | None:
+        """The file's path if it can be read without the network."""
+        ...
+
+    def fetch(self, name: str) -> Path: ...
+
+    def evict(self, name: str) -> None:
+        """Deletes the file if this process downloaded it."""
+        ...
+
+    def lacks(self, name: str, why: str) -> StreamslrError:
+        """The error for a file that should be there and is not."""
+        ...
+
+
+def find_place(model: str, revision: str | None) -> Place:
+    """The folder `model`, or the hub repository of that id at one commit; errors as `open_checkpoint`."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise InputError(f"{model} is a folder: --revision {revision} is only for models on the hub")
+        return Folder(path)
+    if path.is_file():
+        raise InputError(f"{model} is a file; give the folder that holds it and its config.json")
+    try:
+        if model.startswith(("/", ".", "~")):
+            raise ValueError
+        validate_repo_id(model)
+    except ValueError:  # HFValidationError is one
+        raise InputError(
+            f"there is no folder {model}, and that is no hub id either; give a model folder, or org/name"
+        ) from None
+    return HubRepo(model, revision)
+
+
+class Folder:
+    """A model folder on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.label = str(path)
+        self.pinned: str | None = None
+        try:
+            self.files = frozenset(entry.name for entry in path.iterdir() if entry.is_file())
+        except OSError as error:
+            raise InputError(f"cannot read the folder {path}: {error.strerror}") from error
+
+    def start_of(self, name: str, nbytes: int) -> tuple[bytes, int]:
+        try:
+            with (self.path / name).open("rb") as file:
+                return file.read(nbytes), os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise InputError(f"cannot read {self.path / name}: {error.strerror}") from error
+
+    def here(self, name: str) -> Path | None:
+        return self.path / name
+
+    def fetch(self, name: str) -> Path:
+        return self.path / name
+
+    def evict(self, name: str) -> None:
+        """The user's own files are never deleted."""
+
+    def lacks(self, name: str, why: str) -> StreamslrError:
+        links = " (a broken link)" if (self.path / name).is_symlink() else ""
+        return InputError(f"{self.path} has no {name}{links}{why}; copy or download it into the folder")
+
+
+class HubRepo:
+    """A model repository on the hub, at one commit; files come through huggingface_hub's cache."""
+
+    def __init__(self, repo: str, revision: str | None) -> None:
+        self.repo = repo
+        self._api = HfApi()
+        self._fetching: dict[str, threading.Lock] = {}  # a lock a file: nothing is downloaded twice at once
+        self._downloaded: set[str] = set()
+        self.label = f"{repo} on the hub"
+        with self._errors(revision=revision):
+            if constants.is_offline_mode():
+                config = Path(self._api.hf_hub_download(repo, CONFIG_FILE, revision=revision))
+                self.commit = config.parent.name
+                self.files = frozenset(entry.name for entry in config.parent.iterdir() if entry.exists())
+            else:
+                info = self._api.model_info(repo, revision=revision)
+                if info.sha is None:
+                    raise HubError(f"{self._api.endpoint} names no commit for {repo}; check HF_ENDPOINT")
+                self.commit = info.sha
+                # By the name of its branch, so that the cache notes the commit: HF_HUB_OFFLINE finds it by that.
+                self._api.hf_hub_download(repo, CONFIG_FILE, revision=revision)
+                self.files = frozenset(f.rfilename for f in info.siblings or () if "/" not in f.rfilename)
+        self.label = f"{repo} at {self.commit[:12]}"
+        self.pinned: str | None = f"hub:{repo}@{self.commit}"
+
+    def start_of(self, name: str, nbytes: int) -> tuple[bytes, int]:
+        path = self.here(name)
+        if path is not None:
+            return Folder(path.parent).start_of(name, nbytes)
+        url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self._api.endpoint)
+        headers = build_hf_headers() | {"Range": f"bytes=0-{nbytes - 1}", "Accept-Encoding": "identity"}
+        start = bytearray()
+        with (
+            self._errors(name),
+            http_stream_backoff(
+                "GET", url, max_retries=2, headers=headers, follow_redirects=True
+            ) as response,
+        ):
+            hf_raise_for_status(response)
+            # "bytes 0-131071/4976698672"; a mirror that ignores Range sends the whole file: stop early.
+            size = int(
+                response.headers.get("Content-Range", "").rpartition("/")[2]
+                or response.headers["Content-Length"]
+            )
+            for chunk in response.iter_bytes():
+                start += chunk
+                if len(start) >= nbytes:
+                    break
+        return bytes(start[:nbytes]), size
+
+    def here(self, name: str) -> Path | None:
+        path = try_to_load_from_cache(self.repo, name, revision=self.commit)
+        return Path(path) if isinstance(path, str) else None
+
+    def fetch(self, name: str) -> Path:
+        with self._fetching.setdefault(name, threading.Lock()):
+            path = self.here(name)
+            if path is None:
+                with self._errors(name):
+                    path = Path(self._api.hf_hub_download(self.repo, name, revision=self.commit))
+                self._downloaded.add(name)
+            return path
+
+    def evict(self, name: str) -> None:
+        with self._fetching.setdefault(name, threading.Lock()):
+            path = self.here(name)
+            if name not in self._downloaded or path is None:
+                return
+            self._downloaded.discard(name)
+            cache = scan_cache_dir(constants.HF_HUB_CACHE)
+            entries = [
+                file
+                for repo in cache.repos
+                if repo.repo_id == self.repo and repo.repo_type == "model"
+                for revision in repo.revisions
+                if revision.commit_hash == self.commit
+                for file in revision.files
+                if file.file_path == path
+            ]
+            # The hub's own deletion: it keeps a blob that another revision links to.
+            cache.delete_files(*entries).execute()
+            if path.exists():
+                log.warning("could not delete %s, which this run downloaded and no longer needs", path)
+
+    def lacks(self, name: str, why: str) -> StreamslrError:
+        if constants.is_offline_mode():
+            return self._offline(name)
+        return InputError(f"{self.label} has no {name}{why}; choose another revision or model")
+
+    def _offline(self, name: str) -> HubError:
+        return HubError(
+            f"{name} of {self.repo} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids "
+            f"to fetch it; unset HF_HUB_OFFLINE, or copy the model here and give its folder"
+        )
+
+    @contextmanager
+    def _errors(self, name: str = CONFIG_FILE, revision: str | None = None) -> Iterator[None]:
+        """The hub client's errors as ours, which say what to do."""
+        endpoint = self._api.endpoint
+        try:
+            yield
+        except hub_errors.GatedRepoError as error:
+            raise HubError(
+                f"{self.repo} is gated: ask for access on {endpoint}/{self.repo}, then log in with "
+                f"`hf auth login` or set HF_TOKEN, and run the same line again"
+            ) from error
+        except hub_errors.RepositoryNotFoundError as error:
+            raise InputError(
+                f"there is no folder {self.repo}, and {endpoint} shows you no model {self.repo}; "
+                f"check the name, or log in with `hf auth login` if it is private"
+            ) from error
+        except hub_errors.RevisionNotFoundError as error:
+            raise InputError(
+                f"{self.repo} has no revision {revision}; give a branch, tag or commit from "
+                f"{endpoint}/{self.repo}/commits"
+            ) from error
+        except hub_errors.RemoteEntryNotFoundError as error:
+            raise self.lacks(name, "") from error
+        except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
+            if constants.is_offline_mode():
+                raise self._offline(name) from error
+            raise self._unreachable(name, error) from error
+        except hub_errors.HfHubHTTPError as error:
+            if error.response.status_code in (401, 403):
+                raise HubError(
+                    f"{endpoint} refuses {name} of {self.repo} to this login (status "
+                    f"{error.response.status_code}); check HF_TOKEN and what the token may read"
+                ) from error
+            raise self._unreachable(name, error) from error
+        except hub_errors.HTTPError as error:  # type: ignore[attr-defined]  # of the client that the hub uses
+            raise self._unreachable(name, error) from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise BudgetError(
+                    f"no room for {name} of {self.repo} in the cache {constants.HF_HUB_CACHE}: free some, "
+                    f"run with --evict-shards, or set HF_HUB_CACHE to another disk"
+                ) from error
+            raise self._unreachable(name, error) from error
+
+    def _unreachable(self, name: str, error: Exception) -> HubError:
+        return HubError(
+            f"cannot fetch {name} of {self.repo} from {self._api.endpoint}: {first_line(error)}; check the "
+            f"network and run the same line again, or set HF_HUB_OFFLINE=1 to use what is in the cache"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """An error of another library, short enough to stand in one of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
