@@ -100,11 +100,15 @@ def write_shard(
     return WrittenShard(path.name, _write_durably(path, content(), nbytes), nbytes)
 
 
-def write_json(path: Path, obj: Any) -> None:
-    """Writes `obj` durably as JSON: sorted keys, indented, a newline at the end. Errors as `write_shard`."""
+def write_file(path: Path, content: bytes) -> str:
+    """Writes a small file durably; returns its sha256. Errors as `write_shard`."""
+    return _write_durably(path, iter([memoryview(content)]), len(content))
+
+
+def write_json(path: Path, obj: Any) -> str:
+    """Writes `obj` durably as JSON: sorted keys, indented, a newline at the end; returns its sha256."""
     text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    content = text.encode()
-    _write_durably(path, iter([memoryview(content)]), len(content))
+    return write_file(path, text.encode())
 
 
 def file_sha256(path: Path) -> str:

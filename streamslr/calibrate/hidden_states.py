@@ -1,0 +1,233 @@
+"""Hidden states of the calibration windows, one generation a block boundary: on disk (zarr), in memory, or both."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import zarr
+from torch import Tensor
+from zarr.core.buffer import default_buffer_prototype
+
+from streamslr.errors import BudgetError
+
+_PENDING_WRITES = 2  # micro-batches that may wait for the disk; more only hides a disk that is too slow
+
+
+class HiddenStates(Protocol):
+    """One generation: hidden states [samples, T, h] on the host. Each sample is written once, then sealed."""
+
+    samples: int
+
+    def write(self, start: int, hidden: Tensor) -> None:
+        """Store hidden [b, T, h] as samples start … start + b - 1. May return before the bytes are on disk."""
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """A fresh copy [stop - start, T, h] of these samples; the caller may change it."""
+
+    def seal(self) -> str:
+        """Wait for all writes; the sha256 of what was written, the same on every tier."""
+
+    def drop(self) -> None:
+        """Give back the memory and the disk space."""
+
+
+def _bytes_of(sample: Tensor) -> memoryview:
+    """sample [T, h] as raw bytes; bfloat16 goes by way of uint16, which numpy and zarr know."""
+    flat = sample.contiguous()
+    return memoryview(_as_numpy_dtype(flat).numpy()).cast("B")
+
+
+def _as_numpy_dtype(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+class _Digest:
+    """sha256 over the samples' sha256, in sample order: the writer may see them in any order."""
+
+    def __init__(self, samples: int):
+        self._of_sample: list[bytes | None] = [None] * samples
+
+    def add(self, start: int, hidden: Tensor) -> None:
+        for offset, sample in enumerate(hidden):
+            self._of_sample[start + offset] = hashlib.sha256(_bytes_of(sample)).digest()
+
+    def hexdigest(self) -> str:
+        missing = [i for i, digest in enumerate(self._of_sample) if digest is None]
+        if missing:
+            raise ValueError(f"generation sealed without samples {missing}")
+        return hashlib.sha256(b"".join(d for d in self._of_sample if d is not None)).hexdigest()
+
+
+class InMemory:
+    """A generation in one host tensor: the fastest tier, lost when the process ends."""
+
+    def __init__(self, samples: int, seq_len: int, hidden_size: int, dtype: torch.dtype):
+        self.samples = samples
+        self._states = torch.empty(samples, seq_len, hidden_size, dtype=dtype)
+        self._digest = _Digest(samples)
+
+    def write(self, start: int, hidden: Tensor) -> None:
+        self._states[start : start + len(hidden)] = hidden
+        self._digest.add(start, self._states[start : start + len(hidden)])
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._states[start:stop].clone()
+
+    def seal(self) -> str:
+        return self._digest.hexdigest()
+
+    def drop(self) -> None:
+        self._states = self._states.new_empty(0)
+
+
+class OnDisk:
+    """A generation as a zarr array, one uncompressed chunk a sample, written by a thread behind the compute.
+
+    Chunks are not fsynced: the journal holds the generation's digest, and a generation that does not match
+    it after a power cut is rebuilt by replaying the finished blocks, which costs a forward pass a block.
+    """
+
+    def __init__(self, folder: Path, samples: int, seq_len: int, hidden_size: int, dtype: torch.dtype):
+        self.folder, self.samples = folder, samples
+        self._shape, self._dtype = (samples, seq_len, hidden_size), dtype
+        self._digest = _Digest(samples)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-states-writer")
+        self._pending: list[Future[None]] = []
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            self._array = zarr.create_array(
+                store=folder,
+                shape=self._shape,
+                chunks=(1, seq_len, hidden_size),
+                dtype="uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."),
+                compressors=None,
+                fill_value=0,
+                # the default leaves chunks of zeros unwritten, to be read as zeros when a file is lost
+                config={"write_empty_chunks": True},
+                attributes={"dtype": str(dtype).removeprefix("torch.")},
+            )
+        except OSError as error:
+            raise self._disk_error(error) from error
+
+    @classmethod
+    def reopen(
+        cls, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, digest: str
+    ) -> "OnDisk | None":
+        """The sealed generation in `folder`, or None when it is not there, or not what `digest` names."""
+        self = cls.__new__(cls)
+        self.folder, self.samples, self._shape, self._dtype = folder, shape[0], shape, dtype
+        self._digest, self._pending = _Digest(shape[0]), []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-states-writer")
+        try:
+            self._array = zarr.open_array(store=folder, mode="r")
+            if self._array.shape != shape:
+                return None
+            for i in range(shape[0]):
+                self._digest.add(i, self.read(i, i + 1))
+        except (OSError, ValueError, KeyError, RuntimeError):
+            return None
+        return self if self._digest.hexdigest() == digest else None
+
+    def write(self, start: int, hidden: Tensor) -> None:
+        while len(self._pending) >= _PENDING_WRITES:
+            self._pending.pop(0).result()
+        # the caller may reuse `hidden`; on a GPU this copy is the transfer itself
+        host = hidden.to(device="cpu", dtype=self._dtype, copy=True)
+        self._pending.append(self._writer.submit(self._store, start, host))
+
+    def _store(self, start: int, host: Tensor) -> None:
+        try:
+            self._array[start : start + len(host)] = _as_numpy_dtype(host).numpy()
+        except OSError as error:
+            raise self._disk_error(error) from error
+        self._digest.add(start, host)
+
+    def _disk_error(self, error: OSError) -> BudgetError:
+        size = self._shape[0] * self._shape[1] * self._shape[2] * self._dtype.itemsize
+        return BudgetError(
+            f"hidden states do not fit at {self.folder}: {error.strerror or error} (one generation takes "
+            f"{size:,} bytes, two exist at a time); free space there or give --scratch another folder, "
+            "then start the same line again"
+        )
+
+    def read(self, start: int, stop: int) -> Tensor:
+        hidden = torch.empty(stop - start, *self._shape[1:], dtype=self._dtype)
+        buffer = default_buffer_prototype().nd_buffer.from_numpy_array(_as_numpy_dtype(hidden).numpy())
+        self._array.get_basic_selection(slice(start, stop), out=buffer)
+        return hidden
+
+    def seal(self) -> str:
+        while self._pending:
+            self._pending.pop(0).result()
+        return self._digest.hexdigest()
+
+    def drop(self) -> None:
+        self._writer.shutdown(wait=True, cancel_futures=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class WriteThrough:
+    """Memory to read from, disk to resume from."""
+
+    def __init__(self, memory: InMemory, disk: OnDisk):
+        self.samples = memory.samples
+        self._memory, self._disk = memory, disk
+
+    def write(self, start: int, hidden: Tensor) -> None:
+        self._memory.write(start, hidden)
+        self._disk.write(start, hidden)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._memory.read(start, stop)
+
+    def seal(self) -> str:
+        return self._disk.seal()
+
+    def drop(self) -> None:
+        self._memory.drop()
+        self._disk.drop()
+
+
+def read_batches(states: HiddenStates, micro_batch: int) -> Iterator[tuple[int, Tensor]]:
+    """(first sample, hidden [b, T, h]) over a generation, each read while the one before it is computed on."""
+    starts = range(0, states.samples, micro_batch)
+
+    def read(start: int) -> Tensor:
+        return states.read(start, min(start + micro_batch, states.samples))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="hidden-states-reader") as reader:
+        upcoming = reader.submit(read, 0)
+        for start in starts:
+            hidden = upcoming.result()
+            if start + micro_batch < states.samples:
+                upcoming = reader.submit(read, start + micro_batch)
+            yield start, hidden
+
+
+class Generations:
+    """The scratch folder of a run: generation i is the hidden states that enter block i; two exist at most."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool):
+        """shape: (samples, T, h). in_memory: keep a copy in host memory to read from (the plan decides)."""
+        self.folder, self._shape, self._dtype, self._in_memory = folder, shape, dtype, in_memory
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"generation-{index:05d}.zarr"
+
+    def new(self, index: int) -> HiddenStates:
+        disk = OnDisk(self._path(index), *self._shape, dtype=self._dtype)
+        return WriteThrough(InMemory(*self._shape, dtype=self._dtype), disk) if self._in_memory else disk
+
+    def reopen(self, index: int, digest: str) -> HiddenStates | None:
+        """What an earlier process sealed under this digest, or None when it is lost or damaged."""
+        for leftover in self.folder.glob("generation-*.zarr"):
+            if leftover != self._path(index):
+                shutil.rmtree(leftover)
+        return OnDisk.reopen(self._path(index), self._shape, self._dtype, digest)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,265 @@
+"""The command line: arguments -> RunConfig, tables and bars; the only place that prints."""
+
+import dataclasses
+import json
+import logging
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from streamslr.config import RunConfig, parse_bytes
+from streamslr.errors import StreamslrError
+
+# The libraries behind the commands take seconds to import, so each command imports its own: --help stays instant.
+
+_INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
+
+
+class _Size(click.ParamType):
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return value if isinstance(value, int) else parse_bytes(value)
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for every field of RunConfig: name, type, default and help come from there."""
+    hints = typing.get_type_hints(RunConfig)
+    for field in reversed(dataclasses.fields(RunConfig)):
+        flag = "--" + field.name.replace("_", "-")
+        kinds = [
+            k for k in (typing.get_args(hints[field.name]) or (hints[field.name],)) if k is not types.NoneType
+        ]
+        required = field.default is dataclasses.MISSING
+        settings: dict[str, Any] = {"help": field.metadata["help"], "required": required}
+        if not required:
+            settings |= {"default": field.default, "show_default": field.default is not None}
+        if kinds[0] is bool:
+            settings["is_flag"] = True
+        elif field.name.endswith("_mem"):
+            settings["type"] = _Size()
+        else:
+            settings["type"] = click.Path(path_type=Path) if kinds[0] is Path else kinds[0]
+        command = click.option(flag, field.name, **settings)(command)
+    return command
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Only JSON on stdout, for programs.")
+_quiet_option = click.option(
+    "--quiet", is_flag=True, help="No progress on the terminal; warnings and errors stay."
+)
+_folder_argument = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+
+
+@click.group(context_settings={"max_content_width": 110})
+@click.version_option(package_name="streamslr")
+def main() -> None:
+    """Make a language model that is bigger than your GPU smaller, one block at a time: W ≈ S + U·V.
+
+    Exit codes: 0 done, 1 failed or verify found something, 2 wrong input, 3 does not fit memory or disk,
+    4 the output folder belongs to another run, 5 the hub could not be reached, 130 interrupted.
+    """
+
+
+@main.command()
+@_run_options
+@_quiet_option
+@click.option(
+    "--log-file", type=click.Path(path_type=Path), help="Append a line a block, and every warning, to FILE."
+)
+def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
+    """Compress a model into --out; the same line again goes on where it stopped."""
+    with _errors_and_interrupts(f"the same line goes on in {settings['out']}"):
+        config = RunConfig(**settings)
+        with _logging(quiet, log_file) as console:
+            _quiet_libraries()
+            from streamslr.prepare import prepare
+            from streamslr.progress import LiveDisplay
+            from streamslr.results.inspect import run_table
+            from streamslr.run import run as compress
+
+            job = prepare(config)
+            if not quiet:
+                console.print(job.plan.table(job.host_mem, job.gpu_mem))
+            live = not quiet and console.is_terminal
+            with LiveDisplay(console, job.host_mem) if live else nullcontext() as display:
+                state = compress(job, display)
+            if not quiet:
+                console.print(run_table(config.out, state))
+
+
+@main.command()
+@_run_options
+@_json_option
+def plan(as_json: bool, **settings: Any) -> None:
+    """What a run would take, phase by phase, from headers alone; exit code 3 when it does not fit."""
+    with _errors_and_interrupts():
+        config = RunConfig(**settings)
+        _quiet_libraries()
+        from streamslr.prepare import prepare
+
+        job = prepare(config)
+        if as_json:
+            _print_json(
+                job.plan.as_dict() | {"host_budget_bytes": job.host_mem, "gpu_budget_bytes": job.gpu_mem}
+            )
+        else:
+            Console().print(job.plan.table(job.host_mem, job.gpu_mem))
+        job.require_room()
+
+
+@main.command()
+@_folder_argument
+@click.option("--block", type=int, help="Show the layers of this block, counted from 0.")
+@_json_option
+def inspect(folder: Path, block: int | None, as_json: bool) -> None:
+    """What each block's shard holds, and how good it is; finished or not."""
+    with _errors_and_interrupts():
+        from streamslr.results import inspect as view
+
+        state = view.read_run(folder)
+        if as_json and block is None:
+            _print_json(view.summary(folder, state))
+        elif as_json:
+            _print_json(view.block_summary(folder, view.get_block(state, block)))
+        elif block is None:
+            Console().print(view.run_table(folder, state))
+        else:
+            Console().print(view.block_table(folder, state, block))
+
+
+@main.command()
+@_folder_argument
+@_json_option
+@_quiet_option
+def verify(folder: Path, as_json: bool, quiet: bool) -> None:
+    """Check every digest, pattern, value and file again; exit code 1 when anything is off."""
+    with _errors_and_interrupts():
+        _quiet_libraries()
+        from streamslr.results.verify import verify as check
+
+        with _bar("verify", shown=not (quiet or as_json)) as step:
+            result = check(folder, step)
+        if as_json:
+            _print_json(dataclasses.asdict(result))
+        else:
+            for file, problem in result.problems:
+                click.echo(f"{file}: {problem}")
+            verdict = f"{len(result.problems)} problems" if result.problems else "all sound"
+            unfinished = "" if result.complete else " (an unfinished run: what is there was checked)"
+            click.echo(f"{folder}: {result.files} shards, {result.tensors} tensors, {verdict}{unfinished}")
+        if result.problems:
+            sys.exit(1)
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--text", type=click.Path(path_type=Path), required=True, help="Text: .txt, .jsonl, .gz of either."
+)
+@click.option(
+    "--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window."
+)
+@click.option("--windows", type=click.IntRange(1), help="Only the first so many windows [default: all].")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@click.option(
+    "--scratch", type=click.Path(path_type=Path), help="Folder for hidden states that memory cannot hold."
+)
+@_json_option
+@_quiet_option
+def eval(model: str, text: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
+    """Perplexity of MODEL, a compressed folder or a dense checkpoint, streamed block by block."""
+    with _errors_and_interrupts():
+        _quiet_libraries()
+        import psutil
+
+        from streamslr.results.evaluate import evaluate
+
+        with _bar("eval", shown=not (quiet or as_json)) as step:
+            free = psutil.virtual_memory().available
+            result = evaluate(model, text, free_memory=free, step=step, **settings)
+        if as_json:
+            _print_json(dataclasses.asdict(result))
+        else:
+            click.echo(
+                f"{model}: perplexity {result.perplexity:.4f} on {result.windows:,} windows of {result.seq_len:,} "
+                f"tokens of {text} ({result.dtype} on {result.device})"
+            )
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+@contextmanager
+def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _errors_and_interrupts(how_to_go_on: str | None = None) -> Iterator[None]:
+    """A user's mistake, a full disk, Ctrl-C: one message and an exit code, no traceback."""
+
+    def on_terminate(*_: object) -> None:  # what batch systems send; a process that must end says so once
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        yield
+    except StreamslrError as error:
+        click.echo(f"streamslr: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        message = f"; finished blocks are kept, and {how_to_go_on}" if how_to_go_on else ""
+        click.echo(f"streamslr: interrupted{message}", err=True)
+        sys.exit(_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _logging(quiet: bool, log_file: Path | None) -> Iterator[Console]:
+    """Log lines on the terminal (a line a block where it is no terminal) and, with times, in the log file."""
+    from rich.logging import RichHandler
+
+    console = Console()
+    logger = logging.getLogger("streamslr")
+    logger.setLevel(logging.INFO)
+    shown = RichHandler(console=Console(stderr=True) if quiet else console, show_path=False, markup=False)
+    shown.setLevel(logging.WARNING if quiet else logging.INFO)
+    handlers: list[logging.Handler] = [shown]
+    if log_file:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield console
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _quiet_libraries() -> None:
+    """Our own progress and messages say it; the libraries' bars would tear the display."""
+    import transformers
+    from huggingface_hub.utils import disable_progress_bars
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()

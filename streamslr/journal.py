@@ -1,0 +1,188 @@
+"""What is durably done: the one truth that resume believes, kept in the output folder as streamslr.json."""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import streamslr
+from streamslr.errors import InputError, ResumeError
+from streamslr.store.shards import FORMAT_VERSION, PARTIAL_SUFFIX, WrittenShard, write_json
+
+JOURNAL_FILE = "streamslr.json"
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """How one linear W [o, d] became S + U·V. Errors are tr(R H Rᵀ) / tr(W H Wᵀ), R as stored, H damped."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    density: float  # of S, counted
+    rank: int
+    error_before: float  # plain pruning: the solver's first projection, without U·V (Wanda's)
+    error_after: float
+    iterations: int
+    damping: float
+    nbytes: int  # of values, meta, U and V together
+    dense_nbytes: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """One finished block. `measured` (seconds, peak memory) is all that differs between two runs of one line."""
+
+    index: int
+    name: str
+    shard: WrittenShard
+    hidden_states: str  # digest of the generation that leaves this block
+    layers: tuple[LayerRecord, ...]
+    warnings: tuple[str, ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JournalState:
+    """The content of streamslr.json."""
+
+    fingerprint: Mapping[str, Any]  # what must be equal for a resume
+    blocks_total: int
+    micro_batch: int
+    description: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer …: file -> sha256
+    outside: WrittenShard | None = None
+    hidden_states: str | None = None  # digest of the generation that enters block 0
+    blocks: tuple[BlockRecord, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def complete(self) -> bool:
+        return self.outside is not None and len(self.blocks) == self.blocks_total
+
+    @property
+    def shards(self) -> tuple[WrittenShard, ...]:
+        """Every committed shard, in the model's order."""
+        return (*((self.outside,) if self.outside else ()), *(block.shard for block in self.blocks))
+
+
+def read_journal(folder: Path) -> JournalState | None:
+    """The journal of an output folder, finished or not; None when there is none. Raises InputError."""
+    path = folder / JOURNAL_FILE
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format_version {version!r}; streamslr {streamslr.__version__} reads {FORMAT_VERSION}. "
+            "Use the version of streamslr that wrote it"
+        )
+    blocks = tuple(
+        BlockRecord(
+            **{
+                **block,
+                "shard": WrittenShard(**block["shard"]),
+                "layers": tuple(
+                    LayerRecord(
+                        **{**layer, "shape": tuple(layer["shape"]), "warnings": tuple(layer["warnings"])}
+                    )
+                    for layer in block["layers"]
+                ),
+                "warnings": tuple(block["warnings"]),
+            }
+        )
+        for block in data["blocks"]
+    )
+    outside = WrittenShard(**data["outside"]) if data["outside"] else None
+    return JournalState(**{**data, "blocks": blocks, "outside": outside})
+
+
+class Journal:
+    """The journal of the run that owns the output folder: locked while open, durable after every commit."""
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], blocks_total: int, micro_batch: int):
+        """Start, or go on with, the run of this fingerprint in `folder`.
+
+        Raises ResumeError when another process holds the folder, when it holds another run (naming each
+        setting that differs, with both values), or files that are no run's.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.state: JournalState
+        self._lock = os.open(folder, os.O_RDONLY)  # the folder itself: no lock file to leave behind
+        try:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ResumeError(
+                    f"another process is writing {folder}; wait for it, or give another --out"
+                ) from error
+            found = read_journal(folder)
+            if found is None:
+                self._refuse_foreign_files()
+                # the first commit claims the folder: a file in it without a journal is never ours
+                self._commit(JournalState(dict(fingerprint), blocks_total, micro_batch))
+            else:
+                self._refuse_changed_settings(found.fingerprint, fingerprint)
+                self.state = found
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def commit_outside(
+        self, description: Mapping[str, str], outside: WrittenShard, hidden_states: str
+    ) -> None:
+        """Config, tokenizer and the tensors outside the blocks are written, and generation 0 is sealed."""
+        self._commit(
+            replace(self.state, description=description, outside=outside, hidden_states=hidden_states)
+        )
+
+    def commit_block(self, record: BlockRecord) -> None:
+        """Shard and hidden states of the next block are done: from here on a resume starts behind it."""
+        if record.index != len(self.state.blocks):
+            raise ValueError(f"block {record.index} committed after {len(self.state.blocks)} blocks")
+        self._commit(replace(self.state, blocks=(*self.state.blocks, record)))
+
+    def _commit(self, state: JournalState) -> None:
+        write_json(self.folder / JOURNAL_FILE, asdict(state))
+        self.state = state
+
+    def _refuse_foreign_files(self) -> None:
+        unfinished = JOURNAL_FILE + PARTIAL_SUFFIX
+        foreign = sorted(
+            p.name for p in self.folder.iterdir() if not p.name.startswith(".") and p.name != unfinished
+        )
+        if foreign:
+            raise ResumeError(
+                f"{self.folder} holds files but no {JOURNAL_FILE} ({', '.join(foreign[:5])}"
+                f"{', …' if len(foreign) > 5 else ''}); give an empty or new folder as --out"
+            )
+
+    def _refuse_changed_settings(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        names = [*now, *(name for name in before if name not in now)]
+        changed = [
+            f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
+            for name in names
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
+            raise ResumeError(
+                f"{self.folder} belongs to a run with other settings ({'; '.join(changed)}). "
+                "Start with the same settings to go on, or give another --out"
+            )

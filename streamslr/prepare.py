@@ -1,0 +1,97 @@
+"""All that is known before work begins: checkpoint, skeleton, pattern, device, budgets, and the plan they give."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import streamslr
+from streamslr.calibrate.gram import input_groups
+from streamslr.calibrate.hidden_states import Generations
+from streamslr.config import RunConfig
+from streamslr.errors import InputError
+from streamslr.journal import read_journal
+from streamslr.plan import BlockShape, ModelShape, Plan, make_plan
+from streamslr.solve.pattern import SparsityPattern, parse_pattern
+from streamslr.source.checkpoint import Checkpoint, open_checkpoint
+from streamslr.source.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that could start: everything opened from headers alone, nothing downloaded or written."""
+
+    config: RunConfig
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    pattern: SparsityPattern
+    device: torch.device
+    dtype: torch.dtype  # of hidden states and products: float32 on a CPU, bfloat16 on a GPU
+    host_mem: int
+    gpu_mem: int | None
+    plan: Plan
+
+    @property
+    def scratch(self) -> Path:
+        """Of this output folder alone, also where several runs share one --scratch."""
+        if self.config.scratch is None:
+            return self.config.out / ".scratch"
+        out = str(self.config.out.absolute())
+        return self.config.scratch / f"{self.config.out.name}-{hashlib.sha256(out.encode()).hexdigest()[:12]}"
+
+    @property
+    def generations(self) -> Generations:
+        """Where the hidden states that enter each block lie."""
+        shape = (self.config.samples, self.config.seq_len, _hidden_size(self.checkpoint))
+        return Generations(self.scratch, shape, self.dtype, self.plan.in_memory)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a resume, but for the tokens: model, settings, version."""
+        return {
+            "model": self.checkpoint.identity,
+            **self.config.fixed(),
+            "device": self.device.type,
+            "streamslr": streamslr.__version__,
+        }
+
+    def require_room(self) -> None:
+        """Raises BudgetError when the plan does not fit memory or disk."""
+        self.plan.require_memory(self.host_mem, self.gpu_mem)
+        self.plan.require_disk(self.config.out, self.scratch)
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Open the model and plan the run. Raises InputError for whatever headers can show to be wrong."""
+    baseline_mem = psutil.Process().memory_full_info().uss
+    pattern = parse_pattern(config.pattern)
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no GPU here; use --device cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    checkpoint = open_checkpoint(config.model, config.revision, config.evict_shards)
+    skeleton = Skeleton(checkpoint, dtype, device)
+    skeleton.compressible()
+    for linears in skeleton.linears:
+        for name, shape in linears.items():
+            pattern.require_fits(name, shape)
+    before = read_journal(config.out)
+    host_mem = config.host_mem or _free_host_memory()
+    gpu_mem = None
+    if device.type == "cuda":
+        gpu_mem = config.gpu_mem or torch.cuda.mem_get_info(device)[0]
+    plan = make_plan(
+        config,
+        _model_shape(checkpoint, skeleton),
+        pattern,
+        device,
+        dtype,
+        baseline_mem,
+        host_mem,
+        before.micro_batch if before else None,
+    )
+    return Prepared(config, checkpoint, skeleton, pattern, device, dtype, host_mem, gpu_mem, plan)

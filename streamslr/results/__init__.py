@@ -1,0 +1,1 @@
+"""Reads only what landed on disk: inspect, verify, evaluate."""

@@ -1,0 +1,121 @@
+"""Perplexity of a compressed folder or a dense checkpoint, streamed block by block."""
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamslr.calibrate.hidden_states import HiddenStates, InMemory, OnDisk, read_batches
+from streamslr.calibrate.tokens import text_windows
+from streamslr.errors import InputError
+from streamslr.source.checkpoint import open_checkpoint
+from streamslr.source.skeleton import Skeleton
+
+_MEMORY_SHARE = 0.25
+"""Of the free host memory that hidden states may take before they go to disk; two generations exist at a time."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """perplexity = exp(nll); nll: mean negative log-likelihood (nats) of the `tokens` predicted tokens."""
+
+    model: str
+    text: str
+    perplexity: float
+    nll: float
+    windows: int
+    seq_len: int
+    tokens: int
+    device: str
+    dtype: str
+
+
+@torch.inference_mode()
+def evaluate(
+    model: str,
+    text: Path,
+    seq_len: int,
+    *,
+    windows: int | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    scratch: Path | None = None,
+    free_memory: int,
+    step: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Perplexity of `model` (folder or hub id) on the windows of `seq_len` tokens of `text`, one after another.
+
+    All tokens of a window but its first are predicted (the measure of the SparseGPT and 3BASiL papers).
+    windows: only so many from the start. free_memory: host bytes; hidden states that would take more than a
+    quarter of it lie in `scratch` (a temporary folder) instead. step: called with (blocks done, blocks in all).
+    Raises InputError when the text is too short or the folder is unfinished.
+    """
+    checkpoint = open_checkpoint(model, revision)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
+    skeleton = Skeleton(checkpoint, dtype, where)
+    ids = text_windows(checkpoint.tokenizer(), text, seq_len, windows)  # [n, T]
+    micro_batch = max(1, 2048 // seq_len)
+    hidden_size = int(checkpoint.config.get_text_config().hidden_size)
+    generation_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize
+    in_memory = 2 * generation_bytes <= _MEMORY_SHARE * free_memory
+
+    with tempfile.TemporaryDirectory(prefix="streamslr-eval-", dir=scratch) as folder:
+
+        def new(index: int) -> HiddenStates:
+            if in_memory:
+                return InMemory(len(ids), seq_len, hidden_size, dtype)
+            return OnDisk(Path(folder) / f"{index}.zarr", len(ids), seq_len, hidden_size, dtype)
+
+        hidden = new(0)
+        skeleton.load_outside()
+        for start in range(0, len(ids), micro_batch):
+            hidden.write(start, skeleton.embed(ids[start : start + micro_batch].to(where)))
+        skeleton.evict_outside()
+        hidden.seal()
+        for i in range(len(skeleton.block_names)):
+            skeleton.load_block(i)
+            upcoming = new(i + 1)
+            for start, x in read_batches(hidden, micro_batch):
+                upcoming.write(start, skeleton.run_block(i, x.to(where)))
+            upcoming.seal()
+            skeleton.evict_block(i)
+            hidden.drop()
+            hidden = upcoming
+            step(i + 1, len(skeleton.block_names))
+        skeleton.load_outside()
+        nll = 0.0
+        for start, x in read_batches(hidden, micro_batch):
+            batch = ids[start : start + micro_batch].to(where)
+            nll += _negative_log_likelihood(skeleton.logits(batch, x.to(where)), batch)
+        skeleton.evict_outside()
+        hidden.drop()
+    tokens = len(ids) * (seq_len - 1)
+    nll /= tokens
+    if not math.isfinite(nll):
+        raise InputError(
+            f"{model} gives a loss of {nll} on {text}: its weights or activations are not finite"
+        )
+    return Evaluation(
+        model=model,
+        text=str(text),
+        perplexity=math.exp(nll),
+        nll=nll,
+        windows=len(ids),
+        seq_len=seq_len,
+        tokens=tokens,
+        device=where.type,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _negative_log_likelihood(logits: Tensor, ids: Tensor) -> float:
+    """Summed over the predicted tokens; logits [b, T, v], ids [b, T]; a window at a time, for the vocabulary is wide."""
+    return sum(
+        float(torch.nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum"))
+        for row, target in zip(logits, ids, strict=True)
+    )

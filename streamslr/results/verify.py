@@ -1,0 +1,128 @@
+"""Checks a compressed folder against its journal: digests, patterns, index order, finiteness, files missing or extra."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from streamslr.journal import JOURNAL_FILE, BlockRecord, JournalState, LayerRecord
+from streamslr.results.inspect import read_run
+from streamslr.solve.pattern import parse_pattern
+from streamslr.store.pack import check_packed
+from streamslr.store.shards import INDEX_FILE, WrittenShard, file_sha256, packed_linears
+
+_TRAVELS_ALONG = ("README.md", "LICENSE")  # what people add when they publish a folder
+
+
+@dataclass(frozen=True)
+class Verification:
+    """problems: (file, what is wrong with it); nothing is wrong when there are none."""
+
+    folder: str
+    complete: bool
+    files: int
+    tensors: int
+    problems: tuple[tuple[str, str], ...]
+
+
+def verify(folder: Path, step: Callable[[int, int], None] = lambda done, total: None) -> Verification:
+    """Read every byte of a folder, finished or not, and hold it against its journal and its format.
+
+    step: called with (shards done, shards in all). Raises InputError when `folder` is no output folder.
+    """
+    state = read_run(folder)
+    problems: list[tuple[str, str]] = []
+    tensors: dict[str, str] = {}
+    shards: list[tuple[WrittenShard, BlockRecord | None]] = [(block.shard, block) for block in state.blocks]
+    if state.outside:
+        shards.insert(0, (state.outside, None))
+    for number, (shard, block) in enumerate(shards, 1):
+        names, found = _check_shard(folder / shard.file, shard, block)
+        problems += [(shard.file, problem) for problem in found]
+        tensors |= dict.fromkeys(names, shard.file)
+        step(number, len(shards))
+    problems += _check_description(folder, state)
+    if state.outside:
+        problems += [(INDEX_FILE, problem) for problem in _check_index(folder / INDEX_FILE, tensors)]
+    problems += [
+        (name, "is not part of the model: no journal record names it") for name in _extra(folder, state)
+    ]
+    return Verification(str(folder), state.complete, len(shards), len(tensors), tuple(problems))
+
+
+def _check_shard(path: Path, shard: WrittenShard, block: BlockRecord | None) -> tuple[list[str], list[str]]:
+    """(names of its tensors, what is wrong)."""
+    if not path.is_file():
+        return [], ["is missing"]
+    problems = []
+    if path.stat().st_size != shard.nbytes:
+        problems.append(f"has {path.stat().st_size:,} bytes, the journal says {shard.nbytes:,}")
+    elif (digest := file_sha256(path)) != shard.sha256:
+        problems.append(f"has sha256 {digest[:12]}…, the journal says {shard.sha256[:12]}…")
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            metadata = file.metadata()
+            linears = packed_linears(metadata)
+            for layer in block.layers if block else ():
+                problems += _check_layer(layer, linears, names, file.get_tensor)
+            packed = {f"{name}.{part}" for name in linears for part in ("values", "meta", "row_offsets")}
+            for name in names:
+                if name not in packed and not torch.isfinite(file.get_tensor(name)).all():
+                    problems.append(f"{name} holds NaN or infinite values")
+    except (SafetensorError, OSError, ValueError) as error:
+        return [], [*problems, f"cannot be read as safetensors: {error}"]
+    return names, problems
+
+
+def _check_layer(
+    layer: LayerRecord,
+    linears: dict[str, tuple[object, tuple[int, int]]],
+    names: Iterable[str],
+    read: Callable[[str], torch.Tensor],
+) -> Iterator[str]:
+    """What is wrong with one packed linear."""
+    pattern = parse_pattern(layer.pattern)
+    if linears.get(layer.name) != (pattern, layer.shape):
+        yield f"{layer.name} is not there as {layer.pattern} of {layer.shape[0]}×{layer.shape[1]}"
+        return
+    prefix = f"{layer.name}."
+    parts = {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
+    packed = {part: parts[part] for part in ("values", "meta", "row_offsets") if part in parts}
+    yield from (f"{layer.name}: {problem}" for problem in check_packed(packed, pattern, layer.shape))
+    o, d = layer.shape
+    for part, shape in (("U", (o, layer.rank)), ("V", (layer.rank, d))):
+        there = tuple(parts[part].shape) if part in parts else None
+        if layer.rank and there != shape:
+            yield f"{prefix}{part} has shape {there}, the journal says {shape}"
+
+
+def _check_description(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]:
+    for name, digest in state.description.items():
+        if not (folder / name).is_file():
+            yield name, "is missing"
+        elif file_sha256(folder / name) != digest:
+            yield name, "has changed since the run wrote it"
+
+
+def _check_index(path: Path, tensors: dict[str, str]) -> Iterator[str]:
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+    except FileNotFoundError:
+        yield "is missing"
+        return
+    except (ValueError, KeyError, TypeError) as error:
+        yield f"cannot be read: {error!r}"
+        return
+    for name in sorted(tensors.keys() | weight_map.keys()):
+        if weight_map.get(name) != tensors.get(name):
+            yield f"says {name} is in {weight_map.get(name)}; it is in {tensors.get(name)}"
+
+
+def _extra(folder: Path, state: JournalState) -> list[str]:
+    known = {shard.file for shard in state.shards} | set(state.description)
+    known |= {JOURNAL_FILE, INDEX_FILE, *_TRAVELS_ALONG}
+    return sorted(p.name for p in folder.iterdir() if p.name not in known and not p.name.startswith("."))
