@@ -1,0 +1,156 @@
+"""Makes checkpoints to measure with: a model with its blocks repeated, or one of random weights; shard by shard.
+
+python tools/make_checkpoint.py --from tools/demo_model --repeat-blocks 4 OUT
+python tools/make_checkpoint.py --random llama --hidden 1024 --ffn 2816 --layers 4 --shards 3 \\
+    --tokenizer tools/demo_model OUT
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from streamslr.store.shards import DTYPE_NAMES, INDEX_FILE, TensorSource, index_json, write_json, write_shard
+
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="checkpoint to repeat")
+    kind.add_argument("--random", metavar="TYPE", help="transformers' model type, such as llama")
+    parser.add_argument("--repeat-blocks", type=int, default=1, metavar="N", help="the blocks, N times over")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--ffn", type=int, default=2816)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, help="default: heads of 64")
+    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
+    parser.add_argument("--vocab", type=int, help="default: the tokenizer's, or 32000")
+    parser.add_argument("--dtype", choices=["BF16", "F16", "F32"], default="BF16")
+    parser.add_argument("--shards", type=int, default=3)
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="whose tokenizer to copy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    if args.out.exists() and any(args.out.iterdir()):
+        parser.error(f"{args.out} is not empty")
+    args.out.mkdir(parents=True, exist_ok=True)
+    shards = repeated(args) if args.source else random(args)
+    write(args.out, shards)
+
+
+def write(out: Path, shards: list[list[TensorSource]]) -> None:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, sources in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        written = write_shard(out / file, sources, {"format": "pt"})
+        weight_map |= {name: file for name, *_ in sources}
+        total += sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape, _ in sources)
+        print(f"{out / file}: {len(sources)} tensors, {written.nbytes} bytes")
+    write_json(out / INDEX_FILE, index_json(weight_map, total))
+
+
+def copy_companions(source: Path, out: Path, pattern: str = "*") -> None:
+    """Everything beside the weights: tokenizer, generation config."""
+    for path in source.glob(pattern):
+        if path.is_file() and path.suffix in {".json", ".model", ".jinja"} and path.name != INDEX_FILE:
+            shutil.copyfile(path, out / path.name)
+
+
+def repeated(args: argparse.Namespace) -> list[list[TensorSource]]:
+    """The shards of args.source once for each repetition, block numbers counting on; the rest only once."""
+    copy_companions(args.source, args.out)
+    config = json.loads((args.source / "config.json").read_text())
+    text_config = config.get("text_config", config)
+    depth_key = next(key for key in DEPTH_KEYS if key in text_config)
+    depth = text_config[depth_key]
+    text_config[depth_key] = depth * args.repeat_blocks
+    if "layer_types" in text_config:
+        text_config["layer_types"] *= args.repeat_blocks
+    write_json(args.out / "config.json", config)
+
+    shards = []
+    for repetition in range(args.repeat_blocks):
+        for path in sorted(args.source.glob("*.safetensors")):
+            sources: list[TensorSource] = []
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    block = re.fullmatch(r"(.*?\.)(\d+)(\..+)", name)
+                    if block is None and repetition:
+                        continue
+                    view = file.get_slice(name)
+                    new = f"{block[1]}{int(block[2]) + repetition * depth}{block[3]}" if block else name
+                    shape = tuple(view.get_shape())
+                    sources.append((new, DTYPES[view.get_dtype()], shape, partial(read, path, name)))
+            if sources:
+                shards.append(sources)
+    return shards
+
+
+def read(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def random(args: argparse.Namespace) -> list[list[TensorSource]]:
+    """A model of random weights as it is before training, cut into args.shards shards of about even size."""
+    vocab = args.vocab or 32000
+    if args.tokenizer:
+        copy_companions(args.tokenizer, args.out, "*token*")
+        copy_companions(args.tokenizer, args.out, "*vocab*")
+        vocab = args.vocab or json.loads((args.tokenizer / "config.json").read_text())["vocab_size"]
+    heads = args.heads or args.hidden // 64
+    config: PretrainedConfig = AutoConfig.for_model(
+        args.random,
+        vocab_size=vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=args.kv_heads or heads,
+    )
+    dtype = DTYPES[args.dtype]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(args.out)
+
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    shards: list[list[TensorSource]] = [[] for _ in range(args.shards)]
+    done = 0
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        shard = min(done * args.shards // total, args.shards - 1)
+        shards[shard].append((name, dtype, shape, draw(name, shape, dtype, config.initializer_range, args.seed)))
+        done += parameter.nbytes
+    return [sources for sources in shards if sources]
+
+
+def draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, std: float, seed: int) -> Callable[[], Tensor]:
+    """Normal weights that depend on the seed and the tensor's name alone; norms are 1, biases 0."""
+
+    def tensor() -> Tensor:
+        if len(shape) < 2:
+            return torch.zeros(shape, dtype=dtype) if name.endswith("bias") else torch.ones(shape, dtype=dtype)
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return torch.empty(shape, dtype=dtype).normal_(0, std, generator=generator)
+
+    return tensor
+
+
+if __name__ == "__main__":
+    main()
