@@ -209,9 +209,7 @@ class _OpenCheckpoint:
             return
         for shard in shards:
             with self._lock:
-                finished = all(
-                    name in self._done for name, info in self.tensors.items() if info.shard == shard
-                )
+                finished = all(name in self._done for name, info in self.tensors.items() if info.shard == shard)
             if finished:
                 self._place.evict(shard)
 
@@ -291,9 +289,7 @@ def _parse_config(raw: bytes, place: Place) -> PretrainedConfig:
         parsed: PretrainedConfig = AutoConfig.from_pretrained(
             str(place.fetch(CONFIG_FILE).parent), trust_remote_code=False, local_files_only=True
         )
-    except (
-        Exception
-    ) as error:  # the values are the user's, and each architecture checks its own in its own way
+    except Exception as error:  # the values are the user's, and each architecture checks its own in its own way
         raise InputError(
             f"transformers cannot use config.json of {place.label} (model_type {model_type!r}): "
             f"{first_line(error)}; download it again, or update transformers"
@@ -397,11 +393,7 @@ def _stored_tensors(
 
 def _refuse_quantized_weights(place: Place, tensors: Mapping[str, TensorInfo]) -> None:
     """Some quantized checkpoints say nothing in config.json; their weights' dtype does."""
-    odd = [
-        info
-        for name, info in tensors.items()
-        if name.endswith(".weight") and info.dtype not in _WEIGHT_DTYPES
-    ]
+    odd = [info for name, info in tensors.items() if name.endswith(".weight") and info.dtype not in _WEIGHT_DTYPES]
     if odd:
         raise InputError(
             f"{odd[0].name} in {odd[0].shard} of {place.label} is {DTYPE_NAMES[odd[0].dtype]} "

@@ -142,15 +142,12 @@ class HubRepo:
         start = bytearray()
         with (
             self._errors(name),
-            http_stream_backoff(
-                "GET", url, max_retries=2, headers=headers, follow_redirects=True
-            ) as response,
+            http_stream_backoff("GET", url, max_retries=2, headers=headers, follow_redirects=True) as response,
         ):
             hf_raise_for_status(response)
             # "bytes 0-131071/4976698672"; a mirror that ignores Range sends the whole file: stop early.
             size = int(
-                response.headers.get("Content-Range", "").rpartition("/")[2]
-                or response.headers["Content-Length"]
+                response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers["Content-Length"]
             )
             for chunk in response.iter_bytes():
                 start += chunk
