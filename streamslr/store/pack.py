@@ -9,8 +9,8 @@ For a linear of o outputs and d inputs, whatever the dtype of the values:
 
 Values run row by row, columns ascending. The low nibble of a byte, and its low bits, come first. n:m patterns
 keep exactly n slots a group: a group with fewer non-zeros also keeps its lowest free columns, at value 0.
-Bits past column d (the last nibble of 2:4 when d/4 is odd) are 0; as a nibble that names no pair, for
-idx0 < idx1, so padding never passes for a group.
+Bits past column d (the last nibble of 2:4 when d/4 is odd) are 0. As a nibble, 0 names no pair idx0 < idx1, so
+padding never passes for a group.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from streamslr.errors import InputError
 from streamslr.solve.pattern import NofM, SparsityPattern, Unstructured
 
 _CHUNK = 1 << 22
-"""Elements of S worked on at once: keeps every temporary under about 100 MB, whatever the layer."""
+"""Elements of S worked on at once: bounds the temporaries at about 100 MB, whatever the layer."""
 
 
 def pack(S: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -82,37 +82,25 @@ def merge(
     """S + U·V [o, d] in `dtype`; U [o, r] and V [r, d] may be missing (rank 0). Errors as `unpack`.
 
     The one function that turns a packed linear into a dense one, so that propagation, replay after a crash
-    and evaluation see the same bits: the sum is formed in float32 whatever precision the process allows its
-    products, over slices of rows whose size depends on the shape alone.
+    and evaluation see the same bits. The sum is formed in float64: that is exact for bf16 factors of ordinary
+    range, so neither the order of a BLAS, nor threads, nor TF32 or autocast settings show in the result.
     """
     _require_layout(tensors, pattern, shape)
     if wrong := _low_rank_misfit(tensors, shape):
-        raise InputError(
-            f"cannot merge a {shape[0]}x{shape[1]} linear: {wrong[0]}; `streamslr verify` tells more"
-        )
+        raise InputError(f"cannot merge a {shape[0]}x{shape[1]} linear: {wrong[0]}; `streamslr verify` tells more")
     values = tensors["values"]
     dense = torch.empty(shape, dtype=dtype, device=values.device)
-    # copy=True: a float32 tensor mapped from a shard sits at any multiple of 4 bytes, a fresh one at a
-    # multiple of 64, and BLAS may sum in another order when alignment differs.
-    U = tensors["U"].to(torch.float32, copy=True) if "U" in tensors else None
-    V = tensors["V"].to(torch.float32, copy=True) if "V" in tensors else None
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(values.device.type, enabled=False):
-            for rows in _row_chunks(*shape):
-                total = _unpack_rows(tensors, pattern, shape, rows).to(torch.float32)
-                if U is not None and V is not None:
-                    total += U[rows] @ V
-                dense[rows] = total
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    U = tensors["U"].double() if "U" in tensors else None
+    V = tensors["V"].double() if "V" in tensors else None
+    for rows in _row_chunks(*shape):
+        total = _unpack_rows(tensors, pattern, shape, rows).double()
+        if U is not None and V is not None:
+            total.addmm_(U[rows], V)
+        dense[rows] = total
     return dense
 
 
-def check_packed(
-    tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]
-) -> list[str]:
+def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> list[str]:
     """What is wrong with one packed linear, a sentence each; [] when it is sound.
 
     `tensors` holds everything stored for the linear by its last name: values, meta, row_offsets, U, V.
@@ -137,8 +125,7 @@ def check_packed(
 
 
 def _row_chunks(o: int, d: int) -> Iterator[slice]:
-    """Rows at a time; multiples of 16, so that every slice of a float32 matrix starts on a cache line."""
-    step = max(16, _CHUNK // max(d, 1) // 16 * 16)
+    step = max(16, _CHUNK // max(d, 1))
     return (slice(start, min(start + step, o)) for start in range(0, o, step))
 
 
@@ -214,9 +201,7 @@ def _flags_of_bitmask(device: torch.device) -> Tensor:
 @cache
 def _flags_of_nibbles(device: torch.device) -> Tensor:
     """[256, 8] bool: the columns that a byte of two nibbles keeps."""
-    nibbles = [
-        [j in (code & 3, code >> 2) and (code & 3) < (code >> 2) for j in range(4)] for code in range(16)
-    ]
+    nibbles = [[j in (code & 3, code >> 2) and (code & 3) < (code >> 2) for j in range(4)] for code in range(16)]
     return torch.tensor([nibbles[byte & 15] + nibbles[byte >> 4] for byte in range(256)], device=device)
 
 
@@ -263,9 +248,7 @@ def _misfit(pattern: SparsityPattern, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def _layout_misfit(
-    tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]
-) -> list[str]:
+def _layout_misfit(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> list[str]:
     """What is missing, or has the wrong dtype or shape, of values, meta and row_offsets."""
     o, d = shape
     expected: dict[str, tuple[torch.dtype | None, tuple[int, ...] | None]] = {
@@ -281,9 +264,7 @@ def _layout_misfit(
             continue
         tensor = tensors[name]
         if size is not None and tuple(tensor.shape) != size:
-            wrongs.append(
-                f"{name} has shape {list(tensor.shape)}, a {o}x{d} {pattern} linear needs {list(size)}"
-            )
+            wrongs.append(f"{name} has shape {list(tensor.shape)}, a {o}x{d} {pattern} linear needs {list(size)}")
         elif size is None and tensor.dim() != 1:
             wrongs.append(f"{name} has shape {list(tensor.shape)}, a {pattern} linear needs one dimension")
         if dtype is not None and tensor.dtype != dtype:
@@ -296,9 +277,7 @@ def _layout_misfit(
 def _require_layout(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> None:
     misfit = _misfit(pattern, shape)
     if wrong := [misfit] if misfit else _layout_misfit(tensors, pattern, shape):
-        raise InputError(
-            f"cannot unpack a {shape[0]}x{shape[1]} linear: {wrong[0]}; `streamslr verify` tells more"
-        )
+        raise InputError(f"cannot unpack a {shape[0]}x{shape[1]} linear: {wrong[0]}; `streamslr verify` tells more")
 
 
 def _low_rank_misfit(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
@@ -311,9 +290,7 @@ def _low_rank_misfit(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> l
     U, V = tensors["U"], tensors["V"]
     wrongs = []
     if U.dim() != 2 or V.dim() != 2 or (U.shape[0], V.shape[1]) != (o, d) or U.shape[1] != V.shape[0]:
-        wrongs.append(
-            f"U {list(U.shape)} and V {list(V.shape)} are not the [{o}, r] and [r, {d}] of a {o}x{d} linear"
-        )
+        wrongs.append(f"U {list(U.shape)} and V {list(V.shape)} are not the [{o}, r] and [r, {d}] of a {o}x{d} linear")
     values = tensors.get("values", U)
     for name, tensor in (("U", U), ("V", V)):
         if not tensor.is_floating_point() or tensor.dtype != values.dtype:
@@ -327,9 +304,7 @@ def _non_finite(name: str, tensor: Tensor) -> list[str]:
         return []
     index = (~finite).nonzero()[0].tolist()
     count = int(finite.numel() - finite.sum())
-    return [
-        f"{name}{index} is {tensor[tuple(index)].item()}: {count} of {finite.numel()} values are not finite"
-    ]
+    return [f"{name}{index} is {tensor[tuple(index)].item()}: {count} of {finite.numel()} values are not finite"]
 
 
 def _wrong_padding(meta: Tensor, d: int) -> list[str]:

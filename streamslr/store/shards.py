@@ -177,9 +177,7 @@ def packed_linears(
             continue
         match = re.fullmatch(r"(\S+) (\d+)x(\d+)", text)
         if match is None:
-            raise InputError(
-                f'the header of a shard says {text!r} of {name}, not "PATTERN OxD": it is damaged'
-            )
+            raise InputError(f'the header of a shard says {text!r} of {name}, not "PATTERN OxD": it is damaged')
         linears[name] = parse_pattern(match[1]), (int(match[2]), int(match[3]))
     return linears
 
@@ -207,9 +205,7 @@ def _bytes_of(source: TensorSource) -> memoryview:
     name, dtype, shape, fetch = source
     tensor = fetch().detach()
     if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-        raise ValueError(
-            f"{name} was declared {dtype} {list(shape)}, but is {tensor.dtype} {list(tensor.shape)}"
-        )
+        raise ValueError(f"{name} was declared {dtype} {list(shape)}, but is {tensor.dtype} {list(tensor.shape)}")
     flat = tensor.to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
@@ -258,9 +254,7 @@ def _failed_write(path: Path, nbytes: int, error: OSError) -> StreamslrError:
             f"cannot write {path}: {error.strerror}; it takes {nbytes} bytes. "
             f"Make room there, then run the same line again, or choose another folder"
         )
-    return StreamslrError(
-        f"cannot write {path}: {error.strerror}; check the folder, then run the same line again"
-    )
+    return StreamslrError(f"cannot write {path}: {error.strerror}; check the folder, then run the same line again")
 
 
 def _fsync_folder(folder: Path) -> None:

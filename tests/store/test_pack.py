@@ -200,8 +200,11 @@ def test_merge_without_low_rank_is_unpack():
 
 
 def test_merge_gives_the_same_bits_whatever_the_process_is_set_to():
-    tensors = low_rank_linear(NofM(2, 4), 96, 128, 32, torch.float32)
+    tensors = low_rank_linear(NofM(2, 4), 96, 128, 32, torch.bfloat16)
     expected = merge(tensors, NofM(2, 4), (96, 128), torch.float32)
+    factors = (tensors[name].double() for name in "UV")
+    exact = unpack(tensors, NofM(2, 4), (96, 128)).double() + torch.matmul(*factors)
+    assert torch.equal(expected, exact.float())
     # Mapped from a file, tensors sit at odd multiples of their element size.
     moved = {
         name: torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
@@ -310,9 +313,7 @@ def test_too_dense_is_named():
     packed = pack(torch.ones(20, 20), Unstructured(1e-9), torch.float32)
     wrongs = check_packed(packed, Unstructured(0.5), (20, 20))
     assert wrongs == ["meta keeps 400 of 400 columns, 50% allows 200"]
-    assert check_packed(packed, NofM(2, 4), (20, 18)) == [
-        "2:4 needs rows of a multiple of 4 columns, not 20x18"
-    ]
+    assert check_packed(packed, NofM(2, 4), (20, 18)) == ["2:4 needs rows of a multiple of 4 columns, not 20x18"]
 
 
 @settings(max_examples=60, deadline=None)
