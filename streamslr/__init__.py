@@ -1,1 +1,59 @@
-"""Out-of-core compression."""
+"""streamslr: language models made sparse plus low-rank, W ≈ S + U·V, one block at a time, out of core.
+
+`compress(model=…, out=…)` is `streamslr run`. The rooms, in the order that data walks them:
+
+    config.py              RunConfig: every setting, its help, whether it may change on resume
+    errors.py              what can go wrong, by what the user does next; exit codes
+    source/                a checkpoint (folder or hub id) -> one live block
+        places.py              where files are: a folder, or a hub repository fetched file by file
+        checkpoint.py          tensors known from headers, read when asked for, dense or packed
+        skeleton.py            the model on the meta device; its blocks, their call, one materialised at a time
+    calibrate/             text -> hidden states -> Gram matrices
+        tokens.py              seeded, hashed windows of token ids
+        hidden_states.py       one generation a block boundary: zarr on disk, memory, or both
+        gram.py                inputs of each linear -> H, one per distinct input
+    solve/                 (W, H) -> S, U, V
+        problem.py             the seam: LayerProblem, SparseLowRank, Solver, and their errors
+        pattern.py             n:m and unstructured sparsity: projection, validation, size
+        threebasil.py          3BASiL in its fast form
+    store/                 S, U, V -> bytes that last
+        pack.py                pattern-packed tensors <-> dense
+        shards.py              one durable file: our safetensors writer, the format's names
+        folder.py              the output folder: config, outside tensors, a shard a block, index
+    plan.py                bytes and FLOPs of each phase before any work; refuses what cannot fit
+    prepare.py             all that is known before work begins, from headers alone
+    journal.py             what is durably done: the one truth that resume believes
+    progress.py            clock and memory of each phase, ETA, the live display
+    run.py                 the block loop; reads as the algorithm
+    results/               reads only what landed on disk
+        inspect.py             what each block's shard holds, and how good it is
+        verify.py              every digest, pattern, value and file checked again
+        evaluate.py            perplexity, streamed block by block
+    cli.py                 arguments -> RunConfig; the only place that prints
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streamslr.journal import JournalState
+
+__version__ = version("streamslr")
+
+__all__ = ["__version__", "compress"]
+
+
+def compress(model: str | Path, out: str | Path, **settings: Any) -> "JournalState":
+    """Compress `model` (a folder or a hub id) into the folder `out`; called again, go on where it stopped.
+
+    The same as `streamslr run`: settings are the fields of `streamslr.config.RunConfig`, so the command's
+    options with underscores (`seq_len=2048`, `pattern="2:4"`, `rank=64`, `calibration="text.txt"`); sizes may be
+    written like "45GB". Returns the journal, with a record a block (`.blocks[0].layers[0].error_after`).
+    Raises a streamslr.errors.StreamslrError for whatever a user can mend. Messages go to the logger "streamslr".
+    """
+    from streamslr.config import RunConfig  # torch and transformers are imported when they are needed
+    from streamslr.prepare import prepare
+    from streamslr.run import run
+
+    return run(prepare(RunConfig.of(model=model, out=out, **settings)))

@@ -82,6 +82,21 @@ class RunConfig:
         if self.device not in (None, "cpu", "cuda"):
             raise InputError(f"--device is {self.device!r}; it must be cpu or cuda")
 
+    @classmethod
+    def of(cls, **settings: Any) -> "RunConfig":
+        """From what people type: paths as text, sizes like "45GB". Raises InputError for an unknown setting."""
+        names = {f.name for f in fields(cls)}
+        if unknown := sorted(settings.keys() - names):
+            raise InputError(f"unknown setting {', '.join(unknown)}; there are {', '.join(sorted(names))}")
+        for name, value in settings.items():
+            if name == "model":
+                settings[name] = str(value)
+            elif name in ("out", "calibration", "scratch") and value is not None:
+                settings[name] = Path(value)
+            elif name.endswith("_mem") and isinstance(value, str):
+                settings[name] = parse_bytes(value)
+        return cls(**settings)
+
     def fixed(self) -> dict[str, Any]:
         """The settings that decide the output, by field name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("fixed")}

@@ -84,24 +84,30 @@ def read_journal(folder: Path) -> JournalState | None:
             f"{path} has format_version {version!r}; streamslr {streamslr.__version__} reads {FORMAT_VERSION}. "
             "Use the version of streamslr that wrote it"
         )
-    blocks = tuple(
-        BlockRecord(
-            **{
-                **block,
-                "shard": WrittenShard(**block["shard"]),
-                "layers": tuple(
-                    LayerRecord(
-                        **{**layer, "shape": tuple(layer["shape"]), "warnings": tuple(layer["warnings"])}
-                    )
-                    for layer in block["layers"]
-                ),
-                "warnings": tuple(block["warnings"]),
-            }
-        )
-        for block in data["blocks"]
+    try:
+        return _state(data)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error!r}; copy it again from where the folder came from") from error
+
+
+def _state(data: dict[str, Any]) -> JournalState:
+    """What asdict() made of a JournalState, turned back."""
+    return JournalState(
+        **data
+        | {
+            "outside": WrittenShard(**data["outside"]) if data["outside"] else None,
+            "blocks": tuple(_block(block) for block in data["blocks"]),
+        }
     )
-    outside = WrittenShard(**data["outside"]) if data["outside"] else None
-    return JournalState(**{**data, "blocks": blocks, "outside": outside})
+
+
+def _block(data: dict[str, Any]) -> BlockRecord:
+    layers = tuple(
+        LayerRecord(**layer | {"shape": tuple(layer["shape"]), "warnings": tuple(layer["warnings"])})
+        for layer in data["layers"]
+    )
+    shard = WrittenShard(**data["shard"])
+    return BlockRecord(**data | {"shard": shard, "layers": layers, "warnings": tuple(data["warnings"])})
 
 
 class Journal:

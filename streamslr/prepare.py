@@ -1,8 +1,9 @@
 """All that is known before work begins: checkpoint, skeleton, pattern, device, budgets, and the plan they give."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Prepared:
     @property
     def generations(self) -> Generations:
         """Where the hidden states that enter each block lie."""
-        shape = (self.config.samples, self.config.seq_len, _hidden_size(self.checkpoint))
+        shape = (self.config.samples, self.config.seq_len, self.skeleton.hidden_size)
         return Generations(self.scratch, shape, self.dtype, self.plan.in_memory)
 
     @property
@@ -59,6 +60,11 @@ class Prepared:
             "streamslr": streamslr.__version__,
         }
 
+    def upcoming_tensors(self, i: int) -> tuple[str, ...]:
+        """What the block after block i is made of; nothing after the last."""
+        following = self.skeleton.block_tensors[i + 1 : i + 2]
+        return following[0] if following else ()
+
     def require_room(self) -> None:
         """Raises BudgetError when the plan does not fit memory or disk."""
         self.plan.require_memory(self.host_mem, self.gpu_mem)
@@ -67,7 +73,7 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Open the model and plan the run. Raises InputError for whatever headers can show to be wrong."""
-    baseline_mem = psutil.Process().memory_full_info().uss
+    baseline = psutil.Process().memory_full_info().uss
     pattern = parse_pattern(config.pattern)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -80,18 +86,55 @@ def prepare(config: RunConfig) -> Prepared:
         for name, shape in linears.items():
             pattern.require_fits(name, shape)
     before = read_journal(config.out)
-    host_mem = config.host_mem or _free_host_memory()
+    host_mem = config.host_mem or free_host_memory()
     gpu_mem = None
     if device.type == "cuda":
         gpu_mem = config.gpu_mem or torch.cuda.mem_get_info(device)[0]
     plan = make_plan(
         config,
-        _model_shape(checkpoint, skeleton),
+        _model_shape(skeleton),
         pattern,
         device,
         dtype,
-        baseline_mem,
+        baseline,
         host_mem,
         before.micro_batch if before else None,
     )
     return Prepared(config, checkpoint, skeleton, pattern, device, dtype, host_mem, gpu_mem, plan)
+
+
+def free_host_memory() -> int:
+    """What this process may still take: free memory of the machine, or of the container it is confined to."""
+    free = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return free + psutil.Process().memory_full_info().uss
+
+
+def _model_shape(skeleton: Skeleton) -> ModelShape:
+    tensors = skeleton.checkpoint.tensors
+    blocks = []
+    for i, linears in enumerate(skeleton.linears):
+        modules = {name: skeleton.linear(name) for name in linears}
+        infos = [tensors[key] for key in skeleton.block_tensors[i]]
+        blocks.append(
+            BlockShape(
+                linears=linears,
+                grams=tuple(
+                    modules[group[0]].in_features
+                    for group in input_groups(modules, partial(skeleton.run_on_meta, i))
+                ),
+                parameters=sum(prod(info.shape) for info in infos),
+                source_bytes=sum(info.nbytes for info in infos),
+            )
+        )
+    outside = [tensors[key] for key in skeleton.outside_tensors]
+    return ModelShape(
+        blocks=tuple(blocks),
+        hidden_size=skeleton.hidden_size,
+        outside_parameters=sum(prod(info.shape) for info in outside),
+        outside_bytes=sum(info.nbytes for info in outside),
+        value_bytes=max(skeleton.stored_dtype(f"{name}.weight").itemsize for name in skeleton.linears[0]),
+        download_bytes=skeleton.checkpoint.download_bytes,
+    )

@@ -14,10 +14,9 @@ from streamslr.calibrate.tokens import calibration_windows
 from streamslr.journal import BlockRecord, Journal, JournalState, LayerRecord
 from streamslr.prepare import Prepared
 from streamslr.progress import Display, NoDisplay, Phases
-from streamslr.solve.problem import LayerProblem, Solver, relative_error
+from streamslr.solve.problem import LayerProblem, Solver, pruning_error, relative_error
 from streamslr.solve.threebasil import ThreeBasil
 from streamslr.source.checkpoint import open_checkpoint
-from streamslr.source.skeleton import Skeleton
 from streamslr.store.folder import (
     discard_uncommitted,
     write_block,
@@ -77,7 +76,7 @@ class Compression:
         with self.phases.phase("outside", steps=1):
             description = write_description(out, job.checkpoint, job.pattern, job.config.rank)
             outside = write_outside(out, job.checkpoint, job.skeleton.outside_tensors)
-        hidden = self.embed(job.skeleton)
+        hidden = self.embed()
         self.journal.commit_outside(description, outside, hidden.seal())
         write_index(out, self.journal.state.shards)
         return hidden
@@ -90,20 +89,21 @@ class Compression:
         if hidden := job.generations.reopen(done, digest):
             return hidden
         log.warning("hidden states in %s are lost; passing %d finished blocks again", job.scratch, done)
-        finished = Skeleton(open_checkpoint(str(job.config.out)), job.dtype, job.device)
-        hidden = self.embed(finished)
+        finished = open_checkpoint(str(job.config.out))
+        hidden = self.embed()
         for i in range(done):
-            finished.load_block(i)
-            upcoming = self.propagate(finished, i, hidden)
+            job.skeleton.load_block(i, finished)
+            upcoming = self.propagate(i, hidden)
+            job.skeleton.evict_block(i)
             hidden.drop()
-            finished.evict_block(i)
             hidden = upcoming
         if hidden.seal() != digest:
             log.warning("replayed hidden states differ in their last bits: another machine or torch build")
         return hidden
 
-    def embed(self, skeleton: Skeleton) -> HiddenStates:
+    def embed(self) -> HiddenStates:
         """Generation 0: what enters the first block."""
+        skeleton = self.job.skeleton
         hidden = self.job.generations.new(0)
         with self.phases.phase("embed", steps=len(self.ids)) as step:
             skeleton.load_outside()
@@ -118,7 +118,7 @@ class Compression:
         """Block i of the checkpoint -> its shard and a journal record; the hidden states that leave it."""
         job, skeleton = self.job, self.job.skeleton
         with self.phases.phase("load", steps=1, block=i):
-            block = skeleton.load_block(i)
+            skeleton.load_block(i)
             job.checkpoint.prefetch(job.upcoming_tensors(i))
         linears = {linear: skeleton.linear(linear) for linear in skeleton.linears[i]}
         with self.phases.phase("grams", steps=hidden.samples, block=i) as step:
@@ -134,8 +134,10 @@ class Compression:
                     layers.append(record)
                     step(1)
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
-            writing = writer.submit(write_block, job.config.out, i, packed, job.kept_tensors(i, block))
-            upcoming = self.propagate(skeleton, i, hidden)
+            writing = writer.submit(
+                write_block, job.config.out, i, job.pattern, packed, skeleton.linears[i], skeleton.as_stored(i)
+            )
+            upcoming = self.propagate(i, hidden)
             shard = writing.result()
         with self.phases.phase("commit", steps=1, block=i):
             digest = upcoming.seal()
@@ -156,7 +158,7 @@ class Compression:
         weight = linear.weight.detach().float()  # [o, d]
         problem = LayerProblem(name, weight, gram.matrix, job.pattern, job.config.rank, job.config.seed)
         solution = self.solver.solve(problem)
-        dtype = job.stored_dtype(name)
+        dtype = job.skeleton.stored_dtype(f"{name}.weight")
         tensors = pack(solution.S, job.pattern, dtype)
         if solution.U.shape[1]:
             tensors |= {"U": solution.U.to(dtype), "V": solution.V.to(dtype)}
@@ -181,12 +183,12 @@ class Compression:
         linear.weight.copy_(merged)
         return tensors, record
 
-    def propagate(self, skeleton: Skeleton, i: int, hidden: HiddenStates) -> HiddenStates:
+    def propagate(self, i: int, hidden: HiddenStates) -> HiddenStates:
         """Generation i + 1: the hidden states after compressed block i."""
         upcoming = self.job.generations.new(i + 1)
         with self.phases.phase("propagate", steps=hidden.samples, block=i) as step:
             for start, x in self.batches(hidden, step):
-                upcoming.write(start, skeleton.run_block(i, x))
+                upcoming.write(start, self.job.skeleton.run_block(i, x))
         return upcoming
 
     def batches(self, hidden: HiddenStates, step: Callable[[int], None]) -> Iterator[tuple[int, Tensor]]:

@@ -80,7 +80,7 @@ def collect_grams(
 
 @dataclass
 class _Watch:
-    """While entered, calls on_input(owner, x) for each distinct input tensor x; its owner is the first linear it reaches."""
+    """While entered, calls on_input(owner, x) for each distinct input x of a pass, owned by the first linear it reaches."""
 
     linears: Mapping[str, nn.Linear]
     on_input: Callable[[str, Tensor], None]

@@ -2,12 +2,13 @@
 
 import gzip
 import hashlib
-import io
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -63,10 +64,13 @@ def calibration_windows(
 
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, seq_len: int, limit: int | None) -> Tensor:
-    """Windows [n, T] of a whole text, one after another, for perplexity; documents of a .jsonl are joined by blank lines."""
+    """Windows [n, T] of a whole text, one after another, for perplexity; at most `limit`.
+
+    The documents of a .jsonl are joined by blank lines.
+    """
     if not path.is_file():
         raise InputError(f"text file {path} does not exist")
-    text = "\n\n".join(d for d in _documents(path)) if _is_jsonl(path) else _read_text(path)
+    text = "\n\n".join(_documents(path)) if _is_jsonl(path) else _read_text(path)
     ids = _tokenize(tokenizer, text, path)
     count = len(ids) // seq_len if limit is None else min(limit, len(ids) // seq_len)
     if count < 1:
@@ -95,18 +99,19 @@ def _is_jsonl(path: Path) -> bool:
     return any(path.name.removesuffix(".gz").endswith(ending) for ending in (".jsonl", ".json"))
 
 
-def _open(path: Path) -> io.TextIOBase:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    assert isinstance(opened, io.TextIOBase)
-    return opened
+def _open(path: Path) -> IO[str]:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+_UNREADABLE = (UnicodeDecodeError, EOFError, zlib.error, OSError)
 
 
 def _read_text(path: Path) -> str:
     try:
         with _open(path) as file:
             return file.read()
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise InputError(f"calibration text {path} cannot be read: {error}") from error
+    except _UNREADABLE as error:
+        raise InputError(f"text {path} cannot be read: {error}") from error
 
 
 def _documents(path: Path) -> Iterator[str]:
@@ -114,15 +119,21 @@ def _documents(path: Path) -> Iterator[str]:
     number = 0
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
+                number += 1
                 if line.strip():
-                    yield json.loads(line)["text"]
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise InputError(f"calibration text {path} cannot be read after line {number}: {error}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(
-            f'{path} line {number} is not a JSON object with a "text" field: {error!r}'
-        ) from error
+                    yield _text_field(line)
+    except _UNREADABLE as error:
+        raise InputError(f"text {path} cannot be read after line {number}: {error}") from error
+    except ValueError as error:
+        raise InputError(f'{path} line {number} is not a JSON object with a "text" field: {error}') from error
+
+
+def _text_field(line: str) -> str:
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError(f"{line[:80].strip()!r}")
+    return str(record["text"])
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, path: Path) -> list[int]:

@@ -114,7 +114,7 @@ def evaluate(
 
 
 def _negative_log_likelihood(logits: Tensor, ids: Tensor) -> float:
-    """Summed over the predicted tokens; logits [b, T, v], ids [b, T]; a window at a time, for the vocabulary is wide."""
+    """Summed over the predicted tokens of logits [b, T, v], ids [b, T]; a window at a time: vocabularies are wide."""
     return sum(
         float(torch.nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum"))
         for row, target in zip(logits, ids, strict=True)

@@ -1,4 +1,4 @@
-"""Checks a compressed folder against its journal: digests, patterns, index order, finiteness, files missing or extra."""
+"""Holds a compressed folder against its journal: digests, patterns, index order, finiteness, missing and extra files."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator

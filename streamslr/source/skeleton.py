@@ -76,6 +76,7 @@ class Skeleton:
         self._check_headers()
 
         self.hidden_size = int(checkpoint.config.get_text_config().hidden_size)
+        self.hidden_size = int(checkpoint.config.get_text_config().hidden_size)
         self._live: int | None = None
         self._outside_loaded = False
         self._calls: dict[tuple[int, int], tuple[_Call, ...]] = {}
@@ -106,6 +107,27 @@ class Skeleton:
             raise KeyError(f"{name} is a {type(module).__name__}, not a linear")
         return module
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """What the checkpoint stores a parameter or buffer in."""
+        return self.checkpoint.tensors[self.sources[name][0]].dtype
+
+    def as_stored(self, i: int) -> dict[str, Tensor]:
+        """Live block i's parameters and buffers but for its linears' weights, in the checkpoint's own bytes.
+
+        What transformers fuses or splits on loading comes from the live block instead, in the stored dtype.
+        """
+        weights = {f"{linear}.weight" for linear in self.linears[i]}
+        tensors = {}
+        for name in self._names(i):
+            if name in weights:
+                continue
+            keys = self.sources[name]
+            if len(keys) == 1 == len(self._targets(keys[0])):
+                tensors[name] = self.checkpoint.read(keys)[keys[0]]
+            else:
+                tensors[name] = self._get(name).to(self.stored_dtype(name))
+        return tensors
+
     def evict_block(self, i: int) -> None:
         """Returns block i to the meta device; its memory is free once the caller drops what it took of it."""
         self._to_meta(name for name in self._meta if self._block_of(name) == i)
@@ -125,6 +147,13 @@ class Skeleton:
         self._outside_loaded = False
 
     # Running
+
+    def run_on_meta(self, i: int) -> None:
+        """Passes a batch without values through block i, which must not be live: its hooks see every shape."""
+        call = self._calls_for(_PROBE)[i]
+        hidden = torch.empty(*_PROBE, self.hidden_size, dtype=self.dtype, device="meta")
+        with torch.no_grad():
+            call.to_meta().replay(self._blocks[i], hidden)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [b, T] int64 -> the hidden states [b, T, h] that enter block 0.
@@ -485,6 +514,11 @@ class _Call:
         """The same call without values."""
         return _Call(_to_meta(self.args), {k: _to_meta(v) for k, v in self.kwargs.items()}, self.positional)
 
+    def to_meta(self) -> "_Call":
+        """The same call without values."""
+        kwargs = {name: _to_meta(value) for name, value in self.kwargs.items()}
+        return _Call(_to_meta(self.args), kwargs, self.positional)
+
     def difference(self, other: "_Call") -> str | None:
         """The name of a value that differs."""
         mine, others = dict(self.values()), dict(other.values())
@@ -500,6 +534,12 @@ def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, _Call
         return args[0], _Call(args[1:], kwargs, positional=True)
     rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
     return kwargs.get("hidden_states"), _Call((), rest, positional=False)
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_to_meta(item) for item in value)
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def _to_meta(value: Any) -> Any:

@@ -1,0 +1,59 @@
+"""Runs of a compression in a child process that is killed, as by kill -9, at a chosen step."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# A fork server that has imported everything, and computed nothing: a child starts at once, and forks no threads.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["streamslr.run", "streamslr.prepare", "transformers.models.llama.modeling_llama"])
+
+
+def compress_in_child(settings: dict[str, Any], die_at: int | None = None, counting: str = "renames") -> int:
+    """The child's exit code: 0, or -9 where it was killed at step `die_at` of what is counted.
+
+    counting: "renames", every moment right before and right after a file takes its final name (the commit
+    points); "work", every chunk of hidden states written, every pass through a block, every solved layer.
+    """
+    process = _context.Process(target=_child, args=(settings, die_at, counting))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _child(settings: dict[str, Any], die_at: int | None, counting: str) -> None:
+    import streamslr
+    from streamslr.calibrate.hidden_states import OnDisk
+    from streamslr.solve.threebasil import ThreeBasil
+    from streamslr.source.skeleton import Skeleton
+
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        if steps == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        steps += 1
+
+    def watched(owner: type, name: str) -> None:
+        original: Callable[..., Any] = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            step()
+            result = original(*args, **kwargs)
+            step()
+            return result
+
+        setattr(owner, name, call)
+
+    points = {
+        "renames": [(Path, "replace")],
+        "work": [(OnDisk, "_store"), (Skeleton, "run_block"), (ThreeBasil, "solve"), (os, "fsync")],
+    }
+    for owner, name in points[counting]:
+        watched(owner, name)
+    streamslr.compress(**settings)

@@ -1,0 +1,51 @@
+"""Settings: sizes as people write them, and what is refused before anything starts."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamslr.config import RunConfig, format_bytes, parse_bytes
+from streamslr.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("45GB", 45 * 10**9),
+        ("16GiB", 16 * 2**30),
+        ("1.5g", 1_500_000_000),
+        ("700 MB", 700 * 10**6),
+        ("4096", 4096),
+        ("2T", 2 * 10**12),
+        ("0.5kb", 500),
+    ],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1.2.3G", "45 apples", "1e9"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="45GB"):
+        parse_bytes(text)
+
+
+@given(st.integers(0, 10**15))
+def test_a_formatted_size_reads_back_within_its_digits(count: int) -> None:
+    assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"samples": 0}, "--samples is 0"),
+        ({"seq_len": 1}, "--seq-len is 1"),
+        ({"rank": -1}, "--rank is -1"),
+        ({"device": "tpu"}, "--device is 'tpu'"),
+    ],
+)
+def test_impossible_settings_are_refused(setting: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RunConfig(model="m", out=Path("o"), **setting)

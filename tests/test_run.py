@@ -1,0 +1,268 @@
+"""The main job end to end on tiny checkpoints: what is written, resume after a kill anywhere, refusals."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import streamslr
+from streamslr.errors import BudgetError, InputError, ResumeError
+from streamslr.journal import read_journal
+from streamslr.results.verify import verify
+from streamslr.solve.pattern import parse_pattern
+from streamslr.source.checkpoint import open_checkpoint
+from streamslr.source.skeleton import Skeleton
+from tests.killing import compress_in_child
+from tests.tiny_models import TEXT, tiny_checkpoint
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", layers=LAYERS, shards=3)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 20)
+    return path
+
+
+@pytest.fixture
+def settings(model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": model,
+        "out": tmp_path / "out",
+        "calibration": text,
+        "samples": 6,
+        "seq_len": 16,
+        "rank": 4,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted run of the settings above writes."""
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    settings = {"calibration": text, "samples": 6, "seq_len": 16, "rank": 4, "device": "cpu"}
+    assert compress_in_child({"model": model, "out": out, **settings}) == 0
+    return content(out)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes; of the journal all but the measurements, which no two runs share."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    journal = json.loads(files["streamslr.json"])
+    for block in journal["blocks"]:
+        block["measured"] = None
+    return files | {"streamslr.json": json.dumps(journal).encode()}
+
+
+def test_a_run_writes_a_sound_model_folder(settings: dict[str, Any]) -> None:
+    state = streamslr.compress(**settings)
+    out = settings["out"]
+    assert state.complete
+    assert verify(out).problems == ()
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "tokenizer.json", "model-outside.safetensors", "streamslr.json"} <= names
+    assert {f"model-block-{i:05d}.safetensors" for i in range(LAYERS)} <= names
+    assert not (out / ".scratch").exists()
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"] == {
+        "quant_method": "streamslr",
+        "format_version": 1,
+        "pattern": "2:4",
+        "rank": 4,
+    }
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index["lm_head.weight"] == "model-outside.safetensors"
+    assert index["model.layers.1.mlp.up_proj.meta"] == "model-block-00001.safetensors"
+
+
+def test_what_the_journal_says_of_a_layer_is_what_the_shard_holds(settings: dict[str, Any]) -> None:
+    state = streamslr.compress(**settings)
+    tensors = load_file(settings["out"] / "model-block-00002.safetensors")
+    (layer,) = (la for la in state.blocks[2].layers if la.name.endswith("mlp.down_proj"))
+    parts = {part: tensors[f"{layer.name}.{part}"] for part in ("values", "meta", "U", "V")}
+    assert layer.shape == (64, 128)
+    assert layer.density == (parts["values"] != 0).sum().item() / (64 * 128)
+    assert layer.rank == parts["U"].shape[1] == parts["V"].shape[0] == 4
+    assert layer.nbytes == sum(t.nbytes for t in parts.values())
+    assert parts["values"].dtype == torch.bfloat16
+    assert layer.error_after < layer.error_before
+
+
+def test_norms_and_what_is_outside_the_blocks_are_unchanged(settings: dict[str, Any], model: Path) -> None:
+    streamslr.compress(**settings)
+    source = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
+    written = {k: v for file in settings["out"].glob("*.safetensors") for k, v in load_file(file).items()}
+    kept = [name for name in source if name in written]
+    assert len(kept) == 2 * LAYERS + 3, "two norms a block, embedding, final norm, head"
+    assert all(torch.equal(source[name], written[name]) for name in kept)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], pattern: str, rank: int) -> None:
+    state = streamslr.compress(**settings | {"pattern": pattern, "rank": rank})
+    assert verify(settings["out"]).problems == ()
+    checkpoint = open_checkpoint(str(settings["out"]))
+    for block in state.blocks:
+        for layer in block.layers:
+            assert layer.rank == rank
+            tensors = load_file(settings["out"] / block.shard.file)
+            assert (f"{layer.name}.U" in tensors) == (rank > 0)
+            if rank == 0:
+                weight = checkpoint.read([f"{layer.name}.weight"])[f"{layer.name}.weight"]
+                assert parse_pattern(pattern).check(weight != 0) is None
+
+
+def test_the_hidden_states_are_those_of_the_written_model(settings: dict[str, Any], unbroken: Any) -> None:
+    """Replay of finished blocks gives the digests that the run recorded, so what is written is what was run."""
+    first = compress_in_child(settings, die_at=2 * 13, counting="renames")
+    assert first == -9
+    import shutil
+
+    shutil.rmtree(settings["out"] / ".scratch")
+    assert compress_in_child(settings) == 0
+    assert content(settings["out"]) == unbroken
+
+
+def test_a_finished_run_starts_again_and_changes_nothing(settings: dict[str, Any]) -> None:
+    streamslr.compress(**settings)
+    before = content(settings["out"])
+    assert streamslr.compress(**settings).complete
+    assert content(settings["out"]) == before
+
+
+def test_killed_at_every_commit_point_the_same_line_goes_on_to_the_same_bytes(
+    settings: dict[str, Any], unbroken: dict[str, bytes]
+) -> None:
+    steps = 0
+    while compress_in_child(settings | {"out": settings["out"].with_name(f"out-{steps}")}, die_at=steps) == -9:
+        out = settings["out"].with_name(f"out-{steps}")
+        assert compress_in_child(settings | {"out": out}) == 0
+        assert content(out) == unbroken, f"killed at step {steps}"
+        steps += 1
+    assert steps >= 2 * (4 + 3 * LAYERS), "a shard, a journal record and an index a block, and the start"
+
+
+def test_killed_again_and_again_at_random_moments_a_run_still_ends_in_the_same_bytes(
+    settings: dict[str, Any], unbroken: dict[str, bytes]
+) -> None:
+    draw = random.Random(0)
+    kills = 0
+    while compress_in_child(settings, die_at=draw.randrange(4, 60) if kills < 8 else None, counting="work"):
+        kills += 1
+    assert kills
+    assert content(settings["out"]) == unbroken
+
+
+@pytest.mark.parametrize("host_mem", ["10GB", None])
+def test_the_tier_of_hidden_states_does_not_show_in_the_bytes(
+    settings: dict[str, Any], unbroken: dict[str, bytes], host_mem: str | None, tmp_path: Path
+) -> None:
+    assert compress_in_child(settings | {"host_mem": host_mem, "scratch": tmp_path / "scratch"}) == 0
+    assert content(settings["out"]) == unbroken
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rank": 8}, r"rank: 4 there, 8 now"),
+        ({"pattern": "1:4"}, r"pattern: '2:4' there, '1:4' now"),
+        ({"seed": 5}, r"seed: 0 there, 5 now"),
+        ({"samples": 5}, r"samples: 6 there, 5 now"),
+    ],
+)
+def test_changed_settings_are_refused_naming_both_values(
+    settings: dict[str, Any], change: dict[str, Any], named: str
+) -> None:
+    compress_in_child(settings, die_at=30)
+    with pytest.raises(ResumeError, match=named):
+        streamslr.compress(**settings | change)
+
+
+def test_another_model_or_text_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    compress_in_child(settings, die_at=30)
+    other = tiny_checkpoint(tmp_path / "other", layers=LAYERS, intermediate_size=192)
+    with pytest.raises(ResumeError, match="model: "):
+        streamslr.compress(**settings | {"model": other})
+    text = tmp_path / "text.txt"
+    text.write_text("Something else. " + TEXT * 20)
+    with pytest.raises(ResumeError, match="tokens: "):
+        streamslr.compress(**settings | {"calibration": text})
+
+
+def test_a_finished_block_is_kept_when_a_later_one_is_damaged(settings: dict[str, Any], tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    broken = shutil.copytree(settings["model"], tmp_path / "broken")
+    for file in broken.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name == "model.layers.2.mlp.up_proj.weight":
+                tensors[name][3, 5] = float("nan")
+        save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"model.layers.2.mlp.up_proj.weight"):
+        streamslr.compress(**settings | {"model": broken})
+    state = read_journal(settings["out"])
+    assert state is not None
+    assert len(state.blocks) == 2
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_experts_are_refused_before_any_work(settings: dict[str, Any], tmp_path: Path, architecture: str) -> None:
+    model = tiny_checkpoint(tmp_path / "moe", architecture)
+    with pytest.raises(InputError, match="experts"):
+        streamslr.compress(**settings | {"model": model})
+    assert not settings["out"].exists()
+
+
+def test_a_width_that_the_pattern_does_not_divide_is_refused_before_any_work(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"model.layers.0.self_attn.q_proj"):
+        streamslr.compress(**settings | {"pattern": "3:7"})
+    assert not settings["out"].exists()
+
+
+def test_a_budget_that_cannot_hold_is_refused_before_any_work(settings: dict[str, Any]) -> None:
+    with pytest.raises(BudgetError, match=r"phase \w+ needs .* of host memory, the budget is 1.0 MB; raise --host-mem"):
+        streamslr.compress(**settings | {"host_mem": "1MB"})
+    assert not settings["out"].exists()
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3", "opt", "gpt_neox", "cohere2", "bloom"])
+def test_other_architectures_compress_and_verify(settings: dict[str, Any], tmp_path: Path, architecture: str) -> None:
+    model = tiny_checkpoint(tmp_path / architecture, architecture, layers=2)
+    state = streamslr.compress(**settings | {"model": model})
+    assert state.complete
+    assert verify(settings["out"]).problems == ()
+    source, written = open_checkpoint(str(model)), open_checkpoint(str(settings["out"]))
+    assert set(written.tensors) == set(source.tensors)
+    Skeleton(written, torch.float32, torch.device("cpu")).load_block(1)
+
+
+def test_tied_embeddings_are_written_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "tied", tie=True)
+    streamslr.compress(**settings | {"model": model})
+    assert "lm_head.weight" not in load_file(settings["out"] / "model-outside.safetensors")
+    assert verify(settings["out"]).problems == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_values_are_stored_in_the_models_dtype(settings: dict[str, Any], tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny_checkpoint(tmp_path / "m", dtype=dtype)
+    streamslr.compress(**settings | {"model": model})
+    tensors = load_file(settings["out"] / "model-block-00000.safetensors")
+    floats = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    assert floats == {dtype}
