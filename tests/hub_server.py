@@ -71,9 +71,7 @@ class Hub:
 
     def downloads(self, suffix: str = "") -> list[str]:
         """Names of the files sent whole so far, in order, of those that end so."""
-        sent = [
-            r.path for r in self.requests if r.method == "GET" and r.status == 200 and "/api/" not in r.path
-        ]
+        sent = [r.path for r in self.requests if r.method == "GET" and r.status == 200 and "/api/" not in r.path]
         return [Path(path).name for path in sent if path.endswith(suffix)]
 
     def environment(self, cache: Path) -> dict[str, str]:
@@ -170,24 +168,17 @@ class _Handler(BaseHTTPRequestHandler):
         files = {str(path): (folder / path).read_bytes() for path in files_of(folder)}
         if what == "revision":
             siblings = [
-                {"rfilename": name}
-                | ({"size": len(data), "blobId": _git_sha(data)} if "blobs" in self.query else {})
+                {"rfilename": name} | ({"size": len(data), "blobId": _git_sha(data)} if "blobs" in self.query else {})
                 for name, data in files.items()
             ]
             info = {"_id": sha[:24], "id": repo, "sha": sha, "siblings": siblings, "tags": []}
-            return self._send_json(
-                info | {"private": repository.private, "gated": repository.gated and "auto"}
-            )
+            return self._send_json(info | {"private": repository.private, "gated": repository.gated and "auto"})
         if what == "paths-info":
             wanted = json.loads(self.body)["paths"]
             files = {name: data for name, data in files.items() if name in wanted}
         entries = [
             {"type": "file", "path": name, "size": len(data), "oid": _git_sha(data)}
-            | (
-                {"lfs": {"oid": _sha256(data), "size": len(data), "pointerSize": 134}}
-                if _is_lfs(name)
-                else {}
-            )
+            | ({"lfs": {"oid": _sha256(data), "size": len(data), "pointerSize": 134}} if _is_lfs(name) else {})
             for name, data in files.items()
         ]
         return self._send_json(entries)
