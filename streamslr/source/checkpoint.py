@@ -68,6 +68,11 @@ class Checkpoint(Protocol):
         """Checkpoint key -> info. A linear that streamslr packed shows as its merged weight in float32."""
         ...
 
+    @property
+    def download_bytes(self) -> int:
+        """Size of the shards that are not here yet."""
+        ...
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors, on the CPU; stored ones are views of the mapped file, writes to them stay private.
 
@@ -155,6 +160,10 @@ class _OpenCheckpoint:
                 tensors[name] = TensorInfo(name, torch.float32, shape, shard, 4 * shape[0] * shape[1])
                 self._packed[name] = pattern, shape, tuple(parts)
         return tensors
+
+    @property
+    def download_bytes(self) -> int:
+        return sum(header.size for shard, header in self._headers.items() if self._place.here(shard) is None)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         tensors = {}

@@ -76,7 +76,6 @@ class Skeleton:
         self._check_headers()
 
         self.hidden_size = int(checkpoint.config.get_text_config().hidden_size)
-        self.hidden_size = int(checkpoint.config.get_text_config().hidden_size)
         self._live: int | None = None
         self._outside_loaded = False
         self._calls: dict[tuple[int, int], tuple[_Call, ...]] = {}
@@ -200,7 +199,7 @@ class Skeleton:
         """Raises InputError where the blocks' weights are not plain linears that can be solved one by one."""
         for why in self._obstacles():
             raise InputError(
-                f"{self.checkpoint.model} ({self._class}) can be evaluated, but not compressed: {why}; "
+                f"{self._name} can be evaluated, but not compressed: {why}; "
                 f"streamslr compresses blocks whose weights are plain linears of their own"
             )
 
@@ -232,19 +231,17 @@ class Skeleton:
 
     def _probe(self) -> bool:
         """Whether blocks return tuples: the way in which the model hands one's output to the next unchanged."""
-        errors = []
+        failures: list[_NoChainError] = []
         for returns_tuples in (False, True):
             try:
                 with self._outside_standing_in():
                     self._walk(torch.zeros(_PROBE, dtype=torch.int64, device=self.device), returns_tuples)
                 return returns_tuples
+            except _NoChainError as error:
+                failures.append(error)
             except Exception as error:  # the wrong guess, or whatever an unusual model does without its blocks
-                errors.append(error)
-        sharing = [error for error in reversed(errors) if isinstance(error, _SharedStateError)]
-        raise InputError(
-            f"{self.checkpoint.model} ({self._class}) cannot be taken block by block: "
-            f"{sharing[0] if sharing else first_line(errors[0])}"
-        ) from errors[0]
+                failures.append(_NoChainError(self._name, first_line(error), reached=-1))
+        raise max(failures, key=lambda failure: failure.reached)  # the wrong guess does not get as far
 
     def _calls_for(self, shape: tuple[int, int]) -> tuple["_Call", ...]:
         """How the model calls each block on a batch of this shape [b, T]."""
@@ -258,24 +255,25 @@ class Skeleton:
     def _walk(self, ids: Tensor, returns_tuples: bool) -> tuple[Tensor, tuple["_Call", ...]]:
         """Runs the model without head on ids [b, T], each block handing its input on: [b, T, h], and the calls.
 
-        Raises _SharedStateError when anything but the hidden states goes from one block to the next.
+        Raises InputError when anything but the hidden states goes from one block to the next.
         """
         calls: list[_Call] = []
         entering: list[Tensor] = []
 
+        def broken(why: str) -> _NoChainError:
+            return _NoChainError(self._name, why, reached=len(calls))
+
         def forward(i: int, *args: Any, **kwargs: Any) -> Any:
             if i != len(calls):
-                raise _SharedStateError(f"block {i} is called in place of block {len(calls)}")
+                raise broken(f"block {i} is called in place of block {len(calls)}")
             hidden, call = _split(args, kwargs)
             if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != ids.shape:
-                raise _SharedStateError(
-                    f"block {i} takes {_describe(hidden)} as hidden states for ids {list(ids.shape)}"
-                )
+                raise broken(f"block {i} takes {_describe(hidden)} as hidden states for ids {list(ids.shape)}")
             if entering and hidden is not entering[0]:
-                raise _SharedStateError(f"the hidden states change between blocks {i - 1} and {i}")
+                raise broken(f"the hidden states change between blocks {i - 1} and {i}")
             for name, value in call.values():
                 if not _is_plain(value):
-                    raise _SharedStateError(f"blocks share state: block {i} is handed {_describe(value)} as {name!r}")
+                    raise broken(f"blocks share state: block {i} is handed {_describe(value)} as {name!r}")
             entering[:] = [hidden]
             calls.append(call)
             return self._packaged(hidden, returns_tuples)
@@ -283,9 +281,9 @@ class Skeleton:
         with self._blocks_replaced(forward):
             output = self._model.base_model(input_ids=ids, use_cache=False)
         if len(calls) != len(self._blocks):
-            raise _SharedStateError(f"only {len(calls)} of {len(self._blocks)} blocks are called")
+            raise broken(f"only {len(calls)} of {len(self._blocks)} blocks are called")
         if output[0].shape[:2] != ids.shape:
-            raise _SharedStateError(f"the output is {_describe(output[0])} for ids {list(ids.shape)}")
+            raise broken(f"the output is {_describe(output[0])} for ids {list(ids.shape)}")
         return entering[0], tuple(calls)
 
     def _packaged(self, hidden: Tensor, returns_tuples: bool) -> Any:
@@ -331,6 +329,10 @@ class Skeleton:
     @property
     def _class(self) -> str:
         return type(self._model).__name__
+
+    @property
+    def _name(self) -> str:
+        return f"{self.checkpoint.model} ({self._class})"
 
     def _block_of(self, name: str) -> int | None:
         """The block that a parameter's or buffer's name belongs to, None outside."""
@@ -485,8 +487,12 @@ class Skeleton:
                 )
 
 
-class _SharedStateError(Exception):
-    """The model's blocks are not a chain of hidden states; the message says why."""
+class _NoChainError(InputError):
+    """The model's blocks are not a chain of hidden states; `reached`: how many of them were."""
+
+    def __init__(self, name: str, why: str, reached: int) -> None:
+        super().__init__(f"{name} cannot be taken block by block: {why}; choose another architecture")
+        self.reached = reached
 
 
 class _Unused:
@@ -512,10 +518,6 @@ class _Call:
 
     def to_meta(self) -> "_Call":
         """The same call without values."""
-        return _Call(_to_meta(self.args), {k: _to_meta(v) for k, v in self.kwargs.items()}, self.positional)
-
-    def to_meta(self) -> "_Call":
-        """The same call without values."""
         kwargs = {name: _to_meta(value) for name, value in self.kwargs.items()}
         return _Call(_to_meta(self.args), kwargs, self.positional)
 
@@ -534,12 +536,6 @@ def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, _Call
         return args[0], _Call(args[1:], kwargs, positional=True)
     rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
     return kwargs.get("hidden_states"), _Call((), rest, positional=False)
-
-
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_to_meta(item) for item in value)
-    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def _to_meta(value: Any) -> Any:
