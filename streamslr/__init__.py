@@ -2,6 +2,7 @@
 
 `compress(model=…, out=…)` is `streamslr run`. The rooms, in the order that data walks them:
 
+    memory.py              what the process holds and may hold; giving freed memory back
     config.py              RunConfig: every setting, its help, whether it may change on resume
     errors.py              what can go wrong, by what the user does next; exit codes
     source/                a checkpoint (folder or hub id) -> one live block

@@ -24,7 +24,7 @@ from streamslr.errors import StreamslrError
 _INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType[int]):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -36,9 +36,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     hints = typing.get_type_hints(RunConfig)
     for field in reversed(dataclasses.fields(RunConfig)):
         flag = "--" + field.name.replace("_", "-")
-        kinds = [
-            k for k in (typing.get_args(hints[field.name]) or (hints[field.name],)) if k is not types.NoneType
-        ]
+        kinds = [k for k in (typing.get_args(hints[field.name]) or (hints[field.name],)) if k is not types.NoneType]
         required = field.default is dataclasses.MISSING
         settings: dict[str, Any] = {"help": field.metadata["help"], "required": required}
         if not required:
@@ -54,9 +52,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Only JSON on stdout, for programs.")
-_quiet_option = click.option(
-    "--quiet", is_flag=True, help="No progress on the terminal; warnings and errors stay."
-)
+_quiet_option = click.option("--quiet", is_flag=True, help="No progress on the terminal; warnings and errors stay.")
 _folder_argument = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 
 
@@ -73,9 +69,7 @@ def main() -> None:
 @main.command()
 @_run_options
 @_quiet_option
-@click.option(
-    "--log-file", type=click.Path(path_type=Path), help="Append a line a block, and every warning, to FILE."
-)
+@click.option("--log-file", type=click.Path(path_type=Path), help="Append a line a block, and every warning, to FILE.")
 def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
     """Compress a model into --out; the same line again goes on where it stopped."""
     with _errors_and_interrupts(f"the same line goes on in {settings['out']}"):
@@ -109,11 +103,9 @@ def plan(as_json: bool, **settings: Any) -> None:
 
         job = prepare(config)
         if as_json:
-            _print_json(
-                job.plan.as_dict() | {"host_budget_bytes": job.host_mem, "gpu_budget_bytes": job.gpu_mem}
-            )
+            _print_json(job.plan.as_dict() | {"host_budget_bytes": job.host_mem, "gpu_budget_bytes": job.gpu_mem})
         else:
-            Console().print(job.plan.table(job.host_mem, job.gpu_mem))
+            _console().print(job.plan.table(job.host_mem, job.gpu_mem))
         job.require_room()
 
 
@@ -127,14 +119,15 @@ def inspect(folder: Path, block: int | None, as_json: bool) -> None:
         from streamslr.results import inspect as view
 
         state = view.read_run(folder)
-        if as_json and block is None:
-            _print_json(view.summary(folder, state))
-        elif as_json:
-            _print_json(view.block_summary(folder, view.get_block(state, block)))
-        elif block is None:
-            Console().print(view.run_table(folder, state))
+        if block is None:
+            shown = view.summary(folder, state) if as_json else view.run_table(folder, state)
         else:
-            Console().print(view.block_table(folder, state, block))
+            one = view.get_block(state, block)
+            shown = view.block_summary(folder, one) if as_json else view.block_table(folder, one)
+        if as_json:
+            _print_json(shown)
+        else:
+            _console().print(shown)
 
 
 @main.command()
@@ -163,31 +156,23 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option(
-    "--text", type=click.Path(path_type=Path), required=True, help="Text: .txt, .jsonl, .gz of either."
-)
-@click.option(
-    "--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window."
-)
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="Text: .txt, .jsonl, .gz of either.")
+@click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window.")
 @click.option("--windows", type=click.IntRange(1), help="Only the first so many windows [default: all].")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
-@click.option(
-    "--scratch", type=click.Path(path_type=Path), help="Folder for hidden states that memory cannot hold."
-)
+@click.option("--scratch", type=click.Path(path_type=Path), help="Folder for hidden states that memory cannot hold.")
 @_json_option
 @_quiet_option
 def eval(model: str, text: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Perplexity of MODEL, a compressed folder or a dense checkpoint, streamed block by block."""
     with _errors_and_interrupts():
         _quiet_libraries()
-        import psutil
-
+        from streamslr.memory import free_host_memory
         from streamslr.results.evaluate import evaluate
 
         with _bar("eval", shown=not (quiet or as_json)) as step:
-            free = psutil.virtual_memory().available
-            result = evaluate(model, text, free_memory=free, step=step, **settings)
+            result = evaluate(model, text, free_memory=free_host_memory(), step=step, **settings)
         if as_json:
             _print_json(dataclasses.asdict(result))
         else:
@@ -195,6 +180,12 @@ def eval(model: str, text: Path, as_json: bool, quiet: bool, **settings: Any) ->
                 f"{model}: perplexity {result.perplexity:.4f} on {result.windows:,} windows of {result.seq_len:,} "
                 f"tokens of {text} ({result.dtype} on {result.device})"
             )
+
+
+def _console(stderr: bool = False) -> Console:
+    """The terminal, at its width; a file or pipe gets lines wide enough for the tables."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=120)
 
 
 def _print_json(value: Any) -> None:
@@ -235,10 +226,10 @@ def _logging(quiet: bool, log_file: Path | None) -> Iterator[Console]:
     """Log lines on the terminal (a line a block where it is no terminal) and, with times, in the log file."""
     from rich.logging import RichHandler
 
-    console = Console()
+    console = _console()
     logger = logging.getLogger("streamslr")
     logger.setLevel(logging.INFO)
-    shown = RichHandler(console=Console(stderr=True) if quiet else console, show_path=False, markup=False)
+    shown = RichHandler(console=_console(stderr=True) if quiet else console, show_path=False, markup=False)
     shown.setLevel(logging.WARNING if quiet else logging.INFO)
     handlers: list[logging.Handler] = [shown]
     if log_file:
@@ -257,9 +248,9 @@ def _logging(quiet: bool, log_file: Path | None) -> Iterator[Console]:
 
 def _quiet_libraries() -> None:
     """Our own progress and messages say it; the libraries' bars would tear the display."""
-    import transformers
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()

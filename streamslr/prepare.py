@@ -7,7 +7,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import streamslr
@@ -16,6 +15,7 @@ from streamslr.calibrate.hidden_states import Generations
 from streamslr.config import RunConfig
 from streamslr.errors import InputError
 from streamslr.journal import read_journal
+from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
 from streamslr.plan import BlockShape, ModelShape, Plan, make_plan
 from streamslr.solve.pattern import SparsityPattern, parse_pattern
 from streamslr.source.checkpoint import Checkpoint, open_checkpoint
@@ -73,7 +73,8 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Open the model and plan the run. Raises InputError for whatever headers can show to be wrong."""
-    baseline = psutil.Process().memory_full_info().uss
+    keep_no_freed_memory()
+    baseline = uss()
     pattern = parse_pattern(config.pattern)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -103,15 +104,6 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(config, checkpoint, skeleton, pattern, device, dtype, host_mem, gpu_mem, plan)
 
 
-def free_host_memory() -> int:
-    """What this process may still take: free memory of the machine, or of the container it is confined to."""
-    free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return free + psutil.Process().memory_full_info().uss
-
-
 def _model_shape(skeleton: Skeleton) -> ModelShape:
     tensors = skeleton.checkpoint.tensors
     blocks = []
@@ -122,8 +114,7 @@ def _model_shape(skeleton: Skeleton) -> ModelShape:
             BlockShape(
                 linears=linears,
                 grams=tuple(
-                    modules[group[0]].in_features
-                    for group in input_groups(modules, partial(skeleton.run_on_meta, i))
+                    modules[group[0]].in_features for group in input_groups(modules, partial(skeleton.run_on_meta, i))
                 ),
                 parameters=sum(prod(info.shape) for info in infos),
                 source_bytes=sum(info.nbytes for info in infos),

@@ -1,14 +1,12 @@
 """What a run tells while it works: seconds and peak memory of each phase, ETA, a live display, a line a block."""
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
 import torch
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,48 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from streamslr.config import format_bytes
+from streamslr.memory import MemoryWatch
 
 if TYPE_CHECKING:
     from streamslr.journal import BlockRecord
 
 log = logging.getLogger("streamslr")
-
-_SAMPLE_SECONDS = 0.05
-
-
-def private_bytes() -> int:
-    """Anonymous memory of this process: what it would have to swap. Mapped files (shards, libraries) are not in it.
-
-    USS counts mapped pages too and takes a walk over every page; this reads one line of /proc.
-    """
-    memory = psutil.Process().memory_info()
-    return int(memory.rss - getattr(memory, "shared", 0))
-
-
-class MemoryWatch(threading.Thread):
-    """Peak private host memory since the last take(), sampled 20 times a second."""
-
-    def __init__(self) -> None:
-        super().__init__(name="memory-watch", daemon=True)
-        self._peak = self.now = private_bytes()
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        while not self._ended.wait(_SAMPLE_SECONDS):
-            self._look()
-
-    def _look(self) -> None:
-        self.now = private_bytes()
-        self._peak = max(self._peak, self.now)
-
-    def take(self) -> int:
-        self._look()
-        peak, self._peak = self._peak, self.now
-        return peak
-
-    def end(self) -> None:
-        self._ended.set()
-        self.join()
 
 
 class Display(Protocol):

@@ -17,9 +17,7 @@ class Gram:
     matrix: Tensor
 
 
-def input_groups(
-    linears: Mapping[str, nn.Linear], run_block: Callable[[], object]
-) -> tuple[tuple[str, ...], ...]:
+def input_groups(linears: Mapping[str, nn.Linear], run_block: Callable[[], object]) -> tuple[tuple[str, ...], ...]:
     """Which linears of a block share an input, found by passing anything through it once (also on meta)."""
     watch = _Watch(linears, lambda owner, x: None)
     with watch:
@@ -80,15 +78,13 @@ def collect_grams(
 
 @dataclass
 class _Watch:
-    """While entered, calls on_input(owner, x) for each distinct input x of a pass, owned by the first linear it reaches."""
+    """While entered, calls on_input(owner, x) for each distinct input x; its owner is the first linear it reaches."""
 
     linears: Mapping[str, nn.Linear]
     on_input: Callable[[str, Tensor], None]
     rows: dict[str, int] = field(default_factory=dict)
     _owner_of: dict[str, str] = field(default_factory=dict)
-    _alive: list[tuple[Tensor, str]] = field(
-        default_factory=list
-    )  # this pass's inputs: a dead one's id may return
+    _alive: list[tuple[Tensor, str]] = field(default_factory=list)  # this pass's inputs: a dead one's id may return
     _hooks: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     def __enter__(self) -> None:

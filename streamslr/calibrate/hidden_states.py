@@ -37,8 +37,7 @@ class HiddenStates(Protocol):
 
 def _bytes_of(sample: Tensor) -> memoryview:
     """sample [T, h] as raw bytes; bfloat16 goes by way of uint16, which numpy and zarr know."""
-    flat = sample.contiguous()
-    return memoryview(_as_numpy_dtype(flat).numpy()).cast("B")
+    return memoryview(_as_numpy_dtype(sample.contiguous()).numpy().data).cast("B")
 
 
 def _as_numpy_dtype(tensor: Tensor) -> Tensor:
@@ -114,9 +113,7 @@ class OnDisk:
             raise self._disk_error(error) from error
 
     @classmethod
-    def reopen(
-        cls, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, digest: str
-    ) -> "OnDisk | None":
+    def reopen(cls, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, digest: str) -> "OnDisk | None":
         """The sealed generation in `folder`, or None when it is not there, or not what `digest` names."""
         self = cls.__new__(cls)
         self.folder, self.samples, self._shape, self._dtype = folder, shape[0], shape, dtype

@@ -17,6 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from streamslr.errors import HubError, InputError
+from streamslr.memory import return_freed_memory
+
+_PIECE = 2**22  # characters tokenized at once
 
 C4_REPO, C4_FILE = (
     "allenai/c4",
@@ -52,14 +55,15 @@ def calibration_windows(
     if _is_jsonl(path):
         documents = _long_documents(tokenizer, path, samples, seq_len, draw)
     else:
-        documents = [_tokenize(tokenizer, _read_text(path), path)]
+        documents = [_tokenize(tokenizer, _read_text(path))]
     _require_enough(path, [len(d) for d in documents if len(d) > seq_len], documents, samples, seq_len)
     windows = []
     for i in range(samples):
-        ids = documents[i % len(documents)]
-        start = draw.randint(0, len(ids) - seq_len - 1)
-        windows.append(ids[start : start + seq_len])
-    ids = torch.tensor(windows, dtype=torch.int64)
+        document = documents[i % len(documents)]
+        start = draw.randint(0, len(document) - seq_len - 1)
+        windows.append(document[start : start + seq_len])
+    ids = torch.stack(windows).long()
+    return_freed_memory()
     return Calibration(ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), source)
 
 
@@ -71,18 +75,16 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, seq_len: int, l
     if not path.is_file():
         raise InputError(f"text file {path} does not exist")
     text = "\n\n".join(_documents(path)) if _is_jsonl(path) else _read_text(path)
-    ids = _tokenize(tokenizer, text, path)
+    ids = _tokenize(tokenizer, text)
     count = len(ids) // seq_len if limit is None else min(limit, len(ids) // seq_len)
     if count < 1:
         raise InputError(
             f"{path} holds {len(ids)} tokens, less than one window of {seq_len}; give more text or a smaller --seq-len"
         )
-    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+    return ids[: count * seq_len].long().view(count, seq_len)
 
 
-def _require_enough(
-    path: Path, long: list[int], documents: list[list[int]], samples: int, seq_len: int
-) -> None:
+def _require_enough(path: Path, long: list[int], documents: list[Tensor], samples: int, seq_len: int) -> None:
     if sum(long) >= samples * seq_len:
         return
     if len(documents) == 1:
@@ -136,15 +138,21 @@ def _text_field(line: str) -> str:
     return str(record["text"])
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, path: Path) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    assert isinstance(ids, list)
-    return ids
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Token ids [n] int32. Text beyond a piece is cut at line ends: a tokenizer takes 100 bytes a token."""
+    ids = []
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + _PIECE) + 1 or len(text)
+        piece = tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+        ids.append(torch.tensor(piece, dtype=torch.int32))
+        start = end
+    return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int32)
 
 
 def _long_documents(
     tokenizer: PreTrainedTokenizerBase, path: Path, samples: int, seq_len: int, draw: random.Random
-) -> list[list[int]]:
+) -> list[Tensor]:
     """Token ids of up to `samples` random documents of more than seq_len tokens.
 
     Two streamed readings, so that the file never lies in memory: the first finds the lines long enough in
@@ -152,13 +160,13 @@ def _long_documents(
     """
     candidates = [i for i, text in enumerate(_documents(path)) if len(text.encode()) > seq_len]
     draw.shuffle(candidates)
-    found: list[list[int]] = []
+    found: list[Tensor] = []
     batch = 8 * samples
     for first in range(0, len(candidates), batch):
         wanted = {line: order for order, line in enumerate(candidates[first : first + batch])}
         texts = {wanted[i]: text for i, text in enumerate(_documents(path)) if i in wanted}
         for order in range(len(wanted)):
-            ids = _tokenize(tokenizer, texts[order], path)
+            ids = _tokenize(tokenizer, texts[order])
             if len(ids) > seq_len:
                 found.append(ids)
                 if len(found) == samples:

@@ -97,9 +97,7 @@ def evaluate(
     tokens = len(ids) * (seq_len - 1)
     nll /= tokens
     if not math.isfinite(nll):
-        raise InputError(
-            f"{model} gives a loss of {nll} on {text}: its weights or activations are not finite"
-        )
+        raise InputError(f"{model} gives a loss of {nll} on {text}: its weights or activations are not finite")
     return Evaluation(
         model=model,
         text=str(text),

@@ -105,8 +105,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
             format_bytes(block.shard.nbytes),
             f"{row['ratio']:.3f}",
             block.shard.sha256[:12],
-            ("" if row["present"] else "FILE MISSING; ")
-            + (f"{len(row['warnings'])}" if row["warnings"] else ""),
+            ("" if row["present"] else "FILE MISSING; ") + (f"{len(row['warnings'])}" if row["warnings"] else ""),
         )
     if state.blocks:
         totals = _totals(state.blocks)
@@ -124,9 +123,8 @@ def run_table(folder: Path, state: JournalState) -> Table:
     return table
 
 
-def block_table(folder: Path, state: JournalState, index: int) -> Table:
-    """A row a layer of block `index`. Raises InputError when the block is not there (yet)."""
-    block = get_block(state, index)
+def block_table(folder: Path, block: BlockRecord) -> Table:
+    """A row a layer."""
     table = Table(
         title=f"{folder / block.shard.file}  {block.name}  sha256 {block.shard.sha256[:12]}  "
         f"{format_bytes(block.shard.nbytes)}",
@@ -155,10 +153,9 @@ def block_table(folder: Path, state: JournalState, index: int) -> Table:
 
 
 def get_block(state: JournalState, index: int) -> BlockRecord:
-    """Block `index` of the run. Raises InputError."""
+    """Block `index` of the run. Raises InputError when it is not there (yet)."""
     if not 0 <= index < len(state.blocks):
         raise InputError(
-            f"block {index} is not there: {len(state.blocks)} of {state.blocks_total} blocks are done, "
-            "counted from 0"
+            f"block {index} is not there: {len(state.blocks)} of {state.blocks_total} blocks are done, counted from 0"
         )
     return state.blocks[index]

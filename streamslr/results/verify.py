@@ -1,7 +1,7 @@
-"""Holds a compressed folder against its journal: digests, patterns, index order, finiteness, missing and extra files."""
+"""Holds a compressed folder against its journal: digests, patterns, finiteness, files missing or extra."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 
 from streamslr.journal import JOURNAL_FILE, BlockRecord, JournalState, LayerRecord
 from streamslr.results.inspect import read_run
-from streamslr.solve.pattern import parse_pattern
+from streamslr.solve.pattern import SparsityPattern, parse_pattern
 from streamslr.store.pack import check_packed
 from streamslr.store.shards import INDEX_FILE, WrittenShard, file_sha256, packed_linears
 
+_PACKED_PARTS = ("values", "meta", "row_offsets")  # what check_packed looks at
 _TRAVELS_ALONG = ("README.md", "LICENSE")  # what people add when they publish a folder
 
 
@@ -47,9 +48,7 @@ def verify(folder: Path, step: Callable[[int, int], None] = lambda done, total: 
     problems += _check_description(folder, state)
     if state.outside:
         problems += [(INDEX_FILE, problem) for problem in _check_index(folder / INDEX_FILE, tensors)]
-    problems += [
-        (name, "is not part of the model: no journal record names it") for name in _extra(folder, state)
-    ]
+    problems += [(name, "is not part of the model: no journal record names it") for name in _extra(folder, state)]
     return Verification(str(folder), state.complete, len(shards), len(tensors), tuple(problems))
 
 
@@ -69,7 +68,7 @@ def _check_shard(path: Path, shard: WrittenShard, block: BlockRecord | None) -> 
             linears = packed_linears(metadata)
             for layer in block.layers if block else ():
                 problems += _check_layer(layer, linears, names, file.get_tensor)
-            packed = {f"{name}.{part}" for name in linears for part in ("values", "meta", "row_offsets")}
+            packed = {f"{name}.{part}" for name in linears for part in _PACKED_PARTS}
             for name in names:
                 if name not in packed and not torch.isfinite(file.get_tensor(name)).all():
                     problems.append(f"{name} holds NaN or infinite values")
@@ -80,7 +79,7 @@ def _check_shard(path: Path, shard: WrittenShard, block: BlockRecord | None) -> 
 
 def _check_layer(
     layer: LayerRecord,
-    linears: dict[str, tuple[object, tuple[int, int]]],
+    linears: Mapping[str, tuple[SparsityPattern, tuple[int, int]]],
     names: Iterable[str],
     read: Callable[[str], torch.Tensor],
 ) -> Iterator[str]:
@@ -91,7 +90,7 @@ def _check_layer(
         return
     prefix = f"{layer.name}."
     parts = {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
-    packed = {part: parts[part] for part in ("values", "meta", "row_offsets") if part in parts}
+    packed = {part: tensor for part, tensor in parts.items() if part in _PACKED_PARTS}
     yield from (f"{layer.name}: {problem}" for problem in check_packed(packed, pattern, layer.shape))
     o, d = layer.shape
     for part, shape in (("U", (o, layer.rank)), ("V", (layer.rank, d))):

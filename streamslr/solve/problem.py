@@ -84,6 +84,14 @@ def relative_error(weight: Tensor, gram: Tensor, approximation: Tensor) -> float
     return numerator / denominator if denominator > 0.0 else float("inf")
 
 
+def pruning_error(problem: LayerProblem) -> float:
+    """The relative error of plain pruning by |W_ij|·‖X_j‖ (Wanda, arXiv 2306.11695): what solving must beat."""
+    added, _ = damping_diagonal(problem.gram)
+    scale = (problem.gram.diagonal() + added).sqrt()
+    kept = problem.pattern.project(problem.weight * scale)
+    return relative_error(problem.weight, problem.gram, problem.weight * kept)
+
+
 def _energy(rows: Tensor, gram: Tensor, added: Tensor, dead: Tensor) -> float:
     """tr(M (gram + diag(added)) Mᵀ) for M = `rows` [o, d] without the dead columns; overwrites `rows`."""
     rows[:, dead] = 0

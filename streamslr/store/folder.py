@@ -24,11 +24,10 @@ from streamslr.store.shards import (
 )
 
 
-def write_description(
-    folder: Path, checkpoint: Checkpoint, pattern: SparsityPattern, rank: int
-) -> dict[str, str]:
+def write_description(folder: Path, checkpoint: Checkpoint, pattern: SparsityPattern, rank: int) -> dict[str, str]:
     """config.json, which names the format, and the files that travel with a model; their sha256 by name."""
     config = json.loads(checkpoint.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)  # where the model lay here says nothing there
     config["quantization_config"] = quantization_config(pattern, rank)
     digests = {"config.json": write_json(folder / "config.json", config)}
     for path in checkpoint.companions():
