@@ -475,7 +475,7 @@ class Skeleton:
         for name in names:
             tensor = self._get(name)
             # The least and the largest carry any NaN or infinity, without a mask the size of the tensor.
-            if tensor.is_floating_point() and tensor.numel() and not _finite(torch.aminmax(tensor)):
+            if isinstance(tensor, nn.Parameter) and tensor.numel() and not _finite(torch.aminmax(tensor)):
                 bad = int((~tensor.isfinite()).sum())
                 keys = self._sources(checkpoint).get(name, (name,))
                 infos = [checkpoint.tensors[key] for key in keys if key in checkpoint.tensors]

@@ -224,6 +224,37 @@ def test_linears_by_name_and_shape(tmp_path: Path) -> None:
         skeleton.linear("model.layers.1.mlp")
 
 
+def test_a_block_without_its_linears_as_the_checkpoint_stores_it(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", "qwen2", dtype=torch.bfloat16)
+    skeleton = skeleton_of(folder)
+    skeleton.load_block(1)
+    skeleton.linear("model.layers.1.self_attn.q_proj").weight.data.zero_()
+    stored = {key: t for path in folder.glob("*.safetensors") for key, t in load_file(path).items()}
+    kept = skeleton.as_stored(1)
+    assert sorted(name.removeprefix("model.layers.1.") for name in kept) == [
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "self_attn.k_proj.bias",
+        "self_attn.q_proj.bias",
+        "self_attn.v_proj.bias",
+    ]
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in kept.items())
+    assert skeleton.stored_dtype("model.layers.1.self_attn.q_proj.weight") == torch.bfloat16
+
+
+@pytest.mark.parametrize("architecture", [*DENSE, *TUPLES])
+def test_shapes_are_seen_without_weights(tmp_path: Path, architecture: str) -> None:
+    skeleton = skeleton_of(tiny_checkpoint(tmp_path / "m", architecture))
+    seen: dict[str, int] = {}
+    for name in skeleton.linears[2]:
+        skeleton.linear(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: args[0].shape[-1]})
+        )
+    skeleton.run_on_meta(2)
+    assert seen == {name: d for name, (_, d) in skeleton.linears[2].items()}
+    assert live_blocks(skeleton) == set()
+
+
 # Memory
 
 
