@@ -63,6 +63,7 @@ _ARGUMENTS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
         "moe_intermediate_size": h,
         "head_dim": h // 4,
     },
+    "ernie4_5_moe": lambda n, h: {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": h},
     "gemma3n_text": lambda n, h: {
         "head_dim": h // 4,
         "vocab_size_per_layer_input": VOCABULARY,
@@ -81,9 +82,7 @@ def tiny_config(architecture: str, layers: int = 3, hidden: int = 64, **more: An
     return AutoConfig.for_model(architecture, **{k: v for k, v in arguments.items() if v is not None})
 
 
-def tiny_model(
-    config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> PreTrainedModel:
+def tiny_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A model whose every parameter is random, norms and biases too, so that a mix-up of any two shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
