@@ -76,7 +76,7 @@ def live_blocks(skeleton: Skeleton) -> set[int | None]:
 
 DENSE = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox", "cohere2"]
 TUPLES = ["bloom", "falcon", "gptj"]
-EXPERTS = ["mixtral", "qwen3_moe", "ernie4_5_moe"]  # the last keeps its router in float32
+EXPERTS = ["mixtral", "qwen3_moe", "ernie4_5_moe"]
 
 
 @pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS, "gpt2"])
@@ -109,6 +109,15 @@ def test_tied_embeddings(tmp_path: Path, architecture: str) -> None:
 def test_checkpoints_in_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = tiny_checkpoint(tmp_path / "m", dtype=dtype, shards=1)
     assert torch.equal(streamed_logits(skeleton_of(folder), token_ids()), whole_logits(folder, token_ids()))
+
+
+def test_parameters_that_stay_in_float32(tmp_path: Path) -> None:
+    """Ernie keeps its routers in float32 whatever the compute dtype."""
+    folder = tiny_checkpoint(tmp_path / "m", "ernie4_5_moe", dtype=torch.float32)
+    skeleton = skeleton_of(folder, torch.bfloat16)
+    for _ in range(2):
+        logits = streamed_logits(skeleton, token_ids())
+        assert torch.equal(logits, whole_logits(folder, token_ids(), torch.bfloat16))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "falcon"])
