@@ -100,6 +100,16 @@ def test_blocks_stream_from_the_hub_as_from_a_folder(hub: Hub, made: Path) -> No
     assert torch.equal(logits("org/llama"), logits(str(made)))
 
 
+def test_what_is_still_to_download(hub: Hub, made: Path) -> None:
+    hub.add("org/llama", made)
+    checkpoint = open_checkpoint("org/llama")
+    sizes = [(made / SHARD.format(n)).stat().st_size for n in (1, 2)]
+    assert checkpoint.download_bytes == sum(sizes)
+    checkpoint.read(names_in(checkpoint, SHARD.format(1)))
+    assert checkpoint.download_bytes == sizes[1]
+    assert open_checkpoint(str(made)).download_bytes == 0
+
+
 def test_prefetch_fetches_in_the_background_and_only_once(hub: Hub, made: Path) -> None:
     hub.add("org/llama", made)
     checkpoint = open_checkpoint("org/llama")
