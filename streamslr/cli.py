@@ -5,11 +5,11 @@ import json
 import logging
 import signal
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import click
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from streamslr.config import RunConfig, parse_bytes
-from streamslr.errors import StreamslrError
+from streamslr.errors import InputError, StreamslrError
 
 # The libraries behind the commands take seconds to import, so each command imports its own: --help stays instant.
 
@@ -28,27 +28,35 @@ class _Size(click.ParamType[int]):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return value if isinstance(value, int) else parse_bytes(value)
+        try:
+            return value if isinstance(value, int) else parse_bytes(value)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
 
 
-def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+def _run_options(optional: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """An option for every field of RunConfig: name, type, default and help come from there."""
     hints = typing.get_type_hints(RunConfig)
-    for field in reversed(dataclasses.fields(RunConfig)):
-        flag = "--" + field.name.replace("_", "-")
-        kinds = [k for k in (typing.get_args(hints[field.name]) or (hints[field.name],)) if k is not types.NoneType]
-        required = field.default is dataclasses.MISSING
-        settings: dict[str, Any] = {"help": field.metadata["help"], "required": required}
-        if not required:
-            settings |= {"default": field.default, "show_default": field.default is not None}
-        if kinds[0] is bool:
-            settings["is_flag"] = True
-        elif field.name.endswith("_mem"):
-            settings["type"] = _Size()
-        else:
-            settings["type"] = click.Path(path_type=Path) if kinds[0] is Path else kinds[0]
-        command = click.option(flag, field.name, **settings)(command)
-    return command
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for field in reversed(dataclasses.fields(RunConfig)):
+            flag = "--" + field.name.replace("_", "-")
+            kinds = [kind for kind in (*typing.get_args(hints[field.name]), hints[field.name]) if kind is not NoneType]
+            settings: dict[str, Any] = {"help": field.metadata["help"]}
+            if field.default is dataclasses.MISSING:
+                settings["required"] = field.name != optional
+            else:
+                settings |= {"default": field.default, "show_default": field.default is not None}
+            if kinds[0] is bool:
+                settings["is_flag"] = True
+            elif field.name.endswith("_mem"):
+                settings["type"] = _Size()
+            else:
+                settings["type"] = click.Path(path_type=Path) if kinds[0] is Path else kinds[0]
+            command = click.option(flag, field.name, **settings)(command)
+        return command
+
+    return decorate
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Only JSON on stdout, for programs.")
@@ -67,7 +75,7 @@ def main() -> None:
 
 
 @main.command()
-@_run_options
+@_run_options()
 @_quiet_option
 @click.option("--log-file", type=click.Path(path_type=Path), help="Append a line a block, and every warning, to FILE.")
 def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
@@ -92,12 +100,12 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
 
 
 @main.command()
-@_run_options
+@_run_options(optional="out")  # a plan writes nothing; without a folder it looks at this one's disk
 @_json_option
 def plan(as_json: bool, **settings: Any) -> None:
     """What a run would take, phase by phase, from headers alone; exit code 3 when it does not fit."""
     with _errors_and_interrupts():
-        config = RunConfig(**settings)
+        config = RunConfig(**settings | {"out": settings["out"] or Path()})
         _quiet_libraries()
         from streamslr.prepare import prepare
 

@@ -51,9 +51,7 @@ class RunConfig:
 
     model: str = field(metadata={"help": "Model folder, or a hub id such as meta-llama/Meta-Llama-3-70B."})
     out: Path = field(metadata={"help": "Folder to write; the same line again resumes in it."})
-    revision: str | None = _setting(
-        None, "Branch, tag or commit of a hub model; pinned to its commit at start."
-    )
+    revision: str | None = _setting(None, "Branch, tag or commit of a hub model; pinned to its commit at start.")
     calibration: Path | None = _setting(
         None,
         "Calibration text: .txt, .jsonl with a `text` field, or .gz of either [default: C4 from the hub].",
@@ -64,21 +62,15 @@ class RunConfig:
     rank: int = _setting(64, "Rank of U·V; 0 for pure sparsity.", fixed=True)
     seed: int = _setting(0, "Seed of the windows and of the solver.", fixed=True)
     device: str | None = _setting(None, "cpu or cuda [default: cuda where there is one].", fixed=True)
-    scratch: Path | None = _setting(
-        None, "Folder for hidden states [default: OUT/.scratch; removed at the end]."
-    )
+    scratch: Path | None = _setting(None, "Folder for hidden states [default: OUT/.scratch; removed at the end].")
     host_mem: int | None = _setting(None, "Host memory the run may use, like 16GB [default: what is free].")
     gpu_mem: int | None = _setting(None, "GPU memory the run may use, like 45GB [default: what is free].")
-    evict_shards: bool = _setting(
-        False, "Delete each hub shard this run downloaded once its blocks are done."
-    )
+    evict_shards: bool = _setting(False, "Delete each hub shard this run downloaded once its blocks are done.")
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("seq_len", 2), ("rank", 0)):
             if getattr(self, name) < least:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}"
-                )
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
         if self.device not in (None, "cpu", "cuda"):
             raise InputError(f"--device is {self.device!r}; it must be cpu or cuda")
 

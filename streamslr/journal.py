@@ -127,9 +127,7 @@ class Journal:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ResumeError(
-                    f"another process is writing {folder}; wait for it, or give another --out"
-                ) from error
+                raise ResumeError(f"another process is writing {folder}; wait for it, or give another --out") from error
             found = read_journal(folder)
             if found is None:
                 self._refuse_foreign_files()
@@ -151,13 +149,9 @@ class Journal:
     def close(self) -> None:
         os.close(self._lock)
 
-    def commit_outside(
-        self, description: Mapping[str, str], outside: WrittenShard, hidden_states: str
-    ) -> None:
+    def commit_outside(self, description: Mapping[str, str], outside: WrittenShard, hidden_states: str) -> None:
         """Config, tokenizer and the tensors outside the blocks are written, and generation 0 is sealed."""
-        self._commit(
-            replace(self.state, description=description, outside=outside, hidden_states=hidden_states)
-        )
+        self._commit(replace(self.state, description=description, outside=outside, hidden_states=hidden_states))
 
     def commit_block(self, record: BlockRecord) -> None:
         """Shard and hidden states of the next block are done: from here on a resume starts behind it."""
@@ -171,9 +165,7 @@ class Journal:
 
     def _refuse_foreign_files(self) -> None:
         unfinished = JOURNAL_FILE + PARTIAL_SUFFIX
-        foreign = sorted(
-            p.name for p in self.folder.iterdir() if not p.name.startswith(".") and p.name != unfinished
-        )
+        foreign = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(".") and p.name != unfinished)
         if foreign:
             raise ResumeError(
                 f"{self.folder} holds files but no {JOURNAL_FILE} ({', '.join(foreign[:5])}"

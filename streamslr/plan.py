@@ -249,5 +249,5 @@ def _solve_peak(o: int, d: int, rank: int, c: int) -> int:
 
 def _activation_bytes(linears: Iterable[tuple[int, int]], batch_tokens: int, h: int, c: int) -> int:
     """Of a pass without gradients: the residual stream and its norms, and three tensors of the widest layer."""
-    widest = max(max(o, d) for o, d in linears)
+    widest = max(max(shape) for shape in linears)
     return batch_tokens * c * (6 * h + 3 * widest)

@@ -78,6 +78,7 @@ class Compression:
             outside = write_outside(out, job.checkpoint, job.skeleton.outside_tensors)
         hidden = self.embed()
         self.journal.commit_outside(description, outside, hidden.seal())
+        job.checkpoint.release(job.skeleton.outside_tensors)
         write_index(out, self.journal.state.shards)
         return hidden
 
@@ -86,6 +87,9 @@ class Compression:
         job, state = self.job, self.journal.state
         digest = state.blocks[-1].hidden_states if done else state.hidden_states
         assert digest is not None
+        job.checkpoint.release(job.skeleton.outside_tensors)
+        for i in range(done):
+            job.checkpoint.release(job.skeleton.block_tensors[i])
         if hidden := job.generations.reopen(done, digest):
             return hidden
         log.warning("hidden states in %s are lost; passing %d finished blocks again", job.scratch, done)
@@ -130,8 +134,8 @@ class Compression:
             while grams:
                 gram = grams.pop(0)  # a Gram is freed once its linears are solved
                 for linear in gram.linears:
-                    packed[linear], record = self.compress_layer(linear, linears[linear], gram)
-                    layers.append(record)
+                    packed[linear], layer = self.compress_layer(linear, linears[linear], gram)
+                    layers.append(layer)
                     step(1)
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
             writing = writer.submit(
@@ -150,9 +154,7 @@ class Compression:
         self.phases.committed(record)
         return upcoming
 
-    def compress_layer(
-        self, name: str, linear: nn.Linear, gram: Gram
-    ) -> tuple[dict[str, Tensor], LayerRecord]:
+    def compress_layer(self, name: str, linear: nn.Linear, gram: Gram) -> tuple[dict[str, Tensor], LayerRecord]:
         """Solve one linear and put S + U·V, as stored, in its place; what to store, and its record."""
         job = self.job
         weight = linear.weight.detach().float()  # [o, d]

@@ -26,9 +26,10 @@ def compress_in_child(settings: dict[str, Any], die_at: int | None = None, count
 
 
 def _child(settings: dict[str, Any], die_at: int | None, counting: str) -> None:
+    from streamslr.solve.threebasil import ThreeBasil
+
     import streamslr
     from streamslr.calibrate.hidden_states import OnDisk
-    from streamslr.solve.threebasil import ThreeBasil
     from streamslr.source.skeleton import Skeleton
 
     steps = 0

@@ -173,8 +173,7 @@ def parse_pattern(text: str) -> SparsityPattern:
     if match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text):
         return Unstructured(float(match[1]) / 100)
     raise InputError(
-        f'pattern {text!r} is not known; write n:m to keep n of every m weights ("2:4"), '
-        f'or the share to zero ("50%")'
+        f'pattern {text!r} is not known; write n:m to keep n of every m weights ("2:4"), or the share to zero ("50%")'
     )
 
 

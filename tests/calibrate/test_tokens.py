@@ -90,9 +90,7 @@ def test_the_digest_names_the_token_ids(tokenizer, tmp_path: Path) -> None:
         ("a.txt.gz", "not gzip", r"cannot be read"),
     ],
 )
-def test_unusable_text_is_refused_saying_why(
-    tokenizer, tmp_path: Path, name: str, content: str, message: str
-) -> None:
+def test_unusable_text_is_refused_saying_why(tokenizer, tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
         calibration_windows(tokenizer, tmp_path / name, samples=4, seq_len=10, seed=0)

@@ -1,0 +1,145 @@
+"""Verify finds whatever can go wrong with a folder, and says where."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import streamslr
+from streamslr.errors import InputError
+from streamslr.journal import read_journal
+from streamslr.results.inspect import summary
+from streamslr.results.verify import verify
+from streamslr.store.shards import file_sha256
+from tests.tiny_models import TEXT, tiny_checkpoint
+
+BLOCK = "model-block-00000.safetensors"
+LINEAR = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    (folder / "text.txt").write_text(TEXT * 20)
+    model = tiny_checkpoint(folder / "model", layers=2)
+    settings = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu"}
+    streamslr.compress(model, folder / "out", calibration=folder / "text.txt", **settings)
+    return folder / "out"
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "copied elsewhere")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Changes a shard's tensors and makes digest and size agree again: what is left is the content itself."""
+    from safetensors import safe_open
+
+    path = folder / BLOCK
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+    journal = json.loads((folder / "streamslr.json").read_text())
+    journal["blocks"][0]["shard"] |= {"sha256": file_sha256(path), "nbytes": path.stat().st_size}
+    (folder / "streamslr.json").write_text(json.dumps(journal))
+
+
+def problems(folder: Path) -> str:
+    return "\n".join(f"{file}: {problem}" for file, problem in verify(folder).problems)
+
+
+def test_a_copied_folder_is_sound_and_inspects_the_same(folder: Path, made: Path) -> None:
+    result = verify(folder)
+    assert result.problems == ()
+    assert result.complete
+    states = [read_journal(f) for f in (folder, made)]
+    assert summary(folder, states[0])["blocks"] == summary(made, states[1])["blocks"]
+
+
+def test_a_flipped_bit_changes_the_digest(folder: Path) -> None:
+    content = bytearray((folder / BLOCK).read_bytes())
+    content[-100] ^= 1
+    (folder / BLOCK).write_bytes(content)
+    assert f"{BLOCK}: has sha256" in problems(folder)
+
+
+def test_a_truncated_shard_is_found(folder: Path) -> None:
+    (folder / BLOCK).write_bytes((folder / BLOCK).read_bytes()[:-10])
+    assert f"{BLOCK}: has " in problems(folder)
+    assert "cannot be read" in problems(folder)
+
+
+@pytest.mark.parametrize("name", [BLOCK, "model-outside.safetensors", "config.json", "model.safetensors.index.json"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert f"{name}: is missing" in problems(folder)
+
+
+def test_a_missing_file_shows_in_inspect(folder: Path) -> None:
+    (folder / BLOCK).unlink()
+    assert [block["present"] for block in summary(folder, read_journal(folder))["blocks"]] == [False, True]
+
+
+def test_an_extra_file_is_named(folder: Path) -> None:
+    (folder / "model-block-00002.safetensors").write_bytes(b"")
+    assert "model-block-00002.safetensors: is not part of the model" in problems(folder)
+
+
+def test_a_changed_config_is_found(folder: Path) -> None:
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("64", "65", 1))
+    assert "config.json: has changed" in problems(folder)
+
+
+def test_indices_out_of_order_are_found(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{LINEAR}.meta"][3, 2] = 0b0001  # slots 1, 0
+
+    rewrite(folder, change)
+    assert f"{BLOCK}: {LINEAR}:" in problems(folder)
+
+
+@pytest.mark.parametrize("part", ["values", "U", "V"])
+def test_a_value_that_is_not_finite_is_found(folder: Path, part: str) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{LINEAR}.{part}"][1, 1] = float("inf")
+
+    rewrite(folder, change)
+    assert LINEAR in problems(folder)
+
+
+def test_a_norm_that_is_not_finite_is_found(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.input_layernorm.weight"][0] = float("nan")
+
+    rewrite(folder, change)
+    assert "model.layers.0.input_layernorm.weight holds NaN" in problems(folder)
+
+
+def test_factors_of_another_rank_are_found(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{LINEAR}.U"] = tensors[f"{LINEAR}.U"][:, :2].contiguous()
+
+    rewrite(folder, change)
+    assert f"{LINEAR}.U has shape (128, 2), the journal says (128, 4)" in problems(folder)
+
+
+def test_an_index_that_points_elsewhere_is_found(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = BLOCK
+    del index["weight_map"][f"{LINEAR}.meta"]
+    path.write_text(json.dumps(index))
+    assert f"says lm_head.weight is in {BLOCK}" in problems(folder)
+    assert f"says {LINEAR}.meta is in None" in problems(folder)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not an output folder"):
+        verify(tmp_path)

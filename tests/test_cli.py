@@ -1,0 +1,173 @@
+"""The command line as a user sees it: exit codes, output, Ctrl-C, JSON that is only JSON."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import streamslr
+from tests.tiny_models import TEXT, tiny_checkpoint
+
+COMMAND = [str(Path(sys.executable).with_name("streamslr"))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", layers=4, shards=3)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 20)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    streamslr.compress(model, out, calibration=text, samples=4, seq_len=16, rank=4, device="cpu")
+    return out
+
+
+def run_line(model: Path, text: Path, out: Path, *more: str) -> list[str]:
+    line = [*COMMAND, "run", "--model", str(model), "--out", str(out), "--calibration", str(text)]
+    return [*line, "--samples", "4", "--seq-len", "16", "--rank", "4", "--device", "cpu", *more]
+
+
+def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_run_prints_the_plan_a_line_a_block_and_the_result(model: Path, text: Path, tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "run.log"
+    done = subprocess.run(
+        run_line(model, text, tmp_path / "out", "--log-file", str(log)), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "plan: 4 blocks on cpu" in done.stdout
+    assert "4 of 4 blocks" in done.stdout
+    lines = log.read_text().splitlines()
+    assert sum(" INFO block " in line for line in lines) == 4
+    assert "left" in lines[0]
+    assert "peak" in lines[0]
+
+
+def test_the_command_and_the_api_write_the_same(model: Path, text: Path, finished: Path, tmp_path: Path) -> None:
+    assert subprocess.run(run_line(model, text, tmp_path / "out", "--quiet")).returncode == 0
+    for shard in finished.glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_quiet_says_nothing(model: Path, text: Path, tmp_path: Path) -> None:
+    done = subprocess.run(run_line(model, text, tmp_path / "out", "--quiet"), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_cleanly_says_how_to_go_on_and_the_line_does(
+    model: Path, text: Path, finished: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    line = run_line(model, text, tmp_path / "out")
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    )
+    assert process.stdout is not None
+    for printed in process.stdout:
+        if "block 1 of 4" in printed:
+            process.send_signal(how)
+            break
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors
+    assert f"the same line goes on in {tmp_path / 'out'}" in errors
+    assert "Traceback" not in errors
+    assert subprocess.run(line, capture_output=True).returncode == 0
+    for shard in finished.glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (["--model", "/nowhere/model"], 2, "/nowhere/model"),
+        (["--pattern", "2:3:4"], 2, "2:3:4"),
+        (["--samples", "4000"], 2, "tokens"),
+        (["--host-mem", "1MB"], 3, "--host-mem"),
+        (["--host-mem", "lots"], 2, "'lots' is not a size"),
+        (["--calibration", "/nowhere/text.txt"], 2, "/nowhere/text.txt does not exist"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_an_exit_code(
+    model: Path, text: Path, tmp_path: Path, change: list[str], code: int, message: str
+) -> None:
+    done = subprocess.run(run_line(model, text, tmp_path / "out", *change), capture_output=True, text=True)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_changed_settings_exit_with_4(model: Path, text: Path, finished: Path) -> None:
+    done = subprocess.run(run_line(model, text, finished, "--rank", "8"), capture_output=True, text=True)
+    assert done.returncode == 4
+    assert "rank: 4 there, 8 now" in done.stderr
+
+
+def test_inspect_json_is_only_json_and_holds_every_layer(finished: Path) -> None:
+    whole = json.loads(call("inspect", finished, "--json").stdout)
+    assert whole["complete"]
+    assert [block["index"] for block in whole["blocks"]] == [0, 1, 2, 3]
+    layer = whole["blocks"][2]["layers"][0]
+    assert {"name", "shape", "pattern", "density", "rank", "error_before", "error_after", "iterations"} <= set(layer)
+    assert json.loads(call("inspect", finished, "--block", "2", "--json").stdout) == whole["blocks"][2]
+
+
+def test_inspect_shows_a_row_a_block_and_a_row_a_layer(finished: Path) -> None:
+    table = call("inspect", finished).stdout
+    assert "4 of 4 blocks" in table
+    layers = call("inspect", finished, "--block", "1").stdout
+    assert "mlp.down_proj" in layers
+    assert "64×128" in layers
+
+
+def test_inspect_of_what_is_not_there_exits_with_2(finished: Path, tmp_path: Path) -> None:
+    assert call("inspect", finished, "--block", "9").returncode == 2
+    done = call("inspect", tmp_path)
+    assert done.returncode == 2
+    assert "not an output folder" in done.stderr
+
+
+def test_plan_json_needs_no_output_folder(model: Path) -> None:
+    done = call("plan", "--model", model, "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["blocks"] == 4
+    assert {phase["name"] for phase in plan["phases"]} >= {"grams", "solve", "propagate"}
+
+
+def test_plan_says_what_does_not_fit_and_exits_with_3(model: Path) -> None:
+    done = call("plan", "--model", model, "--device", "cpu", "--host-mem", "1MB", "--json")
+    assert done.returncode == 3
+    assert json.loads(done.stdout)["host_bytes"] > 10**6
+    assert "--host-mem" in done.stderr
+
+
+def test_verify_exits_with_1_and_names_what_is_off(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    assert call("verify", finished).returncode == 0
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    (copy / "model-block-00001.safetensors").unlink()
+    done = call("verify", copy)
+    assert done.returncode == 1
+    assert "model-block-00001.safetensors: is missing" in done.stdout
+
+
+def test_eval_json_has_the_perplexity(finished: Path, text: Path) -> None:
+    done = call("eval", finished, "--text", text, "--seq-len", "16", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["perplexity"] > 1
