@@ -2,6 +2,7 @@
 
 from streamslr.solve.pattern import NofM, SparsityPattern, Unstructured, parse_pattern
 from streamslr.solve.problem import LayerProblem, Solver, SparseLowRank, relative_error
+from streamslr.solve.threebasil import ThreeBasil
 
 __all__ = [
     "LayerProblem",
@@ -9,6 +10,7 @@ __all__ = [
     "Solver",
     "SparseLowRank",
     "SparsityPattern",
+    "ThreeBasil",
     "Unstructured",
     "parse_pattern",
     "relative_error",
