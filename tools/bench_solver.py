@@ -1,0 +1,289 @@
+"""Loss and time of the solver against the textbook procedure and the official code's losses, layer by layer.
+
+    python tools/bench_solver.py --model FOLDER --grams GRAMS.safetensors --official LOSSES.json \
+        --pattern 2:4 --rank 16 --variant default --json OUT.json
+    python tools/bench_solver.py --made 1024x1024 --pattern 2:4 --rank 64
+
+Every solver runs on the same (W, H), one after another layer by layer, in one process on the same threads
+(--threads, 1 by default), so that other load on the machine falls on all of them alike. Ratios of time are
+between sums over layers; ratios of loss are means over layers. Loss is tr(R H Rᵀ) / tr(W H Wᵀ), H damped.
+
+GRAMS holds H undamped under the name of the first linear of each group that shares an input (model.layers.0.
+self_attn.q_proj for q, k and v). LOSSES is {"2:4+16": {"0.self_attn.q_proj": {"loss": …}}} of the official code.
+"""
+
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from torch import Tensor
+
+from streamslr.solve import (
+    LayerProblem,
+    SparseLowRank,
+    SparsityPattern,
+    ThreeBasil,
+    parse_pattern,
+    relative_error,
+)
+from streamslr.solve.problem import damping_diagonal
+
+# Linears that share the input of another, which names their Gram matrix.
+SHARES_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+VARIANTS: Mapping[str, ThreeBasil] = {
+    "default": ThreeBasil(),
+    "float32": ThreeBasil(precision="float32"),
+    "no-momentum": ThreeBasil(momentum_gap=1.0),
+    "quick": ThreeBasil(rho_start=0.4, rho_growth=1.4, stage_iterations=8),
+    "thorough": ThreeBasil(rho_start=0.2, rho_growth=1.2, stage_iterations=30),
+}
+
+
+def textbook(problem: LayerProblem) -> SparseLowRank:
+    """What the official code does, in plain torch (DESIGN section 3): the time that ours is held against.
+
+    Full-size products each iteration, a randomized SVD each iteration in H^½ (`torch.svd_lowrank`), H^½ and
+    H^-½ by a float64 eigen-decomposition, the inverse rebuilt in float64 from the eigenvectors every 10
+    iterations, everything else float32; ρ from 0.1 as the support moves. The projection is ours, which is
+    several times faster than topk and scatter.
+    """
+    torch.manual_seed(problem.seed)
+    pattern, rank = problem.pattern, problem.rank
+    added, dead = damping_diagonal(problem.gram)
+    H = problem.gram + torch.diag(added)
+    s = H.diagonal().sqrt()
+    W = problem.weight * s
+    W[:, dead] = 0
+    G = H / s[:, None] / s
+    energies, Q = torch.linalg.eigh(G.double())
+    energies.clamp_(min=1e-12)
+    root = ((Q * energies.sqrt()) @ Q.T).float()
+    inverse_root = ((Q / energies.sqrt()) @ Q.T).float()
+
+    def inverse(rho: float) -> Tensor:
+        return ((Q / (energies + rho)) @ Q.T).float()
+
+    def low_rank(S: Tensor) -> tuple[Tensor, Tensor]:
+        u, values, v = torch.svd_lowrank((W - S) @ root, q=rank)
+        return u * values, v.T @ inverse_root
+
+    rho, iterations, moved_once = 0.1, 0, False
+    M = inverse(rho)
+    D = W * pattern.project(W)
+    Y, UV = torch.zeros_like(W), torch.zeros_like(W)
+    U, V = W[:, :0], W[:0]
+    support = D != 0
+    kept = max(int(support.sum()), 1)
+    while iterations < 2000:
+        S = ((W - UV) @ G + rho * (D - Y)) @ M
+        Z = S + Y
+        D = Z * pattern.project(Z)
+        Y = Z - D
+        if rank:
+            U, V = low_rank(S)
+            UV = U @ V
+        iterations += 1
+        if iterations % 10:
+            continue
+        now = D != 0
+        moved = int((now != support).sum()) / kept
+        support, last_rho = now, rho
+        moved_once = moved_once or moved > 0.005
+        if not moved_once and rho > 1e-4:  # too large to move anything: start again with less
+            rho /= 5
+            D = W * pattern.project(W)
+            Y, UV = torch.zeros_like(W), torch.zeros_like(W)
+            support = D != 0
+        else:
+            if moved == 0 or (iterations >= 100 and moved < 3e-4):
+                break
+            rho *= 1.1 if moved > 0.1 else 1.05 if moved > 0.005 else 1.02
+            Y *= last_rho / rho
+        M = inverse(rho)
+    return SparseLowRank(D / s, U, V / s, iterations)
+
+
+def layers_of(model: Path, grams: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(short name, W [o, d] float32, H [d, d]) of each linear that has a Gram matrix, in the model's order."""
+    with safe_open(grams, "pt") as held:
+        available = set(held.keys())
+        found = {}
+        for shard in sorted(model.glob("*.safetensors")):
+            with safe_open(shard, "pt") as weights:
+                for key in weights.keys():  # noqa: SIM118
+                    name = key.removesuffix(".weight")
+                    parent, _, leaf = name.rpartition(".")
+                    gram = f"{parent}.{SHARES_INPUT.get(leaf, leaf)}"
+                    if gram in available:
+                        found[name] = (shard, key, gram)
+        for name in sorted(found, key=lambda n: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", n)]):
+            shard, key, gram = found[name]
+            with safe_open(shard, "pt") as weights:
+                yield name.removeprefix("model.layers."), weights.get_tensor(key).float(), held.get_tensor(gram)
+
+
+def made_layer(o: int, d: int, seed: int = 0) -> tuple[str, Tensor, Tensor]:
+    """A made (name, W [o, d], H [d, d]) with the structure of trained layers that random ones lack.
+
+    Inputs: a spectrum that decays as 1/k, a mean, a few outlier channels, and fewer samples than would make H
+    exact (4 d). Weights: a decaying spectrum of their own on top of noise, heavy tails.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    k = torch.arange(1, d + 1, dtype=torch.float32)
+    basis = torch.linalg.qr(normal(d, d)).Q
+    channels = torch.exp(0.5 * normal(d))
+    channels[torch.randperm(d, generator=generator)[: max(1, d // 256)]] *= 20
+    H = torch.zeros(d, d)
+    mean = 0.5 * normal(d)
+    for _ in range(4):
+        X = ((normal(d, d) * k.rsqrt()) @ basis.T * (d / k.reciprocal().sum()).sqrt() + mean) * channels
+        H += X.T @ X / (2 * d)
+    smaller = min(o, d)
+    left, right = torch.linalg.qr(normal(o, smaller)).Q, torch.linalg.qr(normal(d, smaller)).Q
+    W = (left * torch.arange(1, smaller + 1).float().pow(-0.7)) @ right.T
+    W = W / W.square().mean().sqrt() + normal(o, d)
+    return f"made {o}x{d}", 0.02 * W * torch.exp(0.3 * normal(o, d)), H
+
+
+@click.command(help=__doc__)
+@click.option("--model", type=click.Path(path_type=Path, exists=True), help="Folder with safetensors weights.")
+@click.option("--grams", type=click.Path(path_type=Path, exists=True), help="Gram matrices of its linears.")
+@click.option("--official", type=click.Path(path_type=Path, exists=True), help="Losses of the official code.")
+@click.option("--made", multiple=True, metavar="OxD", help="Made problem of this shape; may be repeated.")
+@click.option("--pattern", default="2:4", show_default=True)
+@click.option("--rank", default=16, show_default=True)
+@click.option("--variant", "variants", multiple=True, default=["default"], help=f"Of: {', '.join(VARIANTS)}.")
+@click.option("--every", default=1, show_default=True, help="Only every n-th layer.")
+@click.option("--no-textbook", is_flag=True, help="Skip the slow reference.")
+@click.option("--threads", default=1, show_default=True)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here.")
+def main(
+    model: Path | None,
+    grams: Path | None,
+    official: Path | None,
+    made: tuple[str, ...],
+    pattern: str,
+    rank: int,
+    variants: tuple[str, ...],
+    every: int,
+    no_textbook: bool,
+    threads: int,
+    out: Path | None,
+) -> None:
+    torch.set_num_threads(threads)
+    if (model is None) != (grams is None) or (model is None) == (not made):
+        raise click.UsageError("give --model with --grams, or --made")
+    if unknown := [v for v in variants if v not in VARIANTS]:
+        raise click.UsageError(f"unknown variant {', '.join(unknown)}; choose of {', '.join(VARIANTS)}")
+    solvers: dict[str, Callable[[LayerProblem], SparseLowRank]] = {v: VARIANTS[v].solve for v in variants}
+    if not no_textbook:
+        solvers["textbook"] = textbook
+    if model is not None and grams is not None:
+        layers: Iterator[tuple[str, Tensor, Tensor]] = layers_of(model, grams)
+    else:
+        layers = (made_layer(*(int(n) for n in shape.split("x"))) for shape in made)
+
+    kept_pattern = parse_pattern(pattern)
+    official_losses = _official_losses(official, pattern, rank) if official else {}
+    rows = []
+    for index, (name, W, H) in enumerate(layers):
+        if index % every == 0:
+            rows.append(_measure(name, W, H, kept_pattern, rank, solvers, official_losses.get(name)))
+            print(f"{name}: " + _line(rows[-1], list(solvers)), file=sys.stderr, flush=True)
+    summary = {solver: _summary(rows, solver) for solver in solvers}
+    _show(summary, f"{pattern} + {rank}, {len(rows)} layers, {threads} thread(s)")
+    if out:
+        command = " ".join(["python", "tools/bench_solver.py", *sys.argv[1:]])
+        machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {threads} thread(s)"
+        record = {"command": command, "machine": machine, "pattern": pattern, "rank": rank}
+        out.write_text(json.dumps({**record, "summary": summary, "layers": rows}, indent=1) + "\n")
+
+
+def _official_losses(path: Path, pattern: str, rank: int) -> dict[str, float]:
+    tables = json.loads(path.read_text())
+    key = f"{pattern}+{rank}"
+    for candidate in (key, f"{key} alps"):
+        if candidate in tables:
+            return {name: row["loss"] for name, row in tables[candidate].items()}
+    raise click.UsageError(f"{path} has no table {key}; it has {', '.join(tables)}")
+
+
+def _measure(
+    name: str,
+    W: Tensor,
+    H: Tensor,
+    pattern: SparsityPattern,
+    rank: int,
+    solvers: Mapping[str, Callable[[LayerProblem], SparseLowRank]],
+    official_loss: float | None,
+) -> dict[str, object]:
+    row: dict[str, object] = {"layer": name, "shape": list(W.shape), "official": official_loss}
+    for solver, solve in solvers.items():
+        problem = LayerProblem(name, W, H, pattern, rank)
+        start = time.perf_counter()
+        result = solve(problem)
+        seconds = time.perf_counter() - start
+        if wrong := pattern.check(result.S != 0):
+            raise AssertionError(f"{solver} on {name}: {wrong}")
+        row[solver] = {
+            "loss": relative_error(W, H, result.dense()),
+            "seconds": seconds,
+            "iterations": result.iterations,
+            "warnings": list(result.warnings),
+        }
+    return row
+
+
+def _summary(rows: list[dict], solver: str) -> dict[str, float | None]:
+    """Means and sums over layers of one solver, and its ratios to the textbook and the official code."""
+    ours = [row[solver] for row in rows]
+    seconds = sum(x["seconds"] for x in ours)
+    summary: dict[str, float | None] = {
+        "mean_loss": sum(x["loss"] for x in ours) / len(ours),
+        "seconds": seconds,
+        "mean_iterations": sum(x["iterations"] for x in ours) / len(ours),
+    }
+    ratios = [x["loss"] / row["official"] for x, row in zip(ours, rows, strict=True) if row["official"]]
+    summary["loss_to_official"] = sum(ratios) / len(ratios) if ratios else None
+    summary["worst_loss_to_official"] = max(ratios) if ratios else None
+    if "textbook" in rows[0]:
+        slow = [row["textbook"] for row in rows]
+        summary["loss_to_textbook"] = sum(x["loss"] / y["loss"] for x, y in zip(ours, slow, strict=True)) / len(ours)
+        summary["time_to_textbook"] = seconds / sum(y["seconds"] for y in slow)
+    return summary
+
+
+def _line(row: dict, solvers: list[str]) -> str:
+    return ", ".join(
+        f"{s} {row[s]['loss']:.6f} {row[s]['seconds']:.2f}s {row[s]['iterations']} iterations" for s in solvers
+    )
+
+
+def _show(summary: Mapping[str, Mapping[str, float | None]], title: str) -> None:
+    table = Table(title=title)
+    columns = {key: None for row in summary.values() for key in row}
+    table.add_column("solver")
+    for key in columns:
+        table.add_column(key.replace("_", " "), justify="right")
+    for solver, row in summary.items():
+        cells = ("" if row.get(key) is None else f"{row[key]:.4g}" for key in columns)
+        table.add_row(solver, *cells)
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()
