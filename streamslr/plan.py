@@ -17,8 +17,11 @@ from streamslr.solve.threebasil import solve_bytes, solve_flops
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: one window of the papers' length; more did not run faster (README, measurements)."""
 
-_LIBRARY_BUFFERS = 64 * 2**20
-"""Host memory that torch, zarr and the tokenizer come to hold beside the tensors: measured, 40 to 60 MB."""
+_LIBRARY_BUFFERS = 88 * 2**20
+"""Host memory that torch, zarr and the tokenizer come to hold beside the tensors: measured, 50 to 85 MB."""
+
+_SOLVE_ITERATIONS = 120
+"""Iterations of a typical layer, for the FLOPs alone: means of 100 to 130 were seen on the reference model."""
 
 _HIDDEN_BATCHES = 6
 """Micro-batches of hidden states alive in a pass: read ahead, current, output, two queued, one being written."""
@@ -226,7 +229,7 @@ def _phases(
 
     forward = 2.0 * tokens * sum(b.parameters for b in model.blocks)
     gram_flops = 2.0 * tokens * sum(d * d for b in model.blocks for d in b.grams)
-    solving = sum(float(solve_flops(o, d, config.rank)) for b in model.blocks for o, d in b.linears.values())
+    solving = sum(float(solve_flops(o, d, config.rank, _SOLVE_ITERATIONS)) for b in model.blocks for o, d in b.linears.values())
     # (phase, bytes where the compute is, bytes on the host wherever the compute is, FLOPs)
     rows = (
         ("embed", outside + 4 * batch_tokens * h * c, hidden, 0.0),

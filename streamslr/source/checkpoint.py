@@ -416,7 +416,8 @@ def _travels(name: str) -> bool:
         return True
     if name.startswith(".") or name == CONFIG_FILE or name == "streamslr.json" or ".index." in name:
         return False
-    return name.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken"))
+    # of .txt files only these are a tokenizer's; others may be anything, and large
+    return name in ("merges.txt", "vocab.txt") or name.endswith((".json", ".model", ".jinja", ".tiktoken"))
 
 
 def _digest(config: bytes, headers: Mapping[str, _Header]) -> str:

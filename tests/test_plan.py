@@ -1,0 +1,89 @@
+"""The plan: bytes that follow from shapes, what is refused, and the choices a run obeys."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamslr.config import RunConfig
+from streamslr.errors import BudgetError
+from streamslr.plan import BlockShape, ModelShape, Plan, make_plan
+from streamslr.solve.pattern import parse_pattern
+
+GB = 10**9
+
+
+def llama_70b() -> ModelShape:
+    h, ffn, kv = 8192, 28672, 1024
+    linears = {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h), "gate": (ffn, h), "up": (ffn, h), "down": (h, ffn)}
+    parameters = sum(o * d for o, d in linears.values()) + 2 * h
+    block = BlockShape(linears, (h, h, h, ffn), parameters, 2 * parameters)
+    outside = 2 * 128256 * h + h
+    return ModelShape((block,) * 80, h, outside, 2 * outside, 2)
+
+
+def plan(model: ModelShape, host_mem: int = 10**12, device: str = "cuda", **settings: object) -> Plan:
+    config = RunConfig(model="m", out=Path("out"), **settings)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return make_plan(config, model, parse_pattern(config.pattern), torch.device(device), dtype, GB, host_mem)
+
+
+def phase(plan: Plan, name: str) -> object:
+    return next(p for p in plan.phases if p.name == name)
+
+
+def test_a_70b_model_fits_one_48_gb_card_and_a_modest_host() -> None:
+    made = plan(llama_70b(), host_mem=24 * GB)
+    made.require_memory(24 * GB, 45 * GB)
+    assert made.scratch_bytes == 2 * 128 * 2048 * 8192 * 2
+
+
+def test_the_largest_terms_are_what_the_shapes_say() -> None:
+    made = plan(llama_70b())
+    block = 2 * llama_70b().blocks[0].parameters
+    grams = 4 * (3 * 8192**2 + 28672**2)
+    assert block + grams < phase(made, "grams").gpu_bytes < block + grams + 2 * GB
+    assert made.output_bytes == pytest.approx(0.5625 * made.source_bytes, rel=0.1)
+
+
+def test_depth_changes_totals_but_no_peak() -> None:
+    from dataclasses import replace
+
+    shallow = llama_70b()
+    deep = replace(shallow, blocks=shallow.blocks * 4)
+    assert plan(deep).gpu_bytes == plan(shallow).gpu_bytes
+    assert plan(deep).host_bytes == plan(shallow).host_bytes
+    assert plan(deep).flops == pytest.approx(4 * plan(shallow).flops)
+
+
+def test_hidden_states_stay_in_memory_only_where_they_fit() -> None:
+    roomy, tight = plan(llama_70b(), host_mem=10**11), plan(llama_70b(), host_mem=12 * GB)
+    assert roomy.in_memory
+    assert not tight.in_memory
+    assert roomy.host_bytes - tight.host_bytes == roomy.scratch_bytes
+
+
+def test_short_windows_pass_together_and_fewer_where_memory_is_short() -> None:
+    model = llama_70b()
+    generous = plan(model, device="cpu", seq_len=64, samples=64)
+    assert generous.micro_batch == 32
+    halved = plan(model, host_mem=generous.host_bytes - generous.scratch_bytes - 1, device="cpu", seq_len=64, samples=64)
+    solve_bound = phase(halved, "solve").host_bytes >= halved.host_bytes - halved.scratch_bytes
+    assert halved.micro_batch < 32 or solve_bound
+
+
+@pytest.mark.parametrize(("host", "gpu", "flag"), [(GB // 2, None, "--host-mem"), (10**12, 4 * GB, "--gpu-mem")])
+def test_what_cannot_fit_is_refused_naming_phase_bytes_and_flag(host: int, gpu: int | None, flag: str) -> None:
+    with pytest.raises(BudgetError, match=rf"phase \w+ needs \d.* GB of .* raise {flag}"):
+        plan(llama_70b(), host_mem=host).require_memory(host, gpu)
+
+
+def test_a_disk_without_room_is_refused_naming_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    class Full:
+        f_bavail, f_frsize = 1000, 4096
+
+    monkeypatch.setattr(os, "statvfs", lambda path: Full)
+    with pytest.raises(BudgetError, match=rf"{tmp_path} has 4.1 MB free; output 8\d.* GB and hidden states 8.6 GB"):
+        plan(llama_70b()).require_disk(tmp_path / "out" / "deep", tmp_path / "out" / "deep" / ".scratch")
