@@ -17,6 +17,8 @@ _CAREFUL_STEPS = 4
 _DAMPING_LIMIT = 1e6
 # U·V that is larger than the weight by this factor is leaving (0.9 is the most seen in a good solution).
 _DRIFT = 2.0
+# Bytes that MKL and oneDNN pack operands into, and that malloc leaves between buffers (measured, 1024 to 4096).
+_LIBRARY_SCRATCH = 32 << 20
 # The support is looked at every so many iterations.
 _CHECK_EVERY = 5
 
@@ -112,10 +114,12 @@ def solve_bytes(o: int, d: int, rank: int) -> int:
     """Peak bytes that one solve of a weight [o, d] takes beside its weight and Gram matrix.
 
     4 float32 copies of the weight (scaled W, the state S + Y, the projection D, and the product with its input
-    at bfloat16, or the product alone at float32), a byte a weight for the supports compared, the inverse
-    [d, d] in float32 while it is built, beside its bfloat16 form, and the factors of three fits of U·V.
+    at bfloat16, or the product alone at float32), a byte a weight for the support, the inverse [d, d] (on the
+    GPU twice, while it is built), the factors of three fits of U·V, and what the libraries pack into.
     """
-    return 4 * 4 * o * d + 2 * o * d + 6 * d * d + 4 * 8 * (o + d) * max(rank, 1) + 8 * 4 * _TILE
+    factors = 4 * 8 * (o + d) * max(rank, 1)
+    scratch = min(_LIBRARY_SCRATCH, 4 * d * (o + d))
+    return (4 * 4 + 1) * o * d + 4 * d * d + factors + 8 * 4 * _TILE + scratch
 
 
 def solve_flops(o: int, d: int, rank: int, iterations: int) -> int:
@@ -141,9 +145,9 @@ class _Metric:
         y = y / self.scale[:, None]
         return torch.addcmul(self.gram @ y, self.added[:, None], y).div_(self.scale[:, None])
 
-    def inverse(self, rho: float) -> Tensor | None:
+    def inverse(self, rho: float, out: Tensor | None = None) -> Tensor | None:
         """ρ (G + ρI)⁻¹, float32 [d, d], for ρ > 0, G⁻¹ for 0; None without a Cholesky factor."""
-        matrix = self.gram / self.scale
+        matrix = torch.div(self.gram, self.scale, out=out)
         matrix.div_(self.scale[:, None])
         matrix.diagonal().add_(self.added / self.scale.square() + rho)
         inverse = _inverse_(matrix)
@@ -174,27 +178,35 @@ class _Admm:
         self.D = torch.empty_like(self.W)
         self.marker = problem.pattern.marker(self.X.t())
         self.tiles = self._tiles()
-        for X, D, _, _ in self.tiles:
+        for X, D, *_ in self.tiles:
             torch.mul(X, self.marker.mark_(X.abs().t()).t(), out=D)
             X.sub_(D)
         self.marker.settle()
-        self.support = self.D != 0  # at the last check
+        self.support_change()
+        self.room = torch.empty(d, d, device=self.W.device)
+        self.M = self.room  # ρ (G + ρI)⁻¹, after set_inverse
 
     def _tiles(self) -> list[tuple[Tensor, ...]]:
-        """X, D, W and the product C in slices of whole groups, which stay in cache through a pass."""
+        """X, D, W, the product C and the last support in slices of whole groups, each small enough for the cache."""
         d, o = self.W.shape
         self.product = torch.zeros(d, o, dtype=self.low, device=self.W.device)  # C = X (ρ (G + ρI)⁻¹)
         self.input = self.X if self.low == torch.float32 else torch.empty_like(self.product)
+        self.support = torch.zeros(d, o, dtype=torch.bool, device=self.W.device)
         group = self.marker.group
         rows = max(1, _TILE // (o * group)) * group if self.W.device.type == "cpu" else d
-        return list(zip(*(torch.split(x, rows) for x in (self.X, self.D, self.W, self.product)), strict=True))
+        whole = (self.X, self.D, self.W, self.product, self.support)
+        return list(zip(*(torch.split(x, rows) for x in whole), strict=True))
 
     def set_inverse(self, rho: float) -> None:
-        self.M = torch.empty(0)  # lets go of the last one before the next is built
-        inverse = self.metric.inverse(rho)
+        inverse = self.metric.inverse(rho, self.room)
         if inverse is None:  # G has a factor, so G + ρI has one
             raise StreamslrError(f"{self.name}: G + {rho:g}·I lost its Cholesky factor; report this as a bug")
-        self.M = inverse.to(self.low)
+        if self.low == torch.float32:
+            self.M = inverse
+        else:  # into the front of its own memory, behind the rows that are still to be read
+            self.M = self.room.view(self.low).view(-1)[: inverse.numel()].view_as(inverse)
+            for rows in range(0, len(inverse), 64):
+                self.M[rows : rows + 64] = inverse[rows : rows + 64].to(self.low)
 
     def sparse_step(self, shrink: float = 1.0) -> None:
         """S, then D and Y; leaves X = shrink·Y − D + W, without U·V, which low_rank_step puts back.
@@ -204,7 +216,7 @@ class _Admm:
         if self.input is not self.X:
             self.input.copy_(self.X)
         torch.mm(self.M, self.input, out=self.product)
-        for X, D, W, C in self.tiles:
+        for X, D, W, C, _ in self.tiles:
             Z = X.add_(D).sub_(C)  # S + Y, for S = E − C
             kept = self.marker.mark_(Z.abs().t()).t()
             torch.mul(Z, kept, out=D)
@@ -237,9 +249,13 @@ class _Admm:
 
     def support_change(self) -> float:
         """How many kept positions came or went since the last call, as a share of those kept."""
-        support = self.D != 0
-        changed, kept = (self.support != support).sum(), support.sum()
-        self.support = support
+        changed = kept = torch.zeros((), dtype=torch.int64, device=self.W.device)
+        for _, D, _, _, support in self.tiles:
+            now = D != 0
+            # Not sum(): on the CPU it casts a whole mask to int64 first.
+            changed = changed + (support != now).count_nonzero()
+            kept = kept + now.count_nonzero()
+            support.copy_(now)
         return float(changed / kept.clamp_min(1))
 
     def drifted(self) -> bool:
@@ -248,11 +264,11 @@ class _Admm:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """S [o, d] exactly in the pattern, and U [o, r], V [r, d] fitted to it, in the problem's own scale."""
-        metric, W, D = self.metric, self.W, self.D
-        Z = self.X.addmm_(self.B, self.U.t()).sub_(W).add_(D, alpha=2)  # S + Y again
+        metric, W = self.metric, self.W
+        Z = self.X.addmm_(self.B, self.U.t()).sub_(W).add_(self.D, alpha=2)  # S + Y again
+        del self.product, self.input, self.tiles, self.X, self.D, self.support, self.M, self.room
         kept = self.pattern.project(Z.t()).t()
         D = Z.masked_fill_(~kept, 0)
-        del self.product, self.input, self.tiles, self.D, self.support, self.M
         self._fit(torch.sub(W, D))
         V = (self.B / metric.scale[:, None]).t()
         S = D.div_(metric.scale[:, None])
@@ -286,6 +302,9 @@ def _validated(problem: LayerProblem) -> tuple[int, list[str]]:
                 f"{name}: {count} of {tensor.numel()} values of its {what} are NaN or infinite; check the "
                 f"checkpoint, and the calibration for overflow"
             )
+    if bool((problem.gram.diagonal() < 0).any()):
+        lowest = float(problem.gram.diagonal().min())
+        raise InputError(f"{name}: its Gram matrix has {lowest:g} on the diagonal; sums of squares cannot be negative")
     if problem.rank < 0:
         raise InputError(f"{name}: rank {problem.rank} is negative; use 0 for no low-rank part")
     rank = min(problem.rank, o, d)
