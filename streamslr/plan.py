@@ -229,7 +229,9 @@ def _phases(
 
     forward = 2.0 * tokens * sum(b.parameters for b in model.blocks)
     gram_flops = 2.0 * tokens * sum(d * d for b in model.blocks for d in b.grams)
-    solving = sum(float(solve_flops(o, d, config.rank, _SOLVE_ITERATIONS)) for b in model.blocks for o, d in b.linears.values())
+    solving = sum(
+        float(solve_flops(o, d, config.rank, _SOLVE_ITERATIONS)) for b in model.blocks for o, d in b.linears.values()
+    )
     # (phase, bytes where the compute is, bytes on the host wherever the compute is, FLOPs)
     rows = (
         ("embed", outside + 4 * batch_tokens * h * c, hidden, 0.0),

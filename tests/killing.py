@@ -15,7 +15,7 @@ _context.set_forkserver_preload(["streamslr.run", "streamslr.prepare", "transfor
 def compress_in_child(settings: dict[str, Any], die_at: int | None = None, counting: str = "renames") -> int:
     """The child's exit code: 0, or -9 where it was killed at step `die_at` of what is counted.
 
-    counting: "renames", every moment right before and right after a file takes its final name (the commit
+    counting: "renames", right before each file takes its final name, all earlier ones having theirs (the commit
     points); "work", every chunk of hidden states written, every pass through a block, every solved layer.
     """
     process = _context.Process(target=_child, args=(settings, die_at, counting))
@@ -26,10 +26,9 @@ def compress_in_child(settings: dict[str, Any], die_at: int | None = None, count
 
 
 def _child(settings: dict[str, Any], die_at: int | None, counting: str) -> None:
-    from streamslr.solve.threebasil import ThreeBasil
-
     import streamslr
     from streamslr.calibrate.hidden_states import OnDisk
+    from streamslr.solve.threebasil import ThreeBasil
     from streamslr.source.skeleton import Skeleton
 
     steps = 0
@@ -44,10 +43,10 @@ def _child(settings: dict[str, Any], die_at: int | None, counting: str) -> None:
         original: Callable[..., Any] = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if name == "replace" and args[0].parent != settings["out"]:  # zarr's chunks commit nothing
+                return original(*args, **kwargs)
             step()
-            result = original(*args, **kwargs)
-            step()
-            return result
+            return original(*args, **kwargs)
 
         setattr(owner, name, call)
 

@@ -67,7 +67,9 @@ def test_short_windows_pass_together_and_fewer_where_memory_is_short() -> None:
     model = llama_70b()
     generous = plan(model, device="cpu", seq_len=64, samples=64)
     assert generous.micro_batch == 32
-    halved = plan(model, host_mem=generous.host_bytes - generous.scratch_bytes - 1, device="cpu", seq_len=64, samples=64)
+    halved = plan(
+        model, host_mem=generous.host_bytes - generous.scratch_bytes - 1, device="cpu", seq_len=64, samples=64
+    )
     solve_bound = phase(halved, "solve").host_bytes >= halved.host_bytes - halved.scratch_bytes
     assert halved.micro_batch < 32 or solve_bound
 

@@ -2,12 +2,13 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import streamslr
 from streamslr.errors import BudgetError, InputError, ResumeError
@@ -126,10 +127,10 @@ def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], patter
 
 def test_the_hidden_states_are_those_of_the_written_model(settings: dict[str, Any], unbroken: Any) -> None:
     """Replay of finished blocks gives the digests that the run recorded, so what is written is what was run."""
-    first = compress_in_child(settings, die_at=2 * 13, counting="renames")
-    assert first == -9
-    import shutil
-
+    assert compress_in_child(settings, die_at=15) == -9
+    state = read_journal(settings["out"])
+    assert state is not None
+    assert state.blocks
     shutil.rmtree(settings["out"] / ".scratch")
     assert compress_in_child(settings) == 0
     assert content(settings["out"]) == unbroken
@@ -151,7 +152,7 @@ def test_killed_at_every_commit_point_the_same_line_goes_on_to_the_same_bytes(
         assert compress_in_child(settings | {"out": out}) == 0
         assert content(out) == unbroken, f"killed at step {steps}"
         steps += 1
-    assert steps >= 2 * (4 + 3 * LAYERS), "a shard, a journal record and an index a block, and the start"
+    assert steps >= 5 + 3 * LAYERS, "a shard, a journal record and an index a block, and the start"
 
 
 def test_killed_again_and_again_at_random_moments_a_run_still_ends_in_the_same_bytes(
@@ -159,7 +160,7 @@ def test_killed_again_and_again_at_random_moments_a_run_still_ends_in_the_same_b
 ) -> None:
     draw = random.Random(0)
     kills = 0
-    while compress_in_child(settings, die_at=draw.randrange(4, 60) if kills < 8 else None, counting="work"):
+    while compress_in_child(settings, die_at=draw.randrange(2, 40) if kills < 8 else None, counting="work"):
         kills += 1
     assert kills
     assert content(settings["out"]) == unbroken
@@ -186,13 +187,13 @@ def test_the_tier_of_hidden_states_does_not_show_in_the_bytes(
 def test_changed_settings_are_refused_naming_both_values(
     settings: dict[str, Any], change: dict[str, Any], named: str
 ) -> None:
-    compress_in_child(settings, die_at=30)
+    compress_in_child(settings, die_at=13)
     with pytest.raises(ResumeError, match=named):
         streamslr.compress(**settings | change)
 
 
 def test_another_model_or_text_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    compress_in_child(settings, die_at=30)
+    compress_in_child(settings, die_at=13)
     other = tiny_checkpoint(tmp_path / "other", layers=LAYERS, intermediate_size=192)
     with pytest.raises(ResumeError, match="model: "):
         streamslr.compress(**settings | {"model": other})
@@ -203,10 +204,6 @@ def test_another_model_or_text_is_refused(settings: dict[str, Any], tmp_path: Pa
 
 
 def test_a_finished_block_is_kept_when_a_later_one_is_damaged(settings: dict[str, Any], tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import save_file
-
     broken = shutil.copytree(settings["model"], tmp_path / "broken")
     for file in broken.glob("*.safetensors"):
         tensors = load_file(file)

@@ -96,7 +96,7 @@ def test_a_moved_branch_is_another_model_for_a_resume(hub: Hub, tmp_path: Path) 
     (tmp_path / "text.txt").write_text(TEXT * 20)
     run(tmp_path / "out", calibration=tmp_path / "text.txt")
     hub.add("org/model", tiny_checkpoint(tmp_path / "newer", layers=LAYERS, shards=4, seed=1))
-    with pytest.raises(streamslr.errors.ResumeError, match="model: 'hub:org/model@.* there, 'hub:org/model@.* now"):
+    with pytest.raises(streamslr.errors.ResumeError, match=r"model: 'hub:org/model@.* there, 'hub:org/model@.* now"):
         run(tmp_path / "out", calibration=tmp_path / "text.txt")
 
 
