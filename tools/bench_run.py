@@ -1,0 +1,95 @@
+"""Wall time, phases and memory of whole runs, held against the plan; the same model also with its blocks repeated.
+
+    python tools/bench_run.py --model FOLDER --calibration TEXT --samples 64 --seq-len 256 --rank 16 \
+        --repeat-blocks 4 --json OUT.json
+
+Memory is USS, read from outside the process 10 times a second. Streaming overhead is the wall time of the process
+without its start-up (imports, timed by themselves in the same run), over the sum of the phases in the journal.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+
+from streamslr.config import format_bytes
+
+STREAMSLR = str(Path(sys.executable).with_name("streamslr"))
+
+
+def measure(model: Path, out: Path, options: list[str]) -> dict[str, Any]:
+    """One run of the command line, watched from outside."""
+    line = ["--model", str(model), "--device", "cpu", *options]
+    plan = json.loads(subprocess.run([STREAMSLR, "plan", *line, "--json"], check=True, capture_output=True).stdout)
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import streamslr.cli, streamslr.run, streamslr.prepare"], check=True)
+    startup = time.monotonic() - start
+    start, peak = time.monotonic(), 0
+    process = psutil.Popen([STREAMSLR, "run", *line, "--out", str(out), "--quiet"])
+    while process.poll() is None:
+        try:
+            peak = max(peak, process.memory_full_info().uss)
+        except psutil.Error:  # it ended between the two
+            break
+        time.sleep(0.1)
+    if process.wait() != 0:
+        raise SystemExit(f"streamslr run on {model} ended with {process.returncode}")
+    wall = time.monotonic() - start
+    journal = json.loads((out / "streamslr.json").read_text())
+    phases: dict[str, float] = {}
+    for block in journal["blocks"]:
+        for name, measured in block["measured"].items():
+            phases[name] = phases.get(name, 0.0) + measured["seconds"]
+    compute = sum(phases.values())
+    return {
+        "blocks": len(journal["blocks"]),
+        "peak_uss_bytes": peak,
+        "planned_host_bytes": plan["host_bytes"],
+        "planned_to_peak": plan["host_bytes"] / peak,
+        "wall_seconds": wall,
+        "startup_seconds": startup,
+        "phase_seconds": phases,
+        "wall_to_phases": wall / compute,
+        "wall_without_startup_to_phases": (wall - startup) / compute,
+    }
+
+
+@click.command(help=__doc__)
+@click.option("--model", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--calibration", required=True)
+@click.option("--samples", default="64")
+@click.option("--seq-len", default="256")
+@click.option("--pattern", default="2:4")
+@click.option("--rank", default="16")
+@click.option("--repeat-blocks", type=int, default=4)
+@click.option("--json", "to", type=click.Path(path_type=Path))
+def main(model: Path, repeat_blocks: int, to: Path | None, **options: str) -> None:
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    with tempfile.TemporaryDirectory() as folder:
+        deep = Path(folder) / "deep"
+        maker = [sys.executable, str(Path(__file__).with_name("make_checkpoint.py"))]
+        repeat = ["--from", str(model), "--repeat-blocks", str(repeat_blocks)]
+        subprocess.run([*maker, *repeat, str(deep)], check=True, stdout=subprocess.DEVNULL)
+        runs = [measure(m, Path(folder) / f"out-{m.name}", flags) for m in (model, deep)]
+    for run in runs:
+        click.echo(
+            f"{run['blocks']} blocks: peak {format_bytes(run['peak_uss_bytes'])}, plan / peak "
+            f"{run['planned_to_peak']:.3f}, wall {run['wall_seconds']:.1f} s ({run['startup_seconds']:.1f} s of it start-up), wall / phases "
+            f"{run['wall_to_phases']:.3f}, without start-up {run['wall_without_startup_to_phases']:.3f}"
+        )
+    growth = runs[1]["peak_uss_bytes"] / runs[0]["peak_uss_bytes"] - 1
+    click.echo(f"peak grows by {growth:.1%} with {repeat_blocks} times the blocks")
+    if to:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        record = {"command": " ".join(["python", *sys.argv]), "commit": commit, "runs": runs, "peak_growth": growth}
+        to.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
