@@ -209,9 +209,7 @@ class _Groups:
         o, k = magnitudes.shape
         groups = magnitudes.view(o, k // self.group, self.group)
         members = groups.unbind(2)  # m tensors [o, k/m]
-        if self.n == 1:
-            threshold = groups.amax(2)
-        elif self.group > _INSERTION_MAX_M:
+        if self.group > _INSERTION_MAX_M:
             threshold = groups.kthvalue(self.group - self.n + 1, dim=2).values
         else:
             threshold = _nth_largest(members, self.n)
