@@ -32,6 +32,7 @@ from streamslr.solve import (
     SparseLowRank,
     SparsityPattern,
     ThreeBasil,
+    Unstructured,
     parse_pattern,
     relative_error,
 )
@@ -54,8 +55,8 @@ def textbook(problem: LayerProblem) -> SparseLowRank:
 
     Full-size products each iteration, a randomized SVD each iteration in H^½ (`torch.svd_lowrank`), H^½ and
     H^-½ by a float64 eigen-decomposition, the inverse rebuilt in float64 from the eigenvectors every 10
-    iterations, everything else float32; ρ from 0.1 as the support moves. The projection is ours, which is
-    several times faster than topk and scatter.
+    iterations, everything else float32; ρ from 0.1 as the support moves. The projection is the fastest at hand:
+    ours for n:m, kthvalue for a share of the layer, both faster than topk and scatter.
     """
     torch.manual_seed(problem.seed)
     pattern, rank = problem.pattern, problem.rank
@@ -70,6 +71,12 @@ def textbook(problem: LayerProblem) -> SparseLowRank:
     root = ((Q * energies.sqrt()) @ Q.T).float()
     inverse_root = ((Q / energies.sqrt()) @ Q.T).float()
 
+    def project(Z: Tensor) -> Tensor:
+        if isinstance(pattern, Unstructured):
+            magnitudes = Z.abs().flatten()
+            return Z.abs() >= magnitudes.kthvalue(magnitudes.numel() - pattern.kept(*Z.shape) + 1).values
+        return pattern.project(Z)
+
     def inverse(rho: float) -> Tensor:
         return ((Q / (energies + rho)) @ Q.T).float()
 
@@ -79,7 +86,7 @@ def textbook(problem: LayerProblem) -> SparseLowRank:
 
     rho, iterations, moved_once = 0.1, 0, False
     M = inverse(rho)
-    D = W * pattern.project(W)
+    D = W * project(W)
     Y, UV = torch.zeros_like(W), torch.zeros_like(W)
     U, V = W[:, :0], W[:0]
     support = D != 0
@@ -87,7 +94,7 @@ def textbook(problem: LayerProblem) -> SparseLowRank:
     while iterations < 2000:
         S = ((W - UV) @ G + rho * (D - Y)) @ M
         Z = S + Y
-        D = Z * pattern.project(Z)
+        D = Z * project(Z)
         Y = Z - D
         if rank:
             U, V = low_rank(S)
@@ -101,7 +108,7 @@ def textbook(problem: LayerProblem) -> SparseLowRank:
         moved_once = moved_once or moved > 0.005
         if not moved_once and rho > 1e-4:  # too large to move anything: start again with less
             rho /= 5
-            D = W * pattern.project(W)
+            D = W * project(W)
             Y, UV = torch.zeros_like(W), torch.zeros_like(W)
             support = D != 0
         else:
@@ -110,7 +117,7 @@ def textbook(problem: LayerProblem) -> SparseLowRank:
             rho *= 1.1 if moved > 0.1 else 1.05 if moved > 0.005 else 1.02
             Y *= last_rho / rho
         M = inverse(rho)
-    return SparseLowRank(D / s, U, V / s, iterations)
+    return SparseLowRank(D * pattern.project(D) / s, U, V / s, iterations)
 
 
 def layers_of(model: Path, grams: Path) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -249,7 +249,7 @@ def _kth_largest(magnitudes: Tensor, k: int) -> Tensor:
     """The k-th largest of all `magnitudes` (float32, ≥ 0), exactly, as a scalar tensor.
 
     Halves the range of bit patterns, which sort as the values do. Takes a byte an element, where torch's
-    kthvalue and topk take 12 and more, and no longer than they do.
+    kthvalue and topk take 12 and more, in twice the time of the one and half of the other (CPU, 4096 squared).
     """
     bits = magnitudes.view(torch.int32)
     low, high = torch.zeros_like(bits[0, 0]), bits.max()
