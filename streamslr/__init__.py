@@ -25,6 +25,7 @@
     prepare.py             all that is known before work begins, from headers alone
     journal.py             what is durably done: the one truth that resume believes
     progress.py            clock and memory of each phase, ETA, the live display
+    layer.py               one linear: solve, pack, put S + U·V in its place, say how good it is
     run.py                 the block loop; reads as the algorithm
     results/               reads only what landed on disk
         inspect.py             what each block's shard holds, and how good it is

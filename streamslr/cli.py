@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 import typing
@@ -20,6 +21,10 @@ from streamslr.config import RunConfig, parse_bytes
 from streamslr.errors import InputError, StreamslrError
 
 # The libraries behind the commands take seconds to import, so each command imports its own: --help stays instant.
+
+# OpenMP threads that spin while they wait slow each other 20 times where another process wants the core
+# (measured: the demo on two cores, one of them busy, 20 s in place of 400). Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
 
@@ -100,12 +105,14 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
 
 
 @main.command()
-@_run_options(optional="out")  # a plan writes nothing; without a folder it looks at this one's disk
+@_run_options(optional="out")
 @_json_option
 def plan(as_json: bool, **settings: Any) -> None:
     """What a run would take, phase by phase, from headers alone; exit code 3 when it does not fit."""
     with _errors_and_interrupts():
-        config = RunConfig(**settings | {"out": settings["out"] or Path()})
+        # without --out it plans for a new folder here
+        out = settings["out"] or Path(f"{Path(settings['model']).name}-slr")
+        config = RunConfig(**settings | {"out": out})
         _quiet_libraries()
         from streamslr.prepare import prepare
 
@@ -155,7 +162,8 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
         else:
             for file, problem in result.problems:
                 click.echo(f"{file}: {problem}")
-            verdict = f"{len(result.problems)} problems" if result.problems else "all sound"
+            advice = "; delete what is damaged and start the same run again to make it anew"
+            verdict = f"{len(result.problems)} problems{advice}" if result.problems else "all sound"
             unfinished = "" if result.complete else " (an unfinished run: what is there was checked)"
             click.echo(f"{folder}: {result.files} shards, {result.tensors} tensors, {verdict}{unfinished}")
         if result.problems:
@@ -220,6 +228,9 @@ def _errors_and_interrupts(how_to_go_on: str | None = None) -> Iterator[None]:
     except StreamslrError as error:
         click.echo(f"streamslr: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"streamslr: {error}", err=True)
+        sys.exit(StreamslrError.exit_code)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         message = f"; finished blocks are kept, and {how_to_go_on}" if how_to_go_on else ""

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +14,8 @@ from streamslr.errors import InputError, ResumeError
 from streamslr.store.shards import FORMAT_VERSION, PARTIAL_SUFFIX, WrittenShard, write_json
 
 JOURNAL_FILE = "streamslr.json"
+
+log = logging.getLogger("streamslr")
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,14 @@ class JournalState:
     """The content of streamslr.json."""
 
     fingerprint: Mapping[str, Any]  # what must be equal for a resume
+    calibration: str  # what a person would call the text; its tokens are in the fingerprint
     blocks_total: int
     micro_batch: int
     description: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer …: file -> sha256
     outside: WrittenShard | None = None
     hidden_states: str | None = None  # digest of the generation that enters block 0
     blocks: tuple[BlockRecord, ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)  # of all before block 0, as a block's
     format_version: int = FORMAT_VERSION
 
     @property
@@ -113,16 +118,19 @@ def _block(data: dict[str, Any]) -> BlockRecord:
 class Journal:
     """The journal of the run that owns the output folder: locked while open, durable after every commit."""
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], blocks_total: int, micro_batch: int):
-        """Start, or go on with, the run of this fingerprint in `folder`.
+    def __init__(self, folder: Path, start: JournalState):
+        """Begin with `start` in `folder`, or go on with the run of the same fingerprint that is there.
 
         Raises ResumeError when another process holds the folder, when it holds another run (naming each
         setting that differs, with both values), or files that are no run's.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder, os.O_RDONLY)  # the folder itself: no lock file to leave behind
+        except OSError as error:
+            raise ResumeError(f"{folder} cannot be made or opened: {error.strerror}; give another --out") from error
         self.folder = folder
         self.state: JournalState
-        self._lock = os.open(folder, os.O_RDONLY)  # the folder itself: no lock file to leave behind
         try:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,9 +140,9 @@ class Journal:
             if found is None:
                 self._refuse_foreign_files()
                 # the first commit claims the folder: a file in it without a journal is never ours
-                self._commit(JournalState(dict(fingerprint), blocks_total, micro_batch))
+                self._commit(start)
             else:
-                self._refuse_changed_settings(found.fingerprint, fingerprint)
+                refuse_changed_settings(folder, found.fingerprint, start.fingerprint)
                 self.state = found
         except BaseException:
             self.close()
@@ -149,15 +157,42 @@ class Journal:
     def close(self) -> None:
         os.close(self._lock)
 
-    def commit_outside(self, description: Mapping[str, str], outside: WrittenShard, hidden_states: str) -> None:
+    def commit_outside(
+        self,
+        description: Mapping[str, str],
+        outside: WrittenShard,
+        hidden_states: str,
+        measured: Mapping[str, Any],
+    ) -> None:
         """Config, tokenizer and the tensors outside the blocks are written, and generation 0 is sealed."""
-        self._commit(replace(self.state, description=description, outside=outside, hidden_states=hidden_states))
+        self._commit(
+            replace(
+                self.state,
+                description=description,
+                outside=outside,
+                hidden_states=hidden_states,
+                measured=measured,
+            )
+        )
 
     def commit_block(self, record: BlockRecord) -> None:
         """Shard and hidden states of the next block are done: from here on a resume starts behind it."""
         if record.index != len(self.state.blocks):
             raise ValueError(f"block {record.index} committed after {len(self.state.blocks)} blocks")
         self._commit(replace(self.state, blocks=(*self.state.blocks, record)))
+
+    def forget_lost_shards(self) -> None:
+        """Goes back to before the first shard that is missing or has another size, saying so: it is made again."""
+        for position, shard in enumerate(self.state.shards):
+            path = self.folder / shard.file
+            if path.is_file() and path.stat().st_size == shard.nbytes:
+                continue
+            log.warning("%s is missing or not as it was written: going on from there", path)
+            if position == 0:
+                self._commit(replace(self.state, outside=None, hidden_states=None, blocks=()))
+            else:
+                self._commit(replace(self.state, blocks=self.state.blocks[: position - 1]))
+            return
 
     def _commit(self, state: JournalState) -> None:
         write_json(self.folder / JOURNAL_FILE, asdict(state))
@@ -172,15 +207,14 @@ class Journal:
                 f"{', …' if len(foreign) > 5 else ''}); give an empty or new folder as --out"
             )
 
-    def _refuse_changed_settings(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        names = [*now, *(name for name in before if name not in now)]
-        changed = [
-            f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
-            for name in names
-            if before.get(name) != now.get(name)
-        ]
-        if changed:
-            raise ResumeError(
-                f"{self.folder} belongs to a run with other settings ({'; '.join(changed)}). "
-                "Start with the same settings to go on, or give another --out"
-            )
+
+def refuse_changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ResumeError naming each setting of a run in `folder` that differs, with both values."""
+    changed = [
+        f"{name}: {before.get(name)!r} there, {value!r} now" for name, value in now.items() if before.get(name) != value
+    ]
+    if changed:
+        raise ResumeError(
+            f"{folder} belongs to a run with other settings ({'; '.join(changed)}). "
+            "Start with the same settings to go on, or give another --out"
+        )

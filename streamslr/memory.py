@@ -53,7 +53,10 @@ def free_host_memory() -> int:
     free = int(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
+        # files that the kernel merely remembers count as used, and are given up on demand
+        stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+        free = min(free, int(text) - int(used.read_text()) + cached)
     return free + uss()
 
 

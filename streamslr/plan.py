@@ -15,13 +15,15 @@ from streamslr.solve.pattern import SparsityPattern
 from streamslr.solve.threebasil import solve_bytes, solve_flops
 
 BATCH_TOKENS = 2048
-"""Tokens of a micro-batch: one window of the papers' length; more did not run faster (README, measurements)."""
+"""Tokens of a micro-batch: one window of the papers' length."""
 
 _LIBRARY_BUFFERS = 88 * 2**20
 """Host memory that torch, zarr and the tokenizer come to hold beside the tensors: measured, 50 to 85 MB."""
 
-_SOLVE_ITERATIONS = 120
-"""Iterations of a typical layer, for the FLOPs alone: means of 100 to 130 were seen on the reference model."""
+_BATCH_PHASES = ("embed", "grams", "propagate")  # whose memory grows with the windows
+
+_SOLVE_ITERATIONS = 250
+"""Iterations of a typical layer, for the FLOPs alone: means of 220 to 280 were seen on the reference model."""
 
 _HIDDEN_BATCHES = 6
 """Micro-batches of hidden states alive in a pass: read ahead, current, output, two queued, one being written."""
@@ -46,7 +48,9 @@ class ModelShape:
     outside_parameters: int
     outside_bytes: int
     value_bytes: int  # of a weight in the shards
+    eager_heads: int = 0  # attention heads, where attention is not fused
     download_bytes: int = 0
+    largest_shard_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Plan:
     output_bytes: int
     source_bytes: int
     download_bytes: int
+    cache_bytes: int  # of them that lie on the disk at a time
 
     def as_dict(self) -> dict[str, Any]:
         """For `plan --json`."""
@@ -123,31 +128,38 @@ class Plan:
             phase = max(self.phases, key=lambda p: getattr(p, f"{place}_bytes"))
             need = getattr(phase, f"{place}_bytes")
             if need > budget:
+                batch = f" ({self.micro_batch} windows pass together)" if phase.name in _BATCH_PHASES else ""
+                shorter = " or, in a new --out, shorten --seq-len" if batch else ""
                 raise BudgetError(
-                    f"phase {phase.name} needs {format_bytes(need)} of {place} memory, the budget is "
-                    f"{format_bytes(budget)}; raise --{place}-mem or shorten --seq-len "
-                    f"(windows already pass {self.micro_batch} at a time)"
+                    f"phase {phase.name}{batch} needs {format_bytes(need)} of {place} memory, the budget is "
+                    f"{format_bytes(budget)}; raise --{place}-mem{shorter}"
                 )
 
-    def require_disk(self, out: Path, scratch: Path) -> None:
-        """Raises BudgetError when the file systems of `out` and `scratch` lack room for what is still to come."""
-        there = sum(p.stat().st_size for p in out.glob("*.safetensors")) if out.is_dir() else 0
+    def require_disk(self, out: Path, scratch: Path, cache: Path) -> None:
+        """Raises BudgetError when a file system lacks room for what is still to come to it."""
         needs = [
-            (out, "--out", max(0, self.output_bytes - there)),
-            (scratch, "--scratch", self.scratch_bytes),
+            (out, "output", self.output_bytes - _size(out, "*.safetensors"), "give --out on another disk"),
+            (scratch, "hidden states", self.scratch_bytes - _size(scratch, "**/*"), "give --scratch on another disk"),
+            (cache, "downloads", self.cache_bytes, "set HF_HOME to a folder on another disk, or give --evict-shards"),
         ]
-        places = [(_existing_parent(path), flag, need) for path, flag, need in needs]
-        shared = places[0][0].stat().st_dev == places[1][0].stat().st_dev
-        for place, flag, need in places:
-            total = sum(n for _, _, n in places) if shared else need
-            disk = os.statvfs(place)
-            free = disk.f_bavail * disk.f_frsize
-            if total > free:
+        disks: dict[int, list[tuple[Path, str, int, str]]] = {}
+        for path, what, need, advice in needs:
+            place = _existing_parent(path)
+            if need > 0:
+                disks.setdefault(place.stat().st_dev, []).append((place, what, need, advice))
+        for entries in disks.values():
+            total = sum(need for _, _, need, _ in entries)
+            disk = os.statvfs(entries[0][0])
+            if total > (free := disk.f_bavail * disk.f_frsize):
+                parts = " and ".join(f"{what} {format_bytes(need)}" for _, what, need, _ in entries)
                 raise BudgetError(
-                    f"{place} has {format_bytes(free)} free; output {format_bytes(places[0][2])} and hidden states "
-                    f"{format_bytes(places[1][2])} need {format_bytes(total)} there. Free some, or give {flag} "
-                    "another disk"
+                    f"{entries[0][0]} has {format_bytes(free)} free; {parts} need {format_bytes(total)} there. "
+                    f"Free some, or {', or '.join(advice for *_, advice in entries)}"
                 )
+
+
+def _size(folder: Path, pattern: str) -> int:
+    return sum(p.stat().st_size for p in folder.glob(pattern) if p.is_file())
 
 
 def _existing_parent(path: Path) -> Path:
@@ -193,6 +205,10 @@ def make_plan(
         + sum(_packed_bytes(block, pattern, config.rank, model.value_bytes) for block in model.blocks),
         source_bytes=model.outside_bytes + sum(block.source_bytes for block in model.blocks),
         download_bytes=model.download_bytes,
+        # the shard being read, the one being fetched, and those that hold what is outside the blocks
+        cache_bytes=min(model.download_bytes, 4 * model.largest_shard_bytes)
+        if config.evict_shards
+        else model.download_bytes,
     )
 
 
@@ -222,6 +238,8 @@ def _phases(
     packed = max(_packed_bytes(b, pattern, config.rank, model.value_bytes) for b in model.blocks)
     solve = max(_solve_peak(o, d, config.rank, c) for b in model.blocks for o, d in b.linears.values())
     activations = max(_activation_bytes(b.linears.values(), batch_tokens, h, c) for b in model.blocks)
+    # scores, their softmax and a copy of it a head, and the masks that calls keep
+    activations += micro_batch * config.seq_len**2 * 4 * (3 * model.eager_heads + 4 * (model.eager_heads > 0))
     widest = max(d for b in model.blocks for d in b.grams)
     gram_input = 0 if c == 4 else 4 * batch_tokens * widest  # the float32 copy that the product reads
     hidden = _HIDDEN_BATCHES * batch_tokens * h * c

@@ -1,6 +1,9 @@
 """All that is known before work begins: checkpoint, skeleton, pattern, device, budgets, and the plan they give."""
 
 import hashlib
+import logging
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -8,18 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from torch import Tensor
 
 import streamslr
 from streamslr.calibrate.gram import input_groups
 from streamslr.calibrate.hidden_states import Generations
 from streamslr.config import RunConfig
 from streamslr.errors import InputError
-from streamslr.journal import read_journal
+from streamslr.journal import read_journal, refuse_changed_settings
 from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
 from streamslr.plan import BlockShape, ModelShape, Plan, make_plan
 from streamslr.solve.pattern import SparsityPattern, parse_pattern
+from streamslr.solve.problem import LayerProblem
 from streamslr.source.checkpoint import Checkpoint, open_checkpoint
 from streamslr.source.skeleton import Skeleton
+from streamslr.store.shards import read_quantization_config
+
+log = logging.getLogger("streamslr")
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Prepared:
     host_mem: int
     gpu_mem: int | None
     plan: Plan
+    fingerprint: Mapping[str, Any]  # what must be equal for a resume, but for the tokens
 
     @property
     def scratch(self) -> Path:
@@ -50,25 +60,24 @@ class Prepared:
         shape = (self.config.samples, self.config.seq_len, self.skeleton.hidden_size)
         return Generations(self.scratch, shape, self.dtype, self.plan.in_memory)
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a resume, but for the tokens: model, settings, version."""
-        return {
-            "model": self.checkpoint.identity,
-            **self.config.fixed(),
-            "device": self.device.type,
-            "streamslr": streamslr.__version__,
-        }
-
     def upcoming_tensors(self, i: int) -> tuple[str, ...]:
         """What the block after block i is made of; nothing after the last."""
         following = self.skeleton.block_tensors[i + 1 : i + 2]
         return following[0] if following else ()
 
+    def problem(self, name: str, weight: Tensor, gram: Tensor) -> LayerProblem:
+        """The layer [o, d] as the solver takes it, in float32."""
+        return LayerProblem(name, weight.detach().float(), gram, self.pattern, self.config.rank, self.config.seed)
+
     def require_room(self) -> None:
         """Raises BudgetError when the plan does not fit memory or disk."""
         self.plan.require_memory(self.host_mem, self.gpu_mem)
-        self.plan.require_disk(self.config.out, self.scratch)
+        self.plan.require_disk(self.config.out, self.scratch, Path(constants.HF_HUB_CACHE))
+
+    def remove_scratch(self) -> None:
+        """The work is done: nothing of it stays but the output, also where an earlier start had its scratch in it."""
+        self.generations.remove()
+        shutil.rmtree(self.config.out / ".scratch", ignore_errors=True)
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -76,21 +85,34 @@ def prepare(config: RunConfig) -> Prepared:
     keep_no_freed_memory()
     baseline = uss()
     pattern = parse_pattern(config.pattern)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but torch sees no GPU here; use --device cpu")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device, dtype = pick_device(config.device)
     checkpoint = open_checkpoint(config.model, config.revision, config.evict_shards)
     skeleton = Skeleton(checkpoint, dtype, device)
+    if read_quantization_config(checkpoint.config) is not None:
+        raise InputError(f"{config.model} is compressed already; give the model that it was made from")
     skeleton.compressible()
+    positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    if positions and config.seq_len > positions:
+        log.warning(
+            "--seq-len %d is more than the %d positions %s was made for", config.seq_len, positions, config.model
+        )
     for linears in skeleton.linears:
         for name, shape in linears.items():
             pattern.require_fits(name, shape)
     before = read_journal(config.out)
-    host_mem = config.host_mem or free_host_memory()
+    host_mem = free_host_memory() if config.host_mem is None else config.host_mem
     gpu_mem = None
     if device.type == "cuda":
-        gpu_mem = config.gpu_mem or torch.cuda.mem_get_info(device)[0]
+        gpu_mem = torch.cuda.mem_get_info(device)[0] if config.gpu_mem is None else config.gpu_mem
+    fingerprint = {
+        "model": checkpoint.identity,
+        **config.fixed(),
+        "pattern": str(pattern),  # one text for 50% and 50.0%
+        "device": device.type,
+        "streamslr": streamslr.__version__,
+    }
+    if before:
+        refuse_changed_settings(config.out, before.fingerprint, fingerprint)
     plan = make_plan(
         config,
         _model_shape(skeleton),
@@ -101,7 +123,15 @@ def prepare(config: RunConfig) -> Prepared:
         host_mem,
         before.micro_batch if before else None,
     )
-    return Prepared(config, checkpoint, skeleton, pattern, device, dtype, host_mem, gpu_mem, plan)
+    return Prepared(config, checkpoint, skeleton, pattern, device, dtype, host_mem, gpu_mem, plan, fingerprint)
+
+
+def pick_device(name: str | None) -> tuple[torch.device, torch.dtype]:
+    """The device of this name, or the best there is, and what to compute in there. Raises InputError."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no GPU here; use --device cpu")
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _model_shape(skeleton: Skeleton) -> ModelShape:
@@ -121,11 +151,16 @@ def _model_shape(skeleton: Skeleton) -> ModelShape:
             )
         )
     outside = [tensors[key] for key in skeleton.outside_tensors]
+    per_shard: dict[str, int] = {}
+    for info in tensors.values():
+        per_shard[info.shard] = per_shard.get(info.shard, 0) + info.nbytes
     return ModelShape(
         blocks=tuple(blocks),
         hidden_size=skeleton.hidden_size,
         outside_parameters=sum(prod(info.shape) for info in outside),
         outside_bytes=sum(info.nbytes for info in outside),
+        eager_heads=skeleton.eager_heads,
         value_bytes=max(skeleton.stored_dtype(f"{name}.weight").itemsize for name in skeleton.linears[0]),
         download_bytes=skeleton.checkpoint.download_bytes,
+        largest_shard_bytes=max(per_shard.values()),
     )

@@ -134,11 +134,13 @@ class LiveDisplay(logging.Handler):
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
 
     def __enter__(self) -> "LiveDisplay":
+        log.addHandler(self)
         self._live.__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self._live.__exit__(*exc)
+        log.removeHandler(self)
 
     def _render(self) -> Group:
         return Group(self._bars, *(Text(w, style="yellow") for w in self._warnings))

@@ -1,7 +1,7 @@
 """The block loop: load, Grams, solve, propagate, write, commit. Reads as the algorithm (DESIGN, section 4)."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,9 +12,10 @@ from streamslr.calibrate.gram import Gram, collect_grams
 from streamslr.calibrate.hidden_states import HiddenStates, read_batches
 from streamslr.calibrate.tokens import calibration_windows
 from streamslr.journal import BlockRecord, Journal, JournalState, LayerRecord
+from streamslr.layer import compress_layer
 from streamslr.prepare import Prepared
 from streamslr.progress import Display, NoDisplay, Phases
-from streamslr.solve.problem import LayerProblem, Solver, pruning_error, relative_error
+from streamslr.solve.problem import Solver
 from streamslr.solve.threebasil import ThreeBasil
 from streamslr.source.checkpoint import open_checkpoint
 from streamslr.store.folder import (
@@ -24,7 +25,6 @@ from streamslr.store.folder import (
     write_index,
     write_outside,
 )
-from streamslr.store.pack import merge, pack
 
 log = logging.getLogger("streamslr")
 
@@ -39,9 +39,11 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
     calibration = calibration_windows(
         job.checkpoint.tokenizer(), config.calibration, config.samples, config.seq_len, config.seed
     )
-    fingerprint = job.fingerprint | {"calibration": calibration.source, "tokens": calibration.digest}
     blocks = len(job.skeleton.block_names)
-    with Journal(config.out, fingerprint, blocks, job.plan.micro_batch) as journal:
+    start = JournalState(
+        {**job.fingerprint, "tokens": calibration.digest}, calibration.source, blocks, job.plan.micro_batch
+    )
+    with Journal(config.out, start) as journal:
         done = len(journal.state.blocks)
         if done:
             log.info("%s: %d of %d blocks are done, going on", config.out, done, blocks)
@@ -60,14 +62,18 @@ class Compression:
     solver: Solver
 
     def run(self) -> JournalState:
-        out, skeleton, state = self.job.config.out, self.job.skeleton, self.journal.state
+        out, skeleton = self.job.config.out, self.job.skeleton
+        self.journal.forget_lost_shards()
+        state = self.journal.state
         discard_uncommitted(out, state.shards)
         write_index(out, state.shards)
         if not state.complete:
             hidden = self.begin() if state.outside is None else self.resume(len(state.blocks))
+            for done in (skeleton.outside_tensors, *skeleton.block_tensors[: len(state.blocks)]):
+                self.job.checkpoint.release(done)
             for i in range(len(state.blocks), state.blocks_total):
                 hidden = self.compress_block(i, skeleton.block_names[i], hidden)
-        self.job.generations.remove()
+        self.job.remove_scratch()
         return self.journal.state
 
     def begin(self) -> HiddenStates:
@@ -77,8 +83,7 @@ class Compression:
             description = write_description(out, job.checkpoint, job.pattern, job.config.rank)
             outside = write_outside(out, job.checkpoint, job.skeleton.outside_tensors)
         hidden = self.embed()
-        self.journal.commit_outside(description, outside, hidden.seal())
-        job.checkpoint.release(job.skeleton.outside_tensors)
+        self.journal.commit_outside(description, outside, hidden.seal(), self.phases.take())
         write_index(out, self.journal.state.shards)
         return hidden
 
@@ -87,9 +92,6 @@ class Compression:
         job, state = self.job, self.journal.state
         digest = state.blocks[-1].hidden_states if done else state.hidden_states
         assert digest is not None
-        job.checkpoint.release(job.skeleton.outside_tensors)
-        for i in range(done):
-            job.checkpoint.release(job.skeleton.block_tensors[i])
         if hidden := job.generations.reopen(done, digest):
             return hidden
         log.warning("hidden states in %s are lost; passing %d finished blocks again", job.scratch, done)
@@ -121,6 +123,7 @@ class Compression:
     def compress_block(self, i: int, name: str, hidden: HiddenStates) -> HiddenStates:
         """Block i of the checkpoint -> its shard and a journal record; the hidden states that leave it."""
         job, skeleton = self.job, self.job.skeleton
+        self.phases.take()
         with self.phases.phase("load", steps=1, block=i):
             skeleton.load_block(i)
             job.checkpoint.prefetch(job.upcoming_tensors(i))
@@ -128,15 +131,8 @@ class Compression:
         with self.phases.phase("grams", steps=hidden.samples, block=i) as step:
             passes = self.batches(hidden, step)
             grams = collect_grams(name, linears, lambda x: skeleton.run_block(i, x), passes)
-        layers: list[LayerRecord] = []
-        packed: dict[str, dict[str, Tensor]] = {}
         with self.phases.phase("solve", steps=len(linears), block=i) as step:
-            while grams:
-                gram = grams.pop(0)  # a Gram is freed once its linears are solved
-                for linear in gram.linears:
-                    packed[linear], layer = self.compress_layer(linear, linears[linear], gram)
-                    layers.append(layer)
-                    step(1)
+            packed, layers = self.solve_block(linears, grams, step)
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
             writing = writer.submit(
                 write_block, job.config.out, i, job.pattern, packed, skeleton.linears[i], skeleton.as_stored(i)
@@ -154,36 +150,21 @@ class Compression:
         self.phases.committed(record)
         return upcoming
 
-    def compress_layer(self, name: str, linear: nn.Linear, gram: Gram) -> tuple[dict[str, Tensor], LayerRecord]:
-        """Solve one linear and put S + U·V, as stored, in its place; what to store, and its record."""
-        job = self.job
-        weight = linear.weight.detach().float()  # [o, d]
-        problem = LayerProblem(name, weight, gram.matrix, job.pattern, job.config.rank, job.config.seed)
-        solution = self.solver.solve(problem)
-        dtype = job.skeleton.stored_dtype(f"{name}.weight")
-        tensors = pack(solution.S, job.pattern, dtype)
-        if solution.U.shape[1]:
-            tensors |= {"U": solution.U.to(dtype), "V": solution.V.to(dtype)}
-        shape = (weight.shape[0], weight.shape[1])
-        merged = merge(tensors, job.pattern, shape, linear.weight.dtype)
-        record = LayerRecord(
-            name=name,
-            shape=shape,
-            pattern=str(job.pattern),
-            density=int((solution.S != 0).sum()) / weight.numel(),
-            rank=solution.U.shape[1],
-            error_before=pruning_error(problem),
-            error_after=relative_error(weight, gram.matrix, merged.float()),
-            iterations=solution.iterations,
-            damping=solution.damping,
-            nbytes=sum(t.nbytes for t in tensors.values()),
-            dense_nbytes=weight.numel() * dtype.itemsize,
-            warnings=solution.warnings,
-        )
-        for warning in solution.warnings:
-            log.warning("%s: %s", name, warning)
-        linear.weight.copy_(merged)
-        return tensors, record
+    def solve_block(
+        self, linears: Mapping[str, nn.Linear], grams: list[Gram], step: Callable[[int], None]
+    ) -> tuple[dict[str, Mapping[str, Tensor]], list[LayerRecord]]:
+        """S + U·V in the place of every weight; what to store of each, and its record. Empties `grams`."""
+        packed: dict[str, Mapping[str, Tensor]] = {}
+        layers = []
+        while grams:
+            gram = grams.pop(0)  # freed once its linears are solved
+            for name in gram.linears:
+                dtype = self.job.skeleton.stored_dtype(f"{name}.weight")
+                problem = self.job.problem(name, linears[name].weight, gram.matrix)
+                packed[name], layer = compress_layer(problem, linears[name], self.solver, dtype)
+                layers.append(layer)
+                step(1)
+        return packed, layers
 
     def propagate(self, i: int, hidden: HiddenStates) -> HiddenStates:
         """Generation i + 1: the hidden states after compressed block i."""

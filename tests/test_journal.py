@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 
 from streamslr.errors import InputError, ResumeError
-from streamslr.journal import JOURNAL_FILE, BlockRecord, Journal, LayerRecord, read_journal
+from streamslr.journal import JOURNAL_FILE, BlockRecord, Journal, JournalState, LayerRecord, read_journal
 from streamslr.store.shards import WrittenShard
+
+
+def start(blocks: int = 2, micro_batch: int = 1, **changed: object) -> JournalState:
+    return JournalState(FINGERPRINT | changed, "text.txt", blocks, micro_batch)
+
 
 FINGERPRINT = {"model": "abc", "pattern": "2:4", "rank": 16, "tokens": "f00"}
 
@@ -23,12 +28,12 @@ def block(index: int) -> BlockRecord:
 
 def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> None:
     outside = WrittenShard("model-outside.safetensors", "a" * 64, 5)
-    with Journal(tmp_path, FINGERPRINT, blocks_total=2, micro_batch=8) as journal:
-        journal.commit_outside({"config.json": "c" * 64}, outside, "b" * 64)
+    with Journal(tmp_path, start(micro_batch=8)) as journal:
+        journal.commit_outside({"config.json": "c" * 64}, outside, "b" * 64, {})
         journal.commit_block(block(0))
         written = journal.state
     assert not written.complete
-    with Journal(tmp_path, FINGERPRINT, blocks_total=2, micro_batch=1) as journal:
+    with Journal(tmp_path, start()) as journal:
         assert journal.state == written
         assert journal.state.micro_batch == 8, "the first start's choice stays"
         journal.commit_block(block(1))
@@ -40,15 +45,14 @@ def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> N
 
 
 def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None:
-    Journal(tmp_path, FINGERPRINT, 2, 1).close()
-    changed = FINGERPRINT | {"rank": 64, "pattern": "4:8"}
+    Journal(tmp_path, start()).close()
     with pytest.raises(ResumeError, match=r"pattern: '2:4' there, '4:8' now; rank: 16 there, 64 now"):
-        Journal(tmp_path, changed, 2, 1)
+        Journal(tmp_path, start(rank=64, pattern="4:8"))
 
 
 def _try_to_open(folder: Path, answer: Any) -> None:
     try:
-        Journal(folder, FINGERPRINT, 2, 1)
+        Journal(folder, start())
         answer.put("opened")
     except ResumeError as error:
         answer.put(str(error))
@@ -58,7 +62,7 @@ def test_a_second_process_is_refused_and_let_in_afterwards(tmp_path: Path) -> No
     context = multiprocessing.get_context("fork")
     answer = context.Queue()
     for held, expected in ((True, "another process is writing"), (False, "opened")):
-        journal = Journal(tmp_path, FINGERPRINT, 2, 1) if held else None
+        journal = Journal(tmp_path, start()) if held else None
         process = context.Process(target=_try_to_open, args=(tmp_path, answer))
         process.start()
         assert expected in answer.get(timeout=30)
@@ -70,13 +74,13 @@ def test_a_second_process_is_refused_and_let_in_afterwards(tmp_path: Path) -> No
 def test_a_folder_with_somebodys_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"precious")
     with pytest.raises(ResumeError, match=r"model.safetensors.*empty or new folder"):
-        Journal(tmp_path, FINGERPRINT, 2, 1)
+        Journal(tmp_path, start())
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_a_process_killed_while_it_claimed_the_folder_does_not_block_it(tmp_path: Path) -> None:
     (tmp_path / f"{JOURNAL_FILE}.partial").write_text('{"form')
-    Journal(tmp_path, FINGERPRINT, 2, 1).close()
+    Journal(tmp_path, start()).close()
     assert read_journal(tmp_path) is not None
 
 
@@ -96,5 +100,23 @@ def test_the_newer_version_is_named(tmp_path: Path) -> None:
 
 
 def test_blocks_are_committed_in_order(tmp_path: Path) -> None:
-    with Journal(tmp_path, FINGERPRINT, 3, 1) as journal, pytest.raises(ValueError, match="block 1 committed"):
+    with Journal(tmp_path, start(3)) as journal, pytest.raises(ValueError, match="block 1 committed"):
         journal.commit_block(block(1))
+
+
+def test_a_lost_shard_sends_the_run_back_to_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outside = WrittenShard("model-outside.safetensors", "a" * 64, 5)
+    with Journal(tmp_path, start(3)) as journal:
+        journal.commit_outside({}, outside, "b" * 64, {})
+        for i in range(3):
+            journal.commit_block(block(i))
+        for shard in journal.state.shards:
+            (tmp_path / shard.file).write_bytes(bytes(shard.nbytes))
+        journal.forget_lost_shards()
+        assert len(journal.state.blocks) == 3
+        (tmp_path / block(1).shard.file).write_bytes(b"short")
+        journal.forget_lost_shards()
+    assert "model-block-00001.safetensors is missing or not as it was written" in caplog.text
+    state = read_journal(tmp_path)
+    assert state is not None
+    assert [b.index for b in state.blocks] == [0]

@@ -76,7 +76,7 @@ def test_short_windows_pass_together_and_fewer_where_memory_is_short() -> None:
 
 @pytest.mark.parametrize(("host", "gpu", "flag"), [(GB // 2, None, "--host-mem"), (10**12, 4 * GB, "--gpu-mem")])
 def test_what_cannot_fit_is_refused_naming_phase_bytes_and_flag(host: int, gpu: int | None, flag: str) -> None:
-    with pytest.raises(BudgetError, match=rf"phase \w+ needs \d.* GB of .* raise {flag}"):
+    with pytest.raises(BudgetError, match=rf"phase \w+.* needs \d.* GB of .* raise {flag}"):
         plan(llama_70b(), host_mem=host).require_memory(host, gpu)
 
 
@@ -88,4 +88,38 @@ def test_a_disk_without_room_is_refused_naming_it(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "statvfs", lambda path: Full)
     with pytest.raises(BudgetError, match=rf"{tmp_path} has 4.1 MB free; output 8\d.* GB and hidden states 8.6 GB"):
-        plan(llama_70b()).require_disk(tmp_path / "out" / "deep", tmp_path / "out" / "deep" / ".scratch")
+        plan(llama_70b()).require_disk(tmp_path / "out" / "deep", tmp_path / "out" / "deep" / ".scratch", tmp_path)
+
+
+def test_what_lies_on_the_disk_already_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    class Room:
+        f_bavail, f_frsize = 1, 600
+
+    block = BlockShape({"a": (16, 16)}, (16,), 256, 512)
+    made = plan(ModelShape((block,), 16, 0, 0, 2), device="cpu", samples=2, seq_len=4, rank=0)
+    assert (made.scratch_bytes, made.output_bytes) == (1024, 288)
+    monkeypatch.setattr(os, "statvfs", lambda path: Room)
+    out, scratch = tmp_path / "out", tmp_path / "out" / ".scratch"
+    scratch.mkdir(parents=True)
+    with pytest.raises(BudgetError):
+        made.require_disk(out, scratch, tmp_path)
+    (scratch / "chunk").write_bytes(bytes(712))
+    made.require_disk(out, scratch, tmp_path)
+
+
+def test_downloads_need_room_in_the_cache_and_less_when_they_are_evicted() -> None:
+    from dataclasses import replace
+
+    model = replace(llama_70b(), download_bytes=140 * GB, largest_shard_bytes=5 * GB)
+    assert plan(model).cache_bytes == 140 * GB
+    assert plan(model, evict_shards=True).cache_bytes == 20 * GB
+
+
+def test_attention_that_is_not_fused_is_planned_with_its_weights() -> None:
+    from dataclasses import replace
+
+    eager = replace(llama_70b(), eager_heads=64)
+    more = phase(plan(eager), "grams").gpu_bytes - phase(plan(llama_70b()), "grams").gpu_bytes
+    assert more >= 3 * 64 * 2048**2 * 4

@@ -1,5 +1,6 @@
 """The main job end to end on tiny checkpoints: what is written, resume after a kill anywhere, refusals."""
 
+import gc
 import json
 import random
 import shutil
@@ -61,8 +62,8 @@ def content(folder: Path) -> dict[str, bytes]:
     """Every file's bytes; of the journal all but the measurements, which no two runs share."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     journal = json.loads(files["streamslr.json"])
-    for block in journal["blocks"]:
-        block["measured"] = None
+    for part in (journal, *journal["blocks"]):
+        part["measured"] = None
     return files | {"streamslr.json": json.dumps(journal).encode()}
 
 
@@ -164,6 +165,56 @@ def test_killed_again_and_again_at_random_moments_a_run_still_ends_in_the_same_b
         kills += 1
     assert kills
     assert content(settings["out"]) == unbroken
+
+
+def test_a_lost_shard_is_made_again(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
+    assert compress_in_child(settings) == 0
+    (settings["out"] / "model-block-00001.safetensors").unlink()
+    assert compress_in_child(settings) == 0
+    assert content(settings["out"]) == unbroken
+
+
+def test_another_scratch_on_resume_leaves_nothing_behind(
+    settings: dict[str, Any], unbroken: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert compress_in_child(settings, die_at=13) == -9
+    assert compress_in_child(settings | {"scratch": tmp_path / "scratch"}) == 0
+    assert content(settings["out"]) == unbroken
+
+
+def test_grams_are_gone_before_the_block_passes_on(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan does not hold them in that phase; down_proj's is the largest tensor of all."""
+    from streamslr.calibrate.gram import Gram
+    from streamslr.run import Compression
+
+    alive: list[int] = []
+    propagate = Compression.propagate
+
+    def watched(self: Compression, i: int, hidden: Any) -> Any:
+        alive.append(sum(type(thing) is Gram for thing in gc.get_objects()))
+        return propagate(self, i, hidden)
+
+    monkeypatch.setattr(Compression, "propagate", watched)
+    streamslr.compress(**settings)
+    assert alive == [0] * LAYERS
+
+
+def test_a_compressed_model_is_not_compressed_again(settings: dict[str, Any], tmp_path: Path) -> None:
+    streamslr.compress(**settings)
+    with pytest.raises(InputError, match="compressed already"):
+        streamslr.compress(**settings | {"model": settings["out"], "out": tmp_path / "again"})
+
+
+def test_the_same_text_under_another_name_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    compress_in_child(settings, die_at=13)
+    copy = shutil.copy(settings["calibration"], tmp_path / "copy.txt")
+    assert streamslr.compress(**settings | {"calibration": copy}).complete
+
+
+def test_changed_windows_are_named_before_memory_is_looked_at(settings: dict[str, Any]) -> None:
+    compress_in_child(settings, die_at=13)
+    with pytest.raises(ResumeError, match="seq_len: 16 there, 4096 now"):
+        streamslr.compress(**settings | {"seq_len": 4096, "host_mem": "1MB"})
 
 
 @pytest.mark.parametrize("host_mem", ["10GB", None])

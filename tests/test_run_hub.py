@@ -75,7 +75,7 @@ def test_c4_is_the_default_calibration(hub: Hub, tmp_path: Path) -> None:
     add_c4(hub, tmp_path / "c4")
     run(tmp_path / "out")
     journal = json.loads((tmp_path / "out" / "streamslr.json").read_text())
-    assert journal["fingerprint"]["calibration"] == "allenai/c4/en/c4-train.00000-of-01024.json.gz"
+    assert journal["calibration"] == "allenai/c4/en/c4-train.00000-of-01024.json.gz"
 
 
 def test_c4_out_of_reach_says_how_to_go_on(hub: Hub, tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def measure(model: Path, out: Path, options: list[str]) -> dict[str, Any]:
     wall = time.monotonic() - start
     journal = json.loads((out / "streamslr.json").read_text())
     phases: dict[str, float] = {}
-    for block in journal["blocks"]:
-        for name, measured in block["measured"].items():
+    for part in (journal, *journal["blocks"]):
+        for name, measured in part["measured"].items():
             phases[name] = phases.get(name, 0.0) + measured["seconds"]
     compute = sum(phases.values())
     return {
@@ -80,8 +80,9 @@ def main(model: Path, repeat_blocks: int, to: Path | None, **options: str) -> No
     for run in runs:
         click.echo(
             f"{run['blocks']} blocks: peak {format_bytes(run['peak_uss_bytes'])}, plan / peak "
-            f"{run['planned_to_peak']:.3f}, wall {run['wall_seconds']:.1f} s ({run['startup_seconds']:.1f} s of it start-up), wall / phases "
-            f"{run['wall_to_phases']:.3f}, without start-up {run['wall_without_startup_to_phases']:.3f}"
+            f"{run['planned_to_peak']:.3f}, wall {run['wall_seconds']:.1f} s ({run['startup_seconds']:.1f} s of it "
+            f"start-up), wall / phases {run['wall_to_phases']:.3f}, "
+            f"without start-up {run['wall_without_startup_to_phases']:.3f}"
         )
     growth = runs[1]["peak_uss_bytes"] / runs[0]["peak_uss_bytes"] - 1
     click.echo(f"peak grows by {growth:.1%} with {repeat_blocks} times the blocks")

@@ -1,5 +1,6 @@
 """Hidden states of the calibration windows, one generation a block boundary: on disk (zarr), in memory, or both."""
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import zarr
 from torch import Tensor
 from zarr.core.buffer import default_buffer_prototype
 
-from streamslr.errors import BudgetError
+from streamslr.errors import BudgetError, StreamslrError
 
 _PENDING_WRITES = 2  # micro-batches that may wait for the disk; more only hides a disk that is too slow
 
@@ -67,17 +68,20 @@ class InMemory:
     def __init__(self, samples: int, seq_len: int, hidden_size: int, dtype: torch.dtype):
         self.samples = samples
         self._states = torch.empty(samples, seq_len, hidden_size, dtype=dtype)
-        self._digest = _Digest(samples)
+        self._written: set[int] = set()
 
     def write(self, start: int, hidden: Tensor) -> None:
         self._states[start : start + len(hidden)] = hidden
-        self._digest.add(start, self._states[start : start + len(hidden)])
+        self._written.update(range(start, start + len(hidden)))
 
     def read(self, start: int, stop: int) -> Tensor:
         return self._states[start:stop].clone()
 
     def seal(self) -> str:
-        return self._digest.hexdigest()
+        digest = _Digest(self.samples)
+        for i in self._written:
+            digest.add(i, self._states[i : i + 1])
+        return digest.hexdigest()
 
     def drop(self) -> None:
         self._states = self._states.new_empty(0)
@@ -143,7 +147,9 @@ class OnDisk:
             raise self._disk_error(error) from error
         self._digest.add(start, host)
 
-    def _disk_error(self, error: OSError) -> BudgetError:
+    def _disk_error(self, error: OSError) -> StreamslrError:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return StreamslrError(f"hidden states cannot be written to {self.folder}: {error}; give another --scratch")
         size = self._shape[0] * self._shape[1] * self._shape[2] * self._dtype.itemsize
         return BudgetError(
             f"hidden states do not fit at {self.folder}: {error.strerror or error} (one generation takes "

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -85,14 +85,15 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, seq_len: int, l
 
 
 def _require_enough(path: Path, long: list[int], documents: list[Tensor], samples: int, seq_len: int) -> None:
-    if sum(long) >= samples * seq_len:
+    need = max(samples * seq_len, seq_len + 1)  # of one window too, so that its start can be drawn
+    if sum(long) >= need:
         return
     if len(documents) == 1:
         there = f"holds {len(documents[0]):,} tokens"
     else:
         there = f"holds {sum(long):,} tokens in {len(long):,} documents of more than {seq_len:,} tokens"
     raise InputError(
-        f"{path} {there}; {samples:,} windows of {seq_len:,} tokens need {samples * seq_len:,}. "
+        f"{path} {there}; {samples:,} windows of {seq_len:,} tokens need {need:,}. "
         "Give more text, or a smaller --samples or --seq-len"
     )
 
@@ -177,7 +178,7 @@ def _long_documents(
 def _fetch_c4() -> Path:
     try:
         return Path(hf_hub_download(C4_REPO, C4_FILE, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (hub_errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # OSError: those of the hub too
         raise HubError(
             f"the default calibration text {C4_REPO}/{C4_FILE} cannot be fetched from the hub: {error}. "
             "Check the network, or give a text of your own with --calibration FILE"

@@ -12,6 +12,8 @@ from torch import Tensor
 from streamslr.calibrate.hidden_states import HiddenStates, InMemory, OnDisk, read_batches
 from streamslr.calibrate.tokens import text_windows
 from streamslr.errors import InputError
+from streamslr.plan import BATCH_TOKENS
+from streamslr.prepare import pick_device
 from streamslr.source.checkpoint import open_checkpoint
 from streamslr.source.skeleton import Skeleton
 
@@ -55,15 +57,16 @@ def evaluate(
     Raises InputError when the text is too short or the folder is unfinished.
     """
     checkpoint = open_checkpoint(model, revision)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
+    where, dtype = pick_device(device)
     skeleton = Skeleton(checkpoint, dtype, where)
     ids = text_windows(checkpoint.tokenizer(), text, seq_len, windows)  # [n, T]
-    micro_batch = max(1, 2048 // seq_len)
-    hidden_size = int(checkpoint.config.get_text_config().hidden_size)
+    micro_batch = max(1, BATCH_TOKENS // seq_len)
+    hidden_size = skeleton.hidden_size
     generation_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize
     in_memory = 2 * generation_bytes <= _MEMORY_SHARE * free_memory
 
+    if scratch is not None:
+        scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="streamslr-eval-", dir=scratch) as folder:
 
         def new(index: int) -> HiddenStates:

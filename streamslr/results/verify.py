@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from streamslr.errors import StreamslrError
 from streamslr.journal import JOURNAL_FILE, BlockRecord, JournalState, LayerRecord
 from streamslr.results.inspect import read_run
 from streamslr.solve.pattern import SparsityPattern, parse_pattern
 from streamslr.store.pack import check_packed
 from streamslr.store.shards import INDEX_FILE, WrittenShard, file_sha256, packed_linears
 
-_PACKED_PARTS = ("values", "meta", "row_offsets")  # what check_packed looks at
+_PACKED_PARTS = ("values", "meta", "row_offsets", "U", "V")  # what check_packed looks at
 _TRAVELS_ALONG = ("README.md", "LICENSE")  # what people add when they publish a folder
 
 
@@ -48,7 +49,10 @@ def verify(folder: Path, step: Callable[[int, int], None] = lambda done, total: 
     problems += _check_description(folder, state)
     if state.outside:
         problems += [(INDEX_FILE, problem) for problem in _check_index(folder / INDEX_FILE, tensors)]
-    problems += [(name, "is not part of the model: no journal record names it") for name in _extra(folder, state)]
+    if [block.index for block in state.blocks] != list(range(len(state.blocks))):
+        problems.append((JOURNAL_FILE, f"counts blocks {[block.index for block in state.blocks]}"))
+    if state.outside:  # before, config and tokenizer may be there without a record
+        problems += [(name, "is not part of the model: no journal record names it") for name in _extra(folder, state)]
     return Verification(str(folder), state.complete, len(shards), len(tensors), tuple(problems))
 
 
@@ -66,14 +70,16 @@ def _check_shard(path: Path, shard: WrittenShard, block: BlockRecord | None) -> 
             names = list(file.keys())
             metadata = file.metadata()
             linears = packed_linears(metadata)
+            recorded = {layer.name for layer in block.layers} if block else set()
+            problems += [f"{name} has no record in the journal" for name in sorted(linears.keys() - recorded)]
             for layer in block.layers if block else ():
                 problems += _check_layer(layer, linears, names, file.get_tensor)
             packed = {f"{name}.{part}" for name in linears for part in _PACKED_PARTS}
             for name in names:
                 if name not in packed and not torch.isfinite(file.get_tensor(name)).all():
                     problems.append(f"{name} holds NaN or infinite values")
-    except (SafetensorError, OSError, ValueError) as error:
-        return [], [*problems, f"cannot be read as safetensors: {error}"]
+    except (SafetensorError, OSError, ValueError, StreamslrError) as error:
+        return [], [*problems, f"cannot be read: {error}"]
     return names, problems
 
 
@@ -109,7 +115,7 @@ def _check_description(folder: Path, state: JournalState) -> Iterator[tuple[str,
 
 def _check_index(path: Path, tensors: dict[str, str]) -> Iterator[str]:
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
+        weight_map = dict(json.loads(path.read_text())["weight_map"])
     except FileNotFoundError:
         yield "is missing"
         return
@@ -124,4 +130,9 @@ def _check_index(path: Path, tensors: dict[str, str]) -> Iterator[str]:
 def _extra(folder: Path, state: JournalState) -> list[str]:
     known = {shard.file for shard in state.shards} | set(state.description)
     known |= {JOURNAL_FILE, INDEX_FILE, *_TRAVELS_ALONG}
-    return sorted(p.name for p in folder.iterdir() if p.name not in known and not p.name.startswith("."))
+    hidden = () if state.complete else (".scratch",)  # of a finished run nothing of the work may be left
+    return sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.name not in known and p.name not in hidden and (p.name == ".scratch" or not p.name.startswith("."))
+    )

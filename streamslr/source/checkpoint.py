@@ -20,10 +20,9 @@ from streamslr.errors import InputError, StreamslrError
 from streamslr.solve.pattern import SparsityPattern
 from streamslr.source.places import CONFIG_FILE, Folder, Place, find_place, first_line
 from streamslr.store.pack import merge
-from streamslr.store.shards import DTYPE_NAMES, packed_linears, read_quantization_config
+from streamslr.store.shards import DTYPE_NAMES, INDEX_FILE, packed_linears, read_quantization_config
 
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 _HEADER_GUESS = 1 << 17
 """Bytes read first of a shard: huggingface_hub found the header of 97 % of the hub's files within 100 kB."""

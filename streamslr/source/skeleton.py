@@ -106,6 +106,12 @@ class Skeleton:
             raise KeyError(f"{name} is a {type(module).__name__}, not a linear")
         return module
 
+    @property
+    def eager_heads(self) -> int:
+        """Attention heads where attention writes its weights [b, heads, T, T] out; 0 where it is fused."""
+        config = self._model.config.get_text_config()
+        return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """What the checkpoint stores a parameter or buffer in."""
         return self.checkpoint.tensors[self.sources[name][0]].dtype

@@ -143,3 +143,27 @@ def test_an_index_that_points_elsewhere_is_found(folder: Path) -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not an output folder"):
         verify(tmp_path)
+
+
+def test_a_layer_without_a_record_is_found(folder: Path) -> None:
+    journal = json.loads((folder / "streamslr.json").read_text())
+    dropped = journal["blocks"][0]["layers"].pop()
+    (folder / "streamslr.json").write_text(json.dumps(journal))
+    assert f"{dropped['name']} has no record in the journal" in problems(folder)
+
+
+def test_a_damaged_header_is_a_problem_of_its_file(folder: Path) -> None:
+    content = (folder / BLOCK).read_bytes()
+    (folder / BLOCK).write_bytes(content.replace(b"2:4 128x64", b"2:4 128y64", 1))
+    assert f"{BLOCK}: cannot be read" in problems(folder)
+
+
+@pytest.mark.parametrize("weight_map", ["[]", "null", "7"])
+def test_an_index_of_another_shape_is_found(folder: Path, weight_map: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+    assert "model.safetensors.index.json: " in problems(folder)
+
+
+def test_hidden_states_left_in_a_finished_folder_are_named(folder: Path) -> None:
+    (folder / ".scratch").mkdir()
+    assert ".scratch: is not part of the model" in problems(folder)

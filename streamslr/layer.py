@@ -1,0 +1,51 @@
+"""One linear: solve it, pack the result, put S + U·V as stored in its place, and say how good it is."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from streamslr.errors import InputError
+from streamslr.journal import LayerRecord
+from streamslr.solve.problem import LayerProblem, Solver, pruning_error, relative_error
+from streamslr.store.pack import merge, pack
+
+log = logging.getLogger("streamslr")
+
+
+@torch.no_grad()
+def compress_layer(
+    problem: LayerProblem, linear: nn.Linear, solver: Solver, dtype: torch.dtype
+) -> tuple[Mapping[str, Tensor], LayerRecord]:
+    """What to store of the linear, values and factors in `dtype`, and its record; its weight is replaced.
+
+    Errors are those of what is stored, rounding included. Raises InputError when a factor overflows `dtype`.
+    """
+    weight, pattern = problem.weight, problem.pattern  # [o, d]
+    shape = (weight.shape[0], weight.shape[1])
+    solution = solver.solve(problem)
+    tensors = pack(solution.S, pattern, dtype)
+    if solution.U.shape[1]:
+        tensors |= {"U": solution.U.to(dtype), "V": solution.V.to(dtype)}
+    if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
+        raise InputError(f"{problem.name}: its factors overflow {dtype}; give the model in bf16 or fp32")
+    merged = merge(tensors, pattern, shape, linear.weight.dtype)
+    for warning in solution.warnings:
+        log.warning("%s", warning)
+    record = LayerRecord(
+        name=problem.name,
+        shape=shape,
+        pattern=str(pattern),
+        density=int((solution.S != 0).sum()) / weight.numel(),
+        rank=solution.U.shape[1],
+        error_before=pruning_error(problem),
+        error_after=relative_error(weight, problem.gram, merged.float()),
+        iterations=solution.iterations,
+        damping=solution.damping,
+        nbytes=sum(t.nbytes for t in tensors.values()),
+        dense_nbytes=weight.numel() * dtype.itemsize,
+        warnings=solution.warnings,
+    )
+    linear.weight.copy_(merged)
+    return tensors, record
