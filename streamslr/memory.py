@@ -63,7 +63,7 @@ def free_host_memory() -> int:
 class MemoryWatch(threading.Thread):
     """Peak private host memory since the last take(), sampled 20 times a second.
 
-    Counts what is anonymous now, and the libraries as they were mapped at the start: USS but for the pages of
+    Counts what is anonymous at each moment, and what was mapped at the last take(): USS, but for the pages of
     shards being read, which the system takes back whenever it needs them.
     """
 
@@ -83,8 +83,10 @@ class MemoryWatch(threading.Thread):
 
     def take(self) -> int:
         """The peak in bytes; starts the next one from what is held now."""
+        mapped = uss() - anonymous()  # libraries come in page by page, as their code is first run
+        grown, self._mapped = mapped - self._mapped, mapped
         self._look()
-        peak, self._peak = self._peak, self.now
+        peak, self._peak = self._peak + max(0, grown), self.now
         return peak
 
     def end(self) -> None:

@@ -17,8 +17,9 @@ from streamslr.solve.threebasil import solve_bytes, solve_flops
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: one window of the papers' length."""
 
-_LIBRARY_BUFFERS = 88 * 2**20
-"""Host memory that torch, zarr and the tokenizer come to hold beside the tensors: measured, 50 to 85 MB."""
+_LIBRARY_BUFFERS = 176 * 2**20
+"""Host memory that torch, zarr and the tokenizer come to hold beside the tensors: their buffers, 50 to 85 MB, and the
+pages of their own code, up to 80 MB, on the CPU (tools/bench_run.py)."""
 
 _BATCH_PHASES = ("embed", "grams", "propagate")  # whose memory grows with the windows
 
