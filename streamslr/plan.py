@@ -239,8 +239,8 @@ def _phases(
     packed = max(_packed_bytes(b, pattern, config.rank, model.value_bytes) for b in model.blocks)
     solve = max(_solve_peak(o, d, config.rank, c) for b in model.blocks for o, d in b.linears.values())
     activations = max(_activation_bytes(b.linears.values(), batch_tokens, h, c) for b in model.blocks)
-    # scores, their softmax and a copy of it a head, and the masks that calls keep
-    activations += micro_batch * config.seq_len**2 * 4 * (3 * model.eager_heads + 4 * (model.eager_heads > 0))
+    if model.eager_heads:  # scores and what is being made of them a head, and the masks that two kinds of call keep
+        activations += micro_batch * config.seq_len**2 * 4 * (2 * model.eager_heads + 2)
     widest = max(d for b in model.blocks for d in b.grams)
     gram_input = 0 if c == 4 else 4 * batch_tokens * widest  # the float32 copy that the product reads
     hidden = _HIDDEN_BATCHES * batch_tokens * h * c
