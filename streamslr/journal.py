@@ -45,7 +45,6 @@ class BlockRecord:
     shard: WrittenShard
     hidden_states: str  # digest of the generation that leaves this block
     layers: tuple[LayerRecord, ...]
-    warnings: tuple[str, ...] = ()
     measured: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -112,7 +111,7 @@ def _block(data: dict[str, Any]) -> BlockRecord:
         for layer in data["layers"]
     )
     shard = WrittenShard(**data["shard"])
-    return BlockRecord(**data | {"shard": shard, "layers": layers, "warnings": tuple(data["warnings"])})
+    return BlockRecord(**data | {"shard": shard, "layers": layers})
 
 
 class Journal:

@@ -94,6 +94,7 @@ class Plan:
             budget += f", gpu budget {format_bytes(gpu_mem)}"
         tier = "memory and disk" if self.in_memory else "disk"
         table = Table(
+            min_width=76,
             title=f"plan: {self.blocks} blocks on {self.device}, {self.micro_batch} windows at a time, {budget}",
             caption=f"output {format_bytes(self.output_bytes)} (source {format_bytes(self.source_bytes)}), "
             f"scratch {format_bytes(self.scratch_bytes)} (hidden states: {tier})"

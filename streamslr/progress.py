@@ -107,7 +107,7 @@ class Phases:
 
 
 def format_duration(seconds: float) -> str:
-    """4000 -> '1 h 07 min', 75 -> '1 min 15 s', 3 -> '3 s'."""
+    """4000 -> '1 h 06 min', 75 -> '1 min 15 s', 3 -> '3 s'."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -23,7 +23,7 @@ def block(index: int) -> BlockRecord:
     layer = LayerRecord("m.q", (4, 8), "2:4", 0.5, 2, 0.1, 0.01, 40, 1.0, 100, 200, ("damping raised",))
     shard = WrittenShard(f"model-block-{index:05d}.safetensors", "d" * 64, 123)
     measured = {"solve": {"seconds": 1.5, "host_peak_bytes": 10}}
-    return BlockRecord(index, f"model.layers.{index}", shard, "e" * 64, (layer,), ("note",), measured)
+    return BlockRecord(index, f"model.layers.{index}", shard, "e" * 64, (layer,), measured)
 
 
 def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> None:

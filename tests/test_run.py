@@ -300,6 +300,12 @@ def test_other_architectures_compress_and_verify(settings: dict[str, Any], tmp_p
     Skeleton(written, torch.float32, torch.device("cpu")).load_block(1)
 
 
+def test_windows_longer_than_the_learned_positions_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "opt", "opt", layers=2, max_position_embeddings=32)
+    with pytest.raises(InputError, match="windows of 64 tokens"):
+        streamslr.compress(**settings | {"model": model, "samples": 2, "seq_len": 64})
+
+
 def test_tied_embeddings_are_written_once(settings: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "tied", tie=True)
     streamslr.compress(**settings | {"model": model})

@@ -44,7 +44,7 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
         "sha256": block.shard.sha256,
         "bytes": block.shard.nbytes,
         **_totals((block,)),
-        "warnings": [*block.warnings, *(f"{la.name}: {w}" for la in block.layers for w in la.warnings)],
+        "warnings": [warning for layer in block.layers for warning in layer.warnings],
         "phases": dict(block.measured),
         "layers": [asdict(layer) for layer in block.layers],
     }

@@ -166,8 +166,14 @@ class Skeleton:
         Raises InputError when blocks are called with values that depend on the tokens.
         """
         self._require_outside()
-        calls = self._calls_for((ids.shape[0], ids.shape[1]))
-        hidden, now = self._walk(ids.to(self.device), self._returns_tuples)
+        try:
+            calls = self._calls_for((ids.shape[0], ids.shape[1]))
+            hidden, now = self._walk(ids.to(self.device), self._returns_tuples)
+        except IndexError as error:  # of the table of learned positions, or of the embedding
+            raise InputError(
+                f"{self._class} cannot take windows of {ids.shape[1]} tokens ({error}); give a --seq-len of at most "
+                f"its max_position_embeddings, and the tokenizer it was made with"
+            ) from error
         for i, (before, after) in enumerate(zip(calls, now, strict=True)):
             if name := before.difference(after):
                 raise InputError(
