@@ -1,7 +1,6 @@
 """The command line as a user sees it: exit codes, output, Ctrl-C, JSON that is only JSON."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -68,24 +67,36 @@ def test_quiet_says_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+# The command, sent a signal right after its first block is committed.
+INTERRUPTED = """
+import os, sys
+from streamslr.cli import main
+from streamslr.journal import Journal
+
+how, commit = int(sys.argv.pop()), Journal.commit_block
+
+def commit_and_signal(self, record):
+    commit(self, record)
+    if record.index == 0:
+        os.kill(os.getpid(), how)
+
+Journal.commit_block = commit_and_signal
+main()
+"""
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_stops_cleanly_says_how_to_go_on_and_the_line_does(
     model: Path, text: Path, finished: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
     line = run_line(model, text, tmp_path / "out")
-    process = subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    stopped = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *line[1:], str(int(how))], capture_output=True, text=True
     )
-    assert process.stdout is not None
-    for printed in process.stdout:
-        if "block 1 of 4" in printed:
-            process.send_signal(how)
-            break
-    _, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "interrupted" in errors
-    assert f"the same line goes on in {tmp_path / 'out'}" in errors
-    assert "Traceback" not in errors
+    assert stopped.returncode == 130, stopped.stderr
+    assert "interrupted" in stopped.stderr
+    assert f"the same line goes on in {tmp_path / 'out'}" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
     assert subprocess.run(line, capture_output=True).returncode == 0
     for shard in finished.glob("*.safetensors"):
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
