@@ -22,8 +22,8 @@ from streamslr.errors import InputError, StreamslrError
 
 # The libraries behind the commands take seconds to import, so each command imports its own: --help stays instant.
 
-# OpenMP threads that only spin while they wait slow each other 20 times where another process wants the core
-# (measured: the demo's run on two busy cores, 37 s in place of 400; alone as fast). Read when torch is imported.
+# OpenMP threads that only spin while they wait slow each other where other processes want the cores (demo run beside
+# two of them: 69 s, and 22 s where they do not spin). Short spins keep the speed alone. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
