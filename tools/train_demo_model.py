@@ -1,6 +1,7 @@
 """Trains the demo's model on the documentation inside CPython, and writes tools/demo_model, texts and all.
 
     OMP_NUM_THREADS=1 python tools/train_demo_model.py tools/demo_model
+    OMP_NUM_THREADS=1 python tools/train_demo_model.py --type gpt_neox /tmp/neox    # a second architecture
 
 About twenty minutes on one core with bf16 instructions. The texts, the tokenizer and the order of the
 batches follow from the seed and from CPython's version alone; what is committed was made with 3.11.7, Linux.
@@ -25,7 +26,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from streamslr.store.shards import INDEX_FILE, index_json, write_json, write_shard
 
@@ -45,6 +53,7 @@ SKIPPED = {"site-packages", "dist-packages", "pydoc_data", "test", "tests", "idl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--type", choices=["llama", "gpt_neox"], default="llama")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
@@ -60,26 +69,30 @@ def main() -> None:
     heldout_ids = torch.tensor(tokenizer(heldout)["input_ids"])
     print(f"{len(train)} documents, {sum(map(len, train))} characters, {len(ids)} tokens to train on")
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            num_key_value_heads=3,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
+    model = AutoModelForCausalLM.from_config(configuration(args.type), dtype=torch.float32)
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
     fit(model, ids, heldout_ids, args.steps, args.seed)
     model.to(torch.bfloat16)
     save(model, tokenizer, args.out)
     print(f"held-out perplexity in bf16, computed in float32: {perplexity(model.float(), heldout_ids):.3f}")
+
+
+def configuration(model_type: str) -> PretrainedConfig:
+    """Six blocks 192 wide: Llama's with shared key-value heads, or GPT-NeoX's, parallel and with biases."""
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    if model_type == "gpt_neox":
+        return AutoConfig.for_model("gpt_neox", intermediate_size=768, **common)
+    return AutoConfig.for_model("llama", intermediate_size=512, num_key_value_heads=3, **common)
 
 
 # Text
@@ -203,7 +216,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 # Training
 
 
-def fit(model: LlamaForCausalLM, ids: Tensor, heldout_ids: Tensor, steps: int, seed: int) -> None:
+def fit(model: PreTrainedModel, ids: Tensor, heldout_ids: Tensor, steps: int, seed: int) -> None:
     """AdamW on random windows of `ids` [n]; the rate rises for 5 % of the steps, then falls by cosine."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
@@ -241,7 +254,7 @@ def fit(model: LlamaForCausalLM, ids: Tensor, heldout_ids: Tensor, steps: int, s
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, ids: Tensor) -> float:
+def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
     """Over windows of WINDOW tokens, one after another; all tokens but a window's first are predicted."""
     model.eval()
     windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
@@ -255,7 +268,7 @@ def perplexity(model: LlamaForCausalLM, ids: Tensor) -> float:
 # Saving
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """The model as SHARDS safetensors files of about even size, their index, config and tokenizer."""
     state = {name: p.detach() for name, p in model.named_parameters()}  # a tied head is there once
     total = sum(tensor.nbytes for tensor in state.values())
@@ -270,7 +283,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
         write_shard(out / file, part, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     write_json(out / INDEX_FILE, index_json(weight_map, total))
-    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.architectures = [type(model).__name__]
     model.config.dtype = torch.bfloat16
     model.config.save_pretrained(out)
     GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
