@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from streamslr.store.shards import DTYPE_NAMES, INDEX_FILE, TensorSource, index_json, write_json, write_shard
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+Weight = Callable[[str, Tensor, torch.Generator], Tensor]
+"""(name, an empty tensor, generator) -> the tensor, filled."""
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -46,7 +48,20 @@ def main() -> None:
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out} is not empty")
     args.out.mkdir(parents=True, exist_ok=True)
-    shards = repeated(args) if args.source else random(args)
+    if args.source:
+        shards = repeated(args)
+    else:
+        heads = args.heads or args.hidden // 64
+        sizes = {
+            "hidden_size": args.hidden,
+            "intermediate_size": args.ffn,
+            "num_hidden_layers": args.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": args.kv_heads or heads,
+        }
+        if args.vocab:
+            sizes["vocab_size"] = args.vocab
+        shards = random(args.out, args.random, sizes, args.tokenizer, DTYPES[args.dtype], args.shards, args.seed)
     write(args.out, shards)
 
 
@@ -105,51 +120,56 @@ def read(path: Path, name: str) -> Tensor:
     return tensor
 
 
-def random(args: argparse.Namespace) -> list[list[TensorSource]]:
-    """A model of random weights as it is before training, cut into args.shards shards of about even size."""
-    vocab = args.vocab or 32000
-    if args.tokenizer:
-        copy_companions(args.tokenizer, args.out, "*token*")
-        copy_companions(args.tokenizer, args.out, "*vocab*")
-        vocab = args.vocab or json.loads((args.tokenizer / "config.json").read_text())["vocab_size"]
-    heads = args.heads or args.hidden // 64
-    config: PretrainedConfig = AutoConfig.for_model(
-        args.random,
-        vocab_size=vocab,
-        hidden_size=args.hidden,
-        intermediate_size=args.ffn,
-        num_hidden_layers=args.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=args.kv_heads or heads,
-    )
-    dtype = DTYPES[args.dtype]
+def random(
+    out: Path,
+    model_type: str,
+    sizes: Mapping[str, int],
+    tokenizer: Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    shards: int = 1,
+    seed: int = 0,
+    weight: Weight | None = None,
+) -> list[list[TensorSource]]:
+    """A model of random weights, cut into shards of about even size.
+
+    sizes: what its config says, by transformers' names; the vocabulary's default is the tokenizer's, or 32000.
+    weight: draws one tensor; by default as the model is before training, `untrained`.
+    """
+    vocab = 32000
+    if tokenizer:
+        copy_companions(tokenizer, out, "*token*")
+        copy_companions(tokenizer, out, "*vocab*")
+        vocab = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
+    config: PretrainedConfig = AutoConfig.for_model(model_type, **{"vocab_size": vocab, **sizes})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     config.architectures = [type(model).__name__]
-    config.save_pretrained(args.out)
+    config.save_pretrained(out)
+    weight = weight or partial(untrained, std=config.initializer_range)
 
     total = sum(parameter.nbytes for parameter in model.parameters())
-    shards: list[list[TensorSource]] = [[] for _ in range(args.shards)]
+    cut: list[list[TensorSource]] = [[] for _ in range(shards)]
     done = 0
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        shard = min(done * args.shards // total, args.shards - 1)
-        shards[shard].append((name, dtype, shape, draw(name, shape, dtype, config.initializer_range, args.seed)))
+        tensor = partial(draw, weight, name, shape, dtype, seed)
+        cut[min(done * shards // total, shards - 1)].append((name, dtype, shape, tensor))
         done += parameter.nbytes
-    return [sources for sources in shards if sources]
+    return [sources for sources in cut if sources]
 
 
-def draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, std: float, seed: int) -> Callable[[], Tensor]:
-    """Normal weights that depend on the seed and the tensor's name alone; norms are 1, biases 0."""
+def draw(weight: Weight, name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """One tensor, which depends on the seed and its name alone."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return weight(name, torch.empty(shape, dtype=dtype), generator)
 
-    def tensor() -> Tensor:
-        if len(shape) < 2:
-            return torch.zeros(shape, dtype=dtype) if name.endswith("bias") else torch.ones(shape, dtype=dtype)
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        return torch.empty(shape, dtype=dtype).normal_(0, std, generator=generator)
 
-    return tensor
+def untrained(name: str, empty: Tensor, generator: torch.Generator, std: float) -> Tensor:
+    """Normal weights; norms are 1, biases 0."""
+    if empty.dim() < 2:
+        return empty.fill_(0 if name.endswith("bias") else 1)
+    return empty.normal_(0, std, generator=generator)
 
 
 if __name__ == "__main__":

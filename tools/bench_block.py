@@ -1,0 +1,316 @@
+"""Seconds, memory and FLOP/s of the whole pipeline on one block of a large model, held against the plan.
+
+    python tools/bench_block.py --shape llama-3-70b --gpu-mem 45GB --host-mem 24GB --device cuda --json 70b-45gb.json
+    python tools/bench_block.py --shape llama-3-70b --gpu-mem 24GB --host-mem 24GB --device cuda --json 70b-24gb.json
+    python tools/bench_block.py --shape small --device cpu                             # under a minute on a CPU
+
+A checkpoint of the shape's true block, with a vocabulary of 2048, is made in a temporary folder under --scratch, and
+`prepare` and `run` compress it; every figure is the journal's or the plan's. Packing is in phase solve, and the shard is
+written while propagate runs. Nothing is read from a warm cache: the made shards are dropped from the page cache first.
+FLOP/s are the plan's FLOPs of the phase for one block over its seconds; their share is of what one large matrix
+product reaches on the same device after the run, in bf16 on a GPU and in float32 on a CPU. All blocks are the last
+block measured times the real model's depth: `--blocks 2` makes that one whose tensors were prefetched.
+
+Weights are drawn as trained ones look from outside: normal entries, columns scaled lognormally, and 32 directions over
+them whose singular values fall from three times the bulk's edge as k^-0.7; embeddings have lognormal channels, a few of
+them 20 times larger, so that Grams have outlier directions; norms are lognormal around 1. Text is the demo model's,
+its paragraphs shuffled and repeated until there is enough.
+
+A bare machine with a GPU needs this working tree and no network: from its root, `PYTHONPATH=. python tools/…` with the
+package not installed. Wheels to bring, made for its Python (3.11 or newer) by `pip download -d wheels` on a machine
+like it, with what they depend on: torch built for its CUDA, transformers, safetensors, huggingface-hub, zarr, psutil,
+click and rich, in pyproject.toml's ranges. Disk: the block in bf16 and two generations of hidden states, 12 GB for 70B.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from logging.handlers import BufferingHandler
+from math import sqrt
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import click
+import make_checkpoint
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from streamslr.config import RunConfig, format_bytes
+from streamslr.errors import StreamslrError
+from streamslr.memory import uss
+from streamslr.plan import Phase, Plan
+from streamslr.prepare import prepare
+from streamslr.progress import NoDisplay
+from streamslr.run import run
+
+DEMO = Path(__file__).with_name("demo_model")
+_CHARACTERS_A_TOKEN = 6  # more than the demo's tokenizer makes of one token
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama: the sizes of its blocks, how many it has, and the windows to pass through one by default."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    blocks: int
+    samples: int = 128
+    seq_len: int = 2048
+
+
+SHAPES = {
+    "llama-3-8b": Shape(4096, 14336, 32, 8, 32),
+    "llama-3-70b": Shape(8192, 28672, 64, 8, 80),
+    "llama-3.1-405b": Shape(16384, 53248, 128, 8, 126),
+    "small": Shape(512, 1792, 8, 2, 8, samples=16, seq_len=256),
+}
+
+
+def make(folder: Path, shape: Shape, blocks: int, tokens: int, seed: int) -> None:
+    """The checkpoint and its calibration text, `folder`/model and `folder`/text.txt."""
+    sizes = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "num_hidden_layers": blocks,
+        "max_position_embeddings": 131072,
+    }
+    out = folder / "model"
+    out.mkdir()
+    make_checkpoint.write(out, make_checkpoint.random(out, "llama", sizes, DEMO, seed=seed, weight=trained))
+    for shard in out.glob("*.safetensors"):
+        with shard.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    paragraphs = (DEMO / "calibration.txt").read_text().split("\n\n")
+    order, written = Random(seed), 0
+    with (folder / "text.txt").open("w") as text:
+        while written < tokens * _CHARACTERS_A_TOKEN:
+            order.shuffle(paragraphs)
+            written += text.write("\n\n".join(paragraphs) + "\n\n")
+
+
+def trained(name: str, empty: Tensor, generator: torch.Generator) -> Tensor:
+    """Weights that look trained from outside (above); drawn in strips, so without a float32 copy of the whole."""
+
+    def normal(*size: int) -> Tensor:
+        return torch.empty(size).normal_(generator=generator)
+
+    if empty.dim() < 2:
+        return empty.copy_(torch.exp(0.2 * normal(len(empty))))
+    o, d = empty.shape
+    if "embed" in name:
+        channels, left, right = torch.exp(0.5 * normal(d)), torch.zeros(o, 1), torch.zeros(1, d)
+        channels[torch.randperm(d, generator=generator)[: max(4, d // 1024)]] *= 20
+    else:
+        strength = 3 * (sqrt(o) + sqrt(d)) * torch.arange(1, 33).float() ** -0.7
+        channels, left, right = torch.exp(0.3 * normal(d)), normal(o, 32) / sqrt(o) * strength, normal(32, d) / sqrt(d)
+    for start in range(0, o, 256):
+        strip = normal(min(256, o - start), d).mul_(channels).addmm_(left[start : start + 256], right)
+        empty[start : start + 256] = strip.mul_(1 / sqrt(d))
+    return empty
+
+
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one large square matrix product: the best of five, or of as many as three seconds hold."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    seconds: list[float] = []
+    begun = time.monotonic()
+    while len(seconds) < 6 and (time.monotonic() - begun < 3 or len(seconds) < 2):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds[1:])  # the first warms up
+
+
+def held_against(plan: Plan, measured: Mapping[str, Mapping[str, float]], product: float) -> dict[str, dict[str, Any]]:
+    """A row a phase: measured, planned, plan / measured, FLOP/s and their share; None where the plan has no figure."""
+    planned: dict[str, Phase] = {phase.name: phase for phase in plan.phases}
+    rows = {}
+    for name, m in measured.items():
+        phase = planned.get(name)
+        row: dict[str, Any] = {"seconds": m["seconds"]}
+        for place in ("host", "gpu"):
+            if (peak := m.get(f"{place}_peak_bytes")) is not None:
+                plan_bytes = getattr(phase, f"{place}_bytes", None)
+                row[place] = {
+                    "peak_bytes": peak,
+                    "planned_bytes": plan_bytes,
+                    "planned_to_peak": plan_bytes / peak if plan_bytes and peak else None,
+                }
+        flops = phase.flops / plan.blocks / m["seconds"] if phase and phase.flops and m["seconds"] else None
+        rows[name] = row | {"flops_per_second": flops, "share_of_product": flops / product if flops else None}
+    return rows
+
+
+def table(title: str, rows: Mapping[str, dict[str, Any]]) -> Table:
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    places = [place for place in ("host", "gpu") if any(place in row for row in rows.values())]
+    shown.add_column("phase")
+    for column in ("seconds", *(c for p in places for c in (p, "planned", "ratio")), "TFLOP/s", "share"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        cells = [name, f"{row['seconds']:.2f}"]
+        for place in places:
+            memory = row.get(place, {})
+            cells += [_or_dash(memory.get(key), format_bytes) for key in ("peak_bytes", "planned_bytes")]
+            cells.append(_or_dash(memory.get("planned_to_peak"), "{:.2f}".format))
+        cells.append(_or_dash(row["flops_per_second"], lambda f: f"{f / 1e12:.3g}"))
+        cells.append(_or_dash(row["share_of_product"], "{:.0%}".format))
+        shown.add_row(*cells)
+    return shown
+
+
+def _or_dash(value: float | None, text: Any) -> str:
+    return "–" if value is None else text(value)
+
+
+class Lines(NoDisplay):
+    """A line as each phase begins: a run that is cut off has said where it was."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def phase(self, block: int | None, name: str, steps: int) -> None:
+        where = name if block is None else f"block {block}: {name}"
+        click.echo(f"{time.monotonic() - self._start:8.1f} s  {where}", err=True)
+
+
+def commit() -> str | None:
+    line = ["git", "-C", str(DEMO), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a copy of the working tree without its history
+        return None
+
+
+@click.command(help=__doc__)
+@click.option("--shape", "name", type=click.Choice(list(SHAPES)), required=True)
+@click.option("--blocks", default=1, help="Blocks to make and compress.")
+@click.option("--samples", type=int, help="Windows [default: 128; small: 16].")
+@click.option("--seq-len", type=int, help="Tokens in a window [default: 2048; small: 256].")
+@click.option("--pattern", default="2:4")
+@click.option("--rank", default=64)
+@click.option("--seed", default=0)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]))
+@click.option("--gpu-mem")
+@click.option("--host-mem")
+@click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other setting of RunConfig.")
+@click.option("--scratch", type=click.Path(path_type=Path, exists=True), help="Where the temporary folder is made.")
+@click.option("--commit", "known_commit", help="For the JSON, where there is no git to ask.")
+@click.option("--json", "to", type=click.Path(path_type=Path))
+def main(
+    name: str,
+    blocks: int,
+    samples: int | None,
+    seq_len: int | None,
+    seed: int,
+    others: tuple[str, ...],
+    scratch: Path | None,
+    known_commit: str | None,
+    to: Path | None,
+    **settings: Any,
+) -> None:
+    shape = SHAPES[name]
+    settings |= {"samples": samples or shape.samples, "seq_len": seq_len or shape.seq_len, "seed": seed}
+    for setting in others:
+        key, _, value = setting.partition("=")
+        try:
+            settings[key.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key.replace("-", "_")] = value
+    console = Console(width=100)
+    messages = BufferingHandler(10**6)
+    logging.basicConfig(format="%(message)s", handlers=[logging.StreamHandler(), messages])
+    logging.getLogger("streamslr").setLevel(logging.INFO)
+
+    with tempfile.TemporaryDirectory(dir=scratch) as temporary:
+        folder = Path(temporary)
+        # in a process of its own, so that its memory is not in the figures
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
+            maker.submit(make, folder, shape, blocks, settings["samples"] * settings["seq_len"], seed).result()
+        baseline, start = uss(), time.monotonic()
+        try:
+            job = prepare(
+                RunConfig.of(model=folder / "model", out=folder / "out", calibration=folder / "text.txt", **settings)
+            )
+            console.print(job.plan.table(job.host_mem, job.gpu_mem))
+            journal = run(job, Lines())
+        except StreamslrError as error:
+            raise SystemExit(str(error)) from error
+        wall = time.monotonic() - start
+
+    products = {"bfloat16": product_flops(job.device, torch.bfloat16)}
+    if job.device.type == "cpu":
+        products = {"float32": product_flops(job.device, torch.float32)} | products
+    yardstick, product = next(iter(products.items()))
+    parts = [held_against(job.plan, m, product) for m in (journal.measured, *(b.measured for b in journal.blocks))]
+    seconds = [sum(row["seconds"] for row in part.values()) for part in parts]
+    hours = shape.blocks * seconds[-1] / 3600
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": known_commit or commit(),
+        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "shape": {"name": name, **asdict(shape)},
+        "settings": settings,
+        "micro_batch": job.plan.micro_batch,
+        "baseline_bytes": baseline,
+        "host_budget_bytes": job.host_mem,
+        "gpu_budget_bytes": job.gpu_mem,
+        "product_flops_per_second": products,
+        "outside": parts[0],
+        "blocks": [
+            {
+                "phases": part,
+                "seconds": block_seconds,
+                "mean_error": sum(layer.error_after for layer in block.layers) / len(block.layers),
+            }
+            for part, block_seconds, block in zip(parts[1:], seconds[1:], journal.blocks, strict=True)
+        ],
+        "wall_seconds": wall,
+        "wall_to_phases": wall / sum(seconds),
+        "all_blocks_hours": hours,
+        "warnings": [entry.getMessage() for entry in messages.buffer if entry.levelno >= logging.WARNING],
+    }
+
+    console.print(table("before the blocks", parts[0]))
+    for i, (part, block_seconds) in enumerate(zip(parts[1:], seconds[1:], strict=True)):
+        console.print(table(f"{name}, block {i}: {block_seconds:.1f} s", part))
+    reached = ", ".join(f"{dtype} {flops / 1e12:.3g} TFLOP/s" for dtype, flops in products.items())
+    click.echo(
+        f"{record['device']}, torch {torch.__version__}: a large product reaches {reached} (shares: {yardstick})"
+    )
+    click.echo(f"wall / phases {record['wall_to_phases']:.2f}, {len(record['warnings'])} warnings")
+    click.echo(f"all {shape.blocks} blocks of {name}: {hours:.2f} h, {shape.blocks} × {seconds[-1]:.1f} s")
+    if to:
+        to.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0]} × {len(names)}" if names else "cpu"
+
+
+if __name__ == "__main__":
+    main()
