@@ -1,23 +1,24 @@
 """Seconds, memory and FLOP/s of the whole pipeline on one block of a large model, held against the plan.
 
+    export PYTHONPATH=.
     python tools/bench_block.py --shape llama-3-70b --gpu-mem 45GB --host-mem 24GB --device cuda --json 70b-45gb.json
     python tools/bench_block.py --shape llama-3-70b --gpu-mem 24GB --host-mem 24GB --device cuda --json 70b-24gb.json
-    python tools/bench_block.py --shape small --device cpu                             # under a minute on a CPU
+    python tools/bench_block.py --shape small --device cpu      # under a minute
 
 A checkpoint of the shape's true block, with a vocabulary of 2048, is made in a temporary folder under --scratch, and
-`prepare` and `run` compress it; every figure is the journal's or the plan's. Packing is in phase solve, and the shard is
-written while propagate runs. Nothing is read from a warm cache: the made shards are dropped from the page cache first.
-FLOP/s are the plan's FLOPs of the phase for one block over its seconds; their share is of what one large matrix
-product reaches on the same device after the run, in bf16 on a GPU and in float32 on a CPU. All blocks are the last
-block measured times the real model's depth: `--blocks 2` makes that one whose tensors were prefetched.
+`prepare` and `run` compress it; every figure is the journal's or the plan's. Linears are packed in phase solve as each
+is done, and the shard is written while propagate runs. The made shards are dropped from the page cache before. FLOP/s
+are the plan's FLOPs of the phase for one block over its seconds; their share is of what one large matrix product
+reaches on the same device after the run: in bf16, and on a CPU in float32 too. All blocks are the last block measured
+times the real model's depth; with `--blocks 2` that is one whose tensors were prefetched.
 
 Weights are drawn as trained ones look from outside: normal entries, columns scaled lognormally, and 32 directions over
 them whose singular values fall from three times the bulk's edge as k^-0.7; embeddings have lognormal channels, a few of
 them 20 times larger, so that Grams have outlier directions; norms are lognormal around 1. Text is the demo model's,
 its paragraphs shuffled and repeated until there is enough.
 
-A bare machine with a GPU needs this working tree and no network: from its root, `PYTHONPATH=. python tools/…` with the
-package not installed. Wheels to bring, made for its Python (3.11 or newer) by `pip download -d wheels` on a machine
+A bare machine with a GPU needs this working tree and no network; the lines above work in its root without installing it.
+Wheels to bring, made for its Python (3.11 or newer) by `pip download -d wheels` on a machine
 like it, with what they depend on: torch built for its CUDA, transformers, safetensors, huggingface-hub, zarr, psutil,
 click and rich, in pyproject.toml's ranges. Disk: the block in bf16 and two generations of hidden states, 12 GB for 70B.
 """
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from logging.handlers import BufferingHandler
@@ -54,8 +55,10 @@ from streamslr.plan import Phase, Plan
 from streamslr.prepare import prepare
 from streamslr.progress import NoDisplay
 from streamslr.run import run
+from streamslr.store.shards import DTYPE_NAMES
 
 DEMO = Path(__file__).with_name("demo_model")
+Rows = dict[str, dict[str, Any]]
 _CHARACTERS_A_TOKEN = 6  # more than the demo's tokenizer makes of one token
 
 
@@ -141,8 +144,8 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(seconds[1:])  # the first warms up
 
 
-def held_against(plan: Plan, measured: Mapping[str, Mapping[str, float]], product: float) -> dict[str, dict[str, Any]]:
-    """A row a phase: measured, planned, plan / measured, FLOP/s and their share; None where the plan has no figure."""
+def held_against(plan: Plan, measured: Mapping[str, Mapping[str, float]], products: Mapping[str, float]) -> Rows:
+    """A row a phase: measured, planned, plan / measured, FLOP/s and their shares; None where the plan has no figure."""
     planned: dict[str, Phase] = {phase.name: phase for phase in plan.phases}
     rows = {}
     for name, m in measured.items():
@@ -157,15 +160,17 @@ def held_against(plan: Plan, measured: Mapping[str, Mapping[str, float]], produc
                     "planned_to_peak": plan_bytes / peak if plan_bytes and peak else None,
                 }
         flops = phase.flops / plan.blocks / m["seconds"] if phase and phase.flops and m["seconds"] else None
-        rows[name] = row | {"flops_per_second": flops, "share_of_product": flops / product if flops else None}
+        shares = {dtype: flops / product for dtype, product in products.items()} if flops else {}
+        rows[name] = row | {"flops_per_second": flops, "share_of_product": shares}
     return rows
 
 
-def table(title: str, rows: Mapping[str, dict[str, Any]]) -> Table:
+def table(title: str, rows: Rows, dtypes: Iterable[str]) -> Table:
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     places = [place for place in ("host", "gpu") if any(place in row for row in rows.values())]
     shown.add_column("phase")
-    for column in ("seconds", *(c for p in places for c in (p, "planned", "ratio")), "TFLOP/s", "share"):
+    memory_columns = [column for place in places for column in (place, "planned", "ratio")]
+    for column in ("seconds", *memory_columns, "TFLOP/s", *(f"/ {dtype}" for dtype in dtypes)):
         shown.add_column(column, justify="right", no_wrap=True)
     for name, row in rows.items():
         cells = [name, f"{row['seconds']:.2f}"]
@@ -174,7 +179,7 @@ def table(title: str, rows: Mapping[str, dict[str, Any]]) -> Table:
             cells += [_or_dash(memory.get(key), format_bytes) for key in ("peak_bytes", "planned_bytes")]
             cells.append(_or_dash(memory.get("planned_to_peak"), "{:.2f}".format))
         cells.append(_or_dash(row["flops_per_second"], lambda f: f"{f / 1e12:.3g}"))
-        cells.append(_or_dash(row["share_of_product"], "{:.0%}".format))
+        cells += [_or_dash(row["share_of_product"].get(dtype), "{:.0%}".format) for dtype in dtypes]
         shown.add_row(*cells)
     return shown
 
@@ -244,25 +249,23 @@ def main(
 
     with tempfile.TemporaryDirectory(dir=scratch) as temporary:
         folder = Path(temporary)
-        # in a process of its own, so that its memory is not in the figures
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
-            maker.submit(make, folder, shape, blocks, settings["samples"] * settings["seq_len"], seed).result()
-        baseline, start = uss(), time.monotonic()
+        paths = {"model": folder / "model", "out": folder / "out", "calibration": folder / "text.txt"}
         try:
-            job = prepare(
-                RunConfig.of(model=folder / "model", out=folder / "out", calibration=folder / "text.txt", **settings)
-            )
+            config = RunConfig.of(**paths, **settings)
+            # in a process of its own, so that its memory is not in the figures
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
+                maker.submit(make, folder, shape, blocks, config.samples * config.seq_len, seed).result()
+            baseline, start = uss(), time.monotonic()
+            job = prepare(config)
             console.print(job.plan.table(job.host_mem, job.gpu_mem))
             journal = run(job, Lines())
         except StreamslrError as error:
             raise SystemExit(str(error)) from error
         wall = time.monotonic() - start
 
-    products = {"bfloat16": product_flops(job.device, torch.bfloat16)}
-    if job.device.type == "cpu":
-        products = {"float32": product_flops(job.device, torch.float32)} | products
-    yardstick, product = next(iter(products.items()))
-    parts = [held_against(job.plan, m, product) for m in (journal.measured, *(b.measured for b in journal.blocks))]
+    dtypes = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}[job.device.type]
+    products = {DTYPE_NAMES[dtype]: product_flops(job.device, dtype) for dtype in dtypes}
+    parts = [held_against(job.plan, m, products) for m in (journal.measured, *(b.measured for b in journal.blocks))]
     seconds = [sum(row["seconds"] for row in part.values()) for part in parts]
     hours = shape.blocks * seconds[-1] / 3600
     record = {
@@ -293,13 +296,12 @@ def main(
         "warnings": [entry.getMessage() for entry in messages.buffer if entry.levelno >= logging.WARNING],
     }
 
-    console.print(table("before the blocks", parts[0]))
+    console.print(table("before the blocks", parts[0], products))
     for i, (part, block_seconds) in enumerate(zip(parts[1:], seconds[1:], strict=True)):
-        console.print(table(f"{name}, block {i}: {block_seconds:.1f} s", part))
-    reached = ", ".join(f"{dtype} {flops / 1e12:.3g} TFLOP/s" for dtype, flops in products.items())
-    click.echo(
-        f"{record['device']}, torch {torch.__version__}: a large product reaches {reached} (shares: {yardstick})"
-    )
+        console.print(table(f"{name}, block {i}: {block_seconds:.1f} s", part, products))
+    reached = ", ".join(f"{flops / 1e12:.3g} TFLOP/s in {dtype}" for dtype, flops in products.items())
+    click.echo(f"{record['device']}, torch {torch.__version__}")
+    click.echo(f"a large product reaches {reached}")
     click.echo(f"wall / phases {record['wall_to_phases']:.2f}, {len(record['warnings'])} warnings")
     click.echo(f"all {shape.blocks} blocks of {name}: {hours:.2f} h, {shape.blocks} × {seconds[-1]:.1f} s")
     if to:
