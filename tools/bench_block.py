@@ -17,10 +17,10 @@ them whose singular values fall from three times the bulk's edge as k^-0.7; embe
 them 20 times larger, so that Grams have outlier directions; norms are lognormal around 1. Text is the demo model's,
 its paragraphs shuffled and repeated until there is enough.
 
-A bare machine with a GPU needs this working tree and no network; the lines above work in its root without installing it.
-Wheels to bring, made for its Python (3.11 or newer) by `pip download -d wheels` on a machine
-like it, with what they depend on: torch built for its CUDA, transformers, safetensors, huggingface-hub, zarr, psutil,
-click and rich, in pyproject.toml's ranges. Disk: the block in bf16 and two generations of hidden states, 12 GB for 70B.
+A bare machine with a GPU needs this working tree and no network; the lines above work in its root, nothing installed
+but wheels to bring, made for its Python (3.11 or newer) by `pip download -d wheels` on a machine like it, with what
+they depend on: torch built for its CUDA, transformers, safetensors, huggingface-hub, zarr, psutil, click and rich, in
+pyproject.toml's ranges. Disk: the block in bf16 and two generations of hidden states, 12 GB for 70B.
 """
 
 import json
