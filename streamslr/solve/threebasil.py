@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError, StreamslrError
+from streamslr.solve.pattern import NofM
 from streamslr.solve.problem import LayerProblem, SparseLowRank, damping_diagonal
 
-# Elements of a tile of the elementwise passes on the CPU: five float32 tiles stay in a 2 MiB cache.
-_TILE = 1 << 16
+# Elements of a slice of the elementwise passes: on the CPU five float32 slices stay in a 2 MiB cache; on a GPU
+# they fill the device, and the temporaries of the projection stay small (size chosen, not measured).
+_SLICE, _SLICE_ON_GPU = 1 << 16, 1 << 22
+# Rows of the smallest tile, and the step between tile sizes.
+_TILE_STEP = 64
 # Subspace steps where accuracy is worth more than time: for the start and for the last fit of U·V.
 _CAREFUL_STEPS = 4
 # A Gram matrix that still has no Cholesky factor with this much damping is no Gram matrix.
@@ -50,7 +54,11 @@ class ThreeBasil:
     steps on it, "bfloat16" or "float32"; "auto" takes bfloat16 where the hardware multiplies it several times
     faster (AMX, CUDA 8.0 on).
 
-    Deterministic for a seed on one device, precision and thread count. Memory: `solve_bytes`.
+    tile_rows: rows of the weight that are worked on at a time, None for all: less memory, more time, the same
+    steps but for rounding. U·V makes much of rounding (a weight changed by 1e-7 ends with 14 % of its support
+    elsewhere and a loss within 0.2 % at 640×256 and 2:4 + 16); without U·V the result is the same.
+
+    Deterministic for a seed on one device, precision, tile and thread count. Memory: `solve_bytes`.
     """
 
     rho_start: float = 0.2
@@ -61,9 +69,12 @@ class ThreeBasil:
     stop_share: float = 2e-3
     max_iterations: int = 1000
     precision: str = "auto"
+    tile_rows: int | None = None
 
     def solve(self, problem: LayerProblem) -> SparseLowRank:
         """Raises InputError, naming the layer, for a problem that has no solution (shapes, NaN, no Gram)."""
+        if self.tile_rows is not None and self.tile_rows < 1:
+            raise InputError(f"tile_rows {self.tile_rows} must be at least 1; use None for all rows at once")
         rank, warnings = _validated(problem)
         if problem.pattern.check(problem.weight != 0) is None:
             return _unchanged(problem, rank, warnings)
@@ -74,12 +85,13 @@ class ThreeBasil:
                 f"{metric.damping:g} times"
             )
         low = torch.bfloat16 if self._low_precision(problem.weight.device) else torch.float32
-        state = _Admm(problem, metric, rank, low)
+        state = _Admm(problem, metric, rank, low, self.tile_rows)
         momentum = max(0.0, 1 - self.momentum_gap / problem.pattern.density)
         settled = self._iterate(state, momentum)
         if state.drifted():
             warnings.append(f"{problem.name}: U·V outgrew the weight; solved again without momentum")
-            state = _Admm(problem, metric, rank, low)
+            del state  # before the next one takes as much again
+            state = _Admm(problem, metric, rank, low, self.tile_rows)
             settled = self._iterate(state, 0.0)
         if not settled:
             warnings.append(f"{problem.name}: the support had not settled after {state.iterations} iterations")
@@ -110,16 +122,62 @@ class ThreeBasil:
         return self.precision == "bfloat16" or (self.precision == "auto" and _multiplies_bfloat16(device))
 
 
-def solve_bytes(o: int, d: int, rank: int) -> int:
-    """Peak bytes that one solve of a weight [o, d] takes beside its weight and Gram matrix.
+def solve_bytes(
+    o: int,
+    d: int,
+    rank: int,
+    tile_rows: int | None = None,
+    *,
+    bfloat16: bool = False,
+    by_row: bool = False,
+    gpu: bool = False,
+) -> int:
+    """Peak bytes that one solve of a weight [o, d] takes beside its weight and Gram matrix; its S is among them.
 
-    4 float32 copies of the weight (scaled W, the state S + Y, the projection D, and the product with its input
-    at bfloat16, or the product alone at float32), a byte a weight for the support, the inverse [d, d] (on the
-    GPU twice, while it is built), the factors of three fits of U·V, and what the libraries pack into.
+    All rows at once: 4 float32 copies of the weight (scaled W, the correction's input X, the projection D, and
+    the product with its input at bfloat16, or the product alone at float32) and a byte a weight for the support.
+    In tiles: of all rows the state, the product and the support, 9 bytes a weight, or 7 when products are in
+    bfloat16; of one tile X, D and the product's input. The last projection of a pattern that couples rows (any
+    but n:m, which is `by_row`) takes 10 bytes a weight. Besides: the inverse [d, d], on a GPU with two more
+    while it is built; the factors of three fits of U·V; a slice's temporaries; what the libraries pack into.
+    The defaults are what takes most on a CPU.
     """
+    t = o if tile_rows is None else min(tile_rows, o)
+    held, worked_on = (9, 8) if not bfloat16 else (7, 10)
+    state = 17 * o * d if t == o else held * o * d + worked_on * t * d
+    inverse = 4 * d * d * (3 if gpu else 1)
     factors = 4 * 8 * (o + d) * max(rank, 1)
-    scratch = min(_LIBRARY_SCRATCH, 4 * d * (o + d))
-    return (4 * 4 + 1) * o * d + 4 * d * d + factors + 8 * 4 * _TILE + scratch
+    temporaries = 4 * 4 * min(t * d, _SLICE_ON_GPU if gpu else _SLICE)
+    scratch = min(_LIBRARY_SCRATCH, 4 * d * (t + d))
+    projecting = 0 if by_row else 10 * o * d
+    return max(state + inverse + temporaries, projecting) + factors + scratch
+
+
+def tile_rows_for(
+    o: int,
+    d: int,
+    rank: int,
+    room: int,
+    *,
+    bfloat16: bool = False,
+    by_row: bool = False,
+    gpu: bool = False,
+) -> int | None:
+    """The most rows a tile, a multiple of 64, with which one solve takes at most `room` bytes; None for all.
+
+    64 also where that still takes more: compare with `solve_bytes`, whose other arguments these are.
+    """
+
+    def fits(tile_rows: int | None) -> bool:
+        return solve_bytes(o, d, rank, tile_rows, bfloat16=bfloat16, by_row=by_row, gpu=gpu) <= room
+
+    if fits(None) or o <= _TILE_STEP:
+        return None
+    low, high = 1, (o - 1) // _TILE_STEP  # in steps; a tile takes more with every row
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * _TILE_STEP) else (low, middle - 1)
+    return low * _TILE_STEP
 
 
 def solve_flops(o: int, d: int, rank: int, iterations: int) -> int:
@@ -154,48 +212,97 @@ class _Metric:
         return inverse if inverse is None or rho == 0 else inverse.mul_(rho)
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """t rows of W, transposed like all of the state; X, D and input are memory that the tiles share."""
+
+    rows: slice
+    X: Tensor  # [d, t] Y − D + W − B Uᵀ while a step works on the tile
+    D: Tensor  # [d, t]
+    input: Tensor  # [d, t] X in the precision of the product
+    C: Tensor  # [d, t] the product X (ρ (G + ρI)⁻¹)
+    held: Tensor  # [d, t] D − Y from step to step; W where the tile is the whole layer, and X and D stay
+    support: Tensor  # [d, t] uint8; bit 1: kept at the last look; bit 0: kept now, unless D stays to tell
+    slices: list[tuple[Tensor, ...]]  # X, D, C, held, support and the inputs' scale, for the elementwise passes
+
+
 class _Admm:
     """The iteration's state, transposed: [d, o], so that a group of weights is a group of rows.
 
-    Rows are contiguous, and comparing the members of a group runs at the speed of memory. Invariant between
-    steps: X = Y − D + E, the negated correction D − Y − E, with E = W − B Uᵀ and B Uᵀ = (U·V)ᵀ.
+    Rows are contiguous, and comparing the members of a group runs at the speed of memory. Invariant while a step
+    works on a tile: X = Y − D + E, the negated correction D − Y − E, with E = W − B Uᵀ and B Uᵀ = (U·V)ᵀ.
     """
 
-    def __init__(self, problem: LayerProblem, metric: _Metric, rank: int, low: torch.dtype) -> None:
+    def __init__(
+        self, problem: LayerProblem, metric: _Metric, rank: int, low: torch.dtype, tile_rows: int | None = None
+    ) -> None:
         self.name, self.pattern, self.metric, self.low = problem.name, problem.pattern, metric, low
         self.iterations = 0
-        o, d = problem.weight.shape
-        self.W = torch.empty(d, o, device=problem.weight.device)
-        torch.mul(problem.weight.t(), metric.scale[:, None], out=self.W)
-        self.W[metric.dead] = 0
+        self.weight = problem.weight  # [o, d], not scaled
+        self.scale = metric.scale.masked_fill(metric.dead, 0)
+        self.size = (torch.linalg.vector_norm(self.weight, dim=0) * self.scale).norm()
+        o, d = self.weight.shape
         generator = torch.Generator().manual_seed(problem.seed)
-        U = torch.randn(o, rank, generator=generator).to(self.W)  # on the CPU: the same start on every device
+        U = torch.randn(o, rank, generator=generator).to(self.weight)  # on the CPU: the same start on every device
         self.U = torch.linalg.qr(U).Q if rank else U  # [o, r], orthonormal
-        self.B = torch.zeros_like(self.W[:, :rank])  # [d, r]
-        self._fit(self.W)
+        self.B = self.weight.new_zeros(d, rank)
+        self._fit()
         self.before = (self.U, self.B)  # the fit before the last one
-        self.X = torch.addmm(self.W, self.B, self.U.t(), alpha=-1)
-        self.D = torch.empty_like(self.W)
-        self.marker = problem.pattern.marker(self.X.t())
-        self.tiles = self._tiles()
-        for X, D, *_ in self.tiles:
-            torch.mul(X, self.marker.mark_(X.abs().t()).t(), out=D)
-            X.sub_(D)
+        self.store = torch.mul(self.weight, self.scale).addmm_(self.U, self.B.t(), alpha=-1)  # [o, d] E, for now
+        self.marker = problem.pattern.marker(self.store)
+        self.tiles = self._tiles(min(tile_rows or o, o))
+        self.whole = len(self.tiles) == 1
+        for tile in self.tiles:
+            tile.X.copy_(self.store[tile.rows].t())
+            if self.whole:
+                tile.held.copy_(self.weight.t()).mul_(self.scale[:, None])
+            for X, D, _, held, support, _ in tile.slices:
+                torch.mul(X, self.marker.mark_(X.abs().t()).t(), out=D)
+                torch.neg(D, out=X)
+                self._lay_down(X, D, held, support)
         self.marker.settle()
         self.support_change()
-        self.room = torch.empty(d, d, device=self.W.device)
+        self.room = torch.empty(d, d, device=self.weight.device)
         self.M = self.room  # ρ (G + ρI)⁻¹, after set_inverse
 
-    def _tiles(self) -> list[tuple[Tensor, ...]]:
-        """X, D, W, the product C and the last support in slices of whole groups, each small enough for the cache."""
-        d, o = self.W.shape
-        self.product = torch.zeros(d, o, dtype=self.low, device=self.W.device)  # C = X (ρ (G + ρI)⁻¹)
-        self.input = self.X if self.low == torch.float32 else torch.empty_like(self.product)
-        self.support = torch.zeros(d, o, dtype=torch.bool, device=self.W.device)
+    def _tiles(self, tile_rows: int) -> list[_Tile]:
+        """Tiles over the store, each in slices of whole groups that are small enough for the cache."""
+        o, d = self.weight.shape
+        on_cpu = self.weight.device.type == "cpu"
         group = self.marker.group
-        rows = max(1, _TILE // (o * group)) * group if self.W.device.type == "cpu" else d
-        whole = (self.X, self.D, self.W, self.product, self.support)
-        return list(zip(*(torch.split(x, rows) for x in whole), strict=True))
+        columns = max(1, (_SLICE if on_cpu else _SLICE_ON_GPU) // (tile_rows * group)) * group
+        scale = torch.split(self.scale[:, None], columns)
+        shared_X, shared_D = self.weight.new_empty(2, d * tile_rows)
+        shared_input = shared_X if self.low == torch.float32 else torch.empty_like(shared_X, dtype=self.low)
+        tiles = []
+        for first in range(0, o, tile_rows):
+            rows = slice(first, min(first + tile_rows, o))
+            t = rows.stop - first
+            X, D, low_X = (shared[: d * t].view(d, t) for shared in (shared_X, shared_D, shared_input))
+            C = torch.zeros_like(X, dtype=self.low)
+            held = self.store[rows].view(d, t)
+            support = torch.zeros_like(X, dtype=torch.uint8)
+            parts = (torch.split(x, columns) for x in (X, D, C, held, support))
+            tiles.append(_Tile(rows, X, D, low_X, C, held, support, list(zip(*parts, scale, strict=True))))
+        return tiles
+
+    def _take_up(self, tile: _Tile) -> None:
+        """X = Y − D + W − B Uᵀ, and D, of this tile."""
+        if not self.whole:
+            tile.X.copy_(self.weight[tile.rows].t())
+            for X, D, _, held, support, scale in tile.slices:
+                X.mul_(scale).sub_(held)
+                torch.mul(held, support & 1, out=D)
+        if self.U.shape[1]:
+            tile.X.addmm_(self.B, self.U[tile.rows].t(), alpha=-1)
+
+    def _lay_down(self, X: Tensor, D: Tensor, held: Tensor, support: Tensor) -> None:
+        """Keeps Y − D, found in X, and the support of D until the slice is taken up again."""
+        if self.whole:
+            X.add_(held)
+        else:
+            torch.neg(X, out=held)
+            support.bitwise_and_(2).bitwise_or_(D.bool())
 
     def set_inverse(self, rho: float) -> None:
         inverse = self.metric.inverse(rho, self.room)
@@ -209,20 +316,23 @@ class _Admm:
                 self.M[rows : rows + 64] = inverse[rows : rows + 64].to(self.low)
 
     def sparse_step(self, shrink: float = 1.0) -> None:
-        """S, then D and Y; leaves X = shrink·Y − D + W, without U·V, which low_rank_step puts back.
+        """S, then D and Y, tile by tile.
 
         shrink: ρ / (the ρ of the next iteration), which rescales the dual.
         """
-        if self.input is not self.X:
-            self.input.copy_(self.X)
-        torch.mm(self.M, self.input, out=self.product)
-        for X, D, W, C, _ in self.tiles:
-            Z = X.add_(D).sub_(C)  # S + Y, for S = E − C
-            kept = self.marker.mark_(Z.abs().t()).t()
-            torch.mul(Z, kept, out=D)
-            if shrink != 1.0:
-                Z.mul_(shrink)
-            Z.sub_(D, alpha=1 + shrink).add_(W)
+        for tile in self.tiles:
+            self._take_up(tile)
+            if tile.input.dtype != tile.X.dtype:
+                tile.input.copy_(tile.X)
+            torch.mm(self.M, tile.input, out=tile.C)
+            for X, D, C, held, support, _ in tile.slices:
+                Z = X.add_(D).sub_(C)  # S + Y, for S = E − C
+                kept = self.marker.mark_(Z.abs().t()).t()
+                torch.mul(Z, kept, out=D)
+                if shrink != 1.0:
+                    Z.mul_(shrink)
+                X = Z.sub_(D, alpha=1 + shrink)  # shrink·Y − D
+                self._lay_down(X, D, held, support)
         self.marker.settle()
         self.iterations += 1
 
@@ -238,54 +348,80 @@ class _Admm:
             wide_B = torch.cat((B * (1 + momentum), B_before * -momentum), 1)  # [d, 2r]
 
             def target_times(y: Tensor) -> Tensor:  # [o, r] -> [d, r]
-                return torch.addmm((self.product @ y.to(self.low)).float(), wide_B, wide_U.t() @ y)
+                product = torch.zeros_like(B)
+                for tile in self.tiles:
+                    product += tile.C @ y[tile.rows].to(self.low)
+                return product.addmm_(wide_B, wide_U.t() @ y)
 
             y = self.metric.times(target_times(U))
-            turned = torch.addmm((self.product.t() @ y.to(self.low)).float(), wide_U, wide_B.t() @ y)
+            low_y = y.to(self.low)
+            turned = torch.cat([(tile.C.t() @ low_y).float() for tile in self.tiles])
             self.before = (U, B)
-            self.U = torch.linalg.qr(turned).Q
+            self.U = torch.linalg.qr(turned.addmm_(wide_U, wide_B.t() @ y)).Q
             self.B = target_times(self.U)
-            self.X.addmm_(self.B, self.U.t(), alpha=-1)
 
     def support_change(self) -> float:
         """How many kept positions came or went since the last call, as a share of those kept."""
-        changed = kept = torch.zeros((), dtype=torch.int64, device=self.W.device)
-        for _, D, _, _, support in self.tiles:
-            now = D != 0
-            # Not sum(): on the CPU it casts a whole mask to int64 first.
-            changed = changed + (support != now).count_nonzero()
-            kept = kept + now.count_nonzero()
-            support.copy_(now)
+        changed = kept = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+        for tile in self.tiles:
+            for _, D, _, _, support, _ in tile.slices:
+                now = D.bool() if self.whole else (support & 1).bool()  # on the CPU 9 times faster than D != 0
+                # Not sum(): on the CPU it casts a whole mask to int64 first.
+                changed = changed + ((support >> 1) ^ now).count_nonzero()
+                kept = kept + now.count_nonzero()
+                support.copy_(now).mul_(3)
         return float(changed / kept.clamp_min(1))
 
     def drifted(self) -> bool:
         """Whether U·V and S grow against each other; U·V is at most as large as W wherever it converges."""
-        return bool(self.B.norm() > _DRIFT * self.W.norm())
+        return bool(self.B.norm() > _DRIFT * self.size)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """S [o, d] exactly in the pattern, and U [o, r], V [r, d] fitted to it, in the problem's own scale."""
-        metric, W = self.metric, self.W
-        Z = self.X.addmm_(self.B, self.U.t()).sub_(W).add_(self.D, alpha=2)  # S + Y again
-        del self.product, self.input, self.tiles, self.X, self.D, self.support, self.M, self.room
-        kept = self.pattern.project(Z.t()).t()
-        D = Z.masked_fill_(~kept, 0)
-        self._fit(torch.sub(W, D))
-        V = (self.B / metric.scale[:, None]).t()
-        S = D.div_(metric.scale[:, None])
-        S[metric.dead] = 0
-        V[:, metric.dead] = 0
+        S, scale, dead = self._sums(), self.metric.scale, self.metric.dead
+        together = [tile.rows for tile in self.tiles] if isinstance(self.pattern, NofM) else [slice(None)]
+        del self.tiles, self.room, self.M
+        for rows in together:
+            S[rows].masked_fill_(self.pattern.project(S[rows]).logical_not_(), 0)
+        S.div_(scale)
+        S[:, dead] = 0
+        self._fit(S)
+        V = (self.B / scale[:, None]).t()
+        V[:, dead] = 0
         U, V = _balanced(self.U, V)
-        S = S.t().contiguous()
         if not (_finite(S) and _finite(U) and _finite(V)):
             raise StreamslrError(f"{self.name}: the iteration diverged; try precision float32 or a lower momentum")
         return S, U, V
 
-    def _fit(self, F: Tensor) -> None:
-        """U, B ← the best rank-r B Uᵀ for F [d, o] in the metric, by subspace iteration from the current U."""
+    def _sums(self) -> Tensor:
+        """S + Y [o, d], row by row, in the memory of the store: what is held of a tile is not needed again."""
+        for tile in self.tiles:
+            for X, D, _, held, support, _ in tile.slices:
+                if self.whole:
+                    X.sub_(held)
+                else:
+                    torch.mul(held, support & 1, out=D)
+                    torch.neg(held, out=X)
+                X.add_(D, alpha=2)
+            self.store[tile.rows].copy_(tile.X.t())
+        return self.store
+
+    def _fit(self, S: Tensor | None = None) -> None:
+        """U, B ← the best rank-r B Uᵀ for W − S in the metric, by subspace iteration from the current U.
+
+        S [o, d] in the problem's own scale, like the weight: the scale then falls on slim factors alone.
+        """
+
+        def rest_times(y: Tensor) -> Tensor:  # [o, r] -> [d, r]
+            product = self.weight.t() @ y
+            return (product if S is None else product.sub_(S.t() @ y)).mul_(self.scale[:, None])
+
         if self.U.shape[1]:
             for _ in range(_CAREFUL_STEPS):
-                self.U = torch.linalg.qr(F.t() @ self.metric.times(F @ self.U)).Q
-            self.B = F @ self.U
+                y = self.metric.times(rest_times(self.U)).mul_(self.scale[:, None])
+                turned = self.weight @ y
+                self.U = torch.linalg.qr(turned if S is None else turned.sub_(S @ y)).Q
+            self.B = rest_times(self.U)
 
 
 def _validated(problem: LayerProblem) -> tuple[int, list[str]]:
@@ -354,7 +490,7 @@ def _inverse_(matrix: Tensor) -> Tensor | None:
         factor, info = torch.linalg.cholesky_ex(matrix)
         if int(info):
             return None
-        inverse = torch.cholesky_inverse(factor)
+        inverse = torch.cholesky_inverse(factor, out=matrix.mT).mT  # with a working copy of the factor
     return inverse if bool((inverse.diagonal() > 0).all()) else None
 
 
