@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,17 +138,17 @@ def solve_bytes(
     All rows at once: 4 float32 copies of the weight (scaled W, the correction's input X, the projection D, and
     the product with its input at bfloat16, or the product alone at float32) and a byte a weight for the support.
     In tiles: of all rows the state, the product and the support, 9 bytes a weight, or 7 when products are in
-    bfloat16; of one tile X, D and the product's input. The last projection of a pattern that couples rows (any
+    bfloat16; of one tile X and the product's input. The last projection of a pattern that couples rows (any
     but n:m, which is `by_row`) takes 10 bytes a weight. Besides: the inverse [d, d], on a GPU with two more
     while it is built; the factors of three fits of U·V; a slice's temporaries; what the libraries pack into.
     The defaults are what takes most on a CPU.
     """
     t = o if tile_rows is None else min(tile_rows, o)
-    held, worked_on = (9, 8) if not bfloat16 else (7, 10)
+    held, worked_on = (7, 6) if bfloat16 else (9, 4)
     state = 17 * o * d if t == o else held * o * d + worked_on * t * d
     inverse = 4 * d * d * (3 if gpu else 1)
     factors = 4 * 8 * (o + d) * max(rank, 1)
-    temporaries = 4 * 4 * min(t * d, _SLICE_ON_GPU if gpu else _SLICE)
+    temporaries = 5 * 4 * min(t * d, _SLICE_ON_GPU if gpu else _SLICE)
     scratch = min(_LIBRARY_SCRATCH, 4 * d * (t + d))
     projecting = 0 if by_row else 10 * o * d
     return max(state + inverse + temporaries, projecting) + factors + scratch
@@ -218,12 +219,20 @@ class _Tile:
 
     rows: slice
     X: Tensor  # [d, t] Y − D + W − B Uᵀ while a step works on the tile
-    D: Tensor  # [d, t]
     input: Tensor  # [d, t] X in the precision of the product
     C: Tensor  # [d, t] the product X (ρ (G + ρI)⁻¹)
-    held: Tensor  # [d, t] D − Y from step to step; W where the tile is the whole layer, and X and D stay
-    support: Tensor  # [d, t] uint8; bit 1: kept at the last look; bit 0: kept now, unless D stays to tell
-    slices: list[tuple[Tensor, ...]]  # X, D, C, held, support and the inputs' scale, for the elementwise passes
+    slices: list["_Slice"]
+
+
+class _Slice(NamedTuple):
+    """Whole groups of a tile, k of its d inputs, for the elementwise passes."""
+
+    X: Tensor  # [k, t] as are all but the last
+    C: Tensor
+    D: Tensor  # the projection; stays where the tile is the whole layer, else scratch
+    held: Tensor  # W where the tile is the whole layer, else D − Y, from step to step
+    support: Tensor  # uint8; bit 1: kept at the last look; bit 0: kept now, unless D stays to tell
+    scale: Tensor  # [k, 1]
 
 
 class _Admm:
@@ -250,59 +259,64 @@ class _Admm:
         self.before = (self.U, self.B)  # the fit before the last one
         self.store = torch.mul(self.weight, self.scale).addmm_(self.U, self.B.t(), alpha=-1)  # [o, d] E, for now
         self.marker = problem.pattern.marker(self.store)
-        self.tiles = self._tiles(min(tile_rows or o, o))
-        self.whole = len(self.tiles) == 1
+        self.whole = tile_rows is None or tile_rows >= o
+        self.tiles = self._tiles(o if tile_rows is None else min(tile_rows, o))
         for tile in self.tiles:
             tile.X.copy_(self.store[tile.rows].t())
             if self.whole:
-                tile.held.copy_(self.weight.t()).mul_(self.scale[:, None])
-            for X, D, _, held, support, _ in tile.slices:
-                torch.mul(X, self.marker.mark_(X.abs().t()).t(), out=D)
-                torch.neg(D, out=X)
-                self._lay_down(X, D, held, support)
+                self.store.view(d, o).copy_(self.weight.t()).mul_(self.scale[:, None])
+            for part in tile.slices:
+                torch.mul(part.X, self.marker.mark_(part.X.abs().t()).t(), out=part.D)
+                torch.neg(part.D, out=part.X)
+                self._lay_down(part)
         self.marker.settle()
         self.support_change()
         self.room = torch.empty(d, d, device=self.weight.device)
         self.M = self.room  # ρ (G + ρI)⁻¹, after set_inverse
 
     def _tiles(self, tile_rows: int) -> list[_Tile]:
-        """Tiles over the store, each in slices of whole groups that are small enough for the cache."""
+        """Tiles over the store, each in slices that are small enough for the cache."""
         o, d = self.weight.shape
-        on_cpu = self.weight.device.type == "cpu"
-        group = self.marker.group
-        columns = max(1, (_SLICE if on_cpu else _SLICE_ON_GPU) // (tile_rows * group)) * group
-        scale = torch.split(self.scale[:, None], columns)
-        shared_X, shared_D = self.weight.new_empty(2, d * tile_rows)
+        elements = _SLICE if self.weight.device.type == "cpu" else _SLICE_ON_GPU
+        k = min(d, max(1, elements // (tile_rows * self.marker.group)) * self.marker.group)
+        shared_X = self.weight.new_empty(d * tile_rows)
+        shared_D = self.weight.new_empty((d if self.whole else k) * tile_rows)
         shared_input = shared_X if self.low == torch.float32 else torch.empty_like(shared_X, dtype=self.low)
         tiles = []
         for first in range(0, o, tile_rows):
             rows = slice(first, min(first + tile_rows, o))
             t = rows.stop - first
-            X, D, low_X = (shared[: d * t].view(d, t) for shared in (shared_X, shared_D, shared_input))
+            X, low_X = (shared[: d * t].view(d, t) for shared in (shared_X, shared_input))
             C = torch.zeros_like(X, dtype=self.low)
-            held = self.store[rows].view(d, t)
-            support = torch.zeros_like(X, dtype=torch.uint8)
-            parts = (torch.split(x, columns) for x in (X, D, C, held, support))
-            tiles.append(_Tile(rows, X, D, low_X, C, held, support, list(zip(*parts, scale, strict=True))))
+            D = shared_D[: shared_D.numel() // tile_rows * t].view(-1, t)
+            held, support = self.store[rows].view(d, t), torch.zeros_like(X, dtype=torch.uint8)
+            slices = []
+            for at in (slice(first, min(first + k, d)) for first in range(0, d, k)):
+                part_D = D[at] if self.whole else D[: at.stop - at.start]
+                slices.append(_Slice(X[at], C[at], part_D, held[at], support[at], self.scale[at, None]))
+            tiles.append(_Tile(rows, X, low_X, C, slices))
         return tiles
 
     def _take_up(self, tile: _Tile) -> None:
-        """X = Y − D + W − B Uᵀ, and D, of this tile."""
+        """X = Y − D + W − B Uᵀ of this tile."""
         if not self.whole:
             tile.X.copy_(self.weight[tile.rows].t())
-            for X, D, _, held, support, scale in tile.slices:
-                X.mul_(scale).sub_(held)
-                torch.mul(held, support & 1, out=D)
+            for part in tile.slices:
+                part.X.mul_(part.scale).sub_(part.held)
         if self.U.shape[1]:
             tile.X.addmm_(self.B, self.U[tile.rows].t(), alpha=-1)
 
-    def _lay_down(self, X: Tensor, D: Tensor, held: Tensor, support: Tensor) -> None:
-        """Keeps Y − D, found in X, and the support of D until the slice is taken up again."""
+    def _lay_down(self, part: _Slice) -> None:
+        """Keeps what is in X, Y − D, and the support of D until the slice is taken up again."""
         if self.whole:
-            X.add_(held)
+            part.X.add_(part.held)
         else:
-            torch.neg(X, out=held)
-            support.bitwise_and_(2).bitwise_or_(D.bool())
+            torch.neg(part.X, out=part.held)
+            part.support.bitwise_and_(2).bitwise_or_(part.D.bool())
+
+    def _projection(self, part: _Slice) -> Tensor:
+        """D as the last step left it."""
+        return part.D if self.whole else torch.mul(part.held, part.support & 1, out=part.D)
 
     def set_inverse(self, rho: float) -> None:
         inverse = self.metric.inverse(rho, self.room)
@@ -325,14 +339,14 @@ class _Admm:
             if tile.input.dtype != tile.X.dtype:
                 tile.input.copy_(tile.X)
             torch.mm(self.M, tile.input, out=tile.C)
-            for X, D, C, held, support, _ in tile.slices:
-                Z = X.add_(D).sub_(C)  # S + Y, for S = E − C
+            for part in tile.slices:
+                Z = part.X.add_(self._projection(part)).sub_(part.C)  # S + Y, for S = E − C
                 kept = self.marker.mark_(Z.abs().t()).t()
-                torch.mul(Z, kept, out=D)
+                torch.mul(Z, kept, out=part.D)
                 if shrink != 1.0:
                     Z.mul_(shrink)
-                X = Z.sub_(D, alpha=1 + shrink)  # shrink·Y − D
-                self._lay_down(X, D, held, support)
+                Z.sub_(part.D, alpha=1 + shrink)  # shrink·Y − D
+                self._lay_down(part)
         self.marker.settle()
         self.iterations += 1
 
@@ -364,12 +378,12 @@ class _Admm:
         """How many kept positions came or went since the last call, as a share of those kept."""
         changed = kept = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         for tile in self.tiles:
-            for _, D, _, _, support, _ in tile.slices:
-                now = D.bool() if self.whole else (support & 1).bool()  # on the CPU 9 times faster than D != 0
-                # Not sum(): on the CPU it casts a whole mask to int64 first.
-                changed = changed + ((support >> 1) ^ now).count_nonzero()
+            for part in tile.slices:
+                # bool(): on the CPU 9 times faster than != 0. Not sum(): there it casts a whole mask to int64 first.
+                now = part.D.bool() if self.whole else (part.support & 1).bool()
+                changed = changed + ((part.support >> 1) ^ now).count_nonzero()
                 kept = kept + now.count_nonzero()
-                support.copy_(now).mul_(3)
+                part.support.copy_(now).mul_(3)
         return float(changed / kept.clamp_min(1))
 
     def drifted(self) -> bool:
@@ -396,13 +410,12 @@ class _Admm:
     def _sums(self) -> Tensor:
         """S + Y [o, d], row by row, in the memory of the store: what is held of a tile is not needed again."""
         for tile in self.tiles:
-            for X, D, _, held, support, _ in tile.slices:
+            for part in tile.slices:
                 if self.whole:
-                    X.sub_(held)
+                    part.X.sub_(part.held)
                 else:
-                    torch.mul(held, support & 1, out=D)
-                    torch.neg(held, out=X)
-                X.add_(D, alpha=2)
+                    torch.neg(part.held, out=part.X)
+                part.X.add_(self._projection(part), alpha=2)
             self.store[tile.rows].copy_(tile.X.t())
         return self.store
 

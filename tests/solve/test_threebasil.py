@@ -56,12 +56,9 @@ def projection_and_dual(state: _Admm) -> tuple[torch.Tensor, torch.Tensor]:
     """D and Y, [o, d] float64, of the state between two steps."""
     D, Y = [], []
     for tile in state.tiles:
-        if state.whole:
-            D.append(tile.D.t().double())
-            Y.append((tile.X + tile.D - tile.held).t().double())
-        else:
-            D.append((tile.held * (tile.support & 1)).t().double())
-            Y.append(D[-1] - tile.held.t().double())
+        (part,) = tile.slices
+        D.append(state._projection(part).t().double())
+        Y.append((part.X + part.D - part.held if state.whole else part.D - part.held).t().double())
     return torch.cat(D), torch.cat(Y)
 
 
