@@ -17,6 +17,8 @@
         problem.py             the seam: LayerProblem, SparseLowRank, Solver, and their errors
         pattern.py             n:m and unstructured sparsity: projection, validation, size
         threebasil.py          3BASiL in its fast form
+    match/                 a whole block refined against its dense self
+        matching.py            Adam on what a packed block may still change, supports fixed
     store/                 S, U, V -> bytes that last
         pack.py                pattern-packed tensors <-> dense
         shards.py              one durable file: our safetensors writer, the format's names
@@ -34,14 +36,13 @@
     cli.py                 arguments -> RunConfig; the only place that prints
 """
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from streamslr.journal import JournalState
 
-__version__ = version("streamslr")
+__version__ = "0.1.0"
 
 __all__ = ["__version__", "compress"]
 

@@ -54,6 +54,7 @@ def _run_options(optional: str | None = None) -> Callable[[Callable[..., None]],
                 settings |= {"default": field.default, "show_default": field.default is not None}
             if kinds[0] is bool:
                 settings["is_flag"] = True
+                flag += f"/--no-{flag[2:]}" if field.default else ""
             elif field.name.endswith("_mem"):
                 settings["type"] = _Size()
             else:

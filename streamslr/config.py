@@ -1,5 +1,6 @@
 """RunConfig: every setting of a run, its help text, and whether it may change when the run is resumed."""
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -60,7 +61,16 @@ class RunConfig:
     seq_len: int = _setting(2048, "Tokens in a window.", fixed=True)
     pattern: str = _setting("2:4", "Sparsity of S: n:m keeps n of every m, 50% zeroes half.", fixed=True)
     rank: int = _setting(64, "Rank of U·V; 0 for pure sparsity.", fixed=True)
-    seed: int = _setting(0, "Seed of the windows and of the solver.", fixed=True)
+    seed: int = _setting(0, "Seed of the windows, of the solver and of the order in matching.", fixed=True)
+    match: bool = _setting(True, "Refine each block as a whole against its dense self.", fixed=True)
+    match_epochs: int = _setting(20, "Passes over the windows in matching; the first only measures.", fixed=True)
+    match_batch: int = _setting(8, "Windows in a step of matching.", fixed=True)
+    match_lr: float = _setting(
+        0.12, "Learning rate of matching; 1 moves a linear's output by its own size in one step.", fixed=True
+    )
+    match_recover: float = _setting(
+        1.0, "Share of what earlier blocks lost that matching has a block make up for; the paper's is 0.", fixed=True
+    )
     device: str | None = _setting(None, "cpu or cuda [default: cuda where there is one].", fixed=True)
     scratch: Path | None = _setting(None, "Folder for hidden states [default: OUT/.scratch; removed at the end].")
     host_mem: int | None = _setting(None, "Host memory the run may use, like 16GB [default: what is free].")
@@ -68,9 +78,13 @@ class RunConfig:
     evict_shards: bool = _setting(False, "Delete each hub shard this run downloaded once its blocks are done.")
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("seq_len", 2), ("rank", 0)):
+        for name, least in (("samples", 1), ("seq_len", 2), ("rank", 0), ("match_epochs", 2), ("match_batch", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 < self.match_lr < math.inf:
+            raise InputError(f"--match-lr is {self.match_lr}; it must be above 0")
+        if not 0 <= self.match_recover <= 1:
+            raise InputError(f"--match-recover is {self.match_recover}; it must be from 0 to 1")
         if self.device not in (None, "cpu", "cuda"):
             raise InputError(f"--device is {self.device!r}; it must be cpu or cuda")
 

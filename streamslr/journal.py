@@ -37,6 +37,16 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class MatchRecord:
+    """What matching did to a block. Losses: ‖f̂(X) − T‖² / ‖T‖² of what leaves the block, as stored."""
+
+    loss_before: float
+    loss_after: float
+    kept: bool  # False: the loss did not fall, so the block is as the solver left it
+    curve: tuple[float, ...]  # mean loss of each epoch, the block moving; the first is before any step
+
+
+@dataclass(frozen=True)
 class BlockRecord:
     """One finished block. `measured` (seconds, peak memory) is all that differs between two runs of one line."""
 
@@ -44,7 +54,9 @@ class BlockRecord:
     name: str
     shard: WrittenShard
     hidden_states: str  # digest of the generation that leaves this block
-    layers: tuple[LayerRecord, ...]
+    layers: tuple[LayerRecord, ...]  # as solved, before matching
+    targets: str | None = None  # digest of what should have left it, which the next block goes on from
+    matching: MatchRecord | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -110,8 +122,9 @@ def _block(data: dict[str, Any]) -> BlockRecord:
         LayerRecord(**layer | {"shape": tuple(layer["shape"]), "warnings": tuple(layer["warnings"])})
         for layer in data["layers"]
     )
+    matching = data["matching"] and MatchRecord(**data["matching"] | {"curve": tuple(data["matching"]["curve"])})
     shard = WrittenShard(**data["shard"])
-    return BlockRecord(**data | {"shard": shard, "layers": layers})
+    return BlockRecord(**data | {"shard": shard, "layers": layers, "matching": matching})
 
 
 class Journal:
@@ -174,11 +187,14 @@ class Journal:
             )
         )
 
-    def commit_block(self, record: BlockRecord) -> None:
-        """Shard and hidden states of the next block are done: from here on a resume starts behind it."""
+    def commit_block(self, record: BlockRecord, micro_batch: int) -> None:
+        """Shard and hidden states of the next block are done: from here on a resume starts behind it.
+
+        micro_batch: what the next block starts with; smaller than before after an out-of-memory.
+        """
         if record.index != len(self.state.blocks):
             raise ValueError(f"block {record.index} committed after {len(self.state.blocks)} blocks")
-        self._commit(replace(self.state, blocks=(*self.state.blocks, record)))
+        self._commit(replace(self.state, blocks=(*self.state.blocks, record), micro_batch=micro_batch))
 
     def forget_lost_shards(self) -> None:
         """Goes back to before the first shard that is missing or has another size, saying so: it is made again."""

@@ -1,11 +1,13 @@
 """Host memory: what this process holds, what it may still take, and making the C library give back what is freed."""
 
 import ctypes
+import gc
 import sys
 import threading
 from pathlib import Path
 
 import psutil
+import torch
 
 _SAMPLE_SECONDS = 0.05
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # mallopt(3)
@@ -28,6 +30,14 @@ def return_freed_memory() -> None:
     """Gives the system what many small allocations left behind (tokenizers build millions)."""
     if libc := _glibc():
         libc.malloc_trim(0)
+
+
+def release_memory(device: torch.device) -> None:
+    """Frees what only garbage holds, and what torch keeps of a GPU's memory for later."""
+    gc.collect()
+    return_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -54,11 +54,10 @@ class Prepared:
         out = str(self.config.out.absolute())
         return self.config.scratch / f"{self.config.out.name}-{hashlib.sha256(out.encode()).hexdigest()[:12]}"
 
-    @property
-    def generations(self) -> Generations:
-        """Where the hidden states that enter each block lie."""
+    def stream(self, name: str) -> Generations:
+        """Where the hidden states that enter each block lie, or the targets of matching."""
         shape = (self.config.samples, self.config.seq_len, self.skeleton.hidden_size)
-        return Generations(self.scratch, shape, self.dtype, self.plan.in_memory)
+        return Generations(self.scratch, name, shape, self.dtype, self.plan.in_memory)
 
     def upcoming_tensors(self, i: int) -> tuple[str, ...]:
         """What the block after block i is made of; nothing after the last."""
@@ -76,7 +75,7 @@ class Prepared:
 
     def remove_scratch(self) -> None:
         """The work is done: nothing of it stays but the output, also where an earlier start had its scratch in it."""
-        self.generations.remove()
+        shutil.rmtree(self.scratch, ignore_errors=True)
         shutil.rmtree(self.config.out / ".scratch", ignore_errors=True)
 
 

@@ -92,13 +92,17 @@ class Phases:
         seconds = sum(m["seconds"] for m in record.measured.values())
         peak = max(m["host_peak_bytes"] for m in record.measured.values())
         errors = [layer.error_after for layer in record.layers]
+        matched = ""
+        if record.matching:
+            matched = f" block loss {record.matching.loss_before:.3g} -> {record.matching.loss_after:.3g},"
         log.info(
-            "block %d of %d, %s: mean relative error %.3g (pruning alone %.3g), %.1f s, peak %s, %s written, %s left",
+            "block %d of %d, %s: mean relative error %.3g (pruning alone %.3g),%s %.1f s, peak %s, %s written, %s left",
             self._done,
             self._total,
             record.name,
             sum(errors) / len(errors),
             sum(layer.error_before for layer in record.layers) / len(errors),
+            matched,
             seconds,
             format_bytes(peak),
             format_bytes(record.shard.nbytes),

@@ -1,18 +1,19 @@
-"""The block loop: load, Grams, solve, propagate, write, commit. Reads as the algorithm (DESIGN, section 4)."""
+"""The block loop: load, Grams, solve, match, propagate, write, commit. Reads as the algorithm (DESIGN, section 4)."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from streamslr.calibrate.gram import Gram, collect_grams
-from streamslr.calibrate.hidden_states import HiddenStates, read_batches
+from streamslr.calibrate.gram import Gram
 from streamslr.calibrate.tokens import calibration_windows
-from streamslr.journal import BlockRecord, Journal, JournalState, LayerRecord
+from streamslr.journal import BlockRecord, Journal, JournalState, LayerRecord, MatchRecord
 from streamslr.layer import compress_layer
+from streamslr.match.matching import BlockWeights, CompressedBlock
+from streamslr.passes import Passes, Streams
 from streamslr.prepare import Prepared
 from streamslr.progress import Display, NoDisplay, Phases
 from streamslr.solve.problem import Solver
@@ -25,6 +26,7 @@ from streamslr.store.folder import (
     write_index,
     write_outside,
 )
+from streamslr.store.shards import WrittenShard
 
 log = logging.getLogger("streamslr")
 
@@ -48,17 +50,18 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
         if done:
             log.info("%s: %d of %d blocks are done, going on", config.out, done, blocks)
         with Phases(display or NoDisplay(), job.device, blocks, done) as phases, torch.no_grad():
-            return Compression(job, calibration.ids, journal, phases, ThreeBasil()).run()
+            passes = Passes(job, calibration.ids, phases, journal.state.micro_batch)
+            return Compression(job, journal, phases, passes, ThreeBasil()).run()
 
 
 @dataclass(frozen=True)
 class Compression:
-    """One process's work on a run: what `compress` opened, and the algorithm."""
+    """One process's work on a run: what `run` opened, and the algorithm."""
 
     job: Prepared
-    ids: Tensor  # [samples, T] int64
     journal: Journal
     phases: Phases
+    passes: Passes
     solver: Solver
 
     def run(self) -> JournalState:
@@ -68,87 +71,83 @@ class Compression:
         discard_uncommitted(out, state.shards)
         write_index(out, state.shards)
         if not state.complete:
-            hidden = self.begin() if state.outside is None else self.resume(len(state.blocks))
+            streams = self.begin() if state.outside is None else self.resume()
             for done in (skeleton.outside_tensors, *skeleton.block_tensors[: len(state.blocks)]):
                 self.job.checkpoint.release(done)
             for i in range(len(state.blocks), state.blocks_total):
-                hidden = self.compress_block(i, skeleton.block_names[i], hidden)
+                streams = self.compress_block(i, skeleton.block_names[i], streams)
         self.job.remove_scratch()
         return self.journal.state
 
-    def begin(self) -> HiddenStates:
+    def begin(self) -> Streams:
         """All before block 0: the folder's description, the tensors outside the blocks, generation 0."""
         job, out = self.job, self.job.config.out
         with self.phases.phase("outside", steps=1):
             description = write_description(out, job.checkpoint, job.pattern, job.config.rank)
             outside = write_outside(out, job.checkpoint, job.skeleton.outside_tensors)
-        hidden = self.embed()
-        self.journal.commit_outside(description, outside, hidden.seal(), self.phases.take())
+        streams = self.passes.retried("embed", self.passes.embed)
+        self.journal.commit_outside(description, outside, streams.hidden.seal(), self.phases.take())
         write_index(out, self.journal.state.shards)
-        return hidden
+        return streams
 
-    def resume(self, done: int) -> HiddenStates:
-        """Generation `done`: from the scratch folder, or by passing the finished blocks once more."""
-        job, state = self.job, self.journal.state
-        digest = state.blocks[-1].hidden_states if done else state.hidden_states
-        assert digest is not None
-        if hidden := job.generations.reopen(done, digest):
-            return hidden
-        log.warning("hidden states in %s are lost; passing %d finished blocks again", job.scratch, done)
-        finished = open_checkpoint(str(job.config.out))
-        hidden = self.embed()
-        for i in range(done):
-            job.skeleton.load_block(i, finished)
-            upcoming = self.propagate(i, hidden)
-            job.skeleton.evict_block(i)
-            hidden.drop()
-            hidden = upcoming
-        if hidden.seal() != digest:
+    def resume(self) -> Streams:
+        """What enters the next block: from the scratch folder, or by passing the finished blocks once more."""
+        state = self.journal.state
+        done = len(state.blocks)
+        digests = (state.hidden_states, state.hidden_states)  # of generation 0, which is its own target
+        if done:
+            digests = (state.blocks[-1].hidden_states, state.blocks[-1].targets)
+        if streams := self.passes.reopen(done, digests):
+            return streams
+        log.warning("hidden states in %s are lost; passing %d finished blocks again", self.job.scratch, done)
+        streams = self.passes.replay(done, open_checkpoint(str(self.job.config.out)))
+        if any(new not in (None, old) for new, old in zip(streams.seal(), digests, strict=True)):
             log.warning("replayed hidden states differ in their last bits: another machine or torch build")
-        return hidden
+        return streams
 
-    def embed(self) -> HiddenStates:
-        """Generation 0: what enters the first block."""
-        skeleton = self.job.skeleton
-        hidden = self.job.generations.new(0)
-        with self.phases.phase("embed", steps=len(self.ids)) as step:
-            skeleton.load_outside()
-            for start in range(0, len(self.ids), self.journal.state.micro_batch):
-                ids = self.ids[start : start + self.journal.state.micro_batch]
-                hidden.write(start, skeleton.embed(ids.to(self.job.device)))
-                step(len(ids))
-            skeleton.evict_outside()
-        return hidden
-
-    def compress_block(self, i: int, name: str, hidden: HiddenStates) -> HiddenStates:
-        """Block i of the checkpoint -> its shard and a journal record; the hidden states that leave it."""
-        job, skeleton = self.job, self.job.skeleton
+    def compress_block(self, i: int, name: str, streams: Streams) -> Streams:
+        """Block i of the checkpoint -> its shard and a journal record; what enters the next block."""
+        job, skeleton, passes = self.job, self.job.skeleton, self.passes
         self.phases.take()
         with self.phases.phase("load", steps=1, block=i):
             skeleton.load_block(i)
             job.checkpoint.prefetch(job.upcoming_tensors(i))
         linears = {linear: skeleton.linear(linear) for linear in skeleton.linears[i]}
-        with self.phases.phase("grams", steps=hidden.samples, block=i) as step:
-            passes = self.batches(hidden, step)
-            grams = collect_grams(name, linears, lambda x: skeleton.run_block(i, x), passes)
+        grams, targets = passes.retried("grams", lambda: passes.collect(i, linears, streams))
         with self.phases.phase("solve", steps=len(linears), block=i) as step:
             packed, layers = self.solve_block(linears, grams, step)
+        weights = solved = BlockWeights(packed, skeleton.as_stored(i))
+        block = CompressedBlock(skeleton.parameters(i), linears, job.pattern)
+        curve: tuple[float, ...] = ()
+        if targets:
+            weights, curve = passes.retried("match", lambda: passes.match(i, block, solved, streams.hidden, targets))
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
-            writing = writer.submit(
-                write_block, job.config.out, i, job.pattern, packed, skeleton.linears[i], skeleton.as_stored(i)
-            )
-            upcoming = self.propagate(i, hidden)
+            writing = writer.submit(self.write, i, weights)
+            hidden, loss = passes.retried("propagate", lambda: passes.propagate(i, streams.hidden, targets))
+            if targets and not loss < curve[0]:
+                log.warning("%s: matching did not lower its loss of %.3g (%.3g); kept as solved", name, curve[0], loss)
+                block.place(solved)
+                writing = writer.submit(self.write, i, solved)
+                hidden.drop()
+                hidden, _ = passes.retried("propagate", lambda: passes.propagate(i, streams.hidden, targets))
             shard = writing.result()
+        upcoming = Streams(hidden, targets)
         with self.phases.phase("commit", steps=1, block=i):
-            digest = upcoming.seal()
-        record = BlockRecord(i, name, shard, digest, tuple(layers), measured=self.phases.take())
-        self.journal.commit_block(record)
+            digest, of_targets = upcoming.seal()
+        matching = MatchRecord(curve[0], loss, loss < curve[0], curve) if targets else None
+        record = BlockRecord(i, name, shard, digest, tuple(layers), of_targets, matching, self.phases.take())
+        self.journal.commit_block(record, passes.micro_batch)
         write_index(job.config.out, self.journal.state.shards)
-        hidden.drop()
+        streams.drop()
         skeleton.evict_block(i)
         job.checkpoint.release(skeleton.block_tensors[i])
         self.phases.committed(record)
         return upcoming
+
+    def write(self, i: int, weights: BlockWeights) -> WrittenShard:
+        """Block i's shard."""
+        job = self.job
+        return write_block(job.config.out, i, job.pattern, weights.packed, job.skeleton.linears[i], weights.kept)
 
     def solve_block(
         self, linears: Mapping[str, nn.Linear], grams: list[Gram], step: Callable[[int], None]
@@ -165,17 +164,3 @@ class Compression:
                 layers.append(layer)
                 step(1)
         return packed, layers
-
-    def propagate(self, i: int, hidden: HiddenStates) -> HiddenStates:
-        """Generation i + 1: the hidden states after compressed block i."""
-        upcoming = self.job.generations.new(i + 1)
-        with self.phases.phase("propagate", steps=hidden.samples, block=i) as step:
-            for start, x in self.batches(hidden, step):
-                upcoming.write(start, self.job.skeleton.run_block(i, x))
-        return upcoming
-
-    def batches(self, hidden: HiddenStates, step: Callable[[int], None]) -> Iterator[tuple[int, Tensor]]:
-        """(first sample, hidden [b, T, h] on the compute device) over a generation."""
-        for start, x in read_batches(hidden, self.journal.state.micro_batch):
-            yield start, x.to(self.job.device, non_blocking=True)
-            step(len(x))

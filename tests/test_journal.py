@@ -23,20 +23,20 @@ def block(index: int) -> BlockRecord:
     layer = LayerRecord("m.q", (4, 8), "2:4", 0.5, 2, 0.1, 0.01, 40, 1.0, 100, 200, ("damping raised",))
     shard = WrittenShard(f"model-block-{index:05d}.safetensors", "d" * 64, 123)
     measured = {"solve": {"seconds": 1.5, "host_peak_bytes": 10}}
-    return BlockRecord(index, f"model.layers.{index}", shard, "e" * 64, (layer,), measured)
+    return BlockRecord(index, f"model.layers.{index}", shard, "e" * 64, (layer,), measured=measured)
 
 
 def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> None:
     outside = WrittenShard("model-outside.safetensors", "a" * 64, 5)
     with Journal(tmp_path, start(micro_batch=8)) as journal:
         journal.commit_outside({"config.json": "c" * 64}, outside, "b" * 64, {})
-        journal.commit_block(block(0))
+        journal.commit_block(block(0), micro_batch=8)
         written = journal.state
     assert not written.complete
     with Journal(tmp_path, start()) as journal:
         assert journal.state == written
         assert journal.state.micro_batch == 8, "the first start's choice stays"
-        journal.commit_block(block(1))
+        journal.commit_block(block(1), 1)
     state = read_journal(tmp_path)
     assert state is not None
     assert state.complete
@@ -101,7 +101,7 @@ def test_the_newer_version_is_named(tmp_path: Path) -> None:
 
 def test_blocks_are_committed_in_order(tmp_path: Path) -> None:
     with Journal(tmp_path, start(3)) as journal, pytest.raises(ValueError, match="block 1 committed"):
-        journal.commit_block(block(1))
+        journal.commit_block(block(1), 1)
 
 
 def test_a_lost_shard_sends_the_run_back_to_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -109,7 +109,7 @@ def test_a_lost_shard_sends_the_run_back_to_before_it(tmp_path: Path, caplog: py
     with Journal(tmp_path, start(3)) as journal:
         journal.commit_outside({}, outside, "b" * 64, {})
         for i in range(3):
-            journal.commit_block(block(i))
+            journal.commit_block(block(i), 1)
         for shard in journal.state.shards:
             (tmp_path / shard.file).write_bytes(bytes(shard.nbytes))
         journal.forget_lost_shards()

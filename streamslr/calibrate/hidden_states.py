@@ -3,7 +3,7 @@
 import errno
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -195,31 +195,36 @@ class WriteThrough:
         self._disk.drop()
 
 
-def read_batches(states: HiddenStates, micro_batch: int) -> Iterator[tuple[int, Tensor]]:
-    """(first sample, hidden [b, T, h]) over a generation, each read while the one before it is computed on."""
-    starts = range(0, states.samples, micro_batch)
+Span = tuple[int, int]
+"""First and last + 1 of the samples that pass together."""
 
-    def read(start: int) -> Tensor:
-        return states.read(start, min(start + micro_batch, states.samples))
 
+def spans(ranges: Iterable[Span], micro_batch: int) -> list[Span]:
+    """The ranges of samples cut, in their order, into pieces of at most `micro_batch`."""
+    return [(i, min(i + micro_batch, stop)) for start, stop in ranges for i in range(start, stop, micro_batch)]
+
+
+def read_batches(states: HiddenStates, batches: Sequence[Span]) -> Iterator[tuple[int, Tensor]]:
+    """(first sample, hidden [b, T, h]) for each span, each read while the one before is computed on."""
     with ThreadPoolExecutor(1, thread_name_prefix="hidden-states-reader") as reader:
-        upcoming = reader.submit(read, 0)
-        for start in starts:
+        upcoming = reader.submit(states.read, *batches[0])
+        for number, (start, _) in enumerate(batches, start=1):
             hidden = upcoming.result()
-            if start + micro_batch < states.samples:
-                upcoming = reader.submit(read, start + micro_batch)
+            if number < len(batches):
+                upcoming = reader.submit(states.read, *batches[number])
             yield start, hidden
 
 
 class Generations:
-    """The scratch folder of a run: generation i is the hidden states that enter block i; two exist at most."""
+    """One stream in the scratch folder of a run: generation i is what enters block i; two exist at most."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool):
+    def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool):
         """shape: (samples, T, h). in_memory: keep a copy in host memory to read from (the plan decides)."""
-        self.folder, self._shape, self._dtype, self._in_memory = folder, shape, dtype, in_memory
+        self.folder, self._name = folder, name
+        self._shape, self._dtype, self._in_memory = shape, dtype, in_memory
 
     def _path(self, index: int) -> Path:
-        return self.folder / f"generation-{index:05d}.zarr"
+        return self.folder / f"{self._name}-{index:05d}.zarr"
 
     def new(self, index: int) -> HiddenStates:
         disk = OnDisk(self._path(index), *self._shape, dtype=self._dtype)
@@ -227,10 +232,7 @@ class Generations:
 
     def reopen(self, index: int, digest: str) -> HiddenStates | None:
         """What an earlier process sealed under this digest, or None when it is lost or damaged."""
-        for leftover in self.folder.glob("generation-*.zarr"):
+        for leftover in self.folder.glob(f"{self._name}-*.zarr"):
             if leftover != self._path(index):
                 shutil.rmtree(leftover)
         return OnDisk.reopen(self._path(index), self._shape, self._dtype, digest)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamslr.calibrate.hidden_states import HiddenStates, InMemory, OnDisk, read_batches
+from streamslr.calibrate.hidden_states import HiddenStates, InMemory, OnDisk, read_batches, spans
 from streamslr.calibrate.tokens import text_windows
 from streamslr.errors import InputError
 from streamslr.plan import BATCH_TOKENS
@@ -61,6 +61,7 @@ def evaluate(
     skeleton = Skeleton(checkpoint, dtype, where)
     ids = text_windows(checkpoint.tokenizer(), text, seq_len, windows)  # [n, T]
     micro_batch = max(1, BATCH_TOKENS // seq_len)
+    batches = spans([(0, len(ids))], micro_batch)
     hidden_size = skeleton.hidden_size
     generation_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize
     in_memory = 2 * generation_bytes <= _MEMORY_SHARE * free_memory
@@ -83,7 +84,7 @@ def evaluate(
         for i in range(len(skeleton.block_names)):
             skeleton.load_block(i)
             upcoming = new(i + 1)
-            for start, x in read_batches(hidden, micro_batch):
+            for start, x in read_batches(hidden, batches):
                 upcoming.write(start, skeleton.run_block(i, x.to(where)))
             upcoming.seal()
             skeleton.evict_block(i)
@@ -92,7 +93,7 @@ def evaluate(
             step(i + 1, len(skeleton.block_names))
         skeleton.load_outside()
         nll = 0.0
-        for start, x in read_batches(hidden, micro_batch):
+        for start, x in read_batches(hidden, batches):
             batch = ids[start : start + micro_batch].to(where)
             nll += _negative_log_likelihood(skeleton.logits(batch, x.to(where)), batch)
         skeleton.evict_outside()

@@ -106,6 +106,10 @@ class Skeleton:
             raise KeyError(f"{name} is a {type(module).__name__}, not a linear")
         return module
 
+    def parameters(self, i: int) -> dict[str, nn.Parameter]:
+        """Live block i's parameters by their full names."""
+        return {f"{self.block_names[i]}.{name}": p for name, p in self._blocks[i].named_parameters()}
+
     @property
     def eager_heads(self) -> int:
         """Attention heads where attention writes its weights [b, heads, T, T] out; 0 where it is fused."""

@@ -13,6 +13,7 @@ from streamslr.calibrate.hidden_states import (
     OnDisk,
     WriteThrough,
     read_batches,
+    spans,
 )
 from streamslr.errors import BudgetError
 
@@ -90,13 +91,13 @@ def test_batches_cover_a_generation_in_order(make: Make, micro_batch: int) -> No
     hidden, tier = states(torch.float32), make(torch.float32)
     tier.write(0, hidden)
     tier.seal()
-    starts, parts = zip(*read_batches(tier, micro_batch), strict=True)
+    starts, parts = zip(*read_batches(tier, spans([(0, SAMPLES)], micro_batch)), strict=True)
     assert list(starts) == list(range(0, SAMPLES, micro_batch))
     assert torch.equal(torch.cat(parts), hidden)
 
 
 def generations(folder: Path, in_memory: bool = False) -> Generations:
-    return Generations(folder, SHAPE, torch.bfloat16, in_memory)
+    return Generations(folder, "generation", SHAPE, torch.bfloat16, in_memory)
 
 
 def sealed(folder: Path, index: int = 3) -> str:

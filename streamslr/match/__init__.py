@@ -1,0 +1,1 @@
+"""A whole block refined against its dense self, supports fixed."""

@@ -1,0 +1,195 @@
+"""The calibration windows on their way through the blocks: embed, the dense pass, the compressed pass, replay."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from streamslr.calibrate.gram import Gram, collect_grams
+from streamslr.calibrate.hidden_states import HiddenStates, Span, read_batches, spans
+from streamslr.errors import BudgetError
+from streamslr.match.matching import BlockWeights, CompressedBlock, Loss, Matching
+from streamslr.memory import release_memory
+from streamslr.prepare import Prepared
+from streamslr.progress import Phases
+from streamslr.source.checkpoint import Checkpoint
+from streamslr.source.places import first_line
+
+log = logging.getLogger("streamslr")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Streams:
+    """One generation: what enters a block, and what should.
+
+    The targets are what matching leads blocks to: the dense block's output on the hidden states that there are,
+    and on top what these have lost so far (times --match-recover), as if the block passed that on unchanged. It
+    nearly does, since blocks add to their input; a second stream through the dense model gives the same
+    perplexity (48.83 and 48.82, tools/results/matching.md) and takes a pass more.
+    """
+
+    hidden: HiddenStates  # what the compressed blocks so far have made of the windows
+    targets: HiddenStates | None  # None where blocks are not matched
+
+    def seal(self) -> tuple[str, str | None]:
+        return self.hidden.seal(), self.targets.seal() if self.targets else None
+
+    def drop(self) -> None:
+        self.hidden.drop()
+        if self.targets:
+            self.targets.drop()
+
+
+class Passes:
+    """Passes of all windows through a live block, `micro_batch` at a time; half as many once memory ran out."""
+
+    def __init__(self, job: Prepared, ids: Tensor, phases: Phases, micro_batch: int) -> None:
+        """ids: the windows, [samples, T] int64."""
+        self.job, self.ids, self.phases, self.micro_batch = job, ids, phases, micro_batch
+
+    def embed(self) -> Streams:
+        """Generation 0, twice where blocks are matched."""
+        skeleton = self.job.skeleton
+        names = ("hidden", "targets") if self.job.config.match else ("hidden",)
+        with self.phases.phase("embed", steps=len(self.ids)) as step:
+            streams = [self.job.stream(name).new(0) for name in names]
+            skeleton.load_outside()
+            for start, stop in self._spans():
+                hidden = skeleton.embed(self.ids[start:stop].to(self.job.device))
+                for stream in streams:
+                    stream.write(start, hidden)
+                step(stop - start)
+            skeleton.evict_outside()
+        return Streams(streams[0], streams[1] if len(streams) > 1 else None)
+
+    def reopen(self, index: int, digests: tuple[str | None, str | None]) -> Streams | None:
+        """Generation `index` as an earlier process sealed it; None where any of it is lost."""
+        hidden = self.job.stream("hidden").reopen(index, digests[0] or "")
+        if not self.job.config.match:
+            return Streams(hidden, None) if hidden else None
+        targets = self.job.stream("targets").reopen(index, digests[1] or "")
+        return Streams(hidden, targets) if hidden and targets else None
+
+    def replay(self, blocks: int, finished: Checkpoint) -> Streams:
+        """Generation `blocks`, from the embeddings on: the finished blocks, and for targets the dense ones."""
+        skeleton = self.job.skeleton
+        streams = self.embed()
+        for i in range(blocks):
+            targets = None
+            if streams.targets:
+                skeleton.load_block(i)
+                targets, teach = self._teacher(i, streams)
+                with self.phases.phase("targets", steps=len(self.ids), block=i) as step:
+                    for _, x in self._batches(streams.hidden, step):
+                        teach(x)
+            skeleton.load_block(i, finished)
+            upcoming = Streams(self.propagate(i, streams.hidden, None)[0], targets)
+            skeleton.evict_block(i)
+            streams.drop()
+            streams = upcoming
+        return streams
+
+    def collect(
+        self, i: int, linears: Mapping[str, nn.Linear], streams: Streams
+    ) -> tuple[list[Gram], HiddenStates | None]:
+        """The dense pass: Gram matrices of block i, and the targets of what leaves it."""
+        targets, teach = self._teacher(i, streams)
+        with self.phases.phase("grams", steps=len(self.ids), block=i) as step:
+            batches = self._batches(streams.hidden, step)
+            return collect_grams(self.job.skeleton.block_names[i], linears, teach, batches), targets
+
+    def match(
+        self, i: int, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
+    ) -> tuple[BlockWeights, tuple[float, ...]]:
+        """Live block i refined from `solved` towards its targets, and the loss of each epoch."""
+        config = self.job.config
+        settings = Matching(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
+        with self.phases.phase("match", steps=settings.epochs * len(self.ids), block=i) as step:
+
+            def batches(wanted: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
+                outputs = self._batches(targets, wanted=wanted)
+                for _, x in self._batches(hidden, step, wanted):
+                    yield x, next(outputs)[1]
+
+            run = partial(self.job.skeleton.run_block, i)
+            return block.refine(solved, settings, run, batches, len(self.ids), min(self.micro_batch, settings.batch))
+
+    def propagate(self, i: int, hidden: HiddenStates, targets: HiddenStates | None) -> tuple[HiddenStates, float]:
+        """Generation i + 1 of the hidden states, and its loss against the targets."""
+        upcoming = self.job.stream("hidden").new(i + 1)
+        loss = Loss()
+        with self.phases.phase("propagate", steps=len(self.ids), block=i) as step:
+            outputs = self._batches(targets) if targets else None
+            for start, x in self._batches(hidden, step):
+                output = self.job.skeleton.run_block(i, x)
+                upcoming.write(start, output)
+                if outputs:
+                    loss.add(output, next(outputs)[1])
+        return upcoming, loss.relative
+
+    def retried(self, phase: str, work: Callable[[], T]) -> T:
+        """What `work` returns; where memory runs out in it, what it returns with half the micro-batch.
+
+        Raises BudgetError when memory runs out again, or when there is nothing to halve.
+        """
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            why = first_line(error)
+        # After the except clause: the error's traceback holds what the phase had allocated.
+        release_memory(self.job.device)
+        half = self.micro_batch // 2
+        if half:
+            log.warning("phase %s ran out of memory (%s): again with micro-batch %d", phase, why, half)
+            self.micro_batch = half
+            try:
+                return work()
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                why = first_line(error)
+        raise BudgetError(
+            f"phase {phase} runs out of memory with a micro-batch of {self.micro_batch}: {why}. Free memory or give "
+            f"less of it to others, then start the same line again; finished blocks are kept"
+        )
+
+    def _teacher(self, i: int, streams: Streams) -> tuple[HiddenStates | None, Callable[[Tensor], Tensor]]:
+        """Generation i + 1 of the targets, and what passes a batch through dense block i and writes it there."""
+        skeleton = self.job.skeleton
+        if streams.targets is None:
+            return None, partial(skeleton.run_block, i)
+        upcoming = self.job.stream("targets").new(i + 1)
+        entering, recover = self._batches(streams.targets), self.job.config.match_recover
+
+        def teach(x: Tensor) -> Tensor:
+            start, target = next(entering)
+            output = skeleton.run_block(i, x)
+            upcoming.write(start, output + recover * (target - x))
+            return output
+
+        return upcoming, teach
+
+    def _spans(self) -> list[Span]:
+        return spans([(0, len(self.ids))], self.micro_batch)
+
+    def _batches(
+        self, states: HiddenStates, step: Callable[[int], None] | None = None, wanted: Sequence[Span] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first sample, hidden [b, T, h] on the compute device) over a generation, or over the spans wanted."""
+        for start, x in read_batches(states, wanted or self._spans()):
+            yield start, x.to(self.job.device, non_blocking=True)
+            if step:
+                step(len(x))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or, where torch has no error of its own for it, on the host."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
