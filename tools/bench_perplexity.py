@@ -1,7 +1,9 @@
 """Perplexity of whole runs over seeds: compress, verify, evaluate; the mean and its spread.
 
     python tools/bench_perplexity.py --model FOLDER --calibration TEXT --text TEXT --pattern 1:4 --rank 8 \
-        --seeds 4 --samples 64 --seq-len 256 --windows 400 --json OUT.json
+        --seeds 4 --samples 64 --seq-len 256 --windows 400 --set match=false --json OUT.json
+
+--set NAME=VALUE, as often as wanted, changes any other setting of a run.
 """
 
 import json
@@ -12,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import click
+import torch
 
 import streamslr
 from streamslr.memory import free_host_memory
@@ -30,6 +33,7 @@ from streamslr.results.verify import verify
 @click.option("--seq-len", default=256)
 @click.option("--windows", default=400)
 @click.option("--device", default="cpu")
+@click.option("--set", "changes", multiple=True, metavar="NAME=VALUE")
 @click.option("--json", "to", type=click.Path(path_type=Path))
 def main(
     model: str,
@@ -42,18 +46,21 @@ def main(
     seq_len: int,
     windows: int,
     device: str,
+    changes: tuple[str, ...],
     to: Path | None,
 ) -> None:
-    perplexities = []
+    perplexities, losses = [], []
+    more = {name: json.loads(value) for name, value in (change.split("=", 1) for change in changes)}
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             settings = {"samples": samples, "seq_len": seq_len, "pattern": pattern, "rank": rank, "device": device}
             out = Path(folder) / "out"
-            streamslr.compress(model, out, calibration=calibration, seed=seed, **settings)
+            state = streamslr.compress(model, out, calibration=calibration, seed=seed, **settings | more)
             if problems := verify(out).problems:
                 raise SystemExit(f"seed {seed}: {problems}")
             result = evaluate(str(out), text, seq_len, windows=windows, device=device, free_memory=free_host_memory())
         perplexities.append(result.perplexity)
+        losses.append([[b.matching.loss_before, b.matching.loss_after] for b in state.blocks if b.matching])
         click.echo(f"seed {seed}: {result.perplexity:.4f}")
     spread = statistics.stdev(perplexities) if seeds > 1 else None
     click.echo(f"mean {statistics.mean(perplexities):.4f}" + (f", standard deviation {spread:.4f}" if spread else ""))
@@ -65,6 +72,8 @@ def main(
             "perplexities": perplexities,
             "mean": statistics.mean(perplexities),
             "standard_deviation": spread,
+            "threads": torch.get_num_threads(),
+            "block_losses": losses,  # a seed, a block: before matching, after
         }
         to.write_text(json.dumps(record, indent=2) + "\n")
 
