@@ -13,7 +13,7 @@ from streamslr.calibrate.hidden_states import Span, spans
 from streamslr.solve.pattern import SparsityPattern
 from streamslr.store.pack import merge, unpack
 
-_TILE = 1 << 24
+TILE = 1 << 24
 """Elements of a weight's gradient that exist at once: 64 MB in float32, and rows enough for a fast product."""
 
 
@@ -23,8 +23,9 @@ class Matching:
 
     epochs: passes over the samples, of which the first only measures. batch: samples a step. lr: of a linear in
     units of rms(kept values) / √(kept values a row), for its values, U and V alike: so far can one step move its
-    output, relative to it, whatever its width (Yang et al., arXiv 2203.03466). vector_lr: of norms and biases,
-    in units of the output of what they belong to, for inputs of size one. Both fall to `final` of themselves by cosine.
+    output, relative to it, whatever its width (Yang et al., arXiv 2203.03466). vector_share: of `lr`, for norms and
+    biases, in units of the output of what they belong to, for inputs of size one. All rates fall by cosine to `final`
+    of themselves.
     """
 
     epochs: int
@@ -107,7 +108,7 @@ class CompressedBlock:
         scale = before.numbers / max(before.energy, 1e-30)  # gradients of order one, whatever the model's scale
         linears = {name: _Linear(self._linears[name], parts, self._pattern) for name, parts in weights.packed.items()}
         vectors = {
-            name: _Vector(parameter, self._output_size(name, linears))
+            name: _Vector(parameter, weights.kept[name], self._output_size(name, linears))
             for name, parameter in self._parameters.items()
             if name.removesuffix(".weight") not in linears
         }
@@ -151,7 +152,7 @@ class CompressedBlock:
         """Of the module that a norm's weight or a bias is of, for inputs of size one."""
         module = name.rpartition(".")[0]
         if module in linears:
-            return _rms(linears[module].values) * math.sqrt(linears[module].kept_a_row)
+            return linears[module].size * math.sqrt(linears[module].kept_a_row)
         return _rms(self._parameters.get(f"{module}.weight", self._parameters[name])) or 1.0
 
 
@@ -164,12 +165,15 @@ class _Linear:
         self.values = _master(parts["values"].flatten())
         self.U = _master(parts["U"] if "U" in parts else linear.weight.new_zeros(o, 0))
         self.V = _master(parts["V"] if "V" in parts else linear.weight.new_zeros(0, d))
-        zero = parts["values"].flatten() == 0  # slots of the pattern that the solver left empty: they stay so
-        self._empty = zero if bool(zero.any()) else None
+        empty = parts["values"].flatten() == 0  # slots of the pattern that the solver left empty: they stay so
+        self._empty = empty if bool(empty.any()) else None
+        kept_values = self.values if self._empty is None else self.values[~empty]
+        self.size = _rms(kept_values)
+        self.kept_a_row = max(1.0, len(kept_values) / o)
         kept = unpack({**parts, "values": torch.ones_like(parts["values"])}, pattern, (o, d))
         self._tiles = []  # (rows of W, where their values are, which of the rows' elements those are)
         first = 0
-        for start in range(0, o, step := max(1, _TILE // d)):
+        for start in range(0, o, step := max(1, TILE // d)):
             positions = kept[start : start + step].flatten().nonzero().flatten().int()
             self._tiles.append((slice(start, start + step), slice(first, first + len(positions)), positions))
             first += len(positions)
@@ -178,12 +182,8 @@ class _Linear:
     def masters(self) -> list[Tensor]:
         return [self.values, self.U, self.V] if len(self.V) else [self.values]
 
-    @property
-    def kept_a_row(self) -> float:
-        return max(1.0, len(self.values) / self.linear.out_features)
-
     def rate(self, settings: Matching) -> float:
-        return settings.lr * _rms(self.values) / math.sqrt(self.kept_a_row)
+        return settings.lr * self.size / math.sqrt(self.kept_a_row)
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -251,9 +251,9 @@ class _Product(torch.autograd.Function):
 class _Vector:
     """A norm's weight or a bias: its float32 master."""
 
-    def __init__(self, parameter: nn.Parameter, output_size: float) -> None:
+    def __init__(self, parameter: nn.Parameter, stored: Tensor, output_size: float) -> None:
         self._parameter, self._output_size = parameter, output_size
-        self.value = _master(parameter)
+        self.value = _master(stored.to(parameter.device))  # which may be finer than the compute dtype
 
     @property
     def masters(self) -> list[Tensor]:
