@@ -1,10 +1,12 @@
-"""3BASiL in float64 as the paper writes it: slow, explicit, and independent of the package's solver."""
+"""3BASiL and transformer matching in float64 as the paper writes them: slow, explicit, independent of the package."""
 
+import copy
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,88 @@ def solve(weight: Tensor, gram: Tensor, pattern: str, rank: int, rho: float = 0.
         growth = 1.1 if moved > 0.1 else 1.05 if moved > 0.005 else 1.02
         rho, Y = rho * growth, Y / growth
     return Reference(D / scale, UV / scale, iterations)
+
+
+# Transformer matching
+
+
+def cosine(done: float, final: float) -> float:
+    """The share of a learning rate, from 1 to `final`, when a share `done` of the steps is taken."""
+    return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+
+
+class Adam:
+    """Kingma & Ba, arXiv 1412.6980, algorithm 1, with its defaults, for one tensor."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter, self.steps = parameter, 0
+        self.m, self.v = torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+    def step(self, gradient: Tensor, lr: float) -> None:
+        self.steps += 1
+        self.m = 0.9 * self.m + 0.1 * gradient
+        self.v = 0.999 * self.v + 0.001 * gradient**2
+        m, v = self.m / (1 - 0.9**self.steps), self.v / (1 - 0.999**self.steps)
+        self.parameter -= lr * m / (v.sqrt() + 1e-8)
+
+
+def match(
+    block: nn.Module,
+    factors: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    X: Tensor,
+    T: Tensor,
+    epochs: Sequence[Sequence[slice]],
+    lr: float,
+    vector_share: float,
+    final: float,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Adam on ‖f(X) − T‖² for X, T [samples, T, h], over all parts of the block at once: what they became, the curve.
+
+    factors: linear -> S, U, V, dense, its mask where S is not 0; the block's other parameters start as they are.
+    epochs: for each that trains, the samples of its steps. The learning rates are relative: a linear's kept values,
+    U and V move lr · rms(kept) / √(kept a row) a step, its bias lr · vector_share · rms(kept) · √(kept a row), and
+    a norm's weight and bias lr · vector_share · rms(its weight).
+    """
+    block, X, T = copy.deepcopy(block).double(), X.double(), T.double()
+    leaves, masks, rates = {}, {}, {}
+    for name, (S, U, V) in factors.items():
+        mask = S != 0
+        kept = S[mask].double()
+        size, a_row = kept.square().mean().sqrt(), len(kept) / len(S)
+        leaves |= {f"{name}.S": S.double(), f"{name}.U": U.double(), f"{name}.V": V.double()}
+        rates |= dict.fromkeys((f"{name}.S", f"{name}.U", f"{name}.V"), lr * size / math.sqrt(a_row))
+        rates[f"{name}.bias"] = lr * vector_share * size * math.sqrt(a_row)
+        masks[name] = mask
+    for name, parameter in block.named_parameters():
+        module = name.rpartition(".")[0]
+        if name.removesuffix(".weight") not in factors:
+            leaves[name] = parameter.detach().clone()
+            if module not in factors:
+                rates[name] = lr * vector_share * block.get_parameter(f"{module}.weight").square().mean().sqrt()
+
+    def error(samples: slice) -> Tensor:
+        weights = {
+            f"{name}.weight": leaves[f"{name}.S"] * mask + leaves[f"{name}.U"] @ leaves[f"{name}.V"]
+            for name, mask in masks.items()
+        }
+        others = {name: leaf for name, leaf in leaves.items() if name[-2:] not in (".S", ".U", ".V")}
+        return (torch.func.functional_call(block, weights | others, X[samples]) - T[samples]).square().sum()
+
+    optimizers = {name: Adam(leaf) for name, leaf in leaves.items()}
+    curve = [(error(slice(None)) / T.square().sum()).item()]
+    taken, total = 0, sum(map(len, epochs))
+    for steps in epochs:
+        lost = 0.0
+        for samples in steps:
+            for leaf in leaves.values():
+                leaf.requires_grad_()
+            loss = error(samples)
+            scaled = loss * T.numel() / T.square().sum()
+            gradients = dict(zip(leaves, torch.autograd.grad(scaled, list(leaves.values())), strict=True))
+            lost += loss.item()
+            for name, leaf in leaves.items():
+                leaf.requires_grad_(False)
+                optimizers[name].step(gradients[name], rates[name] * cosine(taken / total, final))
+            taken += 1
+        curve.append(lost / T.square().sum().item())
+    return leaves, curve
