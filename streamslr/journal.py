@@ -38,11 +38,11 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class MatchRecord:
-    """What matching did to a block. Losses: ‖f̂(X) − T‖² / ‖T‖² of what leaves the block, as stored."""
+    """What matching did to a block. Losses: ‖f̂(X) − T‖² / ‖T‖² of what leaves the block, rounded as it is stored."""
 
     loss_before: float
     loss_after: float
-    kept: bool  # False: the loss did not fall, so the block is as the solver left it
+    kept: bool  # False: the loss did not fall, so the block is as it was before
     curve: tuple[float, ...]  # mean loss of each epoch, the block moving; the first is before any step
 
 
@@ -67,7 +67,8 @@ class JournalState:
     fingerprint: Mapping[str, Any]  # what must be equal for a resume
     calibration: str  # what a person would call the text; its tokens are in the fingerprint
     blocks_total: int
-    micro_batch: int
+    micro_batch: int  # windows that pass together
+    solver_room: int | None = None  # bytes of one solve, where the budget is tight; both decide last bits
     description: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer …: file -> sha256
     outside: WrittenShard | None = None
     hidden_states: str | None = None  # digest of the generation that enters block 0

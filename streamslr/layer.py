@@ -24,28 +24,32 @@ def compress_layer(
     """
     weight, pattern = problem.weight, problem.pattern  # [o, d]
     shape = (weight.shape[0], weight.shape[1])
+    pruned = pruning_error(problem)
     solution = solver.solve(problem)
     tensors = pack(solution.S, pattern, dtype)
-    if solution.U.shape[1]:
+    if rank := solution.U.shape[1]:
         tensors |= {"U": solution.U.to(dtype), "V": solution.V.to(dtype)}
     if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
         raise InputError(f"{problem.name}: its factors overflow {dtype}; give the model in bf16 or fp32")
+    density = int((solution.S != 0).sum()) / weight.numel()
+    iterations, damping, warnings = solution.iterations, solution.damping, solution.warnings
+    del solution  # S is as large as the weight, and so is what comes now
     merged = merge(tensors, pattern, shape, linear.weight.dtype)
-    for warning in solution.warnings:
+    for warning in warnings:
         log.warning("%s", warning)
     record = LayerRecord(
         name=problem.name,
         shape=shape,
         pattern=str(pattern),
-        density=int((solution.S != 0).sum()) / weight.numel(),
-        rank=solution.U.shape[1],
-        error_before=pruning_error(problem),
-        error_after=relative_error(weight, problem.gram, merged.float()),
-        iterations=solution.iterations,
-        damping=solution.damping,
+        density=density,
+        rank=rank,
+        error_before=pruned,
+        error_after=relative_error(weight, problem.gram, merged),
+        iterations=iterations,
+        damping=damping,
         nbytes=sum(t.nbytes for t in tensors.values()),
         dense_nbytes=weight.numel() * dtype.itemsize,
-        warnings=solution.warnings,
+        warnings=warnings,
     )
     linear.weight.copy_(merged)
     return tensors, record

@@ -40,6 +40,13 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def hold_to_gpu_budget(device: torch.device, budget: int | None) -> None:
+    """Has torch refuse to take more of a GPU's memory than the budget, for the rest of the process."""
+    if device.type == "cuda" and budget is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+
+
 def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None

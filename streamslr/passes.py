@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -84,8 +85,10 @@ class Passes:
             targets = None
             if streams.targets:
                 skeleton.load_block(i)
-                targets, teach = self._teacher(i, streams)
-                with self.phases.phase("targets", steps=len(self.ids), block=i) as step:
+                with (
+                    self.phases.phase("targets", steps=len(self.ids), block=i) as step,
+                    self._teaching(i, streams.targets) as (targets, teach),
+                ):
                     for _, x in self._batches(streams.hidden, step):
                         teach(x)
             skeleton.load_block(i, finished)
@@ -99,10 +102,13 @@ class Passes:
         self, i: int, linears: Mapping[str, nn.Linear], streams: Streams
     ) -> tuple[list[Gram], HiddenStates | None]:
         """The dense pass: Gram matrices of block i, and the targets of what leaves it."""
-        targets, teach = self._teacher(i, streams)
+        name, targets = self.job.skeleton.block_names[i], None
         with self.phases.phase("grams", steps=len(self.ids), block=i) as step:
             batches = self._batches(streams.hidden, step)
-            return collect_grams(self.job.skeleton.block_names[i], linears, teach, batches), targets
+            if not streams.targets:
+                return collect_grams(name, linears, partial(self.job.skeleton.run_block, i), batches), None
+            with self._teaching(i, streams.targets) as (targets, teach):
+                return collect_grams(name, linears, teach, batches), targets
 
     def match(
         self, i: int, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
@@ -122,9 +128,11 @@ class Passes:
 
     def propagate(self, i: int, hidden: HiddenStates, targets: HiddenStates | None) -> tuple[HiddenStates, float]:
         """Generation i + 1 of the hidden states, and its loss against the targets."""
-        upcoming = self.job.stream("hidden").new(i + 1)
         loss = Loss()
-        with self.phases.phase("propagate", steps=len(self.ids), block=i) as step:
+        with (
+            self.phases.phase("propagate", steps=len(self.ids), block=i) as step,
+            self._new("hidden", i + 1) as upcoming,
+        ):
             outputs = self._batches(targets) if targets else None
             for start, x in self._batches(hidden, step):
                 output = self.job.skeleton.run_block(i, x)
@@ -133,49 +141,56 @@ class Passes:
                     loss.add(output, next(outputs)[1])
         return upcoming, loss.relative
 
-    def retried(self, phase: str, work: Callable[[], T]) -> T:
-        """What `work` returns; where memory runs out in it, what it returns with half the micro-batch.
+    def retried(self, phase: str, work: Callable[[], T], cut: Callable[[], str | None] | None = None) -> T:
+        """What `work` returns; where memory runs out in it, what it returns once more, cut smaller.
 
-        Raises BudgetError when memory runs out again, or when there is nothing to halve.
+        cut: makes the next attempt smaller and says how, or None where that cannot be; by itself it halves the
+        micro-batch. Raises BudgetError when that does not help either.
         """
         try:
             return work()
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            why = first_line(error)
-        # After the except clause: the error's traceback holds what the phase had allocated.
+            why = _out_of_memory(error)
+        # After the except clause, because the traceback holds what the phase had allocated.
         release_memory(self.job.device)
-        half = self.micro_batch // 2
-        if half:
-            log.warning("phase %s ran out of memory (%s): again with micro-batch %d", phase, why, half)
-            self.micro_batch = half
+        if smaller := (cut or self._halve)():
+            log.warning("phase %s ran out of memory (%s): once more with %s", phase, why, smaller)
             try:
                 return work()
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
-                    raise
-                why = first_line(error)
+                why = _out_of_memory(error)
         raise BudgetError(
-            f"phase {phase} runs out of memory with a micro-batch of {self.micro_batch}: {why}. Free memory or give "
-            f"less of it to others, then start the same line again; finished blocks are kept"
+            f"phase {phase} runs out of memory, also when cut smaller: {why}. Free some or raise the budget, then "
+            f"start the same line again; finished blocks are kept"
         )
 
-    def _teacher(self, i: int, streams: Streams) -> tuple[HiddenStates | None, Callable[[Tensor], Tensor]]:
-        """Generation i + 1 of the targets, and what passes a batch through dense block i and writes it there."""
-        skeleton = self.job.skeleton
-        if streams.targets is None:
-            return None, partial(skeleton.run_block, i)
-        upcoming = self.job.stream("targets").new(i + 1)
-        entering, recover = self._batches(streams.targets), self.job.config.match_recover
+    def _halve(self) -> str | None:
+        self.micro_batch //= 2  # in matching too it is at most that of a pass: see match
+        return f"windows {self.micro_batch} at a time" if self.micro_batch else None
 
-        def teach(x: Tensor) -> Tensor:
-            start, target = next(entering)
-            output = skeleton.run_block(i, x)
-            upcoming.write(start, output + recover * (target - x))
-            return output
+    @contextmanager
+    def _new(self, stream: str, index: int) -> Iterator[HiddenStates]:
+        """A generation to write; dropped if that fails, so that no writer is left when it is tried again."""
+        states = self.job.stream(stream).new(index)
+        try:
+            yield states
+        except BaseException:
+            states.drop()
+            raise
 
-        return upcoming, teach
+    @contextmanager
+    def _teaching(self, i: int, entering: HiddenStates) -> Iterator[tuple[HiddenStates, Callable[[Tensor], Tensor]]]:
+        """Generation i + 1 of the targets, and what passes the next batch through dense block i and writes it there."""
+        targets, recover = self._batches(entering), self.job.config.match_recover
+        with self._new("targets", i + 1) as upcoming:
+
+            def teach(x: Tensor) -> Tensor:
+                start, target = next(targets)
+                output = self.job.skeleton.run_block(i, x)
+                upcoming.write(start, output + recover * (target - x))
+                return output
+
+            yield upcoming, teach
 
     def _spans(self) -> list[Span]:
         return spans([(0, len(self.ids))], self.micro_batch)
@@ -190,6 +205,11 @@ class Passes:
                 step(len(x))
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on a GPU or, where torch has no error of its own for it, on the host."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def _out_of_memory(error: Exception) -> str:
+    """What an allocation that failed says, on a GPU or on the host, where torch has no error of its own for it.
+
+    Raises any other error again.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return first_line(error)
+    raise error

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import BudgetError
+from streamslr.match.matching import TILE
 from streamslr.solve.pattern import SparsityPattern
-from streamslr.solve.threebasil import solve_bytes, solve_flops
+from streamslr.solve.threebasil import solve_bytes, solve_flops, tile_rows_for
 
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: one window of the papers' length."""
@@ -21,10 +22,16 @@ _LIBRARY_BUFFERS = 176 * 2**20
 """Host memory that torch, zarr and the tokenizer come to hold beside the tensors: their buffers, 50 to 85 MB, and the
 pages of their own code, up to 80 MB, on the CPU (tools/bench_run.py)."""
 
-_BATCH_PHASES = ("embed", "grams", "propagate")  # whose memory grows with the windows
+_BATCH_PHASES = ("embed", "grams", "match", "propagate")  # whose memory grows with the windows
 
 _SOLVE_ITERATIONS = 250
 """Iterations of a typical layer, for the FLOPs alone: means of 220 to 280 were seen on the reference model."""
+
+_SAVED_HIDDEN = 12
+"""Tensors [b, T, h] beside the linears' inputs and outputs that a pass keeps for its gradients: norms, residuals."""
+
+_TILE_COPIES = 4
+"""Tiles of a dense weight's size alive at once in matching."""
 
 _HIDDEN_BATCHES = 6
 """Micro-batches of hidden states alive in a pass: read ahead, current, output, two queued, one being written."""
@@ -66,12 +73,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. `run` obeys micro_batch and in_memory; the rest is for people and for refusals."""
+    """What a run will take. It obeys micro_batch to solver_room; the rest is for people and for refusals."""
 
     device: str
     blocks: int
     micro_batch: int  # windows that pass a block together
     in_memory: bool  # hidden states are kept in host memory beside the scratch folder
+    grams_at: str  # where Gram matrices wait to be solved: "device", "host" or "disk"
+    solver_room: int | None  # bytes that one solve may take where all it likes does not fit: it works in tiles
     phases: tuple[Phase, ...]
     scratch_bytes: int
     output_bytes: int
@@ -93,11 +102,13 @@ class Plan:
         if gpu_mem is not None:
             budget += f", gpu budget {format_bytes(gpu_mem)}"
         tier = "memory and disk" if self.in_memory else "disk"
+        means = "" if self.grams_at == "device" else f", Gram matrices wait on {self.grams_at}"
+        means += "" if self.solver_room is None else ", the solver works in tiles"
         table = Table(
             min_width=76,
             title=f"plan: {self.blocks} blocks on {self.device}, {self.micro_batch} windows at a time, {budget}",
             caption=f"output {format_bytes(self.output_bytes)} (source {format_bytes(self.source_bytes)}), "
-            f"scratch {format_bytes(self.scratch_bytes)} (hidden states: {tier})"
+            f"scratch {format_bytes(self.scratch_bytes)} (hidden states: {tier}){means}"
             + (f", to download {format_bytes(self.download_bytes)}" if self.download_bytes else ""),
         )
         for name in ("phase", "host", "gpu", "FLOPs"):
@@ -130,7 +141,7 @@ class Plan:
             phase = max(self.phases, key=lambda p: getattr(p, f"{place}_bytes"))
             need = getattr(phase, f"{place}_bytes")
             if need > budget:
-                batch = f" ({self.micro_batch} windows pass together)" if phase.name in _BATCH_PHASES else ""
+                batch = f" (windows pass {self.micro_batch} at a time)" if phase.name in _BATCH_PHASES else ""
                 shorter = " or, in a new --out, shorten --seq-len" if batch else ""
                 raise BudgetError(
                     f"phase {phase.name}{batch} needs {format_bytes(need)} of {place} memory, the budget is "
@@ -168,6 +179,14 @@ def _existing_parent(path: Path) -> Path:
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """What may be cut smaller to fit a budget. It decides last bits, so a run keeps what it started with."""
+
+    micro_batch: int
+    solver_room: int | None
+
+
 def make_plan(
     config: RunConfig,
     model: ModelShape,
@@ -176,22 +195,33 @@ def make_plan(
     dtype: torch.dtype,
     baseline: int,
     host_mem: int,
-    micro_batch: int | None = None,
+    gpu_mem: int | None = None,
+    pieces: Pieces | None = None,
 ) -> Plan:
-    """The plan of a run that computes in `dtype` on `device`.
+    """The plan of a run that computes in `dtype` on `device`, cut as small as the budgets ask for.
 
-    baseline: private bytes that the process holds before any work. micro_batch: fixed by an earlier start of
-    the same run, because it decides the last bits of a matrix product; None to choose.
+    baseline: private bytes that the process holds before any work. pieces: those of an earlier start of the
+    same run; None to choose.
     """
-    if micro_batch is None:
-        micro_batch = max(1, min(config.samples, BATCH_TOKENS // config.seq_len))
-        while micro_batch > 1:
-            phases = _phases(config, model, pattern, device, dtype, baseline, micro_batch)
-            if max(p.host_bytes for p in phases) <= host_mem:
-                break
-            micro_batch //= 2
-    phases = _phases(config, model, pattern, device, dtype, baseline, micro_batch)
-    generations = 2 * config.samples * config.seq_len * model.hidden_size * dtype.itemsize
+    needs = _Needs(config, model, pattern, device, dtype, baseline)
+    budget = host_mem if device.type == "cpu" else gpu_mem
+
+    def fits(phases: Iterable[Phase], names: tuple[str, ...]) -> bool:
+        chosen = [p for p in phases if p.name in names]
+        return all(p.host_bytes <= host_mem and (gpu_mem is None or p.gpu_bytes <= gpu_mem) for p in chosen)
+
+    micro_batch = pieces.micro_batch if pieces else max(1, min(config.samples, BATCH_TOKENS // config.seq_len))
+    while not pieces and micro_batch > 1 and not fits(needs.phases(micro_batch, "device", None), _BATCH_PHASES):
+        micro_batch //= 2
+    room, grams_at = pieces.solver_room if pieces else None, "device"
+    for grams_at in ("device", "disk") if device.type == "cpu" else ("device", "host", "disk"):
+        if fits(needs.phases(micro_batch, grams_at, room), ("solve",)):
+            break
+    else:
+        if not pieces and budget is not None:
+            room = max(0, budget - needs.beside_solver(grams_at) - (needs.fixed if device.type == "cpu" else 0))
+    phases = needs.phases(micro_batch, grams_at, room)
+    generations = (4 if config.match else 2) * config.samples * config.seq_len * model.hidden_size * dtype.itemsize
     # half of what is left stays free: a budget filled to the brim helps nobody
     in_memory = generations <= (host_mem - max(p.host_bytes for p in phases)) // 2
     if in_memory:
@@ -201,10 +231,11 @@ def make_plan(
         blocks=len(model.blocks),
         micro_batch=micro_batch,
         in_memory=in_memory,
+        grams_at=grams_at,
+        solver_room=room,
         phases=phases,
-        scratch_bytes=generations,
-        output_bytes=model.outside_bytes
-        + sum(_packed_bytes(block, pattern, config.rank, model.value_bytes) for block in model.blocks),
+        scratch_bytes=generations + (needs.grams if grams_at == "disk" else 0),
+        output_bytes=model.outside_bytes + sum(needs.packed_bytes(block) for block in model.blocks),
         source_bytes=model.outside_bytes + sum(block.source_bytes for block in model.blocks),
         download_bytes=model.download_bytes,
         # the shard being read, the one being fetched, and those that hold what is outside the blocks
@@ -214,62 +245,107 @@ def make_plan(
     )
 
 
-def _packed_bytes(block: BlockShape, pattern: SparsityPattern, rank: int, value_bytes: int) -> int:
-    dense = sum(o * d for o, d in block.linears.values())
-    packed = 0
-    for o, d in block.linears.values():
-        packed += pattern.packed_bits(o, d, 8 * value_bytes) // 8 + min(rank, o, d) * (o + d) * value_bytes
-    return packed + (block.parameters - dense) * value_bytes
+class _Needs:
+    """What a run takes, phase by phase; of its largest block where blocks differ."""
 
+    def __init__(
+        self,
+        config: RunConfig,
+        model: ModelShape,
+        pattern: SparsityPattern,
+        device: torch.device,
+        dtype: torch.dtype,
+        baseline: int,
+    ) -> None:
+        self.config, self.model, self.pattern, self.device = config, model, pattern, device
+        self.c = dtype.itemsize
+        self.fixed = baseline + _LIBRARY_BUFFERS
+        self.block = max(b.parameters for b in model.blocks) * self.c
+        self.source = max(b.source_bytes for b in model.blocks)
+        self.grams = max(sum(4 * d * d for d in b.grams) for b in model.blocks)
+        self.packed = max(self.packed_bytes(b) for b in model.blocks)
 
-def _phases(
-    config: RunConfig,
-    model: ModelShape,
-    pattern: SparsityPattern,
-    device: torch.device,
-    dtype: torch.dtype,
-    baseline: int,
-    micro_batch: int,
-) -> tuple[Phase, ...]:
-    c, h = dtype.itemsize, model.hidden_size
-    tokens, batch_tokens = config.samples * config.seq_len, micro_batch * config.seq_len
+    def packed_bytes(self, block: BlockShape) -> int:
+        """Of a block as stored."""
+        value_bytes = self.model.value_bytes
+        dense = sum(o * d for o, d in block.linears.values())
+        packed = 0
+        for o, d in block.linears.values():
+            low_rank = min(self.config.rank, o, d) * (o + d) * value_bytes
+            packed += self.pattern.packed_bits(o, d, 8 * value_bytes) // 8 + low_rank
+        return packed + (block.parameters - dense) * value_bytes
 
-    block = max(b.parameters for b in model.blocks) * c
-    source = max(b.source_bytes for b in model.blocks)
-    grams = max(sum(4 * d * d for d in b.grams) for b in model.blocks)
-    packed = max(_packed_bytes(b, pattern, config.rank, model.value_bytes) for b in model.blocks)
-    solve = max(_solve_peak(o, d, config.rank, c) for b in model.blocks for o, d in b.linears.values())
-    activations = max(_activation_bytes(b.linears.values(), batch_tokens, h, c) for b in model.blocks)
-    if model.eager_heads:  # scores and what is being made of them a head, and the masks that two kinds of call keep
-        activations += micro_batch * config.seq_len**2 * 4 * (2 * model.eager_heads + 2)
-    widest = max(d for b in model.blocks for d in b.grams)
-    gram_input = 0 if c == 4 else 4 * batch_tokens * widest  # the float32 copy that the product reads
-    hidden = _HIDDEN_BATCHES * batch_tokens * h * c
-    outside = model.outside_parameters * c
+    def phases(self, micro_batch: int, grams_at: str, room: int | None) -> tuple[Phase, ...]:
+        config, model, c, h = self.config, self.model, self.c, self.model.hidden_size
+        tokens, batch_tokens = config.samples * config.seq_len, micro_batch * config.seq_len
+        activations = max(_activation_bytes(b.linears.values(), batch_tokens, h, c) for b in model.blocks)
+        scores = 0
+        if model.eager_heads:  # a head's scores and what is made of them, and the masks that two kinds of call keep
+            scores = micro_batch * config.seq_len**2 * 4 * (2 * model.eager_heads + 2)
+        widest = max(d for b in model.blocks for d in b.grams)
+        gram_input = 0 if c == 4 else 4 * batch_tokens * widest  # the float32 copy that the product reads
+        hidden = _HIDDEN_BATCHES * batch_tokens * h * c
+        streams = 2 if config.match else 1
+        outside = model.outside_parameters * c
 
-    forward = 2.0 * tokens * sum(b.parameters for b in model.blocks)
-    gram_flops = 2.0 * tokens * sum(d * d for b in model.blocks for d in b.grams)
-    solving = sum(
-        float(solve_flops(o, d, config.rank, _SOLVE_ITERATIONS)) for b in model.blocks for o, d in b.linears.values()
-    )
-    # (phase, bytes where the compute is, bytes on the host wherever the compute is, FLOPs)
-    rows = (
-        ("embed", outside + 4 * batch_tokens * h * c, hidden, 0.0),
-        ("load", block, source, 0.0),
-        ("grams", block + grams + activations + gram_input, hidden, forward + gram_flops),
-        ("solve", block + grams + packed + solve, 0, solving),
-        ("propagate", block + packed + activations, hidden + packed, forward),
-    )
-    fixed = baseline + _LIBRARY_BUFFERS
-    if device.type == "cpu":
-        return tuple(Phase(name, fixed + near + far, 0, flops) for name, near, far, flops in rows)
-    return tuple(Phase(name, fixed + far, near, flops) for name, near, far, flops in rows)
+        forward = 2.0 * tokens * sum(b.parameters for b in model.blocks)
+        gram_flops = 2.0 * tokens * sum(d * d for b in model.blocks for d in b.grams)
+        linears = [linear for b in model.blocks for linear in b.linears.values()]
+        solving = sum(float(solve_flops(o, d, config.rank, _SOLVE_ITERATIONS)) for o, d in linears)
+        # (phase, bytes where the compute is, bytes on the host wherever the compute is, FLOPs)
+        rows = [
+            ("embed", outside + 4 * batch_tokens * h * c, hidden, 0.0),
+            ("load", self.block, self.source, 0.0),
+            (
+                "grams",
+                self.block + self.grams + activations + scores + gram_input,
+                streams * hidden,
+                forward + gram_flops,
+            ),
+            (
+                "solve",
+                self.beside_solver(grams_at) + self.solver(room),
+                self.grams if grams_at == "host" else 0,
+                solving,
+            ),
+        ]
+        if config.match:
+            micro = min(micro_batch, config.match_batch) * config.seq_len
+            training = max(self.training(b, micro) for b in model.blocks) + scores
+            flops = forward * (3 * config.match_epochs - 2)
+            rows.append(("match", self.block + self.packed + training, streams * hidden + self.packed, flops))
+        passing = self.block + self.packed + activations + scores
+        rows.append(("propagate", passing, streams * hidden + self.packed, forward))
+        if self.device.type == "cpu":
+            return tuple(Phase(name, self.fixed + near + far, 0, flops) for name, near, far, flops in rows)
+        return tuple(Phase(name, self.fixed + far, near, flops) for name, near, far, flops in rows)
 
+    def beside_solver(self, grams_at: str) -> int:
+        """What else there is while a linear is solved: the block, Grams, what is packed, W in float32 on a GPU."""
+        widest = max(d for b in self.model.blocks for d in b.grams)
+        grams = self.grams if grams_at == "device" else 4 * widest * widest
+        weight = 0 if self.c == 4 else max(4 * o * d for b in self.model.blocks for o, d in b.linears.values())
+        return self.block + grams + self.packed + weight
 
-def _solve_peak(o: int, d: int, rank: int, c: int) -> int:
-    """The solver's own, its result S, U, V, the merged weight, and W in float32 where the block is not."""
-    weight = 0 if c == 4 else 4 * o * d
-    return solve_bytes(o, d, rank) + weight + 8 * o * d + 4 * rank * (o + d)
+    def solver(self, room: int | None) -> int:
+        """The most that one solve takes, or what is made of its result after it."""
+        gpu, by_row = self.device.type == "cuda", self.pattern.by_row
+        most = 0
+        for o, d in (linear for b in self.model.blocks for linear in b.linears.values()):
+            tile = None if room is None else tile_rows_for(o, d, self.config.rank, room, by_row=by_row, gpu=gpu)
+            solve = solve_bytes(o, d, self.config.rank, tile, by_row=by_row, gpu=gpu)
+            most = max(most, solve, 8 * o * d)
+        return most
+
+    def training(self, block: BlockShape, tokens: int) -> int:
+        """Masters, gradients and moments in float32, where the kept values are, activations of a micro-batch."""
+        kept = sum(round(self.pattern.density * o * d) for o, d in block.linears.values())
+        low_rank = sum(min(self.config.rank, o, d) * (o + d) for o, d in block.linears.values())
+        vectors = block.parameters - sum(o * d for o, d in block.linears.values())
+        widest = max(o * d for o, d in block.linears.values())
+        saved = sum(block.grams) + sum(o for o, _ in block.linears.values()) + _SAVED_HIDDEN * self.model.hidden_size
+        tile = _TILE_COPIES * 4 * min(widest, TILE)
+        return 16 * (kept + low_rank + vectors) + 4 * kept + tokens * saved * self.c + tile
 
 
 def _activation_bytes(linears: Iterable[tuple[int, int]], batch_tokens: int, h: int, c: int) -> int:

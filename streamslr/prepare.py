@@ -21,7 +21,7 @@ from streamslr.config import RunConfig
 from streamslr.errors import InputError
 from streamslr.journal import read_journal, refuse_changed_settings
 from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
-from streamslr.plan import BlockShape, ModelShape, Plan, make_plan
+from streamslr.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
 from streamslr.solve.pattern import SparsityPattern, parse_pattern
 from streamslr.solve.problem import LayerProblem
 from streamslr.source.checkpoint import Checkpoint, open_checkpoint
@@ -66,7 +66,9 @@ class Prepared:
 
     def problem(self, name: str, weight: Tensor, gram: Tensor) -> LayerProblem:
         """The layer [o, d] as the solver takes it, in float32."""
-        return LayerProblem(name, weight.detach().float(), gram, self.pattern, self.config.rank, self.config.seed)
+        config = self.config
+        room = self.plan.solver_room
+        return LayerProblem(name, weight.detach().float(), gram, self.pattern, config.rank, config.seed, room)
 
     def require_room(self) -> None:
         """Raises BudgetError when the plan does not fit memory or disk."""
@@ -120,7 +122,8 @@ def prepare(config: RunConfig) -> Prepared:
         dtype,
         baseline,
         host_mem,
-        before.micro_batch if before else None,
+        gpu_mem,
+        Pieces(before.micro_batch, before.solver_room) if before else None,
     )
     return Prepared(config, checkpoint, skeleton, pattern, device, dtype, host_mem, gpu_mem, plan, fingerprint)
 

@@ -46,7 +46,11 @@ class NoDisplay:
 class Phases:
     """The clock of a run: times each phase, takes its peak memory, and tells the display."""
 
-    def __init__(self, display: Display, device: torch.device, total_blocks: int, done: int):
+    def __init__(
+        self, display: Display, device: torch.device, total_blocks: int, done: int, host_budget: int | None = None
+    ):
+        """host_budget: private bytes that no phase may exceed; None where nobody set a limit."""
+        self._host_budget = host_budget
         self._display, self._device = display, device
         self._total, self._done_before, self._done = total_blocks, done, done
         self._watch = MemoryWatch()
@@ -63,13 +67,16 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str, steps: int, block: int | None = None) -> Iterator[Callable[[int], None]]:
-        """Times the body as `name`; the body calls what it is given with the steps it has done."""
+        """Times the body as `name`; the body calls what it is given with the steps it has done.
+
+        That call raises MemoryError when the process holds more than the host budget.
+        """
         self._display.phase(block, name, steps)
         self._watch.take()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         start = time.monotonic()
-        yield lambda done: self._display.step(done, self._watch.now)
+        yield self._step
         measured: dict[str, float | int] = {}
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -77,6 +84,13 @@ class Phases:
         measured["seconds"] = round(time.monotonic() - start, 4)
         measured["host_peak_bytes"] = self._watch.take()
         self._measured[name] = measured
+
+    def _step(self, done: int) -> None:
+        held = self._watch.now
+        self._display.step(done, held)
+        if self._host_budget is not None and held > self._host_budget:
+            budget = format_bytes(self._host_budget)
+            raise MemoryError(f"the process holds {format_bytes(held)} of host memory, --host-mem is {budget}")
 
     def take(self) -> dict[str, Any]:
         """{phase: {seconds, host_peak_bytes[, gpu_peak_bytes]}} since the last take."""
@@ -94,7 +108,8 @@ class Phases:
         errors = [layer.error_after for layer in record.layers]
         matched = ""
         if record.matching:
-            matched = f" block loss {record.matching.loss_before:.3g} -> {record.matching.loss_after:.3g},"
+            matched = f" block loss {record.matching.loss_before:.3g}"
+            matched += f" -> {record.matching.loss_after:.3g}," if record.matching.kept else " (not matched),"
         log.info(
             "block %d of %d, %s: mean relative error %.3g (pruning alone %.3g),%s %.1f s, peak %s, %s written, %s left",
             self._done,

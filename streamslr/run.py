@@ -3,21 +3,24 @@
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from streamslr.calibrate.gram import Gram
+from streamslr.calibrate.gram import Gram, set_aside
 from streamslr.calibrate.tokens import calibration_windows
+from streamslr.config import format_bytes
 from streamslr.journal import BlockRecord, Journal, JournalState, LayerRecord, MatchRecord
 from streamslr.layer import compress_layer
 from streamslr.match.matching import BlockWeights, CompressedBlock
+from streamslr.memory import hold_to_gpu_budget
 from streamslr.passes import Passes, Streams
 from streamslr.prepare import Prepared
 from streamslr.progress import Display, NoDisplay, Phases
 from streamslr.solve.problem import Solver
-from streamslr.solve.threebasil import ThreeBasil
+from streamslr.solve.threebasil import ThreeBasil, solve_bytes
 from streamslr.source.checkpoint import open_checkpoint
 from streamslr.store.folder import (
     discard_uncommitted,
@@ -43,13 +46,18 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
     )
     blocks = len(job.skeleton.block_names)
     start = JournalState(
-        {**job.fingerprint, "tokens": calibration.digest}, calibration.source, blocks, job.plan.micro_batch
+        {**job.fingerprint, "tokens": calibration.digest},
+        calibration.source,
+        blocks,
+        job.plan.micro_batch,
+        job.plan.solver_room,
     )
     with Journal(config.out, start) as journal:
         done = len(journal.state.blocks)
         if done:
             log.info("%s: %d of %d blocks are done, going on", config.out, done, blocks)
-        with Phases(display or NoDisplay(), job.device, blocks, done) as phases, torch.no_grad():
+        hold_to_gpu_budget(job.device, job.gpu_mem)
+        with Phases(display or NoDisplay(), job.device, blocks, done, config.host_mem) as phases, torch.no_grad():
             passes = Passes(job, calibration.ids, phases, journal.state.micro_batch)
             return Compression(job, journal, phases, passes, ThreeBasil()).run()
 
@@ -102,7 +110,7 @@ class Compression:
         log.warning("hidden states in %s are lost; passing %d finished blocks again", self.job.scratch, done)
         streams = self.passes.replay(done, open_checkpoint(str(self.job.config.out)))
         if any(new not in (None, old) for new, old in zip(streams.seal(), digests, strict=True)):
-            log.warning("replayed hidden states differ in their last bits: another machine or torch build")
+            log.warning("replayed hidden states differ in their last bits: another machine, torch build or micro-batch")
         return streams
 
     def compress_block(self, i: int, name: str, streams: Streams) -> Streams:
@@ -120,7 +128,7 @@ class Compression:
         block = CompressedBlock(skeleton.parameters(i), linears, job.pattern)
         curve: tuple[float, ...] = ()
         if targets:
-            weights, curve = passes.retried("match", lambda: passes.match(i, block, solved, streams.hidden, targets))
+            weights, curve = passes.match(i, block, solved, streams.hidden, targets)
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
             writing = writer.submit(self.write, i, weights)
             hidden, loss = passes.retried("propagate", lambda: passes.propagate(i, streams.hidden, targets))
@@ -155,12 +163,27 @@ class Compression:
         """S + U·V in the place of every weight; what to store of each, and its record. Empties `grams`."""
         packed: dict[str, Mapping[str, Tensor]] = {}
         layers = []
-        while grams:
-            gram = grams.pop(0)  # freed once its linears are solved
+        waiting = set_aside(grams, self.job.plan.grams_at, self.job.scratch)
+        while waiting:
+            gram = waiting.pop(0)  # freed once its linears are solved
+            matrix = gram.matrix.to(self.job.device)
             for name in gram.linears:
-                dtype = self.job.skeleton.stored_dtype(f"{name}.weight")
-                problem = self.job.problem(name, linears[name].weight, gram.matrix)
-                packed[name], layer = compress_layer(problem, linears[name], self.solver, dtype)
+                packed[name], layer = self.solve_layer(name, linears[name], matrix)
                 layers.append(layer)
                 step(1)
+            del gram, matrix
         return packed, layers
+
+    def solve_layer(self, name: str, linear: nn.Linear, gram: Tensor) -> tuple[Mapping[str, Tensor], LayerRecord]:
+        """One linear solved in its place; once more in half the room where memory runs out."""
+        dtype = self.job.skeleton.stored_dtype(f"{name}.weight")
+        problem = self.job.problem(name, linear.weight, gram)
+
+        def cut() -> str:
+            nonlocal problem
+            half = (problem.room or solve_bytes(linear.out_features, linear.in_features, problem.rank)) // 2
+            problem = replace(problem, room=half)
+            return f"{format_bytes(half)} for {name}"
+
+        work = partial(compress_layer, linear=linear, solver=self.solver, dtype=dtype)
+        return self.passes.retried("solve", lambda: work(problem), cut)

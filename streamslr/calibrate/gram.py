@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,34 @@ class Gram:
 
     linears: tuple[str, ...]
     matrix: Tensor
+
+
+@dataclass(frozen=True)
+class GramOnDisk:
+    """A Gram that waits for its turn in a file."""
+
+    linears: tuple[str, ...]
+    path: Path
+    d: int
+
+    @property
+    def matrix(self) -> Tensor:
+        """[d, d], mapped: the system reads its pages as they are used, and may drop them."""
+        return torch.from_file(str(self.path), size=self.d**2).view(self.d, self.d)
+
+
+def set_aside(grams: list[Gram], place: str, folder: Path) -> list[Gram | GramOnDisk]:
+    """The Grams in `place`, "device" (where they are), "host" or "disk" (a file each in `folder`); empties `grams`."""
+    aside: list[Gram | GramOnDisk] = []
+    while grams:
+        gram = grams.pop(0)
+        if place == "disk":
+            path = folder / f"gram-{len(aside)}.bin"
+            gram.matrix.cpu().numpy().tofile(path)
+            aside.append(GramOnDisk(gram.linears, path, len(gram.matrix)))
+        else:
+            aside.append(gram if place == "device" else Gram(gram.linears, gram.matrix.cpu()))
+    return aside
 
 
 def input_groups(linears: Mapping[str, nn.Linear], run_block: Callable[[], object]) -> tuple[tuple[str, ...], ...]:

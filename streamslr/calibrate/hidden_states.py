@@ -158,14 +158,19 @@ class OnDisk:
         )
 
     def read(self, start: int, stop: int) -> Tensor:
+        self._wait()
         hidden = torch.empty(stop - start, *self._shape[1:], dtype=self._dtype)
         buffer = default_buffer_prototype().nd_buffer.from_numpy_array(_as_numpy_dtype(hidden).numpy())
         self._array.get_basic_selection(slice(start, stop), out=buffer)
         return hidden
 
-    def seal(self) -> str:
+    def _wait(self) -> None:
+        """For the writes on their way: a chunk that is not there yet would read as zeros."""
         while self._pending:
             self._pending.pop(0).result()
+
+    def seal(self) -> str:
+        self._wait()
         return self._digest.hexdigest()
 
     def drop(self) -> None:

@@ -35,6 +35,11 @@ class SparsityPattern(Protocol):
         """The share of weights that stay, in (0, 1)."""
         ...
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row is decided apart from the others."""
+        ...
+
     def project(self, scores: Tensor) -> Tensor:
         """Kept positions, bool [o, d]: the largest magnitudes of `scores` [o, d], exactly as many as allowed.
 
@@ -78,6 +83,10 @@ class NofM:
     @property
     def density(self) -> float:
         return self.n / self.m
+
+    @property
+    def by_row(self) -> bool:
+        return True
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -139,6 +148,10 @@ class Unstructured:
     @property
     def density(self) -> float:
         return 1.0 - self.sparsity
+
+    @property
+    def by_row(self) -> bool:
+        return False
 
     def __str__(self) -> str:
         return f"{100 * self.sparsity:.10g}%"

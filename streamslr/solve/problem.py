@@ -1,5 +1,6 @@
 """The seam between a layer and a method: the problem, its solution, and how good a solution is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,8 @@ from streamslr.solve.pattern import SparsityPattern
 
 # The official 3BASiL defaults (arXiv 2603.01376): a share of each input's own energy, and of the mean one.
 DAMPING = 0.005
+# Rows and columns of what errors are computed on at once.
+_TILE = 1024
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class LayerProblem:
     """Replace `weight` by S + U·V so that outputs on inputs with Gram matrix `gram` change least.
 
     name: the layer, for messages. weight: [o, d] float32. gram: [d, d] float32, Xᵀ X over all calibration
-    rows, undamped. rank: columns of U; 0 for pure sparsity. seed: of the solver's random start.
+    rows, undamped. rank: columns of U; 0 for pure sparsity. seed: of the solver's random start. room: bytes the
+    solver may take beside weight and gram, where it can do with less; None: as many as it likes.
     """
 
     name: str
@@ -26,6 +30,7 @@ class LayerProblem:
     pattern: SparsityPattern
     rank: int
     seed: int = 0
+    room: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,33 +81,41 @@ def relative_error(weight: Tensor, gram: Tensor, approximation: Tensor) -> float
     Dead inputs count in neither: nothing that happens in their columns reaches an output. 0 for a perfect
     approximation, also of an all-zero weight; inf for an imperfect one of an all-zero weight.
     """
-    added, dead = damping_diagonal(gram)
-    numerator = _energy(weight - approximation, gram, added, dead)
-    if numerator == 0.0:
-        return 0.0
-    denominator = _energy(weight.clone(), gram, added, dead)
-    return numerator / denominator if denominator > 0.0 else float("inf")
+    return _relative(weight, gram, lambda rows: approximation[rows].float())
 
 
 def pruning_error(problem: LayerProblem) -> float:
     """The relative error of plain pruning by |W_ij|·‖X_j‖ (Wanda, arXiv 2306.11695): what solving must beat."""
     added, _ = damping_diagonal(problem.gram)
     scale = (problem.gram.diagonal() + added).sqrt()
-    kept = problem.pattern.project(problem.weight * scale)
-    return relative_error(problem.weight, problem.gram, problem.weight * kept)
+    weight, pattern = problem.weight, problem.pattern
+    if pattern.by_row:
+        return _relative(weight, problem.gram, lambda rows: weight[rows] * pattern.project(weight[rows] * scale))
+    kept = pattern.project(weight * scale)
+    return _relative(weight, problem.gram, lambda rows: weight[rows] * kept[rows])
+
+
+def _relative(weight: Tensor, gram: Tensor, approximation: Callable[[slice], Tensor]) -> float:
+    """relative_error of what `approximation` gives for slices of rows: nothing as large as the weight is made."""
+    added, dead = damping_diagonal(gram)
+    numerator = denominator = 0.0
+    for start in range(0, len(weight), _TILE):
+        rows = slice(start, start + _TILE)
+        numerator += _energy(weight[rows] - approximation(rows), gram, added, dead)
+        denominator += _energy(weight[rows].clone(), gram, added, dead)
+    if numerator == 0.0:
+        return 0.0
+    return numerator / denominator if denominator > 0.0 else float("inf")
 
 
 def _energy(rows: Tensor, gram: Tensor, added: Tensor, dead: Tensor) -> float:
-    """tr(M (gram + diag(added)) Mᵀ) for M = `rows` [o, d] without the dead columns; overwrites `rows`."""
+    """tr(M (gram + diag(added)) Mᵀ) for M = `rows` [t, d] without the dead columns; overwrites `rows`."""
     rows[:, dead] = 0
     # Small residuals sit where H is small, so the product cancels: float64 where it is not far slower.
     precise = torch.float64 if rows.device.type == "cpu" else torch.float32
     total = (rows.square().sum(0, dtype=torch.float64) * added).sum(dtype=torch.float64)
-    tile = 1024  # bounds what is held twice to slices
-    for column in range(0, gram.shape[1], tile):
-        columns = slice(column, column + tile)
-        slab = gram[:, columns].to(precise)
-        for row in range(0, rows.shape[0], tile):
-            part = rows[row : row + tile].to(precise)
-            total += ((part @ slab) * part[:, columns]).sum(dtype=torch.float64)
+    wide = rows.to(precise)
+    for column in range(0, gram.shape[1], _TILE):
+        columns = slice(column, column + _TILE)
+        total += ((wide @ gram[:, columns].to(precise)) * wide[:, columns]).sum(dtype=torch.float64)
     return float(total)

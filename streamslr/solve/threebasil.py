@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError, StreamslrError
-from streamslr.solve.pattern import NofM
 from streamslr.solve.problem import LayerProblem, SparseLowRank, damping_diagonal
 
 # Elements of a slice of the elementwise passes: on the CPU five float32 slices stay in a 2 MiB cache; on a GPU
@@ -86,13 +85,14 @@ class ThreeBasil:
                 f"{metric.damping:g} times"
             )
         low = torch.bfloat16 if self._low_precision(problem.weight.device) else torch.float32
-        state = _Admm(problem, metric, rank, low, self.tile_rows)
+        tile_rows = self._tile_rows(problem, rank, low)
+        state = _Admm(problem, metric, rank, low, tile_rows)
         momentum = max(0.0, 1 - self.momentum_gap / problem.pattern.density)
         settled = self._iterate(state, momentum)
         if state.drifted():
             warnings.append(f"{problem.name}: U·V outgrew the weight; solved again without momentum")
             del state  # before the next one takes as much again
-            state = _Admm(problem, metric, rank, low, self.tile_rows)
+            state = _Admm(problem, metric, rank, low, tile_rows)
             settled = self._iterate(state, 0.0)
         if not settled:
             warnings.append(f"{problem.name}: the support had not settled after {state.iterations} iterations")
@@ -116,6 +116,13 @@ class ThreeBasil:
                 rho *= self.rho_growth
                 state.set_inverse(rho)
         return False
+
+    def _tile_rows(self, problem: LayerProblem, rank: int, low: torch.dtype) -> int | None:
+        if self.tile_rows is not None or problem.room is None:
+            return self.tile_rows
+        o, d = problem.weight.shape
+        bfloat16, gpu = low == torch.bfloat16, problem.weight.device.type == "cuda"
+        return tile_rows_for(o, d, rank, problem.room, bfloat16=bfloat16, by_row=problem.pattern.by_row, gpu=gpu)
 
     def _low_precision(self, device: torch.device) -> bool:
         if self.precision not in ("auto", "bfloat16", "float32"):
@@ -393,7 +400,7 @@ class _Admm:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """S [o, d] exactly in the pattern, and U [o, r], V [r, d] fitted to it, in the problem's own scale."""
         S, scale, dead = self._sums(), self.metric.scale, self.metric.dead
-        together = [tile.rows for tile in self.tiles] if isinstance(self.pattern, NofM) else [slice(None)]
+        together = [tile.rows for tile in self.tiles] if self.pattern.by_row else [slice(None)]
         del self.tiles, self.room, self.M
         for rows in together:
             S[rows].masked_fill_(self.pattern.project(S[rows]).logical_not_(), 0)

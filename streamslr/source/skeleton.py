@@ -27,6 +27,9 @@ from streamslr.errors import InputError
 from streamslr.source.checkpoint import Checkpoint
 from streamslr.source.places import first_line
 
+_CALLS = 4
+"""Shapes of batches whose masks are kept: whole and last micro-batches, of passes and of steps in matching."""
+
 _PROBE = (2, 5)
 """Batch and length of the pass that finds out how blocks are called: small, and no size of any model."""
 
@@ -134,7 +137,7 @@ class Skeleton:
             if len(keys) == 1 == len(self._targets(keys[0])):
                 tensors[name] = self.checkpoint.read(keys)[keys[0]]
             else:
-                tensors[name] = self._get(name).to(self.stored_dtype(name))
+                tensors[name] = self._get(name).detach().to(self.stored_dtype(name), copy=True)
         return tensors
 
     def evict_block(self, i: int) -> None:
@@ -262,6 +265,8 @@ class Skeleton:
     def _calls_for(self, shape: tuple[int, int]) -> tuple["_Call", ...]:
         """How the model calls each block on a batch of this shape [b, T]."""
         if shape not in self._calls:
+            if len(self._calls) == _CALLS:
+                del self._calls[next(iter(self._calls))]
             with self._outside_standing_in():
                 ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
                 _, self._calls[shape] = self._walk(ids, self._returns_tuples)
