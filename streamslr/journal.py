@@ -41,9 +41,9 @@ class MatchRecord:
     """What matching did to a block. Losses: ‖f̂(X) − T‖² / ‖T‖² of what leaves the block, rounded as it is stored."""
 
     loss_before: float
-    loss_after: float
+    loss_after: float | None  # None, here and in the curve: not finite
     kept: bool  # False: the loss did not fall, so the block is as it was before
-    curve: tuple[float, ...]  # mean loss of each epoch, the block moving; the first is before any step
+    curve: tuple[float | None, ...]  # mean loss of each epoch, the block moving; the first is before any step
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class Passes:
             why = _out_of_memory(error)
         # After the except clause, because the traceback holds what the phase had allocated.
         release_memory(self.job.device)
-        if smaller := (cut or self._halve)():
+        if smaller := (cut or self.halve)():
             log.warning("phase %s ran out of memory (%s): once more with %s", phase, why, smaller)
             try:
                 return work()
@@ -164,8 +164,9 @@ class Passes:
             f"start the same line again; finished blocks are kept"
         )
 
-    def _halve(self) -> str | None:
-        self.micro_batch //= 2  # in matching too it is at most that of a pass: see match
+    def halve(self, at_most: int | None = None) -> str | None:
+        """Half the micro-batch, or half of `at_most` where no more passed at a time."""
+        self.micro_batch = min(self.micro_batch, at_most or self.micro_batch) // 2
         return f"windows {self.micro_batch} at a time" if self.micro_batch else None
 
     @contextmanager

@@ -1,6 +1,7 @@
 """The block loop: load, Grams, solve, match, propagate, write, commit. Reads as the algorithm (DESIGN, section 4)."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -128,7 +129,8 @@ class Compression:
         block = CompressedBlock(skeleton.parameters(i), linears, job.pattern)
         curve: tuple[float, ...] = ()
         if targets:
-            weights, curve = passes.match(i, block, solved, streams.hidden, targets)
+            match = partial(passes.match, i, block, solved, streams.hidden, targets)
+            weights, curve = passes.retried("match", match, partial(passes.halve, job.config.match_batch))
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
             writing = writer.submit(self.write, i, weights)
             hidden, loss = passes.retried("propagate", lambda: passes.propagate(i, streams.hidden, targets))
@@ -142,7 +144,7 @@ class Compression:
         upcoming = Streams(hidden, targets)
         with self.phases.phase("commit", steps=1, block=i):
             digest, of_targets = upcoming.seal()
-        matching = MatchRecord(curve[0], loss, loss < curve[0], curve) if targets else None
+        matching = MatchRecord(curve[0], finite(loss), loss < curve[0], tuple(map(finite, curve))) if targets else None
         record = BlockRecord(i, name, shard, digest, tuple(layers), of_targets, matching, self.phases.take())
         self.journal.commit_block(record, passes.micro_batch)
         write_index(job.config.out, self.journal.state.shards)
@@ -187,3 +189,8 @@ class Compression:
 
         work = partial(compress_layer, linear=linear, solver=self.solver, dtype=dtype)
         return self.passes.retried("solve", lambda: work(problem), cut)
+
+
+def finite(loss: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return loss if math.isfinite(loss) else None

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError
-from streamslr.plan import BlockShape, ModelShape, Plan, make_plan
+from streamslr.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
 from streamslr.solve.pattern import parse_pattern
 
 GB = 10**9
@@ -127,3 +129,44 @@ def test_attention_that_is_not_fused_is_planned_with_its_weights() -> None:
     eager = replace(llama_70b(), eager_heads=64)
     more = phase(plan(eager), "grams").gpu_bytes - phase(plan(llama_70b()), "grams").gpu_bytes
     assert more >= 2 * 64 * 2048**2 * 4
+
+
+def test_a_70b_block_fits_24_gb_with_matching() -> None:
+    made = plan(llama_70b(), host_mem=24 * GB, gpu_mem=24 * GB)
+    made.require_memory(24 * GB, 24 * GB)
+    assert "match" in {p.name for p in made.phases}
+
+
+def test_a_tight_budget_moves_grams_away_first_and_then_cuts_the_solver_into_tiles() -> None:
+    generous = plan(llama_70b(), gpu_mem=45 * GB)
+    assert (generous.grams_at, generous.solver_room) == ("device", None)
+    grams = 4 * (3 * 8192**2 + 28672**2)
+    peak = generous.gpu_bytes
+    aside = plan(llama_70b(), gpu_mem=peak - 1)
+    assert (aside.grams_at, aside.solver_room) == ("host", None)
+    assert peak - aside.gpu_bytes == grams - 4 * 28672**2
+    assert plan(llama_70b(), gpu_mem=peak - 1, host_mem=generous.host_bytes - generous.scratch_bytes).grams_at == "disk"
+    tiled = plan(llama_70b(), gpu_mem=aside.gpu_bytes - GB)
+    assert tiled.solver_room is not None
+    assert phase(tiled, "solve").gpu_bytes <= aside.gpu_bytes - GB
+
+
+def test_matching_is_planned_for_what_may_change_and_not_for_dense_weights() -> None:
+    kept = 0.5 * sum(o * d for o, d in llama_70b().blocks[0].linears.values())
+    low_rank = 64 * sum(o + d for o, d in llama_70b().blocks[0].linears.values())
+    more = phase(plan(llama_70b()), "match").gpu_bytes - phase(plan(llama_70b()), "propagate").gpu_bytes
+    assert 20 * kept + 16 * low_rank < more < 20 * kept + 16 * low_rank + 4 * GB
+
+
+def test_a_run_that_goes_on_keeps_the_pieces_it_began_with() -> None:
+    config = RunConfig(model="m", out=Path("out"), seq_len=64)
+    pattern, device = parse_pattern("2:4"), torch.device("cpu")
+    made = make_plan(config, llama_70b(), pattern, device, torch.float32, GB, 10**12, None, Pieces(4, 10**9))
+    assert (made.micro_batch, made.solver_room) == (4, 10**9)
+
+
+@given(st.integers(10**8, 10**11), st.integers(10**8, 10**11))
+def test_more_memory_never_cuts_smaller(low: int, more: int) -> None:
+    tight, roomy = (plan(llama_70b(), device="cpu", host_mem=b, seq_len=128) for b in (low, low + more))
+    assert tight.micro_batch <= roomy.micro_batch
+    assert roomy.solver_room is None or (tight.solver_room is not None and tight.solver_room <= roomy.solver_room)

@@ -4,6 +4,7 @@ import gc
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamslr
+from streamslr.calibrate.tokens import calibration_windows
+from streamslr.config import RunConfig
 from streamslr.errors import BudgetError, InputError, ResumeError
 from streamslr.journal import read_journal
+from streamslr.prepare import prepare
 from streamslr.results.verify import verify
+from streamslr.run import run
 from streamslr.solve.pattern import parse_pattern
+from streamslr.solve.problem import LayerProblem, SparseLowRank
+from streamslr.solve.threebasil import ThreeBasil
 from streamslr.source.checkpoint import open_checkpoint
 from streamslr.source.skeleton import Skeleton
 from tests.killing import compress_in_child
@@ -284,7 +291,9 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused_before_any_work(set
 
 
 def test_a_budget_that_cannot_hold_is_refused_before_any_work(settings: dict[str, Any]) -> None:
-    with pytest.raises(BudgetError, match=r"phase \w+.* needs .* of host memory, the budget is 1.0 MB; raise --host-mem"):
+    with pytest.raises(
+        BudgetError, match=r"phase \w+.* needs .* of host memory, the budget is 1.0 MB; raise --host-mem"
+    ):
         streamslr.compress(**settings | {"host_mem": "1MB"})
     assert not settings["out"].exists()
 
@@ -320,3 +329,147 @@ def test_values_are_stored_in_the_models_dtype(settings: dict[str, Any], tmp_pat
     tensors = load_file(settings["out"] / "model-block-00000.safetensors")
     floats = {t.dtype for t in tensors.values() if t.is_floating_point()}
     assert floats == {dtype}
+
+
+def journal_losses(out: Path) -> list[tuple[float, float]]:
+    state = read_journal(out)
+    assert state is not None
+    return [(b.matching.loss_before, b.matching.loss_after) for b in state.blocks if b.matching]
+
+
+def test_matching_brings_each_block_nearer_to_the_dense_model(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"pattern": "1:4", "samples": 16, "match_epochs": 8}
+    streamslr.compress(**settings)
+    losses = journal_losses(settings["out"])
+    assert len(losses) == LAYERS
+    assert all(after < before for before, after in losses)
+    unmatched = settings | {"out": tmp_path / "unmatched", "match": False}
+    streamslr.compress(**unmatched)
+    assert journal_losses(unmatched["out"]) == []
+    tokenizer = open_checkpoint(str(settings["model"])).tokenizer()
+    ids = calibration_windows(tokenizer, settings["calibration"], samples=16, seq_len=16, seed=0).ids
+    dense, matched, plain = (
+        streamed_logits(folder, ids) for folder in (settings["model"], settings["out"], unmatched["out"])
+    )
+    assert (matched - dense).square().mean() < 0.9 * (plain - dense).square().mean()
+
+
+def streamed_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    skeleton = Skeleton(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
+    skeleton.load_outside()
+    with torch.no_grad():
+        hidden = skeleton.embed(ids)
+        for i in range(len(skeleton.block_names)):
+            skeleton.load_block(i)
+            hidden = skeleton.run_block(i, hidden)
+            skeleton.evict_block(i)
+        return skeleton.logits(ids, hidden)
+
+
+def test_norms_are_matched_too_and_what_is_outside_the_blocks_is_not(settings: dict[str, Any], model: Path) -> None:
+    streamslr.compress(**settings | {"pattern": "1:4"})
+    source = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
+    written = {k: v for file in settings["out"].glob("*.safetensors") for k, v in load_file(file).items()}
+    changed = {name for name in source if name in written and not torch.equal(source[name], written[name])}
+    assert changed == {
+        f"model.layers.{i}.{norm}.weight"
+        for i in range(LAYERS)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+
+
+def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = streamslr.compress(**settings | {"match_lr": 1e4})
+    assert [b.matching and b.matching.kept for b in state.blocks] == [False] * LAYERS
+    assert "model.layers.0: matching did not lower its loss" in caplog.text
+    unmatched = tmp_path / "unmatched"
+    streamslr.compress(**settings | {"out": unmatched, "match": False})
+    for shard in settings["out"].glob("*.safetensors"):
+        assert shard.read_bytes() == (unmatched / shard.name).read_bytes()
+    assert verify(settings["out"]).problems == ()
+
+
+def test_tiers_on_disk_do_not_show_in_the_bytes(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
+    job = prepare(RunConfig.of(**settings))
+    run(replace(job, plan=replace(job.plan, in_memory=False, grams_at="disk")))
+    assert content(settings["out"]) == unbroken
+
+
+def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Rank 0, because U·V makes a solve amplify rounding until other supports, as good, come out."""
+    settings |= {"rank": 0}
+    whole = streamslr.compress(**settings)
+    job = prepare(RunConfig.of(**settings | {"out": tmp_path / "pieces"}))
+    pieces = run(replace(job, plan=replace(job.plan, micro_batch=1, solver_room=0, in_memory=False, grams_at="disk")))
+    for a, b in zip(whole.blocks, pieces.blocks, strict=True):
+        assert [layer.error_after for layer in a.layers] == pytest.approx([la.error_after for la in b.layers], rel=0.05)
+        assert a.matching is not None
+        assert b.matching is not None
+        assert a.matching.loss_after == pytest.approx(b.matching.loss_after, rel=0.15)
+
+
+def test_a_pass_that_runs_out_of_memory_is_cut_once_and_says_so(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, run_block = streamslr.compress(**settings | {"out": settings["out"].with_name("whole")}), Skeleton.run_block
+
+    def small(self: Skeleton, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run_block(self, i, hidden)
+
+    monkeypatch.setattr(Skeleton, "run_block", small)
+    state = streamslr.compress(**settings)
+    assert (whole.micro_batch, state.micro_batch) == (6, 3)
+    assert caplog.text.count("phase grams ran out of memory") == 1
+    assert "once more with windows 3 at a time" in caplog.text
+    assert verify(settings["out"]).problems == ()
+    for a, b in zip(whole.blocks, state.blocks, strict=True):
+        assert a.matching is not None
+        assert b.matching is not None
+        assert a.matching.loss_before == pytest.approx(b.matching.loss_before, rel=0.2)
+
+
+def test_a_solve_that_runs_out_of_memory_is_done_in_tiles(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    solve = ThreeBasil.solve
+
+    def small(self: ThreeBasil, problem: LayerProblem) -> SparseLowRank:
+        if problem.room is None and problem.name.endswith("up_proj"):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+        return solve(self, problem)
+
+    monkeypatch.setattr(ThreeBasil, "solve", small)
+    streamslr.compress(**settings)
+    assert caplog.text.count("phase solve ran out of memory") == LAYERS
+    assert verify(settings["out"]).problems == ()
+
+
+def test_memory_that_runs_out_again_ends_the_run_and_keeps_finished_blocks(
+    settings: dict[str, Any], unbroken: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        run_block = Skeleton.run_block
+
+        def full(self: Skeleton, i: int, hidden: torch.Tensor) -> torch.Tensor:
+            if i == 1 and torch.is_grad_enabled():
+                raise MemoryError("the machine is full")
+            return run_block(self, i, hidden)
+
+        patch.setattr(Skeleton, "run_block", full)
+        with pytest.raises(BudgetError, match=r"phase match runs out of memory, .*full.* finished blocks are kept"):
+            streamslr.compress(**settings)
+    state = read_journal(settings["out"])
+    assert state is not None
+    assert len(state.blocks) == 1
+    streamslr.compress(**settings)
+    assert content(settings["out"]) == unbroken
+
+
+def test_a_host_budget_is_held_while_a_phase_runs(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = prepare(RunConfig.of(**settings | {"host_mem": "100GB"}))
+    with pytest.raises(BudgetError, match=r"holds .* of host memory, --host-mem is 1.0 MB"):
+        run(replace(job, host_mem=10**11, config=replace(job.config, host_mem=10**6)))

@@ -141,6 +141,8 @@ class CompressedBlock:
                     for part in trained:
                         part.show()
                 curve.append(error / max(before.energy, 1e-30))
+                if not math.isfinite(error):
+                    break
         stored = BlockWeights(
             {name: linear.parts() for name, linear in linears.items()},
             {**weights.kept, **{name: v.value.detach().to(weights.kept[name].dtype) for name, v in vectors.items()}},

@@ -1,5 +1,6 @@
 """One contract for every tier of hidden states, and what the disk tier does when files are lost."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,22 @@ def test_the_writer_and_the_reader_own_their_tensors(make: Make) -> None:
     given.zero_()
     tier.seal()
     tier.read(0, 2).zero_()
+    assert torch.equal(tier.read(0, SAMPLES), hidden)
+
+
+def test_what_was_just_written_is_read_even_before_it_lies_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that is not there yet would read as zeros."""
+    hold, store = threading.Event(), OnDisk._store
+
+    def late(self: OnDisk, start: int, host: torch.Tensor) -> None:
+        hold.wait(0.2)
+        store(self, start, host)
+
+    monkeypatch.setattr(OnDisk, "_store", late)
+    tier, hidden = OnDisk(tmp_path / "late", *SHAPE, torch.float32), states(torch.float32)
+    tier.write(0, hidden)
     assert torch.equal(tier.read(0, SAMPLES), hidden)
 
 
