@@ -44,10 +44,26 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
         "sha256": block.shard.sha256,
         "bytes": block.shard.nbytes,
         **_totals((block,)),
-        "warnings": [warning for layer in block.layers for warning in layer.warnings],
+        "matching": asdict(block.matching) if block.matching else None,
+        "warnings": [warning for layer in block.layers for warning in layer.warnings] + _not_kept(block),
         "phases": dict(block.measured),
         "layers": [asdict(layer) for layer in block.layers],
     }
+
+
+def _not_kept(block: BlockRecord) -> list[str]:
+    if block.matching is None or block.matching.kept:
+        return []
+    return [f"matching did not lower the loss of {block.name}; it is as it was solved"]
+
+
+def _matched(block: BlockRecord) -> str:
+    """Its loss before and after matching."""
+    matching = block.matching
+    if matching is None:
+        return "–"
+    after = f"{matching.loss_after:.3g}" if matching.kept else "not kept"
+    return f"{matching.loss_before:.3g} → {after}"
 
 
 def _totals(blocks: tuple[BlockRecord, ...]) -> dict[str, Any]:
@@ -78,14 +94,15 @@ def run_table(folder: Path, state: JournalState) -> Table:
     table = Table(
         title=f"{folder}: {settings['pattern']} + rank {settings['rank']}, {done} of {total} blocks"
         + ("" if state.complete else " (unfinished: the same `streamslr run` line goes on)"),
-        caption="errors: tr(R H Rᵀ) / tr(W H Wᵀ), mean over layers; pruned: before 3BASiL, without U·V",
+        caption="errors: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, mean over layers; pruned: before 3BASiL, without U·V; "
+        "matching: ‖f̂(X) − T‖² / ‖T‖² of the block before and after",
     )
     for name in (
         "block",
         "layers",
         "pruned",
         "S + U·V",
-        "iterations",
+        "matching",
         "seconds",
         "bytes",
         "of dense",
@@ -100,7 +117,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
             str(len(block.layers)),
             f"{row['error_before']:.3g}",
             f"{row['error_after']:.3g}",
-            str(row["iterations"]),
+            _matched(block),
             f"{row['seconds']:.1f}",
             format_bytes(block.shard.nbytes),
             f"{row['ratio']:.3f}",
@@ -115,7 +132,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
             str(sum(len(block.layers) for block in state.blocks)),
             f"{totals['error_before']:.3g}",
             f"{totals['error_after']:.3g}",
-            str(totals["iterations"]),
+            "",
             f"{totals['seconds']:.1f}",
             format_bytes(sum(block.shard.nbytes for block in state.blocks)),
             f"{totals['ratio']:.3f}",
@@ -128,7 +145,8 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
     table = Table(
         title=f"{folder / block.shard.file}  {block.name}  sha256 {block.shard.sha256[:12]}  "
         f"{format_bytes(block.shard.nbytes)}",
-        caption="  ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in block.measured.items()),
+        caption=f"matching {_matched(block)}\n"
+        + "  ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in block.measured.items()),
     )
     columns = ("shape", "pattern", "density", "rank", "pruned", "S + U·V", "iterations", "bytes", "of dense")
     table.add_column("layer", no_wrap=True)
