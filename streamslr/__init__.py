@@ -28,6 +28,7 @@
     journal.py             what is durably done: the one truth that resume believes
     progress.py            clock and memory of each phase, ETA, the live display
     layer.py               one linear: solve, pack, put S + U·V in its place, say how good it is
+    passes.py              the windows on their way through the blocks: embed, dense pass, matching, compressed pass
     run.py                 the block loop; reads as the algorithm
     results/               reads only what landed on disk
         inspect.py             what each block's shard holds, and how good it is

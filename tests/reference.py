@@ -124,15 +124,16 @@ def match(
     T: Tensor,
     epochs: Sequence[Sequence[slice]],
     lr: float,
+    low_rank_share: float,
     vector_share: float,
     final: float,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Adam on ‖f(X) − T‖² for X, T [samples, T, h], over all parts of the block at once: what they became, the curve.
 
     factors: linear -> S, U, V, dense, its mask where S is not 0; the block's other parameters start as they are.
-    epochs: for each that trains, the samples of its steps. The learning rates are relative: a linear's kept values,
-    U and V move lr · rms(kept) / √(kept a row) a step, its bias lr · vector_share · rms(kept) · √(kept a row), and
-    a norm's weight and bias lr · vector_share · rms(its weight).
+    epochs: for each that trains, the samples of its steps. The learning rates are relative: a linear's kept values
+    move lr · rms(kept) / √(kept a row) a step, U and V low_rank_share of that, its bias
+    lr · vector_share · rms(kept) · √(kept a row), and a norm's weight and bias lr · vector_share · rms(its weight).
     """
     block, X, T = copy.deepcopy(block).double(), X.double(), T.double()
     leaves, masks, rates = {}, {}, {}
@@ -141,7 +142,8 @@ def match(
         kept = S[mask].double()
         size, a_row = kept.square().mean().sqrt(), len(kept) / len(S)
         leaves |= {f"{name}.S": S.double(), f"{name}.U": U.double(), f"{name}.V": V.double()}
-        rates |= dict.fromkeys((f"{name}.S", f"{name}.U", f"{name}.V"), lr * size / math.sqrt(a_row))
+        rates[f"{name}.S"] = lr * size / math.sqrt(a_row)
+        rates |= dict.fromkeys((f"{name}.U", f"{name}.V"), low_rank_share * lr * size / math.sqrt(a_row))
         rates[f"{name}.bias"] = lr * vector_share * size * math.sqrt(a_row)
         masks[name] = mask
     for name, parameter in block.named_parameters():
