@@ -43,9 +43,11 @@ def measure(model: Path, out: Path, options: list[str]) -> dict[str, Any]:
     wall = time.monotonic() - start
     journal = json.loads((out / "streamslr.json").read_text())
     phases: dict[str, float] = {}
+    peaks: dict[str, int] = {}
     for part in (journal, *journal["blocks"]):
         for name, measured in part["measured"].items():
             phases[name] = phases.get(name, 0.0) + measured["seconds"]
+            peaks[name] = max(peaks.get(name, 0), measured["host_peak_bytes"])
     compute = sum(phases.values())
     return {
         "blocks": len(journal["blocks"]),
@@ -55,6 +57,7 @@ def measure(model: Path, out: Path, options: list[str]) -> dict[str, Any]:
         "wall_seconds": wall,
         "startup_seconds": startup,
         "phase_seconds": phases,
+        "phase_planned_to_peak": {p["name"]: p["host_bytes"] / peaks[p["name"]] for p in plan["phases"]},
         "wall_to_phases": wall / compute,
         "wall_without_startup_to_phases": (wall - startup) / compute,
     }
@@ -67,6 +70,7 @@ def measure(model: Path, out: Path, options: list[str]) -> dict[str, Any]:
 @click.option("--seq-len", default="256")
 @click.option("--pattern", default="2:4")
 @click.option("--rank", default="16")
+@click.option("--match-epochs", default="20")
 @click.option("--repeat-blocks", type=int, default=4)
 @click.option("--json", "to", type=click.Path(path_type=Path))
 def main(model: Path, repeat_blocks: int, to: Path | None, **options: str) -> None:
@@ -84,6 +88,8 @@ def main(model: Path, repeat_blocks: int, to: Path | None, **options: str) -> No
             f"start-up), wall / phases {run['wall_to_phases']:.3f}, "
             f"without start-up {run['wall_without_startup_to_phases']:.3f}"
         )
+        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in run["phase_planned_to_peak"].items())
+        click.echo(f"  plan / peak of each phase: {ratios}")
     growth = runs[1]["peak_uss_bytes"] / runs[0]["peak_uss_bytes"] - 1
     click.echo(f"peak grows by {growth:.1%} with {repeat_blocks} times the blocks")
     if to:
