@@ -137,6 +137,14 @@ def test_inspect_json_is_only_json_and_holds_every_layer(finished: Path) -> None
     assert json.loads(call("inspect", finished, "--block", "2", "--json").stdout) == whole["blocks"][2]
 
 
+def test_matching_shows_in_inspect_and_can_be_left_out(model: Path, text: Path, finished: Path, tmp_path: Path) -> None:
+    matching = json.loads(call("inspect", finished, "--json", "--block", "1").stdout)["matching"]
+    assert len(matching["curve"]) == 20
+    assert f"{matching['loss_before']:.3g} → {matching['loss_after']:.3g}" in call("inspect", finished).stdout
+    assert subprocess.run(run_line(model, text, tmp_path / "out", "--quiet", "--no-match")).returncode == 0
+    assert json.loads(call("inspect", tmp_path / "out", "--json", "--block", "1").stdout)["matching"] is None
+
+
 def test_inspect_shows_a_row_a_block_and_a_row_a_layer(finished: Path) -> None:
     table = call("inspect", finished).stdout
     assert "4 of 4 blocks" in table

@@ -44,6 +44,11 @@ def test_a_formatted_size_reads_back_within_its_digits(count: int) -> None:
         ({"seq_len": 1}, "--seq-len is 1"),
         ({"rank": -1}, "--rank is -1"),
         ({"device": "tpu"}, "--device is 'tpu'"),
+        ({"match_epochs": 1}, "--match-epochs is 1"),
+        ({"match_batch": 0}, "--match-batch is 0"),
+        ({"match_lr": 0.0}, "--match-lr is 0.0"),
+        ({"match_lr": float("nan")}, "--match-lr is nan"),
+        ({"match_recover": 1.5}, "--match-recover is 1.5"),
     ],
 )
 def test_impossible_settings_are_refused(setting: dict, message: str) -> None:
