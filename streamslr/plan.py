@@ -27,14 +27,15 @@ _BATCH_PHASES = ("embed", "grams", "match", "propagate")  # whose memory grows w
 _SOLVE_ITERATIONS = 250
 """Iterations of a typical layer, for the FLOPs alone: means of 220 to 280 were seen on the reference model."""
 
-_SAVED_HIDDEN = 12
+_SAVED_HIDDEN = 6
 """Tensors [b, T, h] beside the linears' inputs and outputs that a pass keeps for its gradients: norms, residuals."""
 
 _TILE_COPIES = 4
 """Tiles of a dense weight's size alive at once in matching."""
 
-_HIDDEN_BATCHES = 6
-"""Micro-batches of hidden states alive in a pass: read ahead, current, output, two queued, one being written."""
+_READ, _WRITTEN = 2, 4
+"""Micro-batches of hidden states alive in a pass, of a stream that is read: read ahead and current; of one that is
+written: output, two queued, one being written."""
 
 
 @dataclass(frozen=True)
@@ -284,8 +285,8 @@ class _Needs:
             scores = micro_batch * config.seq_len**2 * 4 * (2 * model.eager_heads + 2)
         widest = max(d for b in model.blocks for d in b.grams)
         gram_input = 0 if c == 4 else 4 * batch_tokens * widest  # the float32 copy that the product reads
-        hidden = _HIDDEN_BATCHES * batch_tokens * h * c
-        streams = 2 if config.match else 1
+        hidden = batch_tokens * h * c
+        reads, writes = (2 * _READ, _WRITTEN) if config.match else (_READ, 0)  # of the dense pass
         outside = model.outside_parameters * c
 
         forward = 2.0 * tokens * sum(b.parameters for b in model.blocks)
@@ -294,12 +295,12 @@ class _Needs:
         solving = sum(float(solve_flops(o, d, config.rank, _SOLVE_ITERATIONS)) for o, d in linears)
         # (phase, bytes where the compute is, bytes on the host wherever the compute is, FLOPs)
         rows = [
-            ("embed", outside + 4 * batch_tokens * h * c, hidden, 0.0),
+            ("embed", outside + 2 * hidden, 2 * (_WRITTEN - 1) * hidden, 0.0),
             ("load", self.block, self.source, 0.0),
             (
                 "grams",
                 self.block + self.grams + activations + scores + gram_input,
-                streams * hidden,
+                (reads + writes) * hidden,
                 forward + gram_flops,
             ),
             (
@@ -313,9 +314,10 @@ class _Needs:
             micro = min(micro_batch, config.match_batch) * config.seq_len
             training = max(self.training(b, micro) for b in model.blocks) + scores
             flops = forward * (3 * config.match_epochs - 2)
-            rows.append(("match", self.block + self.packed + training, streams * hidden + self.packed, flops))
-        passing = self.block + self.packed + activations + scores
-        rows.append(("propagate", passing, streams * hidden + self.packed, forward))
+            rows.append(("match", self.block + 2 * self.packed + training, reads * hidden, flops))
+        stored = (2 if config.match else 1) * self.packed  # as solved and as matched
+        passing = self.block + stored + activations + scores
+        rows.append(("propagate", passing, (reads + _WRITTEN) * hidden + self.packed, forward))
         if self.device.type == "cpu":
             return tuple(Phase(name, self.fixed + near + far, 0, flops) for name, near, far, flops in rows)
         return tuple(Phase(name, self.fixed + far, near, flops) for name, near, far, flops in rows)
