@@ -123,7 +123,9 @@ def _block(data: dict[str, Any]) -> BlockRecord:
         LayerRecord(**layer | {"shape": tuple(layer["shape"]), "warnings": tuple(layer["warnings"])})
         for layer in data["layers"]
     )
-    matching = data["matching"] and MatchRecord(**data["matching"] | {"curve": tuple(data["matching"]["curve"])})
+    matching = data.get("matching")
+    if matching:
+        matching = MatchRecord(**matching | {"curve": tuple(matching["curve"])})
     shard = WrittenShard(**data["shard"])
     return BlockRecord(**data | {"shard": shard, "layers": layers, "matching": matching})
 
@@ -175,15 +177,20 @@ class Journal:
         description: Mapping[str, str],
         outside: WrittenShard,
         hidden_states: str,
+        micro_batch: int,
         measured: Mapping[str, Any],
     ) -> None:
-        """Config, tokenizer and the tensors outside the blocks are written, and generation 0 is sealed."""
+        """Config, tokenizer and the tensors outside the blocks are written, and generation 0 is sealed.
+
+        micro_batch: as for commit_block.
+        """
         self._commit(
             replace(
                 self.state,
                 description=description,
                 outside=outside,
                 hidden_states=hidden_states,
+                micro_batch=micro_batch,
                 measured=measured,
             )
         )

@@ -31,7 +31,7 @@ def compress_layer(
         tensors |= {"U": solution.U.to(dtype), "V": solution.V.to(dtype)}
     if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
         raise InputError(f"{problem.name}: its factors overflow {dtype}; give the model in bf16 or fp32")
-    density = int((solution.S != 0).sum()) / weight.numel()
+    density = int(solution.S.count_nonzero()) / weight.numel()
     iterations, damping, warnings = solution.iterations, solution.damping, solution.warnings
     del solution  # S is as large as the weight, and so is what comes now
     merged = merge(tensors, pattern, shape, linear.weight.dtype)

@@ -4,6 +4,8 @@ import ctypes
 import gc
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -40,11 +42,29 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def hold_to_gpu_budget(device: torch.device, budget: int | None) -> None:
-    """Has torch refuse to take more of a GPU's memory than the budget, for the rest of the process."""
-    if device.type == "cuda" and budget is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+@contextmanager
+def held_to_gpu_budget(device: torch.device, budget: int | None) -> Iterator[None]:
+    """While entered, torch refuses to take more of a GPU's memory than the budget."""
+    if device.type != "cuda" or budget is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def why_out_of_memory(error: Exception) -> str:
+    """What an error says whose cause is memory, the host's or a GPU's; raises any other again.
+
+    Not every allocator has an error of its own: torch's on the CPU, cuBLAS and cuSOLVER say it in words.
+    """
+    words = ("DefaultCPUAllocator", "ALLOC_FAILED", "out of memory")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words):
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    raise error
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -2,23 +2,20 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from streamslr.calibrate.gram import Gram, collect_grams
 from streamslr.calibrate.hidden_states import HiddenStates, Span, read_batches, spans
-from streamslr.errors import BudgetError
 from streamslr.match.matching import BlockWeights, CompressedBlock, Loss, Matching
-from streamslr.memory import release_memory
+from streamslr.memory import release_memory, why_out_of_memory
 from streamslr.prepare import Prepared
 from streamslr.progress import Phases
 from streamslr.source.checkpoint import Checkpoint
-from streamslr.source.places import first_line
 
 log = logging.getLogger("streamslr")
 
@@ -58,15 +55,15 @@ class Passes:
         """Generation 0, twice where blocks are matched."""
         skeleton = self.job.skeleton
         names = ("hidden", "targets") if self.job.config.match else ("hidden",)
-        with self.phases.phase("embed", steps=len(self.ids)) as step:
-            streams = [self.job.stream(name).new(0) for name in names]
+        with self.phases.phase("embed", steps=len(self.ids)) as step, ExitStack() as stack:
+            streams = [stack.enter_context(self._new(name, 0)) for name in names]
+            stack.callback(skeleton.evict_outside)
             skeleton.load_outside()
             for start, stop in self._spans():
                 hidden = skeleton.embed(self.ids[start:stop].to(self.job.device))
                 for stream in streams:
                     stream.write(start, hidden)
                 step(stop - start)
-            skeleton.evict_outside()
         return Streams(streams[0], streams[1] if len(streams) > 1 else None)
 
     def reopen(self, index: int, digests: tuple[str | None, str | None]) -> Streams | None:
@@ -124,7 +121,10 @@ class Passes:
                     yield x, next(outputs)[1]
 
             run = partial(self.job.skeleton.run_block, i)
-            return block.refine(solved, settings, run, batches, len(self.ids), min(self.micro_batch, settings.batch))
+            micro_batch = min(self.micro_batch, settings.batch)
+            refined = block.refine(solved, settings, run, batches, len(self.ids), micro_batch)
+        release_memory(self.job.device)  # Adam's first step in a process leaves masters and moments in a cycle
+        return refined
 
     def propagate(self, i: int, hidden: HiddenStates, targets: HiddenStates | None) -> tuple[HiddenStates, float]:
         """Generation i + 1 of the hidden states, and its loss against the targets."""
@@ -145,29 +145,27 @@ class Passes:
         """What `work` returns; where memory runs out in it, what it returns once more, cut smaller.
 
         cut: makes the next attempt smaller and says how, or None where that cannot be; by itself it halves the
-        micro-batch. Raises BudgetError when that does not help either.
+        micro-batch. Raises MemoryError where nothing can be cut, and whatever the second attempt raises.
         """
         try:
             return work()
         except (MemoryError, RuntimeError) as error:
-            why = _out_of_memory(error)
+            why = why_out_of_memory(error)
         # After the except clause, because the traceback holds what the phase had allocated.
         release_memory(self.job.device)
-        if smaller := (cut or self.halve)():
-            log.warning("phase %s ran out of memory (%s): once more with %s", phase, why, smaller)
-            try:
-                return work()
-            except (MemoryError, RuntimeError) as error:
-                why = _out_of_memory(error)
-        raise BudgetError(
-            f"phase {phase} runs out of memory, also when cut smaller: {why}. Free some or raise the budget, then "
-            f"start the same line again; finished blocks are kept"
-        )
+        smaller = (cut or self.halve)()
+        if smaller is None:
+            raise MemoryError(f"phase {phase}, as small as it can be: {why}")
+        log.warning("phase %s ran out of memory (%s): once more with %s", phase, why, smaller)
+        return work()
 
     def halve(self, at_most: int | None = None) -> str | None:
         """Half the micro-batch, or half of `at_most` where no more passed at a time."""
-        self.micro_batch = min(self.micro_batch, at_most or self.micro_batch) // 2
-        return f"windows {self.micro_batch} at a time" if self.micro_batch else None
+        passing = min(self.micro_batch, at_most or self.micro_batch)
+        if passing == 1:
+            return None
+        self.micro_batch = passing // 2
+        return f"windows {self.micro_batch} at a time"
 
     @contextmanager
     def _new(self, stream: str, index: int) -> Iterator[HiddenStates]:
@@ -204,13 +202,3 @@ class Passes:
             yield start, x.to(self.job.device, non_blocking=True)
             if step:
                 step(len(x))
-
-
-def _out_of_memory(error: Exception) -> str:
-    """What an allocation that failed says, on a GPU or on the host, where torch has no error of its own for it.
-
-    Raises any other error again.
-    """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return first_line(error)
-    raise error

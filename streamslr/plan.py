@@ -28,10 +28,14 @@ _SOLVE_ITERATIONS = 250
 """Iterations of a typical layer, for the FLOPs alone: means of 220 to 280 were seen on the reference model."""
 
 _SAVED_HIDDEN = 6
-"""Tensors [b, T, h] beside the linears' inputs and outputs that a pass keeps for its gradients: norms, residuals."""
+"""Tensors [b, T, h] beside the linears' inputs and outputs that a pass keeps for its gradients: norms, residuals; in
+float32, on the CPU."""
 
 _TILE_COPIES = 4
 """Tiles of a dense weight's size alive at once in matching."""
+
+_USABLE = 0.97
+"""Share of a GPU budget that the plan fills: the allocator's limit counts what lies unused between tensors too."""
 
 _READ, _WRITTEN = 2, 4
 """Micro-batches of hidden states alive in a pass, of a stream that is read: read ahead and current; of one that is
@@ -205,22 +209,26 @@ def make_plan(
     same run; None to choose.
     """
     needs = _Needs(config, model, pattern, device, dtype, baseline)
-    budget = host_mem if device.type == "cpu" else gpu_mem
+    usable = None if gpu_mem is None else int(gpu_mem * _USABLE)
+    budget = host_mem if device.type == "cpu" else usable
 
-    def fits(phases: Iterable[Phase], names: tuple[str, ...]) -> bool:
+    def fits(phases: Iterable[Phase], names: tuple[str, ...], near: bool = True) -> bool:
+        """near: also where the compute is."""
         chosen = [p for p in phases if p.name in names]
-        return all(p.host_bytes <= host_mem and (gpu_mem is None or p.gpu_bytes <= gpu_mem) for p in chosen)
+        on_gpu = not near or usable is None or all(p.gpu_bytes <= usable for p in chosen)
+        return on_gpu and all(p.host_bytes <= host_mem for p in chosen)
 
     micro_batch = pieces.micro_batch if pieces else max(1, min(config.samples, BATCH_TOKENS // config.seq_len))
     while not pieces and micro_batch > 1 and not fits(needs.phases(micro_batch, "device", None), _BATCH_PHASES):
         micro_batch //= 2
-    room, grams_at = pieces.solver_room if pieces else None, "device"
-    for grams_at in ("device", "disk") if device.type == "cpu" else ("device", "host", "disk"):
-        if fits(needs.phases(micro_batch, grams_at, room), ("solve",)):
-            break
-    else:
-        if not pieces and budget is not None:
-            room = max(0, budget - needs.beside_solver(grams_at) - (needs.fixed if device.type == "cpu" else 0))
+    room = pieces.solver_room if pieces else None
+    tiers = ("device", "disk") if device.type == "cpu" else ("device", "host", "disk")
+    solving = {tier: needs.phases(micro_batch, tier, room) for tier in tiers}
+    whole = [tier for tier in tiers if fits(solving[tier], ("solve",))]
+    aside = [tier for tier in tiers[1:] if fits(solving[tier], ("solve",), near=device.type == "cpu")]
+    grams_at = (whole or aside or ["disk"])[0]
+    if not whole and not pieces and budget is not None:
+        room = max(0, budget - needs.beside_solver(grams_at) - (needs.fixed if device.type == "cpu" else 0))
     phases = needs.phases(micro_batch, grams_at, room)
     generations = (4 if config.match else 2) * config.samples * config.seq_len * model.hidden_size * dtype.itemsize
     # half of what is left stays free: a budget filled to the brim helps nobody
@@ -317,7 +325,8 @@ class _Needs:
             rows.append(("match", self.block + 2 * self.packed + training, reads * hidden, flops))
         stored = (2 if config.match else 1) * self.packed  # as solved and as matched
         passing = self.block + stored + activations + scores
-        rows.append(("propagate", passing, (reads + _WRITTEN) * hidden + self.packed, forward))
+        copy = 0 if self.device.type == "cpu" else self.packed  # on its way to the shard
+        rows.append(("propagate", passing, (reads + _WRITTEN) * hidden + copy, forward))
         if self.device.type == "cpu":
             return tuple(Phase(name, self.fixed + near + far, 0, flops) for name, near, far, flops in rows)
         return tuple(Phase(name, self.fixed + far, near, flops) for name, near, far, flops in rows)

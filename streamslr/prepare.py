@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from torch import Tensor
+from torch import Tensor, nn
 
 import streamslr
 from streamslr.calibrate.gram import input_groups
@@ -24,6 +24,7 @@ from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
 from streamslr.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
 from streamslr.solve.pattern import SparsityPattern, parse_pattern
 from streamslr.solve.problem import LayerProblem
+from streamslr.solve.threebasil import SMALLEST_TILE, solve_bytes, tile_rows_for
 from streamslr.source.checkpoint import Checkpoint, open_checkpoint
 from streamslr.source.skeleton import Skeleton
 from streamslr.store.shards import read_quantization_config
@@ -64,11 +65,17 @@ class Prepared:
         following = self.skeleton.block_tensors[i + 1 : i + 2]
         return following[0] if following else ()
 
-    def problem(self, name: str, weight: Tensor, gram: Tensor) -> LayerProblem:
+    def problem(self, name: str, weight: Tensor, gram: Tensor, room: int | None) -> LayerProblem:
         """The layer [o, d] as the solver takes it, in float32."""
         config = self.config
-        room = self.plan.solver_room
         return LayerProblem(name, weight.detach().float(), gram, self.pattern, config.rank, config.seed, room)
+
+    def less_room(self, linear: nn.Linear, room: int | None) -> int | None:
+        """What solving a linear takes in tiles of half as many rows as fit `room`; None where they are smallest."""
+        by_row, gpu = self.pattern.by_row, self.device.type == "cuda"
+        o, d, rank = linear.out_features, linear.in_features, self.config.rank
+        rows = (None if room is None else tile_rows_for(o, d, rank, room, by_row=by_row, gpu=gpu)) or o
+        return solve_bytes(o, d, rank, rows // 2, by_row=by_row, gpu=gpu) if rows > SMALLEST_TILE else None
 
     def require_room(self) -> None:
         """Raises BudgetError when the plan does not fit memory or disk."""
@@ -84,9 +91,11 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Open the model and plan the run. Raises InputError for whatever headers can show to be wrong."""
     keep_no_freed_memory()
-    baseline = uss()
     pattern = parse_pattern(config.pattern)
     device, dtype = pick_device(config.device)
+    if device.type == "cuda":  # its context and libraries are host memory too
+        torch.linalg.cholesky(torch.eye(8, device=device) @ torch.eye(8, device=device))
+    baseline = uss()
     checkpoint = open_checkpoint(config.model, config.revision, config.evict_shards)
     skeleton = Skeleton(checkpoint, dtype, device)
     if read_quantization_config(checkpoint.config) is not None:

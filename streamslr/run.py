@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from streamslr.calibrate.gram import Gram, set_aside
 from streamslr.calibrate.tokens import calibration_windows
 from streamslr.config import format_bytes
+from streamslr.errors import BudgetError
 from streamslr.journal import BlockRecord, Journal, JournalState, LayerRecord, MatchRecord
 from streamslr.layer import compress_layer
 from streamslr.match.matching import BlockWeights, CompressedBlock
-from streamslr.memory import hold_to_gpu_budget
+from streamslr.memory import held_to_gpu_budget, why_out_of_memory
 from streamslr.passes import Passes, Streams
 from streamslr.prepare import Prepared
 from streamslr.progress import Display, NoDisplay, Phases
 from streamslr.solve.problem import Solver
-from streamslr.solve.threebasil import ThreeBasil, solve_bytes
+from streamslr.solve.threebasil import ThreeBasil
 from streamslr.source.checkpoint import open_checkpoint
 from streamslr.store.folder import (
     discard_uncommitted,
@@ -57,10 +58,19 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
         done = len(journal.state.blocks)
         if done:
             log.info("%s: %d of %d blocks are done, going on", config.out, done, blocks)
-        hold_to_gpu_budget(job.device, job.gpu_mem)
-        with Phases(display or NoDisplay(), job.device, blocks, done, config.host_mem) as phases, torch.no_grad():
+        with (
+            Phases(display or NoDisplay(), job.device, blocks, done, config.host_mem) as phases,
+            held_to_gpu_budget(job.device, job.gpu_mem),
+            torch.no_grad(),
+        ):
             passes = Passes(job, calibration.ids, phases, journal.state.micro_batch)
-            return Compression(job, journal, phases, passes, ThreeBasil()).run()
+            try:
+                return Compression(job, journal, phases, passes, ThreeBasil()).run()
+            except (MemoryError, RuntimeError) as error:
+                raise BudgetError(
+                    f"memory ran out: {why_out_of_memory(error)}. Free some or raise the budget, then start the same "
+                    f"line again; finished blocks are kept"
+                ) from error
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,8 @@ class Compression:
             description = write_description(out, job.checkpoint, job.pattern, job.config.rank)
             outside = write_outside(out, job.checkpoint, job.skeleton.outside_tensors)
         streams = self.passes.retried("embed", self.passes.embed)
-        self.journal.commit_outside(description, outside, streams.hidden.seal(), self.phases.take())
+        digest = streams.hidden.seal()
+        self.journal.commit_outside(description, outside, digest, self.passes.micro_batch, self.phases.take())
         write_index(out, self.journal.state.shards)
         return streams
 
@@ -177,18 +188,19 @@ class Compression:
         return packed, layers
 
     def solve_layer(self, name: str, linear: nn.Linear, gram: Tensor) -> tuple[Mapping[str, Tensor], LayerRecord]:
-        """One linear solved in its place; once more in half the room where memory runs out."""
-        dtype = self.job.skeleton.stored_dtype(f"{name}.weight")
-        problem = self.job.problem(name, linear.weight, gram)
+        """One linear solved in its place; where memory runs out, once more in tiles of half as many rows."""
+        job, room = self.job, self.job.plan.solver_room
+        dtype = job.skeleton.stored_dtype(f"{name}.weight")
 
-        def cut() -> str:
-            nonlocal problem
-            half = (problem.room or solve_bytes(linear.out_features, linear.in_features, problem.rank)) // 2
-            problem = replace(problem, room=half)
-            return f"{format_bytes(half)} for {name}"
+        def work() -> tuple[Mapping[str, Tensor], LayerRecord]:
+            return compress_layer(job.problem(name, linear.weight, gram, room), linear, self.solver, dtype)
 
-        work = partial(compress_layer, linear=linear, solver=self.solver, dtype=dtype)
-        return self.passes.retried("solve", lambda: work(problem), cut)
+        def cut() -> str | None:
+            nonlocal room
+            room = job.less_room(linear, room)
+            return None if room is None else f"the rows of {name} in smaller tiles, {format_bytes(room)}"
+
+        return self.passes.retried("solve", work, cut)
 
 
 def finite(loss: float) -> float | None:

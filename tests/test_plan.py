@@ -142,12 +142,13 @@ def test_a_tight_budget_moves_grams_away_first_and_then_cuts_the_solver_into_til
     assert (generous.grams_at, generous.solver_room) == ("device", None)
     grams = 4 * (3 * 8192**2 + 28672**2)
     peak = generous.gpu_bytes
-    aside = plan(llama_70b(), gpu_mem=peak - 1)
+    aside = plan(llama_70b(), gpu_mem=peak)  # of which a margin stays free
     assert (aside.grams_at, aside.solver_room) == ("host", None)
     assert peak - aside.gpu_bytes == grams - 4 * 28672**2
-    assert plan(llama_70b(), gpu_mem=peak - 1, host_mem=generous.host_bytes - generous.scratch_bytes).grams_at == "disk"
+    assert plan(llama_70b(), gpu_mem=peak, host_mem=generous.host_bytes - generous.scratch_bytes).grams_at == "disk"
     tiled = plan(llama_70b(), gpu_mem=aside.gpu_bytes - GB)
     assert tiled.solver_room is not None
+    assert tiled.grams_at == "host"
     assert phase(tiled, "solve").gpu_bytes <= aside.gpu_bytes - GB
 
 

@@ -17,7 +17,8 @@ from streamslr.calibrate.tokens import calibration_windows
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError, InputError, ResumeError
 from streamslr.journal import read_journal
-from streamslr.prepare import prepare
+from streamslr.passes import Passes
+from streamslr.prepare import Prepared, prepare
 from streamslr.results.verify import verify
 from streamslr.run import run
 from streamslr.solve.pattern import parse_pattern
@@ -192,7 +193,6 @@ def test_another_scratch_on_resume_leaves_nothing_behind(
 def test_grams_are_gone_before_the_block_passes_on(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan does not hold them in that phase; down_proj's is the largest tensor of all."""
     from streamslr.calibrate.gram import Gram
-    from streamslr.passes import Passes
 
     alive: list[int] = []
     propagate = Passes.propagate
@@ -460,7 +460,7 @@ def test_memory_that_runs_out_again_ends_the_run_and_keeps_finished_blocks(
             return run_block(self, i, hidden)
 
         patch.setattr(Skeleton, "run_block", full)
-        with pytest.raises(BudgetError, match=r"phase match runs out of memory, .*full.* finished blocks are kept"):
+        with pytest.raises(BudgetError, match=r"memory ran out: .*full.* finished blocks are kept"):
             streamslr.compress(**settings)
     state = read_journal(settings["out"])
     assert state is not None
@@ -473,3 +473,71 @@ def test_a_host_budget_is_held_while_a_phase_runs(settings: dict[str, Any], monk
     job = prepare(RunConfig.of(**settings | {"host_mem": "100GB"}))
     with pytest.raises(BudgetError, match=r"holds .* of host memory, --host-mem is 1.0 MB"):
         run(replace(job, host_mem=10**11, config=replace(job.config, host_mem=10**6)))
+
+
+@pytest.mark.parametrize("method", ["load_block", "embed"])
+def test_memory_that_runs_out_anywhere_is_no_traceback(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(Skeleton, method, full)
+    with pytest.raises(BudgetError, match=r"memory ran out: .*CUBLAS_STATUS_ALLOC_FAILED.* finished blocks are kept"):
+        streamslr.compress(**settings)
+
+
+@pytest.mark.parametrize("phase", ["match", "propagate"])
+def test_matching_and_propagation_are_cut_too(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, phase: str
+) -> None:
+    method, failed = getattr(Passes, phase), []
+
+    def once(self: Passes, *args: Any) -> Any:
+        if not failed:
+            failed.append(self.micro_batch)
+            method(self, *args)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return method(self, *args)
+
+    monkeypatch.setattr(Passes, phase, once)
+    state = streamslr.compress(**settings)
+    assert (failed, state.micro_batch) == ([6], 3)
+    assert f"phase {phase} ran out of memory (CUDA out of memory): once more with windows 3 at a time" in caplog.text
+    assert verify(settings["out"]).problems == ()
+
+
+def test_a_run_begun_under_a_tight_budget_goes_on_in_its_pieces_under_a_generous_one(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def tight(out: Path) -> Prepared:
+        job = prepare(RunConfig.of(**settings | {"out": out}))
+        return replace(job, plan=replace(job.plan, micro_batch=2, solver_room=0))
+
+    run(tight(tmp_path / "unbroken"))
+    broken = tight(settings["out"])
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(broken.skeleton, "evict_block", stop)  # block 0 is committed by then
+        run(broken)
+    streamslr.compress(**settings | {"host_mem": "100GB"})
+    assert content(settings["out"]) == content(tmp_path / "unbroken")
+
+
+def test_a_full_disk_under_the_gram_matrices_names_the_way_out(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def full(path: Path, data: Any) -> int:
+        if path.name.startswith("gram-"):
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    job = prepare(RunConfig.of(**settings))
+    with pytest.raises(BudgetError, match=r"Gram matrix of model.layers.0.* No space left .* --scratch"):
+        run(replace(job, plan=replace(job.plan, grams_at="disk")))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -50,7 +51,7 @@ def main(
     to: Path | None,
 ) -> None:
     perplexities, losses = [], []
-    more = {name: json.loads(value) for name, value in (change.split("=", 1) for change in changes)}
+    more = {name: value_of(text) for name, text in (change.split("=", 1) for change in changes)}
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             settings = {"samples": samples, "seq_len": seq_len, "pattern": pattern, "rank": rank, "device": device}
@@ -76,6 +77,14 @@ def main(
             "block_losses": losses,  # a seed, a block: before matching, after
         }
         to.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def value_of(text: str) -> Any:
+    """A number, true or false; else the text itself, like 4GB."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from streamslr.errors import InputError
+from streamslr.config import format_bytes
+from streamslr.errors import BudgetError, InputError
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,30 @@ class GramOnDisk:
 
     @property
     def matrix(self) -> Tensor:
-        """[d, d], mapped: the system reads its pages as they are used, and may drop them."""
-        return torch.from_file(str(self.path), size=self.d**2).view(self.d, self.d)
+        """[d, d], mapped: the system reads its pages as they are used, and may drop them. To be had once."""
+        matrix = torch.from_file(str(self.path), size=self.d**2).view(self.d, self.d)
+        self.path.unlink()  # its space is free once the mapping goes
+        return matrix
 
 
 def set_aside(grams: list[Gram], place: str, folder: Path) -> list[Gram | GramOnDisk]:
-    """The Grams in `place`, "device" (where they are), "host" or "disk" (a file each in `folder`); empties `grams`."""
+    """The Grams in `place`, "device" (where they are), "host" or "disk" (a file each in `folder`); empties `grams`.
+
+    Raises BudgetError when the disk is full.
+    """
     aside: list[Gram | GramOnDisk] = []
     while grams:
         gram = grams.pop(0)
         if place == "disk":
             path = folder / f"gram-{len(aside)}.bin"
-            gram.matrix.cpu().numpy().tofile(path)
+            try:
+                path.write_bytes(gram.matrix.cpu().numpy().data)
+            except OSError as error:
+                raise BudgetError(
+                    f"the Gram matrix of {gram.linears[0]} ({format_bytes(gram.matrix.nbytes)}) cannot be written to "
+                    f"{path}: {error.strerror}; free space there or give --scratch another folder, then start the "
+                    f"same line again"
+                ) from error
             aside.append(GramOnDisk(gram.linears, path, len(gram.matrix)))
         else:
             aside.append(gram if place == "device" else Gram(gram.linears, gram.matrix.cpu()))

@@ -153,7 +153,7 @@ class OnDisk:
         size = self._shape[0] * self._shape[1] * self._shape[2] * self._dtype.itemsize
         return BudgetError(
             f"hidden states do not fit at {self.folder}: {error.strerror or error} (one generation takes "
-            f"{size:,} bytes, two exist at a time); free space there or give --scratch another folder, "
+            f"{size:,} bytes, with matching four exist at a time); free space there or give --scratch another folder, "
             "then start the same line again"
         )
 

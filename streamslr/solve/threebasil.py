@@ -14,7 +14,7 @@ from streamslr.solve.problem import LayerProblem, SparseLowRank, damping_diagona
 # they fill the device, and the temporaries of the projection stay small (size chosen, not measured).
 _SLICE, _SLICE_ON_GPU = 1 << 16, 1 << 22
 # Rows of the smallest tile, and the step between tile sizes.
-_TILE_STEP = 64
+SMALLEST_TILE = 64
 # Subspace steps where accuracy is worth more than time: for the start and for the last fit of U·V.
 _CAREFUL_STEPS = 4
 # A Gram matrix that still has no Cholesky factor with this much damping is no Gram matrix.
@@ -179,13 +179,13 @@ def tile_rows_for(
     def fits(tile_rows: int | None) -> bool:
         return solve_bytes(o, d, rank, tile_rows, bfloat16=bfloat16, by_row=by_row, gpu=gpu) <= room
 
-    if fits(None) or o <= _TILE_STEP:
+    if fits(None) or o <= SMALLEST_TILE:
         return None
-    low, high = 1, (o - 1) // _TILE_STEP  # in steps; a tile takes more with every row
+    low, high = 1, (o - 1) // SMALLEST_TILE  # in steps; a tile takes more with every row
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle * _TILE_STEP) else (low, middle - 1)
-    return low * _TILE_STEP
+        low, high = (middle, high) if fits(middle * SMALLEST_TILE) else (low, middle - 1)
+    return low * SMALLEST_TILE
 
 
 def solve_flops(o: int, d: int, rank: int, iterations: int) -> int:
