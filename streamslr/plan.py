@@ -18,9 +18,12 @@ from streamslr.solve.threebasil import solve_bytes, solve_flops, tile_rows_for
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: one window of the papers' length."""
 
-_LIBRARY_BUFFERS = 176 * 2**20
-"""Host memory that torch, zarr and the tokenizer come to hold beside the tensors: their buffers, 50 to 85 MB, and the
-pages of their own code, up to 80 MB, on the CPU (tools/bench_run.py)."""
+_LIBRARY_BUFFERS, _EARLY_BUFFERS = 120 * 2**20, 76 * 2**20
+"""Host memory that torch, zarr and the tokenizer come to hold beside the tensors, buffers and pages of their own code;
+and what of it is there before the first block (tools/bench_run.py, a process alone on its machine)."""
+
+_GENERATIONS = {"embed": 2, "load": 2, "grams": 3, "solve": 3, "match": 3, "propagate": 4}
+"""Generations of both streams that exist in each phase where blocks are matched; half as many where not."""
 
 _BATCH_PHASES = ("embed", "grams", "match", "propagate")  # whose memory grows with the windows
 
@@ -234,7 +237,8 @@ def make_plan(
     # half of what is left stays free: a budget filled to the brim helps nobody
     in_memory = generations <= (host_mem - max(p.host_bytes for p in phases)) // 2
     if in_memory:
-        phases = tuple(Phase(p.name, p.host_bytes + generations, p.gpu_bytes, p.flops) for p in phases)
+        held = {name: generations * count // 4 for name, count in _GENERATIONS.items()}
+        phases = tuple(Phase(p.name, p.host_bytes + held[p.name], p.gpu_bytes, p.flops) for p in phases)
     return Plan(
         device=device.type,
         blocks=len(model.blocks),
@@ -327,9 +331,12 @@ class _Needs:
         passing = self.block + stored + activations + scores
         copy = 0 if self.device.type == "cpu" else self.packed  # on its way to the shard
         rows.append(("propagate", passing, (reads + _WRITTEN) * hidden + copy, forward))
-        if self.device.type == "cpu":
-            return tuple(Phase(name, self.fixed + near + far, 0, flops) for name, near, far, flops in rows)
-        return tuple(Phase(name, self.fixed + far, near, flops) for name, near, far, flops in rows)
+        cpu = self.device.type == "cpu"
+        fixed = {"embed": self.fixed - _LIBRARY_BUFFERS + _EARLY_BUFFERS}
+        return tuple(
+            Phase(name, fixed.get(name, self.fixed) + far + (near if cpu else 0), 0 if cpu else near, flops)
+            for name, near, far, flops in rows
+        )
 
     def beside_solver(self, grams_at: str) -> int:
         """What else there is while a linear is solved: the block, Grams, what is packed, W in float32 on a GPU."""
