@@ -75,8 +75,8 @@ from streamslr.journal import Journal
 
 how, commit = int(sys.argv.pop()), Journal.commit_block
 
-def commit_and_signal(self, record):
-    commit(self, record)
+def commit_and_signal(self, record, micro_batch):
+    commit(self, record, micro_batch)
     if record.index == 0:
         os.kill(os.getpid(), how)
 
