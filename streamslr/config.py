@@ -66,7 +66,7 @@ class RunConfig:
     match_epochs: int = _setting(20, "Passes over the windows in matching; the first only measures.", fixed=True)
     match_batch: int = _setting(8, "Windows in a step of matching.", fixed=True)
     match_lr: float = _setting(
-        0.12, "Learning rate of matching; 1 moves a linear's output by its own size in one step.", fixed=True
+        0.75, "Learning rate of matching; at 1 a step can move a linear's output by what the block lacks.", fixed=True
     )
     match_recover: float = _setting(
         1.0, "Share of what earlier blocks lost that matching has a block make up for; the paper's is 0.", fixed=True

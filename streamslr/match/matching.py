@@ -22,12 +22,12 @@ class Matching:
     """Adam on ‖f̂(X) − T‖², all parts of a block at once (3BASiL-TM, arXiv 2603.01376).
 
     epochs: passes over the samples, of which the first only measures. batch: samples a step. lr: of a linear's
-    values, in units of their rms / √(kept values a row): so far can one step move its output, relative to it,
-    whatever its width (Yang et al., arXiv 2203.03466). low_rank_share: of that rate for U and V (1 and 0.3 train
-    the reference model's first blocks to the same loss, 0.3 to 1 or 2 % less on other text; 3 is far worse).
-    vector_share: of `lr` for norms and biases, in units of the output of what they belong to, for inputs of size
-    one; so that 0.12 is about 1e-3 for the reference model's values and norms. All rates fall by cosine to `final`
-    of themselves, as in the paper's code.
+    values, in units of √(the block's relative loss) · their rms / √(kept values a row): so far, relative to it, can
+    one step move the linear's output, whatever its width (Yang et al., arXiv 2203.03466), and the more the more the
+    block lacks. low_rank_share: of that rate for U and V (1 and 0.3 train the reference model's first blocks to the
+    same loss, 0.3 to 1 or 2 % less on other text; 3 is far worse). vector_share: of the rate for norms and biases,
+    in units of the output of what they belong to, for inputs of size one. At 1:4 + 8 the default is about 1e-3 for
+    the reference model's values and norms. All rates fall by cosine to `final` of themselves, as in the paper's code.
     """
 
     epochs: int
@@ -116,8 +116,9 @@ class CompressedBlock:
             if name.removesuffix(".weight") not in linears
         }
         trained: tuple[_Linear | _Vector, ...] = (*linears.values(), *vectors.values())
+        lacking = math.sqrt(before.relative)
         rates = [pair for part in trained for pair in part.masters(settings)]
-        groups = [{"params": [master], "full": rate} for master, rate in rates]
+        groups = [{"params": [master], "full": lacking * rate} for master, rate in rates]
         optimizer = torch.optim.Adam(groups, fused=True)
         draw = torch.Generator().manual_seed(settings.seed)
         steps = [(start, min(start + settings.batch, samples)) for start in range(0, samples, settings.batch)]

@@ -164,7 +164,15 @@ def test_refining_is_the_documented_optimisation(pattern, rank):
         for name, parts in start.weights.packed.items()
     }
     expected, expected_curve = reference.match(
-        start.block, factors, case.inputs, case.targets, [steps[:3], steps[3:6], steps[6:]], 0.1, 0.3, 1 / 120, 0.2
+        start.block,
+        factors,
+        case.inputs,
+        case.targets,
+        [steps[:3], steps[3:6], steps[6:]],
+        0.1 * curve[0] ** 0.5,
+        0.3,
+        1 / 120,
+        0.2,
     )
     assert curve == pytest.approx(expected_curve, rel=1e-5)
     found = {f"{name}.S": case.sparse(weights, name) for name in case.linears} | every_tensor(weights)
