@@ -69,10 +69,11 @@ def test_quiet_says_nothing(model: Path, text: Path, tmp_path: Path) -> None:
 
 # The command, sent a signal right after its first block is committed.
 INTERRUPTED = """
-import os, sys
+import os, signal, sys
 from streamslr.cli import main
 from streamslr.journal import Journal
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without it
 how, commit = int(sys.argv.pop()), Journal.commit_block
 
 def commit_and_signal(self, record, micro_batch):
