@@ -41,12 +41,15 @@ from streamslr.solve.problem import damping_diagonal
 # Linears that share the input of another, which names their Gram matrix.
 SHARES_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
+# From hasty to patient, the same solver at another pace; float32 is the default without low precision.
 VARIANTS: Mapping[str, ThreeBasil] = {
+    "hasty": ThreeBasil(rho_start=0.5, rho_growth=1.6, stage_iterations=4),
+    "quick": ThreeBasil(rho_start=0.3, rho_growth=1.4, stage_iterations=6),
+    "brisk": ThreeBasil(stage_iterations=8),
     "default": ThreeBasil(),
+    "patient": ThreeBasil(rho_start=0.1, rho_growth=1.2, stage_iterations=40),
     "float32": ThreeBasil(precision="float32"),
-    "no-momentum": ThreeBasil(momentum_gap=1.0),
-    "quick": ThreeBasil(rho_start=0.4, rho_growth=1.4, stage_iterations=8),
-    "thorough": ThreeBasil(rho_start=0.2, rho_growth=1.2, stage_iterations=30),
+    "tiled": ThreeBasil(tile_rows=64),
 }
 
 

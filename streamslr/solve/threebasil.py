@@ -19,8 +19,6 @@ SMALLEST_TILE = 64
 _CAREFUL_STEPS = 4
 # A Gram matrix that still has no Cholesky factor with this much damping is no Gram matrix.
 _DAMPING_LIMIT = 1e6
-# U·V that is larger than the weight by this factor is leaving (0.9 is the most seen in a good solution).
-_DRIFT = 2.0
 # Bytes that MKL and oneDNN pack operands into, and that malloc leaves between buffers (measured, 1024 to 4096).
 _LIBRARY_SCRATCH = 32 << 20
 # The support is looked at every so many iterations.
@@ -29,29 +27,27 @@ _CHECK_EVERY = 5
 
 @dataclass(frozen=True)
 class ThreeBasil:
-    """Sparse plus low rank by three-block ADMM, in the metric of the layer's inputs.
+    """Sparse plus low rank by ADMM in two blocks, (S, U·V) and D, in the metric of the layer's inputs.
 
-    Per iteration, with E = W − UV, D the projection of S + Y on the pattern and G the scaled Gram matrix:
-    S = E + ρ (D − Y − E)(G + ρI)⁻¹, then D and Y, then U·V as the best rank-r fit in G. ρ is constant in
-    stages and grows from one to the next, so it never falls and Σ 1/ρ converges, as the paper's proof asks.
-    Where this leaves the paper (mean loss ours / official code over every fifth linear of the 8 M reference
-    model, at 2:4 + 16 and 1:4 + 8: 0.57 and 0.85 as it is):
+    Per iteration, with D the projection of S + Y on the pattern, G the scaled Gram matrix, M = ρ (G + ρI)⁻¹:
+    U·V is the best rank-r fit of W − D + Y in the metric G M; S = E + (D − Y − E) M for E = W − UV; then D and Y.
+    ρ is constant in stages and grows from one to the next, so it never falls and Σ 1/ρ converges, as the paper's
+    proof asks. Where this leaves the paper (numbers: mean loss ours / official code over every sixth linear of
+    the 8 M reference model at 2:4 + 16 and 1:4 + 8; as it is: 0.51 and 0.86):
 
-    - U·V moves on with momentum (without: 0.74, 0.88). Given S it converges slowly, because S has already
-      taken its share. The denser S, the slower; the sparser, the sooner momentum is too much (at 1:8, 0.9
-      lets S and U·V grow against each other), so it is 1 − 0.05 / density until ρ = 1, half of that later.
-    - U·V starts as the best fit of W alone (from a random start: 0.69, 0.87), or else S fits all of W before
-      U·V has turned. With neither: 0.90, 0.94.
+    - S and U·V are minimised together. The paper fits U·V to W − S after S has taken its share, so that U·V
+      creeps (0.79 and 0.91; at the pace of `stage_iterations` 8 and `rho_growth` 1.35 0.98 and 0.97, ours
+      0.56 and 0.88). What the minimum over S leaves of the augmented Lagrangian for U·V is ρ tr(R G (G + ρI)⁻¹ Rᵀ),
+      R = W − D + Y − UV; one warm subspace step an iteration fits it as well as two.
+    - U·V starts as the best fit of W alone (from a random start: 0.55 and 0.86).
     - Inputs are scaled by s_j = [H⁻¹]_jj^-½, the saliency of Optimal Brain Surgeon, where the paper takes
-      H_jj^½ (with it, in as many iterations: 0.59, 0.86). ρ then means the same in every layer and pattern:
-      supports settle between ρ = 1 and 3.
+      H_jj^½ (0.53 and 0.87). ρ then means the same in every layer and pattern: supports settle between
+      ρ = 1 and 3.
 
     rho_start, rho_growth, stage_iterations: ρ in units of that saliency, its factor between stages, and how
-    many iterations a stage has; slower is better (0.79 of the official loss in 56 iterations, 0.61 in 141,
-    0.55 in 392 at 2:4 + 16). momentum_gap, momentum_late: the 0.05 and the half above; momentum is the share
-    of the last change of U·V that is added to its next target. stop_share: stop once fewer of the kept
-    positions than this share moved in 5 iterations. precision: of the correction product and of the subspace
-    steps on it, "bfloat16" or "float32"; "auto" takes bfloat16 where the hardware multiplies it several times
+    many iterations a stage has; slower is better (tools/results/solver.md has the frontier). stop_share: stop
+    once fewer of the kept positions than this share moved in one iteration. precision: of the products with the
+    weight's size, "bfloat16" or "float32"; "auto" takes bfloat16 where the hardware multiplies it several times
     faster (AMX, CUDA 8.0 on).
 
     tile_rows: rows of the weight that are worked on at a time, None for all: less memory, more time, the same
@@ -64,9 +60,7 @@ class ThreeBasil:
     rho_start: float = 0.2
     rho_growth: float = 1.25
     stage_iterations: int = 20
-    momentum_gap: float = 0.05
-    momentum_late: float = 0.5
-    stop_share: float = 2e-3
+    stop_share: float = 5e-4
     max_iterations: int = 1000
     precision: str = "auto"
     tile_rows: int | None = None
@@ -85,44 +79,34 @@ class ThreeBasil:
                 f"{metric.damping:g} times"
             )
         low = torch.bfloat16 if self._low_precision(problem.weight.device) else torch.float32
-        tile_rows = self._tile_rows(problem, rank, low)
-        state = _Admm(problem, metric, rank, low, tile_rows)
-        momentum = max(0.0, 1 - self.momentum_gap / problem.pattern.density)
-        settled = self._iterate(state, momentum)
-        if state.drifted():
-            warnings.append(f"{problem.name}: U·V outgrew the weight; solved again without momentum")
-            del state  # before the next one takes as much again
-            state = _Admm(problem, metric, rank, low, tile_rows)
-            settled = self._iterate(state, 0.0)
-        if not settled:
+        state = _Admm(problem, metric, rank, low, self._tile_rows(problem, rank))
+        if not self._iterate(state):
             warnings.append(f"{problem.name}: the support had not settled after {state.iterations} iterations")
         S, U, V = state.finish()
         return SparseLowRank(S, U, V, state.iterations, metric.damping, tuple(warnings))
 
-    def _iterate(self, state: "_Admm", momentum: float) -> bool:
-        """Runs until the support has settled; False if it has not, or U·V drifts."""
+    def _iterate(self, state: "_Admm") -> bool:
+        """Runs until the support has settled; False if it has not."""
         rho = self.rho_start
         state.set_inverse(rho)
         while state.iterations < self.max_iterations:
             stage_ends = (state.iterations + 1) % self.stage_iterations == 0
-            state.sparse_step(shrink=1 / self.rho_growth if stage_ends else 1.0)
-            state.low_rank_step(momentum if rho < 1 else momentum * self.momentum_late)
-            if state.iterations % _CHECK_EVERY == 0:
-                if state.support_change() < self.stop_share:
-                    return True
-                if state.drifted():
-                    return False
+            state.low_rank_step()
+            looks = (state.iterations + 1) % _CHECK_EVERY == 0
+            moved = state.sparse_step(shrink=1 / self.rho_growth if stage_ends else 1.0, counts=looks)
+            if looks and moved < self.stop_share:
+                return True
             if stage_ends:
                 rho *= self.rho_growth
                 state.set_inverse(rho)
         return False
 
-    def _tile_rows(self, problem: LayerProblem, rank: int, low: torch.dtype) -> int | None:
+    def _tile_rows(self, problem: LayerProblem, rank: int) -> int | None:
         if self.tile_rows is not None or problem.room is None:
             return self.tile_rows
         o, d = problem.weight.shape
-        bfloat16, gpu = low == torch.bfloat16, problem.weight.device.type == "cuda"
-        return tile_rows_for(o, d, rank, problem.room, bfloat16=bfloat16, by_row=problem.pattern.by_row, gpu=gpu)
+        gpu = problem.weight.device.type == "cuda"
+        return tile_rows_for(o, d, rank, problem.room, by_row=problem.pattern.by_row, gpu=gpu)
 
     def _low_precision(self, device: torch.device) -> bool:
         if self.precision not in ("auto", "bfloat16", "float32"):
@@ -136,29 +120,26 @@ def solve_bytes(
     rank: int,
     tile_rows: int | None = None,
     *,
-    bfloat16: bool = False,
     by_row: bool = False,
     gpu: bool = False,
 ) -> int:
     """Peak bytes that one solve of a weight [o, d] takes beside its weight and Gram matrix; its S is among them.
 
     All rows at once: 4 float32 copies of the weight (scaled W, the correction's input X, the projection D, and
-    the product with its input at bfloat16, or the product alone at float32) and a byte a weight for the support.
-    In tiles: of all rows the state, the product and the support, 9 bytes a weight, or 7 when products are in
-    bfloat16; of one tile X and the product's input. The last projection of a pattern that couples rows (any
-    but n:m, which is `by_row`) takes 10 bytes a weight. Besides: the inverse [d, d], on a GPU with two more
-    while it is built; the factors of three fits of U·V; a slice's temporaries; what the libraries pack into.
-    The defaults are what takes most on a CPU.
+    the product with its input at bfloat16, or the product alone at float32). In tiles: of all rows the state
+    and the support, 5 bytes a weight; of one tile X, the product and its input, 8. The last projection of a
+    pattern that couples rows (any but n:m, which is `by_row`) takes 10 bytes a weight. Besides: the inverse
+    [d, d], on a GPU with two more while it is built; the factors of U·V and what turns them; a slice's temporaries;
+    what the libraries pack into. The defaults are what takes most on a CPU.
     """
     t = o if tile_rows is None else min(tile_rows, o)
-    held, worked_on = (7, 6) if bfloat16 else (9, 4)
-    state = 17 * o * d if t == o else held * o * d + worked_on * t * d
+    state = 16 * o * d if t == o else 5 * o * d + 8 * t * d
     inverse = 4 * d * d * (3 if gpu else 1)
     factors = 4 * 8 * (o + d) * max(rank, 1)
     temporaries = 5 * 4 * min(t * d, _SLICE_ON_GPU if gpu else _SLICE)
     scratch = min(_LIBRARY_SCRATCH, 4 * d * (t + d))
     projecting = 0 if by_row else 10 * o * d
-    return max(state + inverse + temporaries, projecting) + factors + scratch
+    return max(state + inverse + temporaries + factors, projecting + factors // 4) + scratch
 
 
 def tile_rows_for(
@@ -167,7 +148,6 @@ def tile_rows_for(
     rank: int,
     room: int,
     *,
-    bfloat16: bool = False,
     by_row: bool = False,
     gpu: bool = False,
 ) -> int | None:
@@ -177,7 +157,7 @@ def tile_rows_for(
     """
 
     def fits(tile_rows: int | None) -> bool:
-        return solve_bytes(o, d, rank, tile_rows, bfloat16=bfloat16, by_row=by_row, gpu=gpu) <= room
+        return solve_bytes(o, d, rank, tile_rows, by_row=by_row, gpu=gpu) <= room
 
     if fits(None) or o <= SMALLEST_TILE:
         return None
@@ -191,7 +171,7 @@ def tile_rows_for(
 def solve_flops(o: int, d: int, rank: int, iterations: int) -> int:
     """Floating point operations of one solve: products, the inverse of each stage, and the elementwise work."""
     product = 2 * o * d * d
-    low_rank = 8 * o * d * rank + 2 * d * d * rank + 16 * (o + d) * rank * rank
+    low_rank = 6 * o * d * rank + 4 * d * d * rank + 8 * o * rank * rank
     stages = math.ceil(iterations / ThreeBasil.stage_iterations) + 1
     return iterations * (product + low_rank + 20 * o * d) + stages * d**3
 
@@ -222,12 +202,13 @@ class _Metric:
 
 @dataclass(frozen=True)
 class _Tile:
-    """t rows of W, transposed like all of the state; X, D and input are memory that the tiles share."""
+    """t rows of W, transposed like all of the state; X, input, C and D are memory that the tiles share."""
 
     rows: slice
-    X: Tensor  # [d, t] Y − D + W − B Uᵀ while a step works on the tile
-    input: Tensor  # [d, t] X in the precision of the product
-    C: Tensor  # [d, t] the product X (ρ (G + ρI)⁻¹)
+    X: Tensor  # [d, t] T = Y − D + W between steps where the tile is the whole layer; T − B Uᵀ within one
+    input: Tensor  # [d, t] X in the precision of the products
+    C: Tensor  # [d, t] the product (T − B Uᵀ) M, in that precision
+    held: Tensor  # [d, t] W where the tile is the whole layer, else D − Y, from step to step
     slices: list["_Slice"]
 
 
@@ -235,18 +216,19 @@ class _Slice(NamedTuple):
     """Whole groups of a tile, k of its d inputs, for the elementwise passes."""
 
     X: Tensor  # [k, t] as are all but the last
+    input: Tensor
     C: Tensor
     D: Tensor  # the projection; stays where the tile is the whole layer, else scratch
-    held: Tensor  # W where the tile is the whole layer, else D − Y, from step to step
-    support: Tensor  # uint8; bit 1: kept at the last look; bit 0: kept now, unless D stays to tell
+    held: Tensor
+    support: Tensor | None  # bool, where D does not stay to tell
     scale: Tensor  # [k, 1]
 
 
 class _Admm:
     """The iteration's state, transposed: [d, o], so that a group of weights is a group of rows.
 
-    Rows are contiguous, and comparing the members of a group runs at the speed of memory. Invariant while a step
-    works on a tile: X = Y − D + E, the negated correction D − Y − E, with E = W − B Uᵀ and B Uᵀ = (U·V)ᵀ.
+    Rows are contiguous, and comparing the members of a group runs at the speed of memory. T = Y − D + W, and
+    T − B Uᵀ with B Uᵀ = (U·V)ᵀ is the negated correction D − Y − E.
     """
 
     def __init__(
@@ -256,14 +238,12 @@ class _Admm:
         self.iterations = 0
         self.weight = problem.weight  # [o, d], not scaled
         self.scale = metric.scale.masked_fill(metric.dead, 0)
-        self.size = (torch.linalg.vector_norm(self.weight, dim=0) * self.scale).norm()
         o, d = self.weight.shape
         generator = torch.Generator().manual_seed(problem.seed)
         U = torch.randn(o, rank, generator=generator).to(self.weight)  # on the CPU: the same start on every device
         self.U = torch.linalg.qr(U).Q if rank else U  # [o, r], orthonormal
         self.B = self.weight.new_zeros(d, rank)
         self._fit()
-        self.before = (self.U, self.B)  # the fit before the last one
         self.store = torch.mul(self.weight, self.scale).addmm_(self.U, self.B.t(), alpha=-1)  # [o, d] E, for now
         self.marker = problem.pattern.marker(self.store)
         self.whole = tile_rows is None or tile_rows >= o
@@ -271,13 +251,12 @@ class _Admm:
         for tile in self.tiles:
             tile.X.copy_(self.store[tile.rows].t())
             if self.whole:
-                self.store.view(d, o).copy_(self.weight.t()).mul_(self.scale[:, None])
+                tile.held.copy_(self.weight.t()).mul_(self.scale[:, None])
             for part in tile.slices:
                 torch.mul(part.X, self.marker.mark_(part.X.abs().t()).t(), out=part.D)
                 torch.neg(part.D, out=part.X)
                 self._lay_down(part)
         self.marker.settle()
-        self.support_change()
         self.room = torch.empty(d, d, device=self.weight.device)
         self.M = self.room  # ρ (G + ρI)⁻¹, after set_inverse
 
@@ -288,42 +267,37 @@ class _Admm:
         k = min(d, max(1, elements // (tile_rows * self.marker.group)) * self.marker.group)
         shared_X = self.weight.new_empty(d * tile_rows)
         shared_D = self.weight.new_empty((d if self.whole else k) * tile_rows)
-        shared_input = shared_X if self.low == torch.float32 else torch.empty_like(shared_X, dtype=self.low)
+        shared_C = torch.empty_like(shared_X, dtype=self.low)
+        shared_input = shared_X if self.low == torch.float32 else torch.empty_like(shared_C)
         tiles = []
         for first in range(0, o, tile_rows):
             rows = slice(first, min(first + tile_rows, o))
             t = rows.stop - first
-            X, low_X = (shared[: d * t].view(d, t) for shared in (shared_X, shared_input))
-            C = torch.zeros_like(X, dtype=self.low)
+            X, low_X, C = (shared[: d * t].view(d, t) for shared in (shared_X, shared_input, shared_C))
             D = shared_D[: shared_D.numel() // tile_rows * t].view(-1, t)
-            held, support = self.store[rows].view(d, t), torch.zeros_like(X, dtype=torch.uint8)
+            held = self.store[rows].view(d, t)
+            support = None if self.whole else torch.empty_like(X, dtype=torch.bool)
             slices = []
             for at in (slice(first, min(first + k, d)) for first in range(0, d, k)):
                 part_D = D[at] if self.whole else D[: at.stop - at.start]
-                slices.append(_Slice(X[at], C[at], part_D, held[at], support[at], self.scale[at, None]))
-            tiles.append(_Tile(rows, X, low_X, C, slices))
+                part_support = None if support is None else support[at]
+                slices.append(_Slice(X[at], low_X[at], C[at], part_D, held[at], part_support, self.scale[at, None]))
+            tiles.append(_Tile(rows, X, low_X, C, held, slices))
         return tiles
 
-    def _take_up(self, tile: _Tile) -> None:
-        """X = Y − D + W − B Uᵀ of this tile."""
-        if not self.whole:
-            tile.X.copy_(self.weight[tile.rows].t())
-            for part in tile.slices:
-                part.X.mul_(part.scale).sub_(part.held)
-        if self.U.shape[1]:
-            tile.X.addmm_(self.B, self.U[tile.rows].t(), alpha=-1)
-
     def _lay_down(self, part: _Slice) -> None:
-        """Keeps what is in X, Y − D, and the support of D until the slice is taken up again."""
-        if self.whole:
+        """Keeps what is in X, Y − D, and the support of D until the next step: as T, or in what is held."""
+        if part.support is None:
             part.X.add_(part.held)
+            if part.input.dtype != part.X.dtype:
+                part.input.copy_(part.X)
         else:
             torch.neg(part.X, out=part.held)
-            part.support.bitwise_and_(2).bitwise_or_(part.D.bool())
+            part.support.copy_(part.D)
 
     def _projection(self, part: _Slice) -> Tensor:
         """D as the last step left it."""
-        return part.D if self.whole else torch.mul(part.held, part.support & 1, out=part.D)
+        return part.D if part.support is None else torch.mul(part.held, part.support, out=part.D)
 
     def set_inverse(self, rho: float) -> None:
         inverse = self.metric.inverse(rho, self.room)
@@ -336,19 +310,48 @@ class _Admm:
             for rows in range(0, len(inverse), 64):
                 self.M[rows : rows + 64] = inverse[rows : rows + 64].to(self.low)
 
-    def sparse_step(self, shrink: float = 1.0) -> None:
-        """S, then D and Y, tile by tile.
+    def low_rank_step(self) -> None:
+        """U·V ← the best fit of T in the metric G M: U for the V of before, then V for this U."""
+        if not self.U.shape[1]:
+            return
+        y = self.metric.times((self.M @ self.B.to(self.low)).float())  # [d, r]
+        if self.whole:
+            T = self.tiles[0].input
+            self.U = torch.linalg.qr((T.t() @ y.to(self.low)).float()).Q
+            self.B = (T @ self.U.to(self.low)).float()
+        else:  # T = W − held, never formed for all rows at once
+            turned = self.weight @ (y * self.scale[:, None])
+            for tile in self.tiles:
+                turned[tile.rows].addmm_(tile.held.t(), y, alpha=-1)
+            self.U = torch.linalg.qr(turned).Q
+            self.B = (self.weight.t() @ self.U).mul_(self.scale[:, None])
+            for tile in self.tiles:
+                self.B.addmm_(tile.held, self.U[tile.rows], alpha=-1)
+
+    def sparse_step(self, shrink: float = 1.0, counts: bool = False) -> float:
+        """S, then D and Y, tile by tile; the share of kept positions that moved, if it counts them, else 0.
 
         shrink: ρ / (the ρ of the next iteration), which rescales the dual.
         """
+        moved = kept_now = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         for tile in self.tiles:
-            self._take_up(tile)
+            if not self.whole:
+                tile.X.copy_(self.weight[tile.rows].t())
+                for part in tile.slices:
+                    part.X.mul_(part.scale).sub_(part.held)
+            if self.U.shape[1]:
+                tile.X.addmm_(self.B, self.U[tile.rows].t(), alpha=-1)
             if tile.input.dtype != tile.X.dtype:
                 tile.input.copy_(tile.X)
             torch.mm(self.M, tile.input, out=tile.C)
             for part in tile.slices:
-                Z = part.X.add_(self._projection(part)).sub_(part.C)  # S + Y, for S = E − C
+                D = self._projection(part)
+                Z = part.X.add_(D).sub_(part.C)  # S + Y, for S = E − C
                 kept = self.marker.mark_(Z.abs().t()).t()
+                if counts:  # bool(): on the CPU 9 times faster than != 0. Not sum(): it casts a whole mask to int64
+                    now = kept.bool()
+                    moved = moved + (D.bool() ^ now).count_nonzero()
+                    kept_now = kept_now + now.count_nonzero()
                 torch.mul(Z, kept, out=part.D)
                 if shrink != 1.0:
                     Z.mul_(shrink)
@@ -356,46 +359,7 @@ class _Admm:
                 self._lay_down(part)
         self.marker.settle()
         self.iterations += 1
-
-    def low_rank_step(self, momentum: float) -> None:
-        """U·V ← one warm subspace step towards the best fit of W − S + momentum·(U·V − the U·V before it).
-
-        W − S = U·V + C, so the target is C plus factors that are at hand and is never formed.
-        """
-        if self.U.shape[1]:
-            U, B = self.U, self.B
-            U_before, B_before = self.before
-            wide_U = torch.cat((U, U_before), 1)  # [o, 2r]
-            wide_B = torch.cat((B * (1 + momentum), B_before * -momentum), 1)  # [d, 2r]
-
-            def target_times(y: Tensor) -> Tensor:  # [o, r] -> [d, r]
-                product = torch.zeros_like(B)
-                for tile in self.tiles:
-                    product += tile.C @ y[tile.rows].to(self.low)
-                return product.addmm_(wide_B, wide_U.t() @ y)
-
-            y = self.metric.times(target_times(U))
-            low_y = y.to(self.low)
-            turned = torch.cat([(tile.C.t() @ low_y).float() for tile in self.tiles])
-            self.before = (U, B)
-            self.U = torch.linalg.qr(turned.addmm_(wide_U, wide_B.t() @ y)).Q
-            self.B = target_times(self.U)
-
-    def support_change(self) -> float:
-        """How many kept positions came or went since the last call, as a share of those kept."""
-        changed = kept = torch.zeros((), dtype=torch.int64, device=self.weight.device)
-        for tile in self.tiles:
-            for part in tile.slices:
-                # bool(): on the CPU 9 times faster than != 0. Not sum(): there it casts a whole mask to int64 first.
-                now = part.D.bool() if self.whole else (part.support & 1).bool()
-                changed = changed + ((part.support >> 1) ^ now).count_nonzero()
-                kept = kept + now.count_nonzero()
-                part.support.copy_(now).mul_(3)
-        return float(changed / kept.clamp_min(1))
-
-    def drifted(self) -> bool:
-        """Whether U·V and S grow against each other; U·V is at most as large as W wherever it converges."""
-        return bool(self.B.norm() > _DRIFT * self.size)
+        return float(moved / kept_now.clamp_min(1)) if counts else 0.0
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """S [o, d] exactly in the pattern, and U [o, r], V [r, d] fitted to it, in the problem's own scale."""

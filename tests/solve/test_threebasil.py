@@ -74,15 +74,44 @@ def test_the_sparse_step_is_the_textbook_step(tile_rows):
     D, Y = projection_and_dual(state)
     assert Y.abs().max() < 1e-6
     for _ in range(4):
+        state.low_rank_step()
         S = reference.sparse_step(W, (state.U @ state.B.t()).double(), D, Y, G, rho)
         Z = S + Y
-        D = Z * reference.project(Z, "2:4")
+        before, D = D, Z * reference.project(Z, "2:4")
         Y = Z - D
-        state.sparse_step()
-        state.low_rank_step(0.0)
+        moved = state.sparse_step(counts=True)
         ours = projection_and_dual(state)
         torch.testing.assert_close(ours[0], D, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours[1], Y, rtol=1e-4, atol=1e-4)
+        assert moved == pytest.approx(((before != 0) != (D != 0)).sum().item() / (D != 0).sum().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("tile_rows", [None, 20])
+def test_s_and_u_v_are_the_minimum_together(tile_rows):
+    """Of the augmented Lagrangian for D and Y: what the paper's steps 1 and 4 creep to when they take turns."""
+    problem = made_problem(rank=3)
+    metric = _metric(problem)
+    state = _Admm(problem, metric, 3, torch.float32, tile_rows)
+    rho = 0.5
+    state.set_inverse(rho)
+    state.sparse_step()
+    G = metric.times(torch.eye(64)).double()
+    W = (problem.weight * metric.scale).double()
+    D, Y = projection_and_dual(state)
+
+    def lagrangian(UV: torch.Tensor) -> float:
+        S = reference.sparse_step(W, UV, D, Y, G, rho)
+        R = W - UV - S
+        return ((R @ G * R).sum() + rho * (S - D + Y).square().sum()).item()
+
+    for _ in range(60):
+        state.low_rank_step()
+    ours = lagrangian((state.U @ state.B.t()).double())
+    UV = torch.zeros_like(W)
+    for _ in range(200):
+        UV = reference.best_low_rank(W - reference.sparse_step(W, UV, D, Y, G, rho), G, 3)
+    assert ours <= lagrangian(UV) * (1 + 1e-6)
+    assert ours >= 0.9 * lagrangian(UV)
 
 
 @pytest.mark.parametrize("tile_rows", [None, 20])
@@ -98,27 +127,6 @@ def test_the_dual_is_rescaled_when_rho_changes(tile_rows):
     (D, Y), (D_shrunk, Y_shrunk) = projection_and_dual(plain), projection_and_dual(shrunk)
     torch.testing.assert_close(Y_shrunk, 0.8 * Y, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(D_shrunk, D, rtol=1e-6, atol=1e-6)
-
-
-def test_the_low_rank_step_reaches_the_truncated_svd():
-    problem = made_problem(rank=3)
-    metric = _metric(problem)
-    state = _Admm(problem, metric, 3, torch.float32)
-    state.set_inverse(0.5)
-    state.sparse_step()
-    (tile,) = state.tiles
-    G = metric.times(torch.eye(64)).double()
-    target = (state.B @ state.U.t() + tile.C).t().double()  # W − S
-    for _ in range(60):  # the target stays, because it is C plus the U·V that it was formed with
-        U, B = state.U, state.B
-        state.low_rank_step(0.0)
-        tile.C.add_(torch.addmm(B @ U.t(), state.B, state.U.t(), alpha=-1))
-    best = reference.best_low_rank(target, G, 3)
-
-    def distance(UV: torch.Tensor) -> float:
-        return ((target - UV) @ G * (target - UV)).sum().item()
-
-    assert distance((state.U @ state.B.t()).double()) <= distance(best) * (1 + 1e-5)
 
 
 def test_the_last_fit_of_u_and_v_is_the_best_for_s():
@@ -195,14 +203,6 @@ def test_too_few_iterations_are_reported():
     result = ThreeBasil(max_iterations=7).solve(made_problem())
     assert_valid(made_problem(), result)
     assert "had not settled after 7 iterations" in result.warnings[0]
-
-
-def test_momentum_that_lets_the_parts_grow_apart_is_given_up_and_reported():
-    problem = made_problem(pattern="1:16", rank=4)
-    result = ThreeBasil(momentum_gap=-0.01, momentum_late=1.0).solve(problem)
-    assert_valid(problem, result)
-    assert "solved again without momentum" in result.warnings[0]
-    assert error(problem, result) < 1
 
 
 def test_an_unknown_precision_is_refused():
@@ -311,7 +311,7 @@ def test_planned_memory_is_what_a_solve_takes(o, d, tile_rows, pattern, precisio
     X = torch.randn(2 * d, d)
     problem = LayerProblem("made", torch.randn(o, d), X.T @ X, parse_pattern(pattern), 16)
     peak = allocated_peak(ThreeBasil(precision=precision, tile_rows=tile_rows, max_iterations=6), problem)
-    planned = solve_bytes(o, d, 16, tile_rows, bfloat16=precision == "bfloat16", by_row=pattern == "2:4")
+    planned = solve_bytes(o, d, 16, tile_rows, by_row=pattern == "2:4")
     planned -= min(32 << 20, 4 * d * ((tile_rows or o) + d))  # libraries pack into memory of their own
     assert 0.85 * planned <= peak <= planned
 
@@ -330,12 +330,11 @@ def test_plan_figures_grow_with_what_they_count():
     d=st.integers(8, 5000),
     rank=st.integers(0, 128),
     share=st.floats(0.05, 1.5),
-    bfloat16=st.booleans(),
     by_row=st.booleans(),
     gpu=st.booleans(),
 )
-def test_the_largest_tile_that_fits_is_chosen(o, d, rank, share, bfloat16, by_row, gpu):
-    how = {"bfloat16": bfloat16, "by_row": by_row, "gpu": gpu}
+def test_the_largest_tile_that_fits_is_chosen(o, d, rank, share, by_row, gpu):
+    how = {"by_row": by_row, "gpu": gpu}
     room = int(share * solve_bytes(o, d, rank, **how))
     tile = tile_rows_for(o, d, rank, room, **how)
     if tile is None:
