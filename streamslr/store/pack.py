@@ -75,6 +75,17 @@ def unpack(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple
     return S
 
 
+def unpack_rows(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int], rows: slice) -> Tensor:
+    """S[rows] of a linear that `check_packed` found sound: `unpack` without the checks, and for 2:4 much faster."""
+    d = shape[1]
+    values, meta = _values_of(tensors, pattern, rows), tensors["meta"][rows]
+    if _has_nibbles(pattern) and values.element_size() in (2, 4):
+        return _place_pairs(values, meta, d)
+    kept = _decode(meta, pattern)[:, :d]
+    S = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
+    return S.masked_scatter_(kept, values)
+
+
 @torch.no_grad()
 def merge(
     tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int], dtype: torch.dtype
@@ -223,15 +234,13 @@ def _unpack_rows(
     kept = _decode(tensors["meta"][rows], pattern)
     past_d = kept[:, shape[1] :]
     kept = kept[:, : shape[1]]
+    values = _values_of(tensors, pattern, rows)
     if isinstance(pattern, NofM):
-        values = tensors["values"][rows].reshape(-1)
         groups = kept.reshape(-1, shape[1] // pattern.m, pattern.m).sum(dim=2, dtype=torch.int32)
         sound = (groups == pattern.n).all()
     else:
         offsets = tensors["row_offsets"][rows.start : rows.stop + 1]
-        start, stop = int(offsets[0]), int(offsets[-1])
-        values = tensors["values"][start:stop] if 0 <= start <= stop else tensors["values"][:0]
-        sound = (kept.sum(dim=1) == offsets.diff()).all() & (len(values) == stop - start)
+        sound = (kept.sum(dim=1) == offsets.diff()).all() & (len(values) == offsets[-1] - offsets[0])
     if not sound or past_d.any():
         raise InputError(
             f"a packed {shape[0]}x{shape[1]} linear is damaged: in rows {rows.start} to {rows.stop - 1} meta "
@@ -239,6 +248,40 @@ def _unpack_rows(
         )
     S = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
     return S.masked_scatter_(kept, values)
+
+
+def _values_of(tensors: Mapping[str, Tensor], pattern: SparsityPattern, rows: slice) -> Tensor:
+    """The values of these rows, one after another."""
+    if isinstance(pattern, NofM):
+        return tensors["values"][rows].reshape(-1)
+    start, stop = (int(tensors["row_offsets"][i]) for i in (rows.start, rows.stop))
+    return tensors["values"][start:stop] if 0 <= start <= stop else tensors["values"][:0]
+
+
+def _place_pairs(values: Tensor, meta: Tensor, d: int) -> Tensor:
+    """2:4 values [rows · d/2] of 2 or 4 bytes, meta [rows, ceil(d/8)] -> S [rows, d].
+
+    A group's two values are read as one integer, and each is shifted to where its index says within the 64 bits
+    (or twice 64) that four values take: about ten passes that vectorise, where a scatter goes value by value.
+    """
+    bits = 8 * values.element_size()
+    codes = torch.stack((meta & 15, meta >> 4), dim=2).view(len(meta), -1)[:, : d // 4].reshape(-1)  # [groups]
+    if values.storage_offset() % 2:  # a view of a mapped file, where pairs need not be aligned
+        values = values.clone()
+    pairs = values.view(torch.int32 if bits == 16 else torch.int64).long()  # [groups]
+    low = (1 << bits) - 1
+    first, second = pairs & low, (pairs >> bits) & low
+    to_first, to_second = ((codes & 3) * bits).long(), ((codes >> 2) * bits).long()
+    if bits == 16:
+        first <<= to_first
+        second <<= to_second
+        first |= second
+        return first.view(values.dtype).view(-1, d)
+    S = torch.empty(len(pairs), 2, dtype=torch.int64, device=values.device)
+    # shifts below 0 or past 63 give 0 in torch: that value belongs in the other half
+    torch.bitwise_or(first << to_first, second << to_second, out=S[:, 0])
+    torch.bitwise_or(first << to_first - 64, second << to_second - 64, out=S[:, 1])
+    return S.view(values.dtype).view(-1, d)
 
 
 def _misfit(pattern: SparsityPattern, shape: tuple[int, int]) -> str | None:
