@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.solve.pattern import NofM, SparsityPattern, parse_pattern
-from streamslr.store.pack import check_packed, unpack, unpack_rows
+from streamslr.store.pack import unpack, unpack_rows
 
 _TILE = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Weights unpacked at once. On the CPU a tile and the integers it is made of stay in the cache: at 4096x4096 in bf16
@@ -74,10 +74,6 @@ class SparseLowRankLinear(nn.Module):
         """What the folder stores of the linear, bias left out: values, meta[, row_offsets][, U, V]."""
         parts = {name: getattr(self, name) for name in ("values", "meta", "row_offsets", "U", "V")}
         return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
-
-    def check(self) -> list[str]:
-        """What is wrong with the packed tensors, a sentence each; [] when they are sound."""
-        return check_packed(self.packed(), self.pattern, (self.out_features, self.in_features))
 
     def keep_dense(self) -> None:
         """Also holds S dense from now on: the speed of a dense linear, for its memory beside the packed one."""
