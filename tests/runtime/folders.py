@@ -15,7 +15,12 @@ from tests.tiny_models import tiny_checkpoint
 
 
 def compressed_folder(
-    folder: Path, architecture: str = "llama", pattern: str = "2:4", rank: int = 4, blocks: int | None = None, **model: Any
+    folder: Path,
+    architecture: str = "llama",
+    pattern: str = "2:4",
+    rank: int = 4,
+    blocks: int | None = None,
+    **model: Any,
 ) -> Path:
     """folder/slr, of a tiny model in folder/dense; `blocks`: only so many are done. `model`: of tiny_checkpoint."""
     checkpoint = open_checkpoint(str(tiny_checkpoint(folder / "dense", architecture, **model)))
@@ -44,8 +49,8 @@ def dense_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
     checkpoint = open_checkpoint(str(folder))
     config = checkpoint.config
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    missing = model.load_state_dict(checkpoint.read(checkpoint.tensors), strict=False).missing_keys
-    assert set(missing) <= set(model.all_tied_weights_keys)
-    model.tie_weights()
+    architecture = type(AutoModelForCausalLM.from_config(config))
+    model: PreTrainedModel = architecture.from_pretrained(
+        None, config=config, state_dict=checkpoint.read(checkpoint.tensors), dtype=torch.float32
+    )
     return model.to(dtype).eval()
