@@ -12,8 +12,8 @@ from streamslr.solve.pattern import NofM, SparsityPattern, parse_pattern
 from streamslr.store.pack import unpack, unpack_rows
 
 _TILE = {"cpu": 1 << 19, "cuda": 1 << 24}
-"""Weights unpacked at once. On the CPU a tile and the integers it is made of stay in the cache: at 4096x4096 in bf16
-unpacking takes 65 ms in tiles of 2^17 to 2^20 weights, 157 ms at once (float32: 125 and 407 ms; one thread)."""
+"""Weights unpacked at once. On the CPU a tile and what it is made of stay in the cache: 4096x4096 took 2 to 4 times as
+long unpacked at once as in tiles of 2^17 to 2^20 weights, which were alike (tools/results/inference-cpu.json)."""
 
 log = logging.getLogger("streamslr")
 
