@@ -1,6 +1,7 @@
 """streamslr: language models made sparse plus low-rank, W ≈ S + U·V, one block at a time, out of core.
 
-`compress(model=…, out=…)` is `streamslr run`. The rooms, in the order that data walks them:
+`compress(model=…, out=…)` is `streamslr run`; `load(folder)` makes a model of transformers of what came out. The rooms,
+in the order that data walks them:
 
     memory.py              what the process holds and may hold; giving freed memory back
     config.py              RunConfig: every setting, its help, whether it may change on resume
@@ -34,6 +35,10 @@
         inspect.py             what each block's shard holds, and how good it is
         verify.py              every digest, pattern, value and file checked again
         evaluate.py            perplexity, streamed block by block
+    runtime/               a compressed folder as a model that runs
+        linear.py              SparseLowRankLinear: packed in memory; sparse tensor cores, or unpacked tile by tile
+        loader.py              load, and what transformers' from_pretrained needs to read the format
+        register.py            tells transformers of it without importing transformers
     cli.py                 arguments -> RunConfig; the only place that prints
 """
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from streamslr.solve.pattern import NofM, SparsityPattern, parse_pattern
 from streamslr.store.pack import unpack, unpack_rows
 
-_TILE = {"cpu": 1 << 19, "cuda": 1 << 24}
-"""Weights unpacked at once. On the CPU a tile and what it is made of stay in the cache: 4096x4096 took 2 to 4 times as
-long unpacked at once as in tiles of 2^17 to 2^20 weights, which were alike (tools/results/inference-cpu.json)."""
+_CPU_TILE, _GPU_TILE = 1 << 19, 1 << 24
+"""Weights unpacked at once. On the CPU a tile and what it is made of stay in the cache: 4096x4096 took 2 to 3 times as
+long unpacked at once (tools/results/inference-cpu.json), and tiles of 2^17 to 2^20 were alike. Untried on GPUs."""
 
 log = logging.getLogger("streamslr")
 
@@ -153,10 +153,11 @@ def _packed_product(
     """
     parsed, o = _parse(pattern), len(meta)
     tensors = {"values": values, "meta": meta} | ({} if row_offsets is None else {"row_offsets": row_offsets})
-    step = max(1, _TILE[x.device.type] // d)
+    step = max(1, (_CPU_TILE if x.device.type == "cpu" else _GPU_TILE) // d)
     tiles = (slice(start, min(start + step, o)) for start in range(0, o, step))
     if by_columns:
-        sums = torch.zeros(len(x), d, dtype=torch.float32, device=x.device)  # over tiles, so wider than bf16
+        wide = torch.promote_types(x.dtype, torch.float32)  # sums over tiles would round in bf16
+        sums = torch.zeros(len(x), d, dtype=wide, device=x.device)
         for rows in tiles:
             sums += x[:, rows] @ unpack_rows(tensors, parsed, (o, d), rows).to(x.dtype)
         return sums.to(x.dtype)
@@ -250,4 +251,4 @@ def _semi_structured(linear: SparseLowRankLinear) -> _SemiStructured:
 @cache
 def _announce(kernel: str) -> None:
     """Each way and reason once in a process."""
-    log.log(logging.WARNING if kernel.startswith("unpacked") else logging.INFO, "2:4 on the GPU: %s", kernel)
+    log.log(logging.WARNING if kernel.startswith("unpacked") else logging.INFO, "packed linears on the GPU: %s", kernel)

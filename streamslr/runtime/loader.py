@@ -98,9 +98,9 @@ class StreamslrQuantizer(HfQuantizer):
         prefix = f"{model.base_model_prefix}."
         for key in [key for key in stored if key.endswith(".meta")]:
             path = key.removesuffix(".meta")
-            # a base model (AutoModel) is loaded from the same names without its prefix
-            name = path if path in linears else path.removeprefix(prefix)
-            if name not in linears:
+            # the names of a base model (AutoModel) and of one with a head differ by a prefix
+            name = next((n for n in (path, path.removeprefix(prefix), prefix + path) if n in linears), None)
+            if name is None:
                 continue  # transformers reports what the model has no use for
             linear = linears.pop(name)
             rank = stored[f"{path}.U"].shape[1] if f"{path}.U" in stored else 0

@@ -65,7 +65,7 @@ def test_tiles_of_any_height_give_the_same(pattern: str, monkeypatch: pytest.Mon
     linear = packed_linear(pattern)
     x = torch.randn(3, 80, requires_grad=True)
     expected = torch.autograd.grad(linear(x).square().sum(), x)[0]
-    monkeypatch.setitem(module._TILE, "cpu", 7 * 80)
+    monkeypatch.setattr(module, "_CPU_TILE", 7 * 80)
     assert torch.allclose(torch.autograd.grad(linear(x).square().sum(), x)[0], expected, rtol=1e-4, atol=1e-3)
 
 

@@ -171,7 +171,8 @@ import sys, threading
 import torch, streamslr
 from streamslr.memory import anonymous, uss
 torch.set_grad_enabled(False)
-streamslr.load(sys.argv[1], device="cpu")(torch.zeros(1, 4, dtype=torch.long))  # what the libraries take is there afterwards
+# After a first model, what the libraries themselves take is there.
+streamslr.load(sys.argv[1], device="cpu")(torch.zeros(1, 4, dtype=torch.long))
 # Cast while it is read, a model lies beside the mapped pages of its shards, which the system takes back at will.
 for dtype, taken in ("bfloat16", uss), ("float32", anonymous):
     before, readings, done = taken(), [], threading.Event()
