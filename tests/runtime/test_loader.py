@@ -18,6 +18,7 @@ from streamslr.errors import InputError
 from streamslr.results.evaluate import evaluate
 from streamslr.runtime.linear import SparseLowRankLinear
 from streamslr.runtime.loader import packed_modules
+from streamslr.source.checkpoint import open_checkpoint
 from tests.runtime.folders import compressed_folder, dense_model
 from tests.tiny_models import TEXT, VOCABULARY, tiny_checkpoint
 
@@ -123,6 +124,14 @@ def test_a_saved_folder_evaluates_as_the_one_that_run_wrote(folder: Path, tmp_pa
         for place in (folder, tmp_path / "saved")
     )
     assert first == second
+
+
+def test_a_linear_split_between_shards_loads_but_is_refused_elsewhere(folder: Path, tmp_path: Path) -> None:
+    model = streamslr.load(folder, device="cpu")
+    model.save_pretrained(tmp_path / "saved", max_shard_size="10KB")
+    assert torch.equal(logits(streamslr.load(tmp_path / "saved", device="cpu")), logits(model))
+    with pytest.raises(InputError, match=r"in another shard.*larger max_shard_size"):
+        open_checkpoint(str(tmp_path / "saved"))
 
 
 def test_trained_factors_are_saved(folder: Path, tmp_path: Path) -> None:
