@@ -1,6 +1,7 @@
 """streamslr: language models made sparse plus low-rank, W ≈ S + U·V, one block at a time, out of core.
 
-`compress(model=…, out=…)` is `streamslr run`. The rooms, in the order that data walks them:
+`compress(model=…, out=…)` is `streamslr run`; `load(folder)` makes a model of transformers of what came out. The rooms,
+in the order that data walks them:
 
     memory.py              what the process holds and may hold; giving freed memory back
     config.py              RunConfig: every setting, its help, whether it may change on resume
@@ -34,18 +35,30 @@
         inspect.py             what each block's shard holds, and how good it is
         verify.py              every digest, pattern, value and file checked again
         evaluate.py            perplexity, streamed block by block
+    runtime/               a compressed folder as a model that runs
+        linear.py              SparseLowRankLinear: packed in memory; sparse tensor cores, or unpacked tile by tile
+        loader.py              load, and what transformers' from_pretrained needs to read the format
+        register.py            tells transformers of it without importing transformers
     cli.py                 arguments -> RunConfig; the only place that prints
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamslr.runtime.register import register_with_transformers
+
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
     from streamslr.journal import JournalState
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "compress"]
+__all__ = ["__version__", "compress", "load"]
+
+# torch and transformers take seconds to import: whatever needs them is imported when it is called
+register_with_transformers()
 
 
 def compress(model: str | Path, out: str | Path, **settings: Any) -> "JournalState":
@@ -56,8 +69,21 @@ def compress(model: str | Path, out: str | Path, **settings: Any) -> "JournalSta
     written like "45GB". Returns the journal, with a record a block (`.blocks[0].layers[0].error_after`).
     Raises a streamslr.errors.StreamslrError for whatever a user can mend. Messages go to the logger "streamslr".
     """
-    from streamslr.config import RunConfig  # torch and transformers are imported when they are needed
+    from streamslr.config import RunConfig
     from streamslr.prepare import prepare
     from streamslr.run import run
 
     return run(prepare(RunConfig.of(model=model, out=out, **settings)))
+
+
+def load(
+    folder: str | Path,
+    device: "str | torch.device | None" = None,
+    dtype: "str | torch.dtype | None" = None,
+    device_map: Any = None,
+    keep_dense: bool = False,
+) -> "PreTrainedModel":
+    """The model of a compressed folder or hub id, packed in memory: `streamslr.runtime.loader.load`."""
+    from streamslr.runtime.loader import load
+
+    return load(folder, device, dtype, device_map, keep_dense)

