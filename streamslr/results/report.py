@@ -28,6 +28,9 @@ _PHASE_COLOURS = dict(
 )
 _PART_COLOURS = {"S": "#2f7fb5", "U·V": "#e09f3e", "dense linears": "#a0a8b0", "everything else": "#d3d8dc"}
 _ERROR_COLOURS = [[0, "#24476b"], [0.3, "#2f7fb5"], [0.55, "#9cc5c9"], [0.75, "#f0c869"], [1, "#c8442f"]]
+_LEGEND_SHARE = 0.005
+"""Phases of a smaller share of the time are not in the legend; they are named on hover."""
+
 _LEAST_ERROR = 1e-12
 """What an error of nothing shows as on a logarithmic scale."""
 
@@ -69,14 +72,12 @@ def figures(state: JournalState) -> dict[str, Figure]:
     if not state.blocks:
         return {}
     matched = [block for block in state.blocks if block.matching]
-    gpu = any("gpu_peak_bytes" in reading for _, _, reading in _readings(state))
     return {
         "errors": _error_map(state.blocks),
         "block-errors": _block_errors(state.blocks),
         **({"matching": _matching(matched), "curves": _curves(matched)} if matched else {}),
         "time": _time(state),
-        "memory": _memory(state, "host"),
-        **({"gpu-memory": _memory(state, "gpu")} if gpu else {}),
+        **{f"{place}-memory": _memory(state, place) for place in _peaks(state)},
         "sizes": _sizes(state),
     }
 
@@ -105,17 +106,17 @@ def _key_figures(state: JournalState) -> str:
     before = sizes["dense linears"] + sizes["everything else"]
     after = sizes["S"] + sizes["U·V"] + sizes["everything else"]
     dense_bits = 8 * of_all["dense_linear_bytes"] / sum(math.prod(layer.shape) for layer in _layers(state.blocks))
-    readings = [reading for _, _, reading in _readings(state)]
-    peak = max(reading["host_peak_bytes"] for reading in readings)
-    budget = max((reading.get("host_budget_bytes", 0) for reading in readings), default=0)
-    seconds = sum(reading["seconds"] for reading in readings)
+    seconds = sum(reading["seconds"] for _, _, reading in _readings(state))
     found = sum(len(warnings(block)) for block in state.blocks)
     shown = [
         ("bits a weight", f"{of_all['bits_per_weight']:.2f}", f"linears of the blocks; dense {dense_bits:.0f}"),
         ("size", format_bytes(after), f"of {format_bytes(before)}, {after / before:.0%}"),
         ("mean error", f"{of_all['error_after']:.3g}", f"pruning alone {of_all['error_before']:.3g}"),
         ("time", format_duration(seconds), f"{seconds / len(state.blocks):.3g} s a block"),
-        ("peak memory", format_bytes(peak), f"of {format_bytes(budget)} allowed" if budget else "host"),
+        *(
+            (f"peak {place} memory", format_bytes(peak), f"of {format_bytes(budget)} allowed" if budget else "")
+            for place, (peak, budget) in _peaks(state).items()
+        ),
         ("warnings", str(found), "see below" if found else "nothing out of the ordinary"),
     ]
     return "".join(
@@ -154,11 +155,11 @@ def _texts(state: JournalState) -> Iterable[tuple[tuple[str, ...], str, str]]:
         f"Starting Python and whatever was interrupted is not in it.{took}",
     )
     yield (
-        ("memory", "gpu-memory"),
+        ("host-memory", "gpu-memory"),
         "Memory against the budget",
         "The highest reading of each phase (its width is the time it took), with the plan of that phase as a line. "
         "Peaks should stay under their plan, the plan under the budget, and a late block should need no more than "
-        "an early one.",
+        "an early one. A budget of several times what was needed is not drawn.",
     )
     yield (
         ("sizes",),
@@ -198,6 +199,12 @@ def _settings(folder: Path, state: JournalState) -> str:
         config = {}
     architecture = ", ".join(config.get("architectures") or []) or config.get("model_type", "")
     windows = f"{fixed.pop('samples', '?')} windows of {fixed.pop('seq_len', '?')} tokens of {state.calibration}"
+    matching = "no"
+    if fixed.get("match"):
+        matching = (
+            f"{fixed['match_epochs']} epochs, {fixed['match_batch']} windows a step, rate {fixed['match_lr']}, "
+            f"recovering {fixed['match_recover']:.0%} of what earlier blocks lost"
+        )
     rows = {
         "model": " ".join(filter(None, (state.model, f"({architecture})" if architecture else ""))),
         "identity": fixed.pop("model", ""),  # hub:ID@commit, or a digest of the folder's headers
@@ -205,12 +212,10 @@ def _settings(folder: Path, state: JournalState) -> str:
         "rank of U·V": fixed.pop("rank", ""),
         "calibration": windows,
         "digest of its tokens": fixed.pop("tokens", ""),
-        **{name.replace("_", " "): value for name, value in fixed.items()},
+        "matching": matching,
         "windows at a time": state.micro_batch,
-        **{name: value for name, value in state.made_with.items() if name not in ("device", "threads")},
-        "machine": ", ".join(
-            f"{name} {state.made_with[name]}" for name in ("device", "threads") if name in state.made_with
-        ),
+        **{name: value for name, value in fixed.items() if not name.startswith("match")},
+        **state.made_with,  # the device's own name instead of "cuda"
     }
     return "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items() if value != ""
@@ -230,6 +235,19 @@ def _readings(state: JournalState) -> list[tuple[int | None, str, Any]]:
     return [(index, name, reading) for index, part in parts for name, reading in phases(part).items()]
 
 
+def _peaks(state: JournalState) -> dict[str, tuple[int, int]]:
+    """Of the host, and of a GPU where one was used: (highest reading, budget or 0), in bytes."""
+    readings = [reading for _, _, reading in _readings(state)]
+    return {
+        place: (
+            max(reading.get(f"{place}_peak_bytes", 0) for reading in readings),
+            max(reading.get(f"{place}_budget_bytes", 0) for reading in readings),
+        )
+        for place in ("host", "gpu")
+        if any(f"{place}_peak_bytes" in reading for reading in readings)
+    }
+
+
 def _bytes_of_parts(state: JournalState) -> dict[str, int]:
     """Of the finished blocks and what is outside the blocks, in their shards."""
     layers = _layers(state.blocks)
@@ -243,7 +261,12 @@ def _bytes_of_parts(state: JournalState) -> dict[str, int]:
     }
 
 
-# Figures. What they say on hover is HTML to plotly, so it is escaped as well.
+# Figures
+
+
+def _marked(text: str) -> str:
+    """`text` for plotly, which takes all text for HTML but does not know &quot;."""
+    return escape(text, quote=False)
 
 
 def _layout(height: int, x: str = "", y: str = "", **more: Any) -> Figure:
@@ -257,8 +280,8 @@ def _layout(height: int, x: str = "", y: str = "", **more: Any) -> Figure:
         "hoverlabel": {"bgcolor": "#22272c", "bordercolor": "#22272c", "font": {"color": "#fff"}, "align": "left"},
         "legend": {"orientation": "h", "traceorder": "normal", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "dragmode": False,
-        "xaxis": axis | {"title": {"text": x}, "showgrid": False} | more.pop("xaxis", {}),
-        "yaxis": axis | {"title": {"text": y}} | more.pop("yaxis", {}),
+        "xaxis": axis | {"title": {"text": x, "font": {"size": 13}}, "showgrid": False} | more.pop("xaxis", {}),
+        "yaxis": axis | {"title": {"text": y, "font": {"size": 13}}} | more.pop("yaxis", {}),
     } | more
 
 
@@ -280,7 +303,7 @@ def _error_map(blocks: Sequence[BlockRecord]) -> Figure:
     hover.insert(
         0,
         [
-            f"<b>{escape(block.name)}</b>, mean of its {len(block.layers)} linears<br>"
+            f"<b>{_marked(block.name)}</b>, mean of its {len(block.layers)} linears<br>"
             f"error {mean['error_after']:.3g}, pruning alone {mean['error_before']:.3g}"
             for block, mean in zip(blocks, means, strict=True)
         ],
@@ -291,7 +314,7 @@ def _error_map(blocks: Sequence[BlockRecord]) -> Figure:
     trace = {
         "type": "heatmap",
         "x": [block.index for block in blocks],
-        "y": ["mean of block", *map(escape, names)],
+        "y": ["mean of block", *map(_marked, names)],
         "z": cells,
         "hovertext": hover,
         "hoverinfo": "text",
@@ -305,7 +328,7 @@ def _error_map(blocks: Sequence[BlockRecord]) -> Figure:
             "thickness": 10,
             "outlinewidth": 0,
             "tickvals": [math.log10(tick) for tick in ticks],
-            "ticktext": [f"{tick:g}" for tick in ticks],
+            "ticktext": [f"{tick:.3g}" for tick in ticks],
         },
     }
     axes = {"xaxis": _block_axis(blocks) | {"showline": False}, "yaxis": {"autorange": "reversed", "showgrid": False}}
@@ -315,13 +338,13 @@ def _error_map(blocks: Sequence[BlockRecord]) -> Figure:
 def _describe(layer: LayerRecord) -> str:
     """One linear, as the heat map says it on hover."""
     rows = [
-        f"<b>{escape(layer.name)}</b>",
+        f"<b>{_marked(layer.name)}</b>",
         f"error {layer.error_after:.3g}, pruning alone {layer.error_before:.3g}",
-        f"{layer.shape[0]} × {layer.shape[1]}, {escape(layer.pattern)} + rank {layer.rank}",
+        f"{layer.shape[0]} × {layer.shape[1]}, {_marked(layer.pattern)} + rank {layer.rank}",
         f"{layer.iterations} iterations, {format_bytes(layer.nbytes)} of {format_bytes(layer.dense_nbytes)}",
     ]
     for warning in layer.warnings:
-        rows += [escape(line) for line in textwrap.wrap("! " + warning, 60)]
+        rows += [_marked(line) for line in textwrap.wrap("! " + warning, 60)]
     return "<br>".join(rows)
 
 
@@ -367,7 +390,7 @@ def _log_axis(values: Iterable[float | None]) -> Figure:
     """Labelled with plain numbers, which plotly's own are not."""
     logs = [_log(value) for value in values if value is not None]
     ticks = _ticks(min(logs) - 0.05, max(logs) + 0.05)
-    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:.3g}" for tick in ticks]}
 
 
 def _matching(blocks: Sequence[BlockRecord]) -> Figure:
@@ -472,7 +495,7 @@ def _depth_colour(share: float) -> str:
 
 
 def _time(state: JournalState) -> Figure:
-    whole = sum(reading["seconds"] for _, _, reading in _readings(state))
+    whole = sum(reading["seconds"] for _, _, reading in _readings(state)) or 1.0
     unit, name = (1, "seconds") if whole / len(state.blocks) < 300 else (60, "minutes")
     traces = []
     for phase in dict.fromkeys(phase for index, phase, _ in _readings(state) if index is not None):
@@ -480,11 +503,12 @@ def _time(state: JournalState) -> Figure:
         traces.append(
             {
                 "type": "bar",
-                "name": f"{escape(phase)} {sum(seconds) / whole if whole else 0:.0%}",
+                "name": f"{_marked(phase)} {sum(seconds) / whole:.0%}",
+                "showlegend": sum(seconds) / whole >= _LEGEND_SHARE,
                 "x": [block.index for block in state.blocks],
                 "y": [s / unit for s in seconds],
                 "marker": {"color": _PHASE_COLOURS.get(phase, _BEFORE)},
-                "hovertemplate": f"block %{{x}}, {escape(phase)}: %{{y:.3g}} {name}<extra></extra>",
+                "hovertemplate": f"block %{{x}}, {_marked(phase)}: %{{y:.3g}} {name}<extra></extra>",
             }
         )
     layout = _layout(300, "block", name, xaxis=_block_axis(state.blocks), barmode="stack", bargap=0.15)
@@ -508,7 +532,7 @@ def _memory(state: JournalState, place: str) -> Figure:
             phase,
             {
                 "type": "bar",
-                "name": escape(phase),
+                "name": _marked(phase),
                 "x": [],
                 "y": [],
                 "width": [],
@@ -524,12 +548,14 @@ def _memory(state: JournalState, place: str) -> Figure:
         bar["width"].append(width)
         where = "before block 0" if index is None else f"block {index}"
         bar["hovertext"].append(
-            f"{where}, {escape(phase)}: {format_bytes(peak)}" + (f", planned {format_bytes(plan)}" if plan else "")
+            f"{where}, {_marked(phase)}: {format_bytes(peak)}" + (f", planned {format_bytes(plan)}" if plan else "")
         )
         for line, value in ((planned, plan), (budgets, budget)):
             line["x"] += [start, start + width]
             line["y"] += [value and value / scale] * 2
         start += width
+    for bar in bars.values():
+        bar["showlegend"] = sum(bar["width"]) >= _LEGEND_SHARE * start
     lines = []
     # a budget far above what was needed would flatten all else: the head of the page says it
     top = max([most / scale, *filter(None, planned["y"])])
