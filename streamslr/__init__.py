@@ -34,6 +34,7 @@
         inspect.py             what each block's shard holds, and how good it is
         verify.py              every digest, pattern, value and file checked again
         evaluate.py            perplexity, streamed block by block
+        report.py              one HTML page of a run: errors, matching, time, memory, sizes
     cli.py                 arguments -> RunConfig; the only place that prints
 """
 

@@ -91,7 +91,7 @@ def _model_name(folder: Path, state: JournalState) -> str:
 
 def _status(state: JournalState) -> str:
     if state.complete:
-        return f"Finished: {state.blocks_total} blocks."
+        return f"Finished: {state.blocks_total} block{'s' if state.blocks_total > 1 else ''}."
     return (
         f"Unfinished: {len(state.blocks)} of {state.blocks_total} blocks are done, and this page shows these. "
         "The same streamslr run line goes on."
@@ -114,7 +114,7 @@ def _key_figures(state: JournalState) -> str:
         ("mean error", f"{of_all['error_after']:.3g}", f"pruning alone {of_all['error_before']:.3g}"),
         ("time", format_duration(seconds), f"{seconds / len(state.blocks):.3g} s a block"),
         *(
-            (f"peak {place} memory", format_bytes(peak), f"of {format_bytes(budget)} allowed" if budget else "")
+            (f"{place} memory", format_bytes(peak), f"at most, {format_bytes(budget)} allowed" if budget else "at most")
             for place, (peak, budget) in _peaks(state).items()
         ),
         ("warnings", str(found), "see below" if found else "nothing out of the ordinary"),
@@ -140,9 +140,9 @@ def _texts(state: JournalState) -> Iterable[tuple[tuple[str, ...], str, str]]:
             ("matching", "curves"),
             "Matching",
             "What leaves each block against what should, ‖f̂(X) − T‖² / ‖T‖², before and after its weights were "
-            "refined together; the loss tends to grow with depth, because later blocks also carry what earlier ones "
-            "lost. Then the loss by epoch as a share of the first: curves should fall and flatten, and one that rises "
-            "belongs to a block that was left as solved.",
+            "refined together; it tends to grow with depth, because later blocks also carry what earlier ones lost. "
+            "Then the loss by epoch as a share of the first: curves should fall and flatten; a red one did not fall, "
+            "and its block was left as solved.",
         )
     else:
         yield (), "Matching", "The blocks of this run were not matched (--no-match)."
@@ -182,11 +182,11 @@ def _section(names: Sequence[str], title: str, text: str, drawn: dict[str, Figur
 
 
 def _warning_list(folder: Path, state: JournalState) -> str:
-    found = [(block.name, warning) for block in state.blocks for warning in warnings(block)]
-    found += [(s.file, "this shard is missing from the folder") for s in state.shards if not (folder / s.file).exists()]
+    found = [warning for block in state.blocks for warning in warnings(block)]
+    found += [f"{s.file} is missing from the folder" for s in state.shards if not (folder / s.file).is_file()]
     if not found:
         return "<p>None: no damping was raised, no rank cut, and matching helped wherever it was asked for.</p>"
-    items = "".join(f"<li><b>{escape(where)}</b> {escape(what)}</li>" for where, what in found)
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in found)
     return f"<ul>{items}</ul>"
 
 
@@ -286,7 +286,9 @@ def _layout(height: int, x: str = "", y: str = "", **more: Any) -> Figure:
 
 
 def _block_axis(blocks: Sequence[BlockRecord]) -> Figure:
-    return {"tickformat": "d", "dtick": max(1, math.ceil(len(blocks) / 16))}
+    ends = [blocks[0].index - 0.5, blocks[-1].index + 0.5]
+    step = next((n for n in (1, 2, 5, 10, 20) if len(blocks) <= 10 * n), 50)
+    return {"tickformat": "d", "dtick": step, "tickangle": 0, "range": ends}
 
 
 def _error_map(blocks: Sequence[BlockRecord]) -> Figure:
@@ -327,6 +329,7 @@ def _error_map(blocks: Sequence[BlockRecord]) -> Figure:
             "yanchor": "bottom",
             "thickness": 10,
             "outlinewidth": 0,
+            "tickangle": 0,
             "tickvals": [math.log10(tick) for tick in ticks],
             "ticktext": [f"{tick:.3g}" for tick in ticks],
         },
@@ -353,11 +356,14 @@ def _log(error: float) -> float:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers within 10^low to 10^high: powers of ten, and what lies between where the range is small."""
-    width = high - low
-    steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if width < 0.6 else (1, 2, 5) if width < 2 else (1,)
-    ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
-    return [tick for tick in ticks if low <= math.log10(tick) <= high] or [10**low]
+    """The roundest numbers of which two or more lie within 10^low to 10^high."""
+    ticks: list[float] = []
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), [tenths / 10 for tenths in range(10, 100)]):
+        round_ones = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
+        ticks = [tick for tick in round_ones if low <= math.log10(tick) <= high]
+        if len(ticks) >= 2:
+            break
+    return ticks or [10**low]
 
 
 def _block_errors(blocks: Sequence[BlockRecord]) -> Figure:
@@ -402,6 +408,7 @@ def _matching(blocks: Sequence[BlockRecord]) -> Figure:
         lines_x += [block.index, block.index, None]
         lines_y += [match.loss_before, match.loss_after, None]
     kept = [(block.index, match.loss_after) for block, match in records if match.kept]
+    size = 9 if len(blocks) <= 40 else 6
     left = [(block.index, match.loss_after) for block, match in records if not match.kept]
     traces: list[Figure] = [
         {
@@ -417,14 +424,14 @@ def _matching(blocks: Sequence[BlockRecord]) -> Figure:
             "y": [match.loss_before for _, match in records],
             "name": "before",
             "mode": "markers",
-            "marker": {"color": _BEFORE, "size": 9},
+            "marker": {"color": _BEFORE, "size": size},
         },
         {
             "x": [x for x, _ in kept],
             "y": [y for _, y in kept],
             "name": "after",
             "mode": "markers",
-            "marker": {"color": _AFTER, "size": 9},
+            "marker": {"color": _AFTER, "size": size},
         },
     ]
     if left:
@@ -434,7 +441,7 @@ def _matching(blocks: Sequence[BlockRecord]) -> Figure:
                 "y": [y for _, y in left],
                 "name": "after, not kept",
                 "mode": "markers",
-                "marker": {"color": _WARN, "size": 9, "symbol": "x"},
+                "marker": {"color": _WARN, "size": size, "symbol": "x"},
             }
         )
     shared = {"type": "scatter", "hovertemplate": "block %{x}: %{y:.3g}"}
@@ -449,7 +456,7 @@ def _curves(blocks: Sequence[BlockRecord]) -> Figure:
     traces: list[Figure] = []
     last = max(1, blocks[-1].index)
     for block in blocks:
-        curve = block.matching.curve if block.matching else ()
+        curve, kept = (block.matching.curve, block.matching.kept) if block.matching else ((), False)
         first = curve[0] if curve else None
         traces.append(
             {
@@ -460,7 +467,7 @@ def _curves(blocks: Sequence[BlockRecord]) -> Figure:
                 "x": list(range(len(curve))),
                 "y": [None if loss is None or not first else loss / first for loss in curve],
                 "customdata": list(curve),
-                "line": {"color": _depth_colour(block.index / last), "width": 1.5},
+                "line": {"color": _depth_colour(block.index / last) if kept else _WARN, "width": 1.5},
                 "hovertemplate": f"block {block.index}, epoch %{{x}}: loss %{{customdata:.3g}}<extra></extra>",
             }
         )
@@ -489,9 +496,11 @@ def _curves(blocks: Sequence[BlockRecord]) -> Figure:
 
 
 def _depth_colour(share: float) -> str:
-    """From the first block's blue to the last one's orange."""
-    first, last = (47, 127, 181), (224, 130, 46)
-    return "rgb({}, {}, {})".format(*(round(a + share * (b - a)) for a, b in zip(first, last, strict=True)))
+    """From the first block's blue through purple to the last one's orange."""
+    stops = ((47, 127, 181), (150, 90, 170), (230, 140, 50))
+    first, then = stops[:2] if share < 0.5 else stops[1:]
+    part = 2 * share if share < 0.5 else 2 * share - 1
+    return "rgb({}, {}, {})".format(*(round(a + part * (b - a)) for a, b in zip(first, then, strict=True)))
 
 
 def _time(state: JournalState) -> Figure:
@@ -561,7 +570,7 @@ def _memory(state: JournalState, place: str) -> Figure:
     top = max([most / scale, *filter(None, planned["y"])])
     for name, line, colour, dash in (("planned", planned, "#7d8790", "solid"), ("budget", budgets, _WARN, "dash")):
         known = [value for value in line["y"] if value is not None]
-        if known and min(known) < 4 * top:
+        if known and max(known) < 4 * top:
             style = {"color": colour, "width": 1.5, "dash": dash}
             lines.append({"type": "scatter", "mode": "lines", "name": name, **line, "line": style, "hoverinfo": "skip"})
     layout = _layout(320, unit, f"{place}, {size}", bargap=0)
@@ -571,7 +580,8 @@ def _memory(state: JournalState, place: str) -> Figure:
 def _sizes(state: JournalState) -> Figure:
     """Two bars: as it was, as it is."""
     parts = _bytes_of_parts(state)
-    scale, unit = (1e9, "GB") if sum(parts.values()) >= 1e9 else (1e6, "MB")
+    before = parts["dense linears"] + parts["everything else"]
+    scale, unit = (1e9, "GB") if before >= 1e9 else (1e6, "MB")
     rows = {"dense linears": ["before"], "S": ["after"], "U·V": ["after"], "everything else": ["before", "after"]}
     traces = [
         {
@@ -580,11 +590,13 @@ def _sizes(state: JournalState) -> Figure:
             "name": name,
             "y": where,
             "x": [parts[name] / scale] * len(where),
-            "text": [format_bytes(parts[name])] * len(where),
+            "customdata": [format_bytes(parts[name])] * len(where),
+            "text": [format_bytes(parts[name]) if parts[name] > 0.1 * before else ""] * len(where),
             "textposition": "inside",
+            "textangle": 0,
             "insidetextanchor": "middle",
             "marker": {"color": _PART_COLOURS[name]},
-            "hovertemplate": f"{name}: %{{text}}<extra></extra>",
+            "hovertemplate": f"{name}: %{{customdata}}<extra></extra>",
         }
         for name, where in rows.items()
         if parts[name]
@@ -615,10 +627,10 @@ body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 56rem; color: var(--i
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere }
 h2 { font-size: 1.1rem; margin: 2.5rem 0 .3rem }
 p { margin: .3rem 0 .8rem; color: var(--soft); max-width: 44rem }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); gap: 1rem; margin: 1.5rem 0 0;
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.6rem, 1fr)); gap: 1rem; margin: 1.5rem 0 0;
   padding: 1rem 0; border-block: 1px solid var(--line) }
 dt, dd { margin: 0; font-size: .8rem; line-height: 1.35; color: var(--soft) }
-dt + dd { font-size: 1.35rem; color: var(--ink) }
+dt + dd { font-size: 1.15rem; white-space: nowrap; color: var(--ink) }
 table { border-collapse: collapse; font-size: .85rem; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid var(--line) }
 th { font-weight: normal; color: var(--soft); white-space: nowrap }
