@@ -164,9 +164,8 @@ def _texts(state: JournalState) -> Iterable[tuple[tuple[str, ...], str, str]]:
     yield (
         ("sizes",),
         "Size",
-        "S is its kept values and where they stand, packed; everything else is embeddings, head, norms and biases, "
-        "which stay as they were."
-        + ("" if state.complete else " Of the finished blocks and what is outside the blocks."),
+        "S is its kept values and where they stand, packed; everything else, embeddings, head, norms and biases, keeps "
+        "its size." + ("" if state.complete else " Of the finished blocks and what is outside the blocks."),
     )
 
 
@@ -185,7 +184,7 @@ def _warning_list(folder: Path, state: JournalState) -> str:
     found = [warning for block in state.blocks for warning in warnings(block)]
     found += [f"{s.file} is missing from the folder" for s in state.shards if not (folder / s.file).is_file()]
     if not found:
-        return "<p>None: no damping was raised, no rank cut, and matching helped wherever it was asked for.</p>"
+        return "<p>None.</p>"
     items = "".join(f"<li>{escape(warning)}</li>" for warning in found)
     return f"<ul>{items}</ul>"
 
