@@ -35,6 +35,7 @@ in the order that data walks them:
         inspect.py             what each block's shard holds, and how good it is
         verify.py              every digest, pattern, value and file checked again
         evaluate.py            perplexity, streamed block by block
+        report.py              one HTML page of a run: errors, matching, time, memory, sizes
     runtime/               a compressed folder as a model that runs
         linear.py              SparseLowRankLinear: packed in memory; sparse tensor cores, or unpacked tile by tile
         loader.py              load, and what transformers' from_pretrained needs to read the format

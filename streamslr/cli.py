@@ -172,6 +172,17 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
 
 
 @main.command()
+@_folder_argument
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file [default: FOLDER/report.html].")
+def report(folder: Path, out: Path | None) -> None:
+    """One HTML page of what was compressed and how well, finished or not; prints its path."""
+    with _errors_and_interrupts():
+        from streamslr.results.report import write_report
+
+        click.echo(str(write_report(folder, out)))
+
+
+@main.command()
 @click.argument("model")
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="Text: .txt, .jsonl, .gz of either.")
 @click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window.")

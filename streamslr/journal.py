@@ -48,7 +48,9 @@ class MatchRecord:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """One finished block. `measured` (seconds, peak memory) is all that differs between two runs of one line."""
+    """One finished block. `measured` is all that differs between two runs of one line: of each phase its seconds and
+    peak memory, and beside these what was planned and what the budget was (progress.py).
+    """
 
     index: int
     name: str
@@ -74,6 +76,8 @@ class JournalState:
     hidden_states: str | None = None  # digest of the generation that enters block 0
     blocks: tuple[BlockRecord, ...] = ()
     measured: Mapping[str, Any] = field(default_factory=dict)  # of all before block 0, as a block's
+    model: str = ""  # what a person would call it; its identity is in the fingerprint
+    made_with: Mapping[str, str] = field(default_factory=dict)  # versions and machine, of the first start
     format_version: int = FORMAT_VERSION
 
     @property

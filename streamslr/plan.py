@@ -141,6 +141,15 @@ class Plan:
     def gpu_bytes(self) -> int:
         return max(phase.gpu_bytes for phase in self.phases)
 
+    def memory(self, host_mem: int, gpu_mem: int | None) -> dict[str, dict[str, int]]:
+        """{phase: {host_planned_bytes, host_budget_bytes[, the same of the gpu]}}: what readings are held against."""
+        memory = {}
+        for phase in self.phases:
+            memory[phase.name] = {"host_planned_bytes": phase.host_bytes, "host_budget_bytes": host_mem}
+            if gpu_mem is not None:
+                memory[phase.name] |= {"gpu_planned_bytes": phase.gpu_bytes, "gpu_budget_bytes": gpu_mem}
+        return memory
+
     def require_memory(self, host_mem: int, gpu_mem: int | None) -> None:
         """Raises BudgetError naming the phase, its bytes and the flag that would help."""
         for place, budget in (("host", host_mem), ("gpu", gpu_mem)):

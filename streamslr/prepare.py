@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import constants
 from torch import Tensor, nn
 
@@ -54,6 +56,23 @@ class Prepared:
             return self.config.out / ".scratch"
         out = str(self.config.out.absolute())
         return self.config.scratch / f"{self.config.out.name}-{hashlib.sha256(out.encode()).hexdigest()[:12]}"
+
+    @property
+    def model_name(self) -> str:
+        """What a person would call the model: its hub id, or the name of its folder."""
+        folder = Path(self.config.model)
+        return folder.absolute().name if folder.is_dir() else self.config.model
+
+    @property
+    def made_with(self) -> dict[str, str]:
+        """What the journal says of the software and the machine."""
+        return {
+            "device": "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
+            "threads": str(torch.get_num_threads()),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        }
 
     def stream(self, name: str) -> Generations:
         """Where the hidden states that enter each block lie, or the targets of matching."""

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from streamslr.journal import BlockRecord
 
 log = logging.getLogger("streamslr")
+
+PHASES = ("outside", "embed", "load", "grams", "solve", "match", "propagate", "commit")
+"""In the order that a run goes through them; the first two come before block 0."""
 
 
 class Display(Protocol):
@@ -47,10 +50,17 @@ class Phases:
     """The clock of a run: times each phase, takes its peak memory, and tells the display."""
 
     def __init__(
-        self, display: Display, device: torch.device, total_blocks: int, done: int, host_budget: int | None = None
+        self,
+        display: Display,
+        device: torch.device,
+        total_blocks: int,
+        done: int,
+        host_budget: int | None = None,
+        planned: Mapping[str, Mapping[str, int]] | None = None,
     ):
-        """host_budget: private bytes that no phase may exceed; None where nobody set a limit."""
-        self._host_budget = host_budget
+        """host_budget: private bytes that no phase may exceed; None where nobody set a limit. planned: what is
+        written down beside the readings of each phase (Plan.memory)."""
+        self._host_budget, self._planned = host_budget, planned or {}
         self._display, self._device = display, device
         self._total, self._done_before, self._done = total_blocks, done, done
         self._watch = MemoryWatch()
@@ -83,7 +93,10 @@ class Phases:
             measured["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(self._device)
         measured["seconds"] = round(time.monotonic() - start, 4)
         measured["host_peak_bytes"] = self._watch.take()
-        self._measured[name] = measured
+        if earlier := self._measured.get(name):  # the block went through this phase before
+            measured["seconds"] = round(measured["seconds"] + earlier.pop("seconds"), 4)
+            measured = {reading: max(value, earlier.get(reading, 0)) for reading, value in measured.items()}
+        self._measured[name] = {**self._planned.get(name, {}), **measured}
 
     def _step(self, done: int) -> None:
         held = self._watch.now
@@ -93,7 +106,7 @@ class Phases:
             raise MemoryError(f"the process holds {format_bytes(held)} of host memory, --host-mem is {budget}")
 
     def take(self) -> dict[str, Any]:
-        """{phase: {seconds, host_peak_bytes[, gpu_peak_bytes]}} since the last take."""
+        """{phase: {seconds, host_peak_bytes[, gpu_peak_bytes], what was planned}} since the last take."""
         measured, self._measured = self._measured, {}
         return measured
 

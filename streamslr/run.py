@@ -53,13 +53,16 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
         blocks,
         job.plan.micro_batch,
         job.plan.solver_room,
+        model=job.model_name,
+        made_with=job.made_with,
     )
+    planned = job.plan.memory(job.host_mem, job.gpu_mem)
     with Journal(config.out, start) as journal:
         done = len(journal.state.blocks)
         if done:
             log.info("%s: %d of %d blocks are done, going on", config.out, done, blocks)
         with (
-            Phases(display or NoDisplay(), job.device, blocks, done, config.host_mem) as phases,
+            Phases(display or NoDisplay(), job.device, blocks, done, config.host_mem, planned) as phases,
             held_to_gpu_budget(job.device, job.gpu_mem),
             torch.no_grad(),
         ):

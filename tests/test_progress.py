@@ -3,9 +3,10 @@
 import io
 import logging
 
+import torch
 from rich.console import Console
 
-from streamslr.progress import LiveDisplay, format_duration
+from streamslr.progress import LiveDisplay, NoDisplay, Phases, format_duration
 
 
 def test_the_display_shows_blocks_phase_memory_eta_and_the_last_warnings() -> None:
@@ -28,6 +29,21 @@ def test_the_display_shows_blocks_phase_memory_eta_and_the_last_warnings() -> No
     assert "layer 4 raised" in text
     assert "layer 1 raised" not in text, "only the last three"
     assert display not in log.handlers
+
+
+def test_a_phase_that_a_block_goes_through_twice_counts_twice_beside_what_was_planned() -> None:
+    with Phases(NoDisplay(), torch.device("cpu"), 1, 0, planned={"propagate": {"host_planned_bytes": 7}}) as phases:
+        with phases.phase("propagate", steps=1):
+            pass
+        once = phases.take()["propagate"]
+        with phases.phase("propagate", steps=1):
+            ballast = torch.ones(2**22)
+        with phases.phase("propagate", steps=1):
+            del ballast
+        twice = phases.take()["propagate"]
+    assert once.keys() == twice.keys() == {"seconds", "host_peak_bytes", "host_planned_bytes"}
+    assert twice["host_planned_bytes"] == 7
+    assert twice["host_peak_bytes"] > once["host_peak_bytes"], "the higher peak of both"
 
 
 def test_durations_read_as_people_say_them() -> None:

@@ -1,7 +1,8 @@
 """What each block's shard holds and how good it is, from the journal; for people (tables) and for programs (JSON)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from rich.table import Table
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
-from streamslr.journal import JOURNAL_FILE, BlockRecord, JournalState, read_journal
+from streamslr.journal import JOURNAL_FILE, BlockRecord, JournalState, LayerRecord, read_journal
+from streamslr.progress import PHASES
 
 
 def read_run(folder: Path) -> JournalState:
@@ -29,7 +31,7 @@ def summary(folder: Path, state: JournalState) -> dict[str, Any]:
         "blocks_done": len(state.blocks),
         "blocks_total": state.blocks_total,
         "settings": dict(state.fingerprint),
-        "totals": _totals(state.blocks),
+        "totals": totals(state.blocks),
         "blocks": [block_summary(folder, block) for block in state.blocks],
     }
 
@@ -43,18 +45,31 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
         "present": (folder / block.shard.file).is_file(),
         "sha256": block.shard.sha256,
         "bytes": block.shard.nbytes,
-        **_totals((block,)),
+        **totals((block,)),
         "matching": asdict(block.matching) if block.matching else None,
-        "warnings": [warning for layer in block.layers for warning in layer.warnings] + _not_kept(block),
-        "phases": dict(block.measured),
+        "warnings": warnings(block),
+        "phases": phases(block.measured),
         "layers": [asdict(layer) for layer in block.layers],
     }
 
 
-def _not_kept(block: BlockRecord) -> list[str]:
-    if block.matching is None or block.matching.kept:
-        return []
-    return [f"matching did not lower the loss of {block.name}; it is as it was solved"]
+def warnings(block: BlockRecord) -> list[str]:
+    """Whatever was out of the ordinary in a block."""
+    found = [warning for layer in block.layers for warning in layer.warnings]
+    if block.matching and not block.matching.kept:
+        found.append(f"matching did not lower the loss of {block.name}; it is as it was solved")
+    return found
+
+
+def short_name(layer: LayerRecord, block: BlockRecord) -> str:
+    """A layer's name within its block: self_attn.q_proj."""
+    return layer.name.removeprefix(block.name + ".")
+
+
+def phases(measured: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The readings of each phase, in the order that a run goes through them; the journal's are sorted by name."""
+    order = {name: position for position, name in enumerate(PHASES)}
+    return dict(sorted(measured.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def _matched(block: BlockRecord) -> str:
@@ -66,7 +81,8 @@ def _matched(block: BlockRecord) -> str:
     return f"{matching.loss_before:.3g} → {after}"
 
 
-def _totals(blocks: tuple[BlockRecord, ...]) -> dict[str, Any]:
+def totals(blocks: Sequence[BlockRecord]) -> dict[str, Any]:
+    """Means and sums over every linear of some blocks; {} where there are none."""
     layers = [layer for block in blocks for layer in block.layers]
     if not layers:
         return {}
@@ -79,12 +95,12 @@ def _totals(blocks: tuple[BlockRecord, ...]) -> dict[str, Any]:
         "linear_bytes": sum(layer.nbytes for layer in layers),
         "dense_linear_bytes": dense,
         "ratio": sum(layer.nbytes for layer in layers) / dense,
+        "bits_per_weight": 8 * sum(layer.nbytes for layer in layers) / sum(prod(layer.shape) for layer in layers),
     }
 
 
 def _seconds(block: BlockRecord) -> float:
-    phases: Mapping[str, Any] = block.measured
-    return float(sum(phase["seconds"] for phase in phases.values()))
+    return float(sum(phase["seconds"] for phase in block.measured.values()))
 
 
 def run_table(folder: Path, state: JournalState) -> Table:
@@ -125,17 +141,17 @@ def run_table(folder: Path, state: JournalState) -> Table:
             ("" if row["present"] else "FILE MISSING; ") + (f"{len(row['warnings'])}" if row["warnings"] else ""),
         )
     if state.blocks:
-        totals = _totals(state.blocks)
+        of_all = totals(state.blocks)
         table.add_section()
         table.add_row(
             "all",
             str(sum(len(block.layers) for block in state.blocks)),
-            f"{totals['error_before']:.3g}",
-            f"{totals['error_after']:.3g}",
+            f"{of_all['error_before']:.3g}",
+            f"{of_all['error_after']:.3g}",
             "",
-            f"{totals['seconds']:.1f}",
+            f"{of_all['seconds']:.1f}",
             format_bytes(sum(block.shard.nbytes for block in state.blocks)),
-            f"{totals['ratio']:.3f}",
+            f"{of_all['ratio']:.3f}",
         )
     return table
 
@@ -146,7 +162,7 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
         title=f"{folder / block.shard.file}  {block.name}  sha256 {block.shard.sha256[:12]}  "
         f"{format_bytes(block.shard.nbytes)}",
         caption=f"matching {_matched(block)}\n"
-        + "  ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in block.measured.items()),
+        + "  ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in phases(block.measured).items()),
     )
     columns = ("shape", "pattern", "density", "rank", "pruned", "S + U·V", "iterations", "bytes", "of dense")
     table.add_column("layer", no_wrap=True)
@@ -155,7 +171,7 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
     table.add_column("warnings")
     for layer in block.layers:
         table.add_row(
-            layer.name.removeprefix(block.name + "."),
+            short_name(layer, block),
             f"{layer.shape[0]}×{layer.shape[1]}",
             layer.pattern,
             f"{layer.density:.4f}",

@@ -1,0 +1,275 @@
+"""The report's page: its data are the journal's, and in a real browser every figure draws, with nothing fetched."""
+
+import dataclasses
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+from click.testing import CliRunner
+
+import streamslr
+from streamslr.cli import main
+from streamslr.errors import InputError
+from streamslr.journal import JournalState, read_journal
+from streamslr.results.report import figures, page, write_report
+from streamslr.results.verify import verify
+from tests.tiny_models import TEXT, tiny_checkpoint
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page was not opened in a browser")
+
+SETTINGS = {"samples": 4, "seq_len": 16, "device": "cpu", "host_mem": "4GB"}
+ALWAYS = {"errors", "block-errors", "time", "host-memory", "sizes"}
+MATCHED = {"matching", "curves"}
+HOSTILE = "</script><img src=x onerror=alert(1)>&\"'<b>$title"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two matched blocks."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "text.txt").write_text(TEXT * 20)
+    model = tiny_checkpoint(folder / "tiny-llama", layers=2)
+    streamslr.compress(
+        model, folder / "out", calibration=folder / "text.txt", rank=4, match_epochs=3, match_batch=2, **SETTINGS
+    )
+    return folder / "out"
+
+
+@pytest.fixture
+def state(made: Path) -> JournalState:
+    found = read_journal(made)
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def unmatched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one block of pure sparsity, not matched."""
+    folder = tmp_path_factory.mktemp("unmatched")
+    (folder / "text.txt").write_text(TEXT * 20)
+    model = tiny_checkpoint(folder / "one-block", layers=1)
+    streamslr.compress(model, folder / "out", calibration=folder / "text.txt", rank=0, match=False, **SETTINGS)
+    return folder / "out"
+
+
+def deep(state: JournalState) -> JournalState:
+    """80 blocks of hostile names with warnings, one where matching did not help, on a GPU."""
+    blocks = []
+    for i in range(80):
+        block = state.blocks[i % 2]
+        name = f"{HOSTILE}.{i}"
+        layers = [
+            dataclasses.replace(a, name=a.name.replace(block.name, name), warnings=(f"damping {HOSTILE}",))
+            for a in block.layers
+        ]
+        assert block.matching
+        matching = dataclasses.replace(block.matching, kept=i != 3, loss_after=None if i == 3 else 0.001)
+        on_gpu = {"gpu_peak_bytes": 3 * 10**9, "gpu_planned_bytes": 4 * 10**9, "gpu_budget_bytes": 5 * 10**9}
+        measured = {phase: {**reading, **on_gpu} for phase, reading in block.measured.items()}
+        blocks.append(
+            dataclasses.replace(block, index=i, name=name, layers=tuple(layers), matching=matching, measured=measured)
+        )
+    return dataclasses.replace(state, blocks=tuple(blocks), blocks_total=80, model=HOSTILE, calibration=HOSTILE)
+
+
+def test_the_figures_hold_what_the_journal_says(state: JournalState) -> None:
+    drawn = figures(state)
+    assert drawn.keys() == ALWAYS | MATCHED
+    (errors,) = drawn["errors"]["data"]
+    for column, block in enumerate(state.blocks):
+        for layer in block.layers:
+            row = errors["y"].index(layer.name.removeprefix(f"{block.name}."))
+            assert errors["z"][row][column] == math.log10(layer.error_after)
+            for told in (layer.name, f"{layer.error_after:.3g}", f"{layer.error_before:.3g}", f"{layer.iterations} "):
+                assert told in errors["hovertext"][row][column]
+    for block, curve in zip(state.blocks, drawn["curves"]["data"], strict=False):
+        assert block.matching
+        assert tuple(curve["customdata"]) == block.matching.curve
+        assert curve["y"] == [loss / block.matching.curve[0] for loss in block.matching.curve]
+    lines = [(block.matching.loss_before, block.matching.loss_after) for block in state.blocks if block.matching]
+    drawn_lines = iter(drawn["matching"]["data"][0]["y"])
+    assert [(next(drawn_lines), next(drawn_lines), next(drawn_lines)) for _ in lines] == [
+        (*ends, None) for ends in lines
+    ]
+
+
+def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: JournalState) -> None:
+    drawn = figures(state)
+    names = [trace["name"].split()[0] for trace in drawn["time"]["data"]]
+    assert names == ["load", "grams", "solve", "match", "propagate", "commit"]
+    solve = drawn["time"]["data"][2]
+    assert solve["y"] == [block.measured["solve"]["seconds"] for block in state.blocks]
+    traces = {trace["name"]: trace for trace in drawn["host-memory"]["data"]}
+    assert traces["solve"]["y"] == [block.measured["solve"]["host_peak_bytes"] / 1e6 for block in state.blocks]
+    assert state.blocks[0].measured["solve"]["host_planned_bytes"] / 1e6 in traces["planned"]["y"]
+    assert state.blocks[0].measured["solve"]["host_budget_bytes"] == 4 * 10**9
+    starts = [x for trace in traces.values() if trace["type"] == "bar" for x in trace["x"]]
+    whole = sum(r["seconds"] for part in (state, *state.blocks) for r in part.measured.values())
+    assert max(starts) <= whole
+    assert traces["outside"]["x"] == [0], "what comes before block 0 comes first"
+
+
+def test_sizes_are_those_of_the_shards(state: JournalState) -> None:
+    parts = {trace["name"]: trace["x"][0] * 1e6 for trace in figures(state)["sizes"]["data"]}
+    assert parts["S"] + parts["U·V"] + parts["everything else"] == pytest.approx(sum(s.nbytes for s in state.shards))
+    assert parts["U·V"] == sum(2 * layer.rank * sum(layer.shape) for block in state.blocks for layer in block.layers), (
+        "bf16"
+    )
+
+
+def test_every_figure_is_one_that_plotly_knows(state: JournalState) -> None:
+    for variant in (state, dataclasses.replace(state, blocks=state.blocks[:1]), deep(state)):
+        for figure in figures(variant).values():
+            go.Figure(figure)  # raises ValueError for a property that is misspelt
+
+
+def test_the_page_says_what_was_compressed_and_how(made: Path, state: JournalState) -> None:
+    text = html.unescape(re.sub("<[^>]*>", " ", page(made, state).split("<script>")[0]))
+    for told in ("tiny-llama, 2:4 + rank 4", "LlamaForCausalLM", state.fingerprint["model"], "Finished: 2 blocks."):
+        assert told in text
+    for told in ("4 windows of 16 tokens of text.txt", "3 epochs", streamslr.__version__, state.made_with["torch"]):
+        assert told in text
+    assert "at most, 4.0 GB allowed" in text
+
+
+def test_an_unfinished_run_says_so(made: Path, state: JournalState) -> None:
+    text = page(made, dataclasses.replace(state, blocks=state.blocks[:1]))
+    assert "Unfinished: 1 of 2 blocks are done" in text
+    assert "No block is finished yet." in page(made, dataclasses.replace(state, blocks=()))
+
+
+def test_every_warning_is_listed(made: Path, state: JournalState) -> None:
+    text = page(made, deep(state)).split("<h2>Warnings", 1)[1].split("</ul>")[0]
+    layers = sum(len(block.layers) for block in state.blocks)
+    assert text.count("<li>") == 40 * layers + 1
+    assert text.count("matching did not lower the loss") == 1
+
+
+def test_the_page_lies_in_the_folder_and_troubles_nobody(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "out")
+    result = CliRunner().invoke(main, ["report", str(folder)])
+    assert result.exit_code == 0
+    assert Path(result.output.strip()) == folder / "report.html"
+    assert verify(folder).problems == ()
+    settings = {"calibration": made.parent / "text.txt", "rank": 4, "match_epochs": 3, "match_batch": 2, **SETTINGS}
+    assert streamslr.compress(made.parent / "tiny-llama", folder, **settings).complete, "the same line again"
+    assert (folder / "report.html").is_file()
+
+
+def test_the_page_goes_where_it_is_asked_to(made: Path, tmp_path: Path) -> None:
+    assert write_report(made, tmp_path / "page.html") == tmp_path / "page.html"
+    assert not (made / "report.html").exists()
+    with pytest.raises(InputError, match="is no folder"):
+        write_report(made, tmp_path / "nowhere" / "page.html")
+    with pytest.raises(InputError, match="not an output folder"):
+        write_report(tmp_path)
+
+
+# In a browser. The first script notes whatever goes wrong; the last hovers over a cell and writes down what it sees.
+_WATCH = """<script>
+window.problems = [];
+addEventListener("error", event => problems.push("error: " + event.message), true);
+addEventListener("unhandledrejection", event => problems.push("rejected: " + event.reason));
+addEventListener("securitypolicyviolation", event => problems.push("request: " + event.blockedURI));
+window.alert = text => problems.push("alert " + text);
+</script>"""
+_LOOK = """<script>
+const errors = document.getElementById("errors");
+if (errors) Plotly.Fx.hover(errors, {xval: 0, yval: 1}, "xy");
+const count = selector => document.querySelectorAll(selector).length;
+const seen = {
+  problems,
+  requests: performance.getEntriesByType("resource").map(entry => entry.name).filter(name => !name.startsWith("data:")),
+  drawn: [...document.querySelectorAll(".figure")].filter(f => f.querySelector(".main-svg")).map(f => f.id),
+  cells: count("#errors .hm image"),
+  bars: count("#time .bars path"),
+  memory: count("#host-memory .bars path"),
+  lines: count("#curves .js-line"),
+  hover: [...document.querySelectorAll("#errors .hovertext")].map(e => e.textContent).join(),
+  wider: document.documentElement.scrollWidth - innerWidth,
+  title: document.querySelector("h1").textContent,
+};
+const answer = document.createElement("pre");
+answer.id = "seen";
+answer.textContent = JSON.stringify(seen);
+document.body.append(answer);
+</script>"""
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def look(text: str, width: int = 1000) -> dict[str, Any]:
+        """What a browser makes of the page."""
+        start, _, end = text.rpartition("</body>")
+        path = tmp_path / "page.html"
+        path.write_text(start.replace("<head>", f"<head>{_WATCH}", 1) + _LOOK + "</body>" + end)
+        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+        flags += " --disable-component-update --disable-sync --disable-dev-shm-usage --virtual-time-budget=5000"
+        command = [
+            str(CHROMIUM),
+            *flags.split(),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},900",
+        ]
+        dumped = subprocess.run(
+            [*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        )
+        found = re.search(r'<pre id="seen">(.*?)</pre>', dumped.stdout, re.DOTALL)
+        assert found, f"the page's scripts did not end: {dumped.stderr[-2000:]}"
+        return dict(json.loads(html.unescape(found[1])))
+
+    return look
+
+
+Browse = Callable[..., dict[str, Any]]
+
+
+@needs_chromium
+def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, made: Path, state: JournalState) -> None:
+    seen = browse(page(made, state))
+    assert seen["problems"] == []
+    assert seen["requests"] == []
+    assert set(seen["drawn"]) == ALWAYS | MATCHED
+    assert seen["cells"] == 1
+    assert seen["bars"] == 2 * 6, "six phases of two blocks"
+    assert seen["memory"] == 2 * 6 + 2
+    assert seen["lines"] == 2
+    layer = state.blocks[0].layers[0]
+    assert f"{layer.name}error {layer.error_after:.3g}, pruning alone {layer.error_before:.3g}" in seen["hover"]
+
+
+@needs_chromium
+def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) -> None:
+    found = read_journal(unmatched)
+    assert found
+    text = page(unmatched, found)
+    assert "not matched (--no-match)" in text
+    seen = browse(text, width=500)
+    assert seen["problems"] == []
+    assert set(seen["drawn"]) == ALWAYS
+    assert seen["wider"] <= 0, "nothing sticks out to the side"
+
+
+@needs_chromium
+def test_eighty_blocks_of_hostile_names(browse: Browse, made: Path, state: JournalState) -> None:
+    seen = browse(page(made, deep(state)))
+    assert seen["problems"] == []
+    assert set(seen["drawn"]) == ALWAYS | MATCHED | {"gpu-memory"}
+    assert seen["title"] == f"{HOSTILE}, 2:4 + rank 4"
+    assert HOSTILE in seen["hover"]
+    assert seen["bars"] == 80 * 6
+
+
+@needs_chromium
+def test_a_request_would_have_been_seen(browse: Browse, made: Path, state: JournalState) -> None:
+    text = page(made, state).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
+    assert browse(text)["problems"][0] == "request: http://127.0.0.1:9/x.png"
