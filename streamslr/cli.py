@@ -172,6 +172,43 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
 
 
 @main.command()
+@_folder_argument
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--to",
+    type=click.Choice(["dense", "peft"]),
+    required=True,
+    help="dense: W = S + U·V, one transformers folder. peft: OUT/base holds S, OUT/adapter U·V as a LoRA.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of every weight [default: as it is stored, which is exact for peft; dense rounds the sum S + U·V to it].",
+)
+@_quiet_option
+def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> None:
+    """Write a compressed FOLDER into OUT for software that does not know the format; the same line goes on."""
+    with _errors_and_interrupts(f"the same line goes on in {out}", kept="shards"):
+        _quiet_libraries()
+        import torch
+
+        from streamslr.results import export as exporting
+
+        with _bar("export", shown=not quiet) as step:
+            result = exporting.export(folder, out, to, getattr(torch, dtype) if dtype else None, step)
+        already = f", {result.shards - result.made} of them were there" if result.made < result.shards else ""
+        click.echo(f"{out}: {result.shards} shards, {result.nbytes:,} bytes, read back and equal{already}")
+        if to == "dense":
+            click.echo(f'load it: AutoModelForCausalLM.from_pretrained("{out}")')
+        else:
+            click.echo(f'load it: peft.AutoPeftModelForCausalLM.from_pretrained("{out}/adapter")')
+            rank = exporting.vllm_max_lora_rank(result.rank)
+            lora = f"--enable-lora --max-lora-rank {rank} --lora-modules slr={out}/adapter"
+            too_large = f"rank {result.rank} is more than vLLM takes in a LoRA; for vLLM export it --to dense"
+            click.echo(f"serve it: vllm serve {out}/base {lora}" if rank else too_large)
+
+
+@main.command()
 @click.argument("model")
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="Text: .txt, .jsonl, .gz of either.")
 @click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window.")
@@ -217,7 +254,7 @@ def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def _errors_and_interrupts(how_to_go_on: str | None = None) -> Iterator[None]:
+def _errors_and_interrupts(how_to_go_on: str | None = None, kept: str = "blocks") -> Iterator[None]:
     """A user's mistake, a full disk, Ctrl-C: one message and an exit code, no traceback."""
 
     def on_terminate(*_: object) -> None:  # what batch systems send; a process that must end says so once
@@ -234,7 +271,7 @@ def _errors_and_interrupts(how_to_go_on: str | None = None) -> Iterator[None]:
         sys.exit(StreamslrError.exit_code)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        message = f"; finished blocks are kept, and {how_to_go_on}" if how_to_go_on else ""
+        message = f"; finished {kept} are kept, and {how_to_go_on}" if how_to_go_on else ""
         click.echo(f"streamslr: interrupted{message}", err=True)
         sys.exit(_INTERRUPTED)
     finally:
