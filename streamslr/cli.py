@@ -210,30 +210,78 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 
 @main.command()
 @click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="Text: .txt, .jsonl, .gz of either.")
-@click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window.")
-@click.option("--windows", type=click.IntRange(1), help="Only the first so many windows [default: all].")
+@click.option("--text", type=click.Path(path_type=Path), help="Perplexity on this: .txt, .jsonl, .gz of either.")
+@click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of it.")
+@click.option("--windows", type=click.IntRange(1), help="Only the first so many of these windows [default: all].")
+@click.option("--scratch", type=click.Path(path_type=Path), help="Folder for hidden states that memory cannot hold.")
+@click.option("--tasks", help="Tasks of lm-evaluation-harness, like arc_easy,piqa; `papers` is the papers' eight.")
+@click.option("--num-fewshot", type=click.IntRange(0), help="Examples before each question [default: the task's own].")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many questions of each task.")
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Questions at a time.")
+@click.option("--include-path", type=click.Path(path_type=Path, exists=True), help="Folder of more tasks, in YAML.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
-@click.option("--scratch", type=click.Path(path_type=Path), help="Folder for hidden states that memory cannot hold.")
 @_json_option
 @_quiet_option
-def eval(model: str, text: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
-    """Perplexity of MODEL, a compressed folder or a dense checkpoint, streamed block by block."""
-    with _errors_and_interrupts():
-        _quiet_libraries()
-        from streamslr.memory import free_host_memory
-        from streamslr.results.evaluate import evaluate
+def eval(
+    model: str,
+    text: Path | None,
+    seq_len: int,
+    windows: int | None,
+    scratch: Path | None,
+    tasks: str | None,
+    as_json: bool,
+    quiet: bool,
+    revision: str | None,
+    device: str | None,
+    **settings: Any,
+) -> None:
+    """Perplexity (--text) or scores (--tasks) of MODEL, a compressed folder or a dense checkpoint.
 
-        with _bar("eval", shown=not (quiet or as_json)) as step:
-            result = evaluate(model, text, free_memory=free_host_memory(), step=step, **settings)
-        if as_json:
-            _print_json(dataclasses.asdict(result))
-        else:
-            click.echo(
-                f"{model}: perplexity {result.perplexity:.4f} on {result.windows:,} windows of {result.seq_len:,} "
-                f"tokens of {text} ({result.dtype} on {result.device})"
+    For --text the model is streamed block by block; for --tasks it is loaded whole, and `pip install
+    'streamslr[eval]'` brings the harness.
+    """
+    with _errors_and_interrupts():
+        if text is None and tasks is None:
+            raise InputError("nothing to evaluate on: give --text FILE, --tasks NAME,…, or both")
+        shown = not (quiet or as_json)
+        if not shown:
+            os.environ["TQDM_DISABLE"] = "1"  # the bars of the harness's libraries; read when tqdm is imported
+        _quiet_libraries()
+        found: dict[str, Any] = {}
+        if text is not None:
+            from streamslr.memory import free_host_memory
+            from streamslr.results.evaluate import evaluate
+
+            with _bar("eval", shown) as step:
+                result = evaluate(
+                    model,
+                    text,
+                    seq_len,
+                    windows=windows,
+                    scratch=scratch,
+                    revision=revision,
+                    device=device,
+                    free_memory=free_host_memory(),
+                    step=step,
+                )
+            found |= dataclasses.asdict(result)
+            if not as_json:
+                click.echo(
+                    f"{model}: perplexity {result.perplexity:.4f} on {result.windows:,} windows of "
+                    f"{result.seq_len:,} tokens of {text} ({result.dtype} on {result.device})"
+                )
+        if tasks is not None:
+            from streamslr.results.tasks import evaluate_tasks, task_table
+
+            scores = evaluate_tasks(
+                model, tasks.split(","), revision=revision, device=device, progress=shown, **settings
             )
+            found |= dataclasses.asdict(scores)
+            if not as_json:
+                _console().print(task_table(scores))
+        if as_json:
+            _print_json(found)
 
 
 def _console(stderr: bool = False) -> Console:
@@ -309,5 +357,6 @@ def _quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()
