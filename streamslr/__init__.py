@@ -34,6 +34,8 @@
         inspect.py             what each block's shard holds, and how good it is
         verify.py              every digest, pattern, value and file checked again
         evaluate.py            perplexity, streamed block by block
+        tasks.py               tasks of lm-evaluation-harness, the model loaded whole
+        export.py              S + U·V as a dense model, or S as a model with U·V as its PEFT adapter
     cli.py                 arguments -> RunConfig; the only place that prints
 """
 
