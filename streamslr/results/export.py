@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,7 @@ RECORD_FILE = ".streamslr-export.json"
 """In the exported folder: what it is made of, and the digest of each finished shard. Hidden: no part of the model."""
 _RECORD_VERSION = 1
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank takes (vllm/config/lora.py, MaxLoRARanks, v0.11 to v0.27)."""
+"""What vLLM's --max-lora-rank takes (vllm/config/lora.py, MaxLoRARanks, v0.14 to v0.27)."""
 
 log = logging.getLogger("streamslr")
 
@@ -183,9 +183,8 @@ class _Source:
             stored = dtype or parts["values"].dtype
             if not low_rank:
                 parts = {part: info for part, info in parts.items() if part not in ("U", "V")}
-            sources.append(
-                (f"{linear}.weight", stored, shape, partial(self._dense, parts, pattern, shape, stored)),
-            )
+            dense = partial(self._dense, parts, pattern, shape, stored)
+            sources.append((f"{linear}.weight", stored, shape, dense))
         sources += (self._as_is(info, info.name, dtype) for info in rest.values())
         return tuple(sources)
 
@@ -228,7 +227,7 @@ class _Source:
         dense = merge({part: read[info.name] for part, info in parts.items()}, pattern, shape, dtype)
         return self._finite(parts["values"].name.replace(".values", ".weight"), dense)
 
-    def _read(self, infos: Any) -> dict[str, Tensor]:
+    def _read(self, infos: Collection[TensorInfo]) -> dict[str, Tensor]:
         """Tensors of one shard, by name."""
         file = next(iter(infos)).shard
         path = self._folder / file
