@@ -36,6 +36,8 @@ in the order that data walks them:
         verify.py              every digest, pattern, value and file checked again
         evaluate.py            perplexity, streamed block by block
         report.py              one HTML page of a run: errors, matching, time, memory, sizes
+        tasks.py               tasks of lm-evaluation-harness, the model loaded whole
+        export.py              S + U·V as a dense model, or S as a model with U·V as its PEFT adapter
     runtime/               a compressed folder as a model that runs
         linear.py              SparseLowRankLinear: packed in memory; sparse tensor cores, or unpacked tile by tile
         loader.py              load, and what transformers' from_pretrained needs to read the format

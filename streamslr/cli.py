@@ -183,31 +183,116 @@ def report(folder: Path, out: Path | None) -> None:
 
 
 @main.command()
+@_folder_argument
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--to",
+    type=click.Choice(["dense", "peft"]),
+    required=True,
+    help="dense: W = S + U·V, one transformers folder. peft: OUT/base holds S, OUT/adapter U·V as a LoRA.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of every weight [default: as it is stored, which is exact for peft; dense rounds the sum S + U·V to it].",
+)
+@_quiet_option
+def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> None:
+    """Write a compressed FOLDER into OUT for software that does not know the format; the same line goes on."""
+    with _errors_and_interrupts(f"the same line goes on in {out}", kept="shards"):
+        _quiet_libraries()
+        import torch
+
+        from streamslr.results import export as exporting
+
+        with _bar("export", shown=not quiet) as step:
+            result = exporting.export(folder, out, to, getattr(torch, dtype) if dtype else None, step)
+        already = f", {result.shards - result.made} of them were there" if result.made < result.shards else ""
+        click.echo(f"{out}: {result.shards} shards, {result.nbytes:,} bytes, read back and equal{already}")
+        if to == "dense":
+            click.echo(f'load it: AutoModelForCausalLM.from_pretrained("{out}")')
+        else:
+            click.echo(f'load it: peft.AutoPeftModelForCausalLM.from_pretrained("{out}/adapter")')
+            rank = exporting.vllm_max_lora_rank(result.rank)
+            lora = f"--enable-lora --max-lora-rank {rank} --lora-modules slr={out}/adapter"
+            too_large = f"rank {result.rank} is more than vLLM takes in a LoRA; for vLLM export it --to dense"
+            click.echo(f"serve it: vllm serve {out}/base {lora}" if rank else too_large)
+
+
+@main.command()
 @click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="Text: .txt, .jsonl, .gz of either.")
-@click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window.")
-@click.option("--windows", type=click.IntRange(1), help="Only the first so many windows [default: all].")
+@click.option("--text", type=click.Path(path_type=Path), help="Perplexity on this: .txt, .jsonl, .gz of either.")
+@click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of it.")
+@click.option("--windows", type=click.IntRange(1), help="Only the first so many of these windows [default: all].")
+@click.option("--scratch", type=click.Path(path_type=Path), help="Folder for hidden states that memory cannot hold.")
+@click.option("--tasks", help="Tasks of lm-evaluation-harness, like arc_easy,piqa; `papers` is the papers' eight.")
+@click.option("--num-fewshot", type=click.IntRange(0), help="Examples before each question [default: the task's own].")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many questions of each task.")
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Questions at a time.")
+@click.option("--include-path", type=click.Path(path_type=Path, exists=True), help="Folder of more tasks, in YAML.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
-@click.option("--scratch", type=click.Path(path_type=Path), help="Folder for hidden states that memory cannot hold.")
 @_json_option
 @_quiet_option
-def eval(model: str, text: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
-    """Perplexity of MODEL, a compressed folder or a dense checkpoint, streamed block by block."""
-    with _errors_and_interrupts():
-        _quiet_libraries()
-        from streamslr.memory import free_host_memory
-        from streamslr.results.evaluate import evaluate
+def eval(
+    model: str,
+    text: Path | None,
+    seq_len: int,
+    windows: int | None,
+    scratch: Path | None,
+    tasks: str | None,
+    as_json: bool,
+    quiet: bool,
+    revision: str | None,
+    device: str | None,
+    **settings: Any,
+) -> None:
+    """Perplexity (--text) or scores (--tasks) of MODEL, a compressed folder or a dense checkpoint.
 
-        with _bar("eval", shown=not (quiet or as_json)) as step:
-            result = evaluate(model, text, free_memory=free_host_memory(), step=step, **settings)
-        if as_json:
-            _print_json(dataclasses.asdict(result))
-        else:
-            click.echo(
-                f"{model}: perplexity {result.perplexity:.4f} on {result.windows:,} windows of {result.seq_len:,} "
-                f"tokens of {text} ({result.dtype} on {result.device})"
+    For --text the model is streamed block by block; for --tasks it is loaded whole, and `pip install
+    'streamslr[eval]'` brings the harness.
+    """
+    with _errors_and_interrupts():
+        if text is None and tasks is None:
+            raise InputError("nothing to evaluate on: give --text FILE, --tasks NAME,…, or both")
+        shown = not (quiet or as_json)
+        if not shown:
+            os.environ["TQDM_DISABLE"] = "1"  # the bars of the harness's libraries; read when tqdm is imported
+        _quiet_libraries()
+        found: dict[str, Any] = {}
+        if text is not None:
+            from streamslr.memory import free_host_memory
+            from streamslr.results.evaluate import evaluate
+
+            with _bar("eval", shown) as step:
+                result = evaluate(
+                    model,
+                    text,
+                    seq_len,
+                    windows=windows,
+                    scratch=scratch,
+                    revision=revision,
+                    device=device,
+                    free_memory=free_host_memory(),
+                    step=step,
+                )
+            found |= dataclasses.asdict(result)
+            if not as_json:
+                click.echo(
+                    f"{model}: perplexity {result.perplexity:.4f} on {result.windows:,} windows of "
+                    f"{result.seq_len:,} tokens of {text} ({result.dtype} on {result.device})"
+                )
+        if tasks is not None:
+            from streamslr.results.tasks import evaluate_tasks, task_table
+
+            scores = evaluate_tasks(
+                model, tasks.split(","), revision=revision, device=device, progress=shown, **settings
             )
+            found |= dataclasses.asdict(scores)
+            if not as_json:
+                _console().print(task_table(scores))
+        if as_json:
+            _print_json(found)
 
 
 def _console(stderr: bool = False) -> Console:
@@ -228,7 +313,7 @@ def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def _errors_and_interrupts(how_to_go_on: str | None = None) -> Iterator[None]:
+def _errors_and_interrupts(how_to_go_on: str | None = None, kept: str = "blocks") -> Iterator[None]:
     """A user's mistake, a full disk, Ctrl-C: one message and an exit code, no traceback."""
 
     def on_terminate(*_: object) -> None:  # what batch systems send; a process that must end says so once
@@ -245,7 +330,7 @@ def _errors_and_interrupts(how_to_go_on: str | None = None) -> Iterator[None]:
         sys.exit(StreamslrError.exit_code)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        message = f"; finished blocks are kept, and {how_to_go_on}" if how_to_go_on else ""
+        message = f"; finished {kept} are kept, and {how_to_go_on}" if how_to_go_on else ""
         click.echo(f"streamslr: interrupted{message}", err=True)
         sys.exit(_INTERRUPTED)
     finally:
@@ -283,5 +368,6 @@ def _quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()

@@ -1,4 +1,4 @@
-"""Runs of a compression in a child process that is killed, as by kill -9, at a chosen step."""
+"""Compressions and exports in a child process that is killed, as by kill -9, at a chosen step."""
 
 import multiprocessing
 import os
@@ -9,7 +9,9 @@ from typing import Any
 
 # A fork server that has imported everything, and computed nothing: a child starts at once, and forks no threads.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["streamslr.run", "streamslr.prepare", "transformers.models.llama.modeling_llama"])
+_context.set_forkserver_preload(
+    ["streamslr.run", "streamslr.prepare", "streamslr.results.export", "transformers.models.llama.modeling_llama"]
+)
 
 
 def compress_in_child(settings: dict[str, Any], die_at: int | None = None, counting: str = "renames") -> int:
@@ -18,11 +20,36 @@ def compress_in_child(settings: dict[str, Any], die_at: int | None = None, count
     counting: "renames", right before each file takes its final name, all earlier ones having theirs (the commit
     points); "work", every chunk of hidden states written, every pass through a block, every solved layer.
     """
-    process = _context.Process(target=_child, args=(settings, die_at, counting))
+    return _exit_code(_child, settings, die_at, counting)
+
+
+def export_in_child(folder: Path, out: Path, to: str, die_at: int) -> int:
+    """The child's exit code: 0, or -9 where it was killed right before the file `die_at` took its final name."""
+    return _exit_code(_export, folder, out, to, die_at)
+
+
+def _exit_code(target: Callable[..., None], *args: Any) -> int:
+    process = _context.Process(target=target, args=args)
     process.start()
     process.join()
     assert process.exitcode is not None
     return process.exitcode
+
+
+def _export(folder: Path, out: Path, to: str, die_at: int) -> None:
+    from streamslr.results.export import export
+
+    renames, replace = 0, Path.replace
+
+    def counted(path: Path, target: Path) -> Path:
+        nonlocal renames
+        if renames == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        renames += 1
+        return replace(path, target)
+
+    Path.replace = counted  # type: ignore[method-assign, assignment]
+    export(folder, out, to)
 
 
 def _child(settings: dict[str, Any], die_at: int | None, counting: str) -> None:

@@ -191,3 +191,20 @@ def test_eval_json_has_the_perplexity(finished: Path, text: Path) -> None:
     done = call("eval", finished, "--text", text, "--seq-len", "16", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["perplexity"] > 1
+
+
+def test_export_says_how_to_load_and_serve_what_it_made(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = call("export", finished, out, "--to", "peft")
+    assert done.returncode == 0, done.stderr
+    assert f'from_pretrained("{out}/adapter")' in done.stdout
+    assert f"vllm serve {out}/base --enable-lora --max-lora-rank 8 --lora-modules slr={out}/adapter" in done.stdout
+    refused = call("export", finished, out, "--to", "dense")
+    assert (refused.returncode, refused.stdout) == (4, "")
+    assert "holds another export" in refused.stderr
+
+
+def test_eval_without_text_and_tasks_is_refused(finished: Path) -> None:
+    done = call("eval", finished)
+    assert done.returncode == 2
+    assert "--tasks" in done.stderr

@@ -1,0 +1,345 @@
+"""A compressed folder as other software reads it: one dense model, or S as a model with U·V as its PEFT adapter."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from streamslr.config import format_bytes
+from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
+from streamslr.memory import keep_no_freed_memory
+from streamslr.results.inspect import read_run
+from streamslr.solve.pattern import SparsityPattern
+from streamslr.source.checkpoint import TensorInfo, open_checkpoint, shard_header
+from streamslr.source.places import CONFIG_FILE
+from streamslr.store.pack import merge
+from streamslr.store.shards import (
+    INDEX_FILE,
+    PARTIAL_SUFFIX,
+    TensorSource,
+    file_sha256,
+    index_json,
+    packed_linears,
+    write_file,
+    write_json,
+    write_shard,
+)
+
+RECORD_FILE = ".streamslr-export.json"
+"""In the exported folder: what it is made of, and the digest of each finished shard. Hidden: no part of the model."""
+_RECORD_VERSION = 1
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank takes (vllm/config/lora.py, MaxLoRARanks, v0.14 to v0.27)."""
+
+log = logging.getLogger("streamslr")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What lies in `out` now; every shard has been read back and equals what was written."""
+
+    out: Path
+    shards: int
+    made: int  # of them by this call; the others were there
+    nbytes: int  # of all shards
+    rank: int  # the adapter's largest; 0 for a dense export
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A file to come: its path in the exported folder, and its tensors, each made when its turn comes."""
+
+    path: str
+    tensors: tuple[TensorSource, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape, _ in self.tensors)
+
+
+def export(
+    folder: Path,
+    out: Path,
+    to: str,
+    dtype: torch.dtype | None = None,
+    step: Callable[[int, int], None] = lambda done, total: None,
+) -> Exported:
+    """Write the model of a compressed folder into `out` for other software; called again, go on where it stopped.
+
+    to: "dense" writes W = S + U·V as a transformers folder; "peft" writes S, stored dense, as one into `out`/base,
+    and U, V into `out`/adapter, a LoRA with alpha = r. dtype: of every weight; None stores each as it is, which is
+    exact for "peft" and rounds the sum once for "dense". step: called with (shards done, shards in all).
+    One tensor is in memory at a time. A shard is written durably, read back and recorded; one that is there as
+    recorded is not made again.
+    Raises InputError when `folder` is unfinished or damaged (naming the shard), BudgetError when the disk is too
+    small, ResumeError when `out` holds something else or another process writes it.
+    """
+    keep_no_freed_memory()
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{out} lies in the compressed folder itself; export to a folder outside of {folder}")
+    source = _Source(folder)
+    model = Path("base" if to == "peft" else "")
+    count = len(source.files)
+    shards = [
+        _Shard(str(model / f"model-{i:05d}-of-{count:05d}.safetensors"), source.weights(file, to == "dense", dtype))
+        for i, file in enumerate(source.files, 1)
+    ]
+    index = index_json(
+        {name: Path(shard.path).name for shard in shards for name, *_ in shard.tensors},
+        sum(shard.nbytes for shard in shards),
+    )
+    ranks = source.ranks() if to == "peft" else {}
+    if to == "peft":
+        if not ranks:
+            raise InputError(f"{folder} has rank 0: there is nothing for an adapter to hold; export it --to dense")
+        shards.append(_Shard("adapter/adapter_model.safetensors", source.factors(dtype)))
+    made_from = {
+        "record_version": _RECORD_VERSION,
+        "compressed": source.identity,
+        "to": to,
+        "dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."),
+    }
+    with _claimed(out, made_from) as done:
+        _require_disk(out, [shard for shard in shards if shard.path not in done])
+        made = 0
+        for number, shard in enumerate(shards, 1):
+            path = out / shard.path
+            if not _is_as_recorded(path, done.get(shard.path)):
+                path.parent.mkdir(exist_ok=True)
+                written = write_shard(path, shard.tensors, {"format": "pt"})
+                _require_on_disk(path, written.sha256)
+                done[shard.path] = written.sha256
+                write_json(out / RECORD_FILE, made_from | {"shards": done})
+                made += 1
+            step(number, len(shards))
+        # What makes the folder loadable comes last: nothing takes an unfinished one for a model.
+        if to == "peft":
+            modules = {name.removesuffix(".weight") for name in index["weight_map"] if name.endswith(".weight")}
+            write_json(out / "adapter/adapter_config.json", _adapter_config(out / model, ranks, modules))
+        for name, content in source.companions():
+            write_file(out / model / name, content)
+        write_json(out / model / INDEX_FILE, index)
+        write_json(out / model / CONFIG_FILE, source.config(dtype))
+    return Exported(out, len(shards), made, sum(shard.nbytes for shard in shards), max(ranks.values(), default=0))
+
+
+def vllm_max_lora_rank(rank: int) -> int | None:
+    """The smallest --max-lora-rank with which vLLM takes adapters of this rank; None when it takes none so large."""
+    return next((allowed for allowed in _VLLM_RANKS if rank <= allowed), None)
+
+
+class _Source:
+    """A finished compressed folder, read tensor by tensor; a shard is held against its digest before it is used."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads headers alone. Raises InputError for a folder that is unfinished, or whose headers are damaged."""
+        state = read_run(folder)
+        if not state.complete:
+            raise InputError(
+                f"{folder} is unfinished: {len(state.blocks)} of {state.blocks_total} blocks are done; "
+                f"the `streamslr run` line that began it goes on"
+            )
+        self._folder = folder
+        self._checkpoint = open_checkpoint(str(folder))  # holds index, shards and headers against each other
+        self._digests = {shard.file: shard.sha256 for shard in state.shards}
+        self._sound: set[str] = set()
+        self._stored = {file: shard_header(folder / file) for file in self._digests}
+        self._linears = {file: self._packed(file) for file in self._digests}
+        content = json.dumps([self._digests, dict(state.description)], sort_keys=True)
+        self.identity = hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Its shards in the model's order: outside, then a block each."""
+        return tuple(self._digests)
+
+    def ranks(self) -> dict[str, int]:
+        """Module path -> rank, of the linears that have a low-rank part."""
+        return {
+            linear: self._stored[file][f"{linear}.V"].shape[0]
+            for file, linears in self._linears.items()
+            for linear in linears
+            if f"{linear}.V" in self._stored[file]
+        }
+
+    def weights(self, file: str, low_rank: bool, dtype: torch.dtype | None) -> tuple[TensorSource, ...]:
+        """What the dense model has in the place of this shard: S + U·V [o, d] or S alone, and all else as it is."""
+        rest = dict(self._stored[file])
+        sources: list[TensorSource] = []
+        for linear, (pattern, shape) in self._linears[file].items():
+            names = [f"{linear}.{part}" for part in ("values", "meta", "row_offsets", "U", "V")]
+            parts = {name.rpartition(".")[2]: rest.pop(name) for name in names if name in rest}
+            stored = dtype or parts["values"].dtype
+            if not low_rank:
+                parts = {part: info for part, info in parts.items() if part not in ("U", "V")}
+            dense = partial(self._dense, parts, pattern, shape, stored)
+            sources.append((f"{linear}.weight", stored, shape, dense))
+        sources += (self._as_is(info, info.name, dtype) for info in rest.values())
+        return tuple(sources)
+
+    def factors(self, dtype: torch.dtype | None) -> tuple[TensorSource, ...]:
+        """What a LoRA calls them: V [r, d] is lora_A, U [o, r] is lora_B."""
+        return tuple(
+            self._as_is(self._stored[file][f"{linear}.{part}"], f"base_model.model.{linear}.{lora}.weight", dtype)
+            for file, linears in self._linears.items()
+            for linear in linears
+            for part, lora in (("V", "lora_A"), ("U", "lora_B"))
+            if f"{linear}.{part}" in self._stored[file]
+        )
+
+    def companions(self) -> list[tuple[str, bytes]]:
+        """Tokenizer, generation config, licence."""
+        return [(path.name, path.read_bytes()) for path in self._checkpoint.companions()]
+
+    def config(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        """config.json of the same model, nothing compressed."""
+        config: dict[str, Any] = json.loads((self._folder / CONFIG_FILE).read_text())
+        del config["quantization_config"]
+        if dtype is not None:
+            for part in (config, *config.values()):  # models of several parts say it of each
+                if part is config or (isinstance(part, dict) and "dtype" in part):
+                    part["dtype"] = str(dtype).removeprefix("torch.")
+        return config
+
+    def _packed(self, file: str) -> dict[str, tuple[SparsityPattern, tuple[int, int]]]:
+        with safe_open(self._folder / file, "pt") as opened:
+            return packed_linears(opened.metadata())
+
+    def _as_is(self, info: TensorInfo, name: str, dtype: torch.dtype | None) -> TensorSource:
+        stored = dtype if dtype and info.dtype.is_floating_point else info.dtype
+        return name, stored, info.shape, lambda: self._finite(name, self._read([info])[info.name].to(stored))
+
+    def _dense(
+        self, parts: Mapping[str, TensorInfo], pattern: SparsityPattern, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        read = self._read(parts.values())
+        dense = merge({part: read[info.name] for part, info in parts.items()}, pattern, shape, dtype)
+        return self._finite(parts["values"].name.replace(".values", ".weight"), dense)
+
+    def _read(self, infos: Collection[TensorInfo]) -> dict[str, Tensor]:
+        """Tensors of one shard, by name."""
+        file = next(iter(infos)).shard
+        path = self._folder / file
+        try:
+            if file not in self._sound:
+                if file_sha256(path) != self._digests[file]:
+                    raise InputError(
+                        f"{path} is damaged: its sha256 is not the one in the journal; copy the file again, or "
+                        f"delete it and start the run again to make it anew"
+                    )
+                self._sound.add(file)
+            with safe_open(path, "pt") as opened:
+                return {info.name: opened.get_tensor(info.name) for info in infos}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"cannot read {path}: {error}; `streamslr verify` tells more") from error
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{name} does not fit {tensor.dtype}, which ends at {torch.finfo(tensor.dtype).max:g}; "
+                f"export with --dtype float32"
+            )
+        return tensor
+
+
+def _adapter_config(base: Path, ranks: Mapping[str, int], modules: set[str]) -> dict[str, Any]:
+    """adapter_config.json of a LoRA whose scale alpha / r is 1 for every module.
+
+    ranks: those of the modules that have one; modules: every module of the base model that holds a weight.
+    r is the largest rank, since vLLM reserves r rows for each module and pads with zeros; it reads r and lora_alpha
+    but not the patterns (vllm/lora/peft_helper.py), so alpha = r gives it the scale 1 for smaller ranks too.
+    """
+    rank = max(ranks.values())
+    others = {name.rpartition(".")[2] for name in modules - ranks.keys()}
+    # PEFT takes a target for every module that ends in it: a last name stands where all that share it have an adapter
+    targets = {name if (last := name.rpartition(".")[2]) in others else last for name in ranks}
+    mixed = {name: r for name, r in ranks.items() if r != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base.resolve()),
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": mixed,
+        "alpha_pattern": mixed,
+        "target_modules": sorted(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+@contextmanager
+def _claimed(out: Path, made_from: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """The finished shards of this very export in `out`, path -> sha256; while entered no other process writes it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise ResumeError(f"{out} cannot be made or opened: {error.strerror}; give another folder") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResumeError(f"another process is writing {out}; wait for it, or give another folder") from error
+        path = out / RECORD_FILE
+        if not path.is_file():
+            if foreign := sorted(p.name for p in out.iterdir() if p.name != RECORD_FILE + PARTIAL_SUFFIX):
+                raise ResumeError(f"{out} holds files that are no export's ({foreign[0]}, …); give a new folder")
+            write_json(path, {**made_from, "shards": {}})  # before the first shard: it claims the folder
+        try:
+            record = json.loads(path.read_text())
+            done: dict[str, str] = record.pop("shards")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ResumeError(f"{path} is damaged ({error!r}); delete {out}, or give another folder") from error
+        changed = [f"{k}: {record.get(k)!r} there, {v!r} now" for k, v in made_from.items() if record.get(k) != v]
+        if changed:
+            raise ResumeError(f"{out} holds another export ({'; '.join(changed)}); delete it, or give another folder")
+        yield done
+    finally:
+        os.close(lock)
+
+
+def _require_disk(out: Path, shards: list[_Shard]) -> None:
+    need = sum(shard.nbytes for shard in shards)
+    disk = os.statvfs(out)
+    if need > (free := disk.f_bavail * disk.f_frsize):
+        raise BudgetError(
+            f"{out} needs {format_bytes(need)}, the disk has {format_bytes(free)} free; make room, or export elsewhere"
+        )
+
+
+def _is_as_recorded(path: Path, sha256: str | None) -> bool:
+    """Whether a shard is done; says so when it was and is not any more."""
+    if sha256 is None:
+        return False
+    if path.is_file() and file_sha256(path) == sha256:
+        return True
+    log.warning("%s is missing or not as it was written: making it again", path)
+    return False
+
+
+def _require_on_disk(path: Path, sha256: str) -> None:
+    """Reads a file back, from the disk where the system lets go of its cached pages."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+    if file_sha256(path) != sha256:
+        path.unlink()
+        raise StreamslrError(f"{path} read back other bytes than were written: check the disk, then start again")

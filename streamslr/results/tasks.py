@@ -1,0 +1,123 @@
+"""Tasks of lm-evaluation-harness on a compressed folder or a dense checkpoint, loaded whole."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from streamslr.errors import HubError, InputError
+from streamslr.prepare import pick_device
+from streamslr.source.checkpoint import open_checkpoint
+from streamslr.source.places import first_line
+
+PAPERS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "rte", "openbookqa", "boolq")
+"""The eight zero-shot tasks of HASSLE-free (arXiv:2502.00899) and 3BASiL (arXiv:2603.01376)."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A metric of a task or group, as the harness names them: "acc", "acc_norm", …; None: the harness does not say."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    fewshot: int | None
+    samples: int | None
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What the harness measured, in its order."""
+
+    model: str
+    device: str
+    dtype: str
+    tasks: tuple[TaskScore, ...]
+
+
+def evaluate_tasks(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    include_path: Path | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> TaskScores:
+    """Scores of `model` (folder or hub id) on tasks of lm-evaluation-harness; "papers" stands for `PAPERS`.
+
+    num_fewshot: solved examples before each question; None leaves it to the task. limit: only so many questions
+    of each task. include_path: a folder of more tasks, in the harness's YAML. Data and names are checked before
+    the model is loaded, whole, in float32 on a CPU and bfloat16 on a GPU. progress: shows the harness's bars.
+    Raises InputError when the harness is not installed or knows no task of a name, HubError when a task's data
+    cannot be fetched.
+    """
+    try:
+        from lm_eval import simple_evaluate  # type: ignore[import-untyped]
+        from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
+        from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise InputError(f"--tasks needs lm-evaluation-harness ({error}); pip install 'streamslr[eval]'") from error
+    names = list(dict.fromkeys(name for task in tasks for name in (PAPERS if task == "papers" else (task,))))
+    manager = TaskManager(include_path=include_path)
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise InputError(f"lm-evaluation-harness knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
+    try:
+        manager.load(names)
+    except ConnectionError as error:
+        raise HubError(f"the data of {', '.join(names)} cannot be fetched: {first_line(error)}") from error
+    where, dtype = pick_device(device)
+    checkpoint = open_checkpoint(model, revision)
+    tokenizer = checkpoint.tokenizer()
+    loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype, device_map=where)
+    lm = HFLM(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    if not progress:
+        for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(lm, request, partial(getattr(lm, request), disable_tqdm=True))
+    results = simple_evaluate(
+        lm, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
+    )
+    return TaskScores(model, where.type, str(dtype).removeprefix("torch."), tuple(_scores(results)))
+
+
+def task_table(scores: TaskScores) -> Table:
+    """A row a metric."""
+    table = Table(title=f"{scores.model}, {scores.dtype} on {scores.device}")
+    table.add_column("task")
+    for name in ("shots", "questions", "metric", "value", "stderr"):
+        table.add_column(name, justify="right")
+    for score in scores.tasks:
+        stderr = "–" if score.stderr is None else f"{score.stderr:.4f}"
+        counts = ("–" if count is None else str(count) for count in (score.fewshot, score.samples))
+        table.add_row(score.task, *counts, score.metric, f"{score.value:.4f}", stderr)
+    return table
+
+
+def _scores(results: dict[str, Any]) -> list[TaskScore]:
+    """The harness's {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...} of each task, a record a metric."""
+    scores = []
+    for task, metrics in results["results"].items():
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr"):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{filtered}")
+            scores.append(
+                TaskScore(
+                    task=task,
+                    metric=metric if filtered == "none" else key,
+                    value=float(value),
+                    stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                    fewshot=results["n-shot"].get(task),
+                    samples=results["n-samples"].get(task, {}).get("effective"),
+                )
+            )
+    return scores
