@@ -1,12 +1,14 @@
-"""Loss and time of the solver against the textbook procedure and the official code's losses, layer by layer.
+"""The solver's frontier, loss against time, beside the textbook procedure and the official code's losses.
 
     python tools/bench_solver.py --model FOLDER --grams GRAMS.safetensors --official LOSSES.json \
-        --pattern 2:4 --rank 16 --variant default --json OUT.json
+        --pattern 2:4 --rank 16 --frontier --json OUT.json --plot OUT.svg
     python tools/bench_solver.py --made 1024x1024 --pattern 2:4 --rank 64
+    python tools/bench_solver.py --made 4096x14336 --pattern 2:4 --rank 64 --frontier --device cuda
 
-Every solver runs on the same (W, H), one after another layer by layer, in one process on the same threads
-(--threads, 1 by default), so that other load on the machine falls on all of them alike. Ratios of time are
-between sums over layers; ratios of loss are means over layers. Loss is tr(R H Rᵀ) / tr(W H Wᵀ), H damped.
+Every solver runs on the same (W, H), one after another layer by layer, in one process on the same device and
+threads (--threads, 1 by default), so that other load on the machine falls on all of them alike. Ratios of time
+are between sums over layers; ratios of loss are means over layers. Loss is tr(R H Rᵀ) / tr(W H Wᵀ), H damped.
+Of the device's peak: the solver's own FLOP/s over those of one large bfloat16 product timed in the same run.
 
 GRAMS holds H undamped under the name of the first linear of each group that shares an input (model.layers.0.
 self_attn.q_proj for q, k and v). LOSSES is {"2:4+16": {"0.self_attn.q_proj": {"loss": …}}} of the official code.
@@ -15,6 +17,7 @@ self_attn.q_proj for q, k and v). LOSSES is {"2:4+16": {"0.self_attn.q_proj": {"
 import json
 import platform
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,16 +44,15 @@ from streamslr.solve.problem import damping_diagonal
 # Linears that share the input of another, which names their Gram matrix.
 SHARES_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
-# From hasty to patient, the same solver at another pace; float32 is the default without low precision.
-VARIANTS: Mapping[str, ThreeBasil] = {
+# One solver from hasty to patient; slower growth of ρ buys loss with time.
+FRONTIER: Mapping[str, ThreeBasil] = {
     "hasty": ThreeBasil(rho_start=0.5, rho_growth=1.6, stage_iterations=4),
     "quick": ThreeBasil(rho_start=0.3, rho_growth=1.4, stage_iterations=6),
     "brisk": ThreeBasil(stage_iterations=8),
     "default": ThreeBasil(),
     "patient": ThreeBasil(rho_start=0.1, rho_growth=1.2, stage_iterations=40),
-    "float32": ThreeBasil(precision="float32"),
-    "tiled": ThreeBasil(tile_rows=64),
 }
+VARIANTS = {**FRONTIER, "float32": ThreeBasil(precision="float32"), "tiled": ThreeBasil(tile_rows=64)}
 
 
 def textbook(problem: LayerProblem) -> SparseLowRank:
@@ -142,29 +144,29 @@ def layers_of(model: Path, grams: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
                 yield name.removeprefix("model.layers."), weights.get_tensor(key).float(), held.get_tensor(gram)
 
 
-def made_layer(o: int, d: int, seed: int = 0) -> tuple[str, Tensor, Tensor]:
+def made_layer(o: int, d: int, device: str = "cpu", seed: int = 0) -> tuple[str, Tensor, Tensor]:
     """A made (name, W [o, d], H [d, d]) with the structure of trained layers that random ones lack.
 
     Inputs: a spectrum that decays as 1/k, a mean, a few outlier channels, and fewer samples than would make H
     exact (4 d). Weights: a decaying spectrum of their own on top of noise, heavy tails.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
-    k = torch.arange(1, d + 1, dtype=torch.float32)
+    k = torch.arange(1, d + 1, dtype=torch.float32, device=device)
     basis = torch.linalg.qr(normal(d, d)).Q
     channels = torch.exp(0.5 * normal(d))
-    channels[torch.randperm(d, generator=generator)[: max(1, d // 256)]] *= 20
-    H = torch.zeros(d, d)
+    channels[torch.randperm(d, generator=generator, device=device)[: max(1, d // 256)]] *= 20
+    H = torch.zeros(d, d, device=device)
     mean = 0.5 * normal(d)
     for _ in range(4):
         X = ((normal(d, d) * k.rsqrt()) @ basis.T * (d / k.reciprocal().sum()).sqrt() + mean) * channels
         H += X.T @ X / (2 * d)
     smaller = min(o, d)
     left, right = torch.linalg.qr(normal(o, smaller)).Q, torch.linalg.qr(normal(d, smaller)).Q
-    W = (left * torch.arange(1, smaller + 1).float().pow(-0.7)) @ right.T
+    W = (left * torch.arange(1, smaller + 1, device=device).float().pow(-0.7)) @ right.T
     W = W / W.square().mean().sqrt() + normal(o, d)
     return f"made {o}x{d}", 0.02 * W * torch.exp(0.3 * normal(o, d)), H
 
@@ -177,9 +179,12 @@ def made_layer(o: int, d: int, seed: int = 0) -> tuple[str, Tensor, Tensor]:
 @click.option("--pattern", default="2:4", show_default=True)
 @click.option("--rank", default=16, show_default=True)
 @click.option("--variant", "variants", multiple=True, default=["default"], help=f"Of: {', '.join(VARIANTS)}.")
+@click.option("--frontier", is_flag=True, help=f"All of {', '.join(FRONTIER)}.")
 @click.option("--every", default=1, show_default=True, help="Only every n-th layer.")
 @click.option("--no-textbook", is_flag=True, help="Skip the slow reference.")
 @click.option("--threads", default=1, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw loss against time here (.svg, .png).")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here.")
 def main(
     model: Path | None,
@@ -189,9 +194,12 @@ def main(
     pattern: str,
     rank: int,
     variants: tuple[str, ...],
+    frontier: bool,
     every: int,
     no_textbook: bool,
     threads: int,
+    device: str,
+    plot: Path | None,
     out: Path | None,
 ) -> None:
     torch.set_num_threads(threads)
@@ -199,27 +207,40 @@ def main(
         raise click.UsageError("give --model with --grams, or --made")
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise click.UsageError(f"unknown variant {', '.join(unknown)}; choose of {', '.join(VARIANTS)}")
+    variants = tuple(FRONTIER) if frontier else variants
     solvers: dict[str, Callable[[LayerProblem], SparseLowRank]] = {v: VARIANTS[v].solve for v in variants}
     if not no_textbook:
         solvers["textbook"] = textbook
     if model is not None and grams is not None:
         layers: Iterator[tuple[str, Tensor, Tensor]] = layers_of(model, grams)
     else:
-        layers = (made_layer(*(int(n) for n in shape.split("x"))) for shape in made)
+        layers = (made_layer(*(int(n) for n in shape.split("x")), device=device) for shape in made)
 
     kept_pattern = parse_pattern(pattern)
     official_losses = _official_losses(official, pattern, rank) if official else {}
     rows = []
     for index, (name, W, H) in enumerate(layers):
         if index % every == 0:
+            W, H = W.to(device), H.to(device)
             rows.append(_measure(name, W, H, kept_pattern, rank, solvers, official_losses.get(name)))
             print(f"{name}: " + _line(rows[-1], list(solvers)), file=sys.stderr, flush=True)
-    summary = {solver: _summary(rows, solver) for solver in solvers}
+    peak = _product_flops(device)
+    summary = {solver: _summary(rows, solver, peak) for solver in solvers}
     _show(summary, f"{pattern} + {rank}, {len(rows)} layers, {threads} thread(s)")
+    if plot:
+        _draw(summary, f"{pattern} + {rank}, {len(rows)} layers", plot)
     if out:
         command = " ".join(["python", "tools/bench_solver.py", *sys.argv[1:]])
-        machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {threads} thread(s)"
-        record = {"command": command, "machine": machine, "pattern": pattern, "rank": rank}
+        name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        record = {
+            "command": command,
+            "commit": commit,
+            "machine": f"{name}, torch {torch.__version__}, {threads} thread(s)",
+            "product_flops": peak,
+            "pattern": pattern,
+            "rank": rank,
+        }
         out.write_text(json.dumps({**record, "summary": summary, "layers": rows}, indent=1) + "\n")
 
 
@@ -244,8 +265,10 @@ def _measure(
     row: dict[str, object] = {"layer": name, "shape": list(W.shape), "official": official_loss}
     for solver, solve in solvers.items():
         problem = LayerProblem(name, W, H, pattern, rank)
+        _wait_for(W)
         start = time.perf_counter()
         result = solve(problem)
+        _wait_for(W)
         seconds = time.perf_counter() - start
         if wrong := pattern.check(result.S != 0):
             raise AssertionError(f"{solver} on {name}: {wrong}")
@@ -258,7 +281,26 @@ def _measure(
     return row
 
 
-def _summary(rows: list[dict], solver: str) -> dict[str, float | None]:
+def _wait_for(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _product_flops(device: str) -> float:
+    """FLOP/s of one large bfloat16 product, the best of three."""
+    n = 8192 if device == "cuda" else 2048
+    a = torch.ones(n, n, dtype=torch.bfloat16, device=device)
+    times = []
+    for _ in range(4):  # the first warms up
+        _wait_for(a)
+        start = time.perf_counter()
+        a @ a
+        _wait_for(a)
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times[1:])
+
+
+def _summary(rows: list[dict], solver: str, peak: float) -> dict[str, float | None]:
     """Means and sums over layers of one solver, and its ratios to the textbook and the official code."""
     ours = [row[solver] for row in rows]
     seconds = sum(x["seconds"] for x in ours)
@@ -270,11 +312,38 @@ def _summary(rows: list[dict], solver: str) -> dict[str, float | None]:
     ratios = [x["loss"] / row["official"] for x, row in zip(ours, rows, strict=True) if row["official"]]
     summary["loss_to_official"] = sum(ratios) / len(ratios) if ratios else None
     summary["worst_loss_to_official"] = max(ratios) if ratios else None
+    if solver in VARIANTS:
+        products = sum(2 * row["shape"][0] * row["shape"][1] ** 2 * row[solver]["iterations"] for row in rows)
+        summary["share_of_peak"] = products / seconds / peak
     if "textbook" in rows[0]:
         slow = [row["textbook"] for row in rows]
         summary["loss_to_textbook"] = sum(x["loss"] / y["loss"] for x, y in zip(ours, slow, strict=True)) / len(ours)
         summary["time_to_textbook"] = seconds / sum(y["seconds"] for y in slow)
     return summary
+
+
+def _draw(summary: Mapping[str, Mapping[str, float | None]], title: str, to: Path) -> None:
+    """Loss against time, both as ratios where there is something to hold them against."""
+    import matplotlib.pyplot as plt
+
+    against = "official" if all(row["loss_to_official"] for row in summary.values()) else "textbook"
+    loss = f"loss_to_{against}" if "textbook" in summary or against == "official" else "mean_loss"
+    seconds = "time_to_textbook" if "textbook" in summary else "seconds"
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    paces = [(row[seconds], row[loss]) for name, row in summary.items() if name in FRONTIER]
+    axes.plot(*zip(*sorted(paces), strict=True), color="tab:blue", zorder=1)
+    for name, row in summary.items():
+        axes.scatter(row[seconds], row[loss], color="tab:blue" if name in VARIANTS else "tab:red", zorder=2)
+        right = name in VARIANTS
+        place = {"xytext": (6 if right else -6, 6), "ha": "left" if right else "right"}
+        axes.annotate(name, (row[seconds], row[loss]), textcoords="offset points", **place)
+    axes.margins(0.08)
+    axes.set_xscale("log")
+    axes.set_xlabel("time / textbook" if seconds == "time_to_textbook" else "seconds")
+    axes.set_ylabel("mean relative loss" if loss == "mean_loss" else f"loss / {against}, mean over layers")
+    axes.set_title(f"{title}: below and to the left is better")
+    axes.grid(alpha=0.3)
+    figure.savefig(to)
 
 
 def _line(row: dict, solvers: list[str]) -> str:
