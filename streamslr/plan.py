@@ -31,14 +31,16 @@ _SOLVE_ITERATIONS = 250
 """Iterations of a typical layer, for the FLOPs alone: means of 220 to 280 were seen on the reference model."""
 
 _SAVED_HIDDEN = 6
-"""Tensors [b, T, h] beside the linears' inputs and outputs that a pass keeps for its gradients: norms, residuals; in
-float32, on the CPU."""
+"""Tensors [b, T, h] beside the linears' inputs and outputs that a pass keeps for its gradients, counted in Llama's
+block: two norms' inputs and outputs, two residuals; in float32, on the CPU."""
 
 _TILE_COPIES = 4
-"""Tiles of a dense weight's size alive at once in matching."""
+"""Tiles of a dense weight alive at once in matching: S, its sum with U·V, their gradient and a product (counted; with
+both figures the plan of a matching is 1.02 to 1.04 of its measured peak, tools/results/run-llama-8m.json)."""
 
 _USABLE = 0.97
-"""Share of a GPU budget that the plan fills: the allocator's limit counts what lies unused between tensors too."""
+"""Share of a GPU budget that the plan fills (chosen, no GPU was at hand): the allocator's limit counts what lies unused
+between tensors too."""
 
 _READ, _WRITTEN = 2, 4
 """Micro-batches of hidden states alive in a pass, of a stream that is read: read ahead and current; of one that is

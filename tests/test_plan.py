@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamslr.config import RunConfig
@@ -73,11 +73,10 @@ def test_short_windows_pass_together_and_fewer_where_memory_is_short() -> None:
     model = llama_70b()
     generous = plan(model, device="cpu", seq_len=64, samples=64)
     assert generous.micro_batch == 32
-    halved = plan(
-        model, host_mem=generous.host_bytes - generous.scratch_bytes - 1, device="cpu", seq_len=64, samples=64
-    )
-    solve_bound = phase(halved, "solve").host_bytes >= halved.host_bytes - halved.scratch_bytes
-    assert halved.micro_batch < 32 or solve_bound
+    on_disk = plan(model, host_mem=17 * GB, device="cpu", seq_len=64, samples=64)
+    assert (on_disk.micro_batch, on_disk.in_memory) == (32, False)
+    needed = max(phase(on_disk, name).host_bytes for name in ("embed", "grams", "match", "propagate"))
+    assert plan(model, host_mem=needed - 1, device="cpu", seq_len=64, samples=64).micro_batch < 32
 
 
 @pytest.mark.parametrize(("host", "gpu", "flag"), [(GB // 2, None, "--host-mem"), (10**12, 4 * GB, "--gpu-mem")])
@@ -166,6 +165,7 @@ def test_a_run_that_goes_on_keeps_the_pieces_it_began_with() -> None:
     assert (made.micro_batch, made.solver_room) == (4, 10**9)
 
 
+@settings(deadline=None)
 @given(st.integers(10**8, 10**11), st.integers(10**8, 10**11))
 def test_more_memory_never_cuts_smaller(low: int, more: int) -> None:
     tight, roomy = (plan(llama_70b(), device="cpu", host_mem=b, seq_len=128) for b in (low, low + more))

@@ -43,6 +43,7 @@ from typing import Any
 import click
 import make_checkpoint
 import torch
+from bench_perplexity import value_of
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -236,12 +237,7 @@ def main(
 ) -> None:
     shape = SHAPES[name]
     settings |= {"samples": samples or shape.samples, "seq_len": seq_len or shape.seq_len, "seed": seed}
-    for setting in others:
-        key, _, value = setting.partition("=")
-        try:
-            settings[key.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[key.replace("-", "_")] = value
+    settings |= {key.replace("-", "_"): value_of(value) for key, value in (change.split("=", 1) for change in others)}
     console = Console(width=100)
     messages = BufferingHandler(10**6)
     logging.basicConfig(format="%(message)s", handlers=[logging.StreamHandler(), messages])
@@ -277,6 +273,9 @@ def main(
         "shape": {"name": name, **asdict(shape)},
         "settings": settings,
         "micro_batch": job.plan.micro_batch,
+        "in_memory": job.plan.in_memory,
+        "grams_at": job.plan.grams_at,
+        "solver_room": job.plan.solver_room,
         "baseline_bytes": baseline,
         "host_budget_bytes": job.host_mem,
         "gpu_budget_bytes": job.gpu_mem,

@@ -17,7 +17,6 @@ self_attn.q_proj for q, k and v). LOSSES is {"2:4+16": {"0.self_attn.q_proj": {"
 import json
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import click
 import torch
+from bench_block import commit, product_flops
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -224,7 +224,7 @@ def main(
             W, H = W.to(device), H.to(device)
             rows.append(_measure(name, W, H, kept_pattern, rank, solvers, official_losses.get(name)))
             print(f"{name}: " + _line(rows[-1], list(solvers)), file=sys.stderr, flush=True)
-    peak = _product_flops(device)
+    peak = product_flops(torch.device(device), torch.bfloat16)
     summary = {solver: _summary(rows, solver, peak) for solver in solvers}
     _show(summary, f"{pattern} + {rank}, {len(rows)} layers, {threads} thread(s)")
     if plot:
@@ -232,10 +232,9 @@ def main(
     if out:
         command = " ".join(["python", "tools/bench_solver.py", *sys.argv[1:]])
         name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         record = {
             "command": command,
-            "commit": commit,
+            "commit": commit(),
             "machine": f"{name}, torch {torch.__version__}, {threads} thread(s)",
             "product_flops": peak,
             "pattern": pattern,
@@ -284,20 +283,6 @@ def _measure(
 def _wait_for(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize()
-
-
-def _product_flops(device: str) -> float:
-    """FLOP/s of one large bfloat16 product, the best of three."""
-    n = 8192 if device == "cuda" else 2048
-    a = torch.ones(n, n, dtype=torch.bfloat16, device=device)
-    times = []
-    for _ in range(4):  # the first warms up
-        _wait_for(a)
-        start = time.perf_counter()
-        a @ a
-        _wait_for(a)
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times[1:])
 
 
 def _summary(rows: list[dict], solver: str, peak: float) -> dict[str, float | None]:
