@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamslr.errors import InputError
 from streamslr.solve.pattern import NofM, SparsityPattern, parse_pattern
 from streamslr.store.pack import unpack, unpack_rows
 
@@ -78,7 +79,12 @@ class SparseLowRankLinear(nn.Module):
         return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
 
     def keep_dense(self) -> None:
-        """Also holds S dense from now on: the speed of a dense linear, for its memory beside the packed one."""
+        """Also holds S dense from now on: the speed of a dense linear, for its memory beside the packed one.
+
+        Raises InputError where accelerate offloads the weights between calls.
+        """
+        if self.values.is_meta:
+            raise InputError("S cannot be kept dense of weights that are offloaded: leave keep_dense or device_map out")
         S = unpack(self.packed(), self.pattern, (self.out_features, self.in_features))
         self.register_buffer("S", S, persistent=False)
 

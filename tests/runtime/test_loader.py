@@ -94,6 +94,8 @@ def test_layers_offloaded_to_disk(folder: Path) -> None:
     offloaded = model.get_submodule("model.layers.1.mlp.up_proj")
     assert {tensor.device.type for tensor in offloaded.packed().values()} == {"meta"}
     assert torch.equal(logits(model), logits(streamslr.load(folder, device="cpu")))
+    with pytest.raises(InputError, match="keep_dense"):
+        offloaded.keep_dense()
     kernel = _semi_structured(offloaded)  # what a GPU would be asked: it must not hold a copy of its own
     assert kernel.weight is None and "offloaded" in kernel.name
 
