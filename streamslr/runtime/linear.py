@@ -78,6 +78,7 @@ class SparseLowRankLinear(nn.Module):
         parts = {name: getattr(self, name) for name in ("values", "meta", "row_offsets", "U", "V")}
         return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
 
+    @torch.inference_mode(False)  # what is made while evaluating serves training too
     def keep_dense(self) -> None:
         """Also holds S dense from now on: the speed of a dense linear, for its memory beside the packed one.
 
@@ -121,6 +122,7 @@ class SparseLowRankLinear(nn.Module):
         y: Tensor = _SemiStructuredProduct.apply(x, *rest)  # type: ignore[no-untyped-call]
         return y
 
+    @torch.inference_mode(False)
     def _semi_structured(self) -> "_SemiStructured":
         """S for the sparse tensor cores of this device, made when first needed."""
         if self._semi is None:
