@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import typing
@@ -194,7 +195,8 @@ def report(folder: Path, out: Path | None) -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of every weight [default: as it is stored, which is exact for peft; dense rounds the sum S + U·V to it].",
+    help="Of every weight [default: as it is stored: exact for peft; for dense the sum S + U·V is rounded to it, which "
+    "in bfloat16 can change generated text; with float32 dense generates what FOLDER does, in twice the bytes].",
 )
 @_quiet_option
 def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> None:
@@ -214,9 +216,10 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
         else:
             click.echo(f'load it: peft.AutoPeftModelForCausalLM.from_pretrained("{out}/adapter")')
             rank = exporting.vllm_max_lora_rank(result.rank)
-            lora = f"--enable-lora --max-lora-rank {rank} --lora-modules slr={out}/adapter"
+            base, adapter = (shlex.quote(f"{out}/{part}") for part in ("base", "adapter"))
+            lora = f"--enable-lora --max-lora-rank {rank} --lora-modules slr={adapter}"
             too_large = f"rank {result.rank} is more than vLLM takes in a LoRA; for vLLM export it --to dense"
-            click.echo(f"serve it: vllm serve {out}/base {lora}" if rank else too_large)
+            click.echo(f"serve it: vllm serve {base} {lora}" if rank else too_large)
 
 
 @main.command()
@@ -307,7 +310,8 @@ def _print_json(value: Any) -> None:
 
 @contextmanager
 def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
+    console = Console(stderr=True)  # where it is no terminal, a bar would leave an empty line
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

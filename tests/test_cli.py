@@ -194,11 +194,11 @@ def test_eval_json_has_the_perplexity(finished: Path, text: Path) -> None:
 
 
 def test_export_says_how_to_load_and_serve_what_it_made(finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "my out"
     done = call("export", finished, out, "--to", "peft")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert f'from_pretrained("{out}/adapter")' in done.stdout
-    assert f"vllm serve {out}/base --enable-lora --max-lora-rank 8 --lora-modules slr={out}/adapter" in done.stdout
+    assert f"vllm serve '{out}/base' --enable-lora --max-lora-rank 8 --lora-modules slr='{out}/adapter'" in done.stdout
     refused = call("export", finished, out, "--to", "dense")
     assert (refused.returncode, refused.stdout) == (4, "")
     assert "holds another export" in refused.stderr

@@ -66,7 +66,8 @@ def evaluate_tasks(
         from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
     except ImportError as error:
         raise InputError(f"--tasks needs lm-evaluation-harness ({error}); pip install 'streamslr[eval]'") from error
-    names = list(dict.fromkeys(name for task in tasks for name in (PAPERS if task == "papers" else (task,))))
+    asked = (task.strip() for task in tasks)
+    names = list(dict.fromkeys(name for task in asked for name in (PAPERS if task == "papers" else (task,))))
     manager = TaskManager(include_path=include_path)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise InputError(f"lm-evaluation-harness knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamslr.errors import InputError
 from streamslr.solve.pattern import NofM, SparsityPattern, parse_pattern
 from streamslr.store.pack import unpack, unpack_rows
 
@@ -56,7 +57,9 @@ class SparseLowRankLinear(nn.Module):
         self.register_buffer("meta", torch.empty(o, -(-d // 8), dtype=torch.uint8, device=device))
         offsets = None if grouped else torch.empty(o + 1, dtype=torch.int64, device=device)
         self.register_buffer("row_offsets", offsets)
-        self.register_buffer("S", None, persistent=False)  # dense, only after keep_dense()
+        self.register_buffer(
+            "S", None
+        )  # dense, only after keep_dense(); accelerate trips over a None that is not saved
         for name, shape in (("U", (o, rank)), ("V", (rank, d))):
             factor = nn.Parameter(torch.empty(shape, dtype=dtype, device=device)) if rank else None
             self.register_parameter(name, factor)
@@ -75,9 +78,16 @@ class SparseLowRankLinear(nn.Module):
         parts = {name: getattr(self, name) for name in ("values", "meta", "row_offsets", "U", "V")}
         return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
 
+    @torch.inference_mode(False)  # what is made while evaluating serves training too
     def keep_dense(self) -> None:
-        """Also holds S dense from now on: the speed of a dense linear, for its memory beside the packed one."""
-        self.S = unpack(self.packed(), self.pattern, (self.out_features, self.in_features))
+        """Also holds S dense from now on: the speed of a dense linear, for its memory beside the packed one.
+
+        Raises InputError where accelerate offloads the weights between calls.
+        """
+        if self.values.is_meta:
+            raise InputError("S cannot be kept dense of weights that are offloaded: leave keep_dense or device_map out")
+        S = unpack(self.packed(), self.pattern, (self.out_features, self.in_features))
+        self.register_buffer("S", S, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)  # [n, d]
@@ -112,6 +122,7 @@ class SparseLowRankLinear(nn.Module):
         y: Tensor = _SemiStructuredProduct.apply(x, *rest)  # type: ignore[no-untyped-call]
         return y
 
+    @torch.inference_mode(False)
     def _semi_structured(self) -> "_SemiStructured":
         """S for the sparse tensor cores of this device, made when first needed."""
         if self._semi is None:
@@ -219,6 +230,11 @@ def _semi_structured(linear: SparseLowRankLinear) -> _SemiStructured:
     def unpacked(why: str) -> _SemiStructured:
         return _SemiStructured(f"unpacked in tiles: {why}")
 
+    hook = getattr(
+        linear, "_hf_hook", None
+    )  # accelerate's; of offloaded weights it keeps nothing on the GPU, nor may we
+    if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
+        return unpacked("its weights are offloaded between calls")
     if str(linear.pattern) != "2:4":
         return unpacked(f"sparse tensor cores take 2:4, not {linear.pattern}")
     if values.dtype not in (torch.bfloat16, torch.float16):

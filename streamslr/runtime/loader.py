@@ -58,8 +58,8 @@ def load(
     if device_map is None:
         device_map = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype or "auto", device_map=device_map
-    )
+        str(folder), dtype=dtype or "auto", device_map=device_map, offload_buffers=True
+    )  # S is in buffers, which accelerate leaves on the GPU unless it is told to offload them too
     if keep_dense:
         for linear in packed_modules(model).values():
             linear.keep_dense()

@@ -129,6 +129,15 @@ def test_keep_dense_changes_nothing_but_memory() -> None:
     assert set(linear.state_dict()) == saved
 
 
+def test_what_keep_dense_made_in_inference_mode_can_be_trained_with() -> None:
+    linear = packed_linear()
+    with torch.inference_mode():
+        linear.keep_dense()
+    x = torch.randn(3, 80, requires_grad=True)
+    linear(x).sum().backward()
+    assert x.grad is not None
+
+
 def test_new_weights_replace_what_keep_dense_kept() -> None:
     linear = packed_linear()
     linear.keep_dense()

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 import streamslr
 from streamslr.errors import InputError
 from streamslr.results.evaluate import evaluate
-from streamslr.runtime.linear import SparseLowRankLinear
+from streamslr.runtime.linear import SparseLowRankLinear, _semi_structured
 from streamslr.runtime.loader import packed_modules
 from streamslr.source.checkpoint import open_checkpoint
 from tests.runtime.folders import compressed_folder, dense_model
@@ -87,11 +87,17 @@ def test_device_map(folder: Path, device_map: Any) -> None:
     assert off_by(logits(model), logits(dense_model(folder))) < 0.05
 
 
-def test_layers_offloaded_to_disk(folder: Path, tmp_path: Path) -> None:
+def test_layers_offloaded_to_disk(folder: Path) -> None:
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
+    model = streamslr.load(folder, device_map=places)
+    offloaded = model.get_submodule("model.layers.1.mlp.up_proj")
+    assert {tensor.device.type for tensor in offloaded.packed().values()} == {"meta"}
     assert torch.equal(logits(model), logits(streamslr.load(folder, device="cpu")))
+    with pytest.raises(InputError, match="keep_dense"):
+        offloaded.keep_dense()
+    kernel = _semi_structured(offloaded)  # what a GPU would be asked: it must not hold a copy of its own
+    assert kernel.weight is None and "offloaded" in kernel.name
 
 
 def test_generate_as_the_dense_model(folder: Path) -> None:
