@@ -224,7 +224,9 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 
 @main.command()
 @click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), help="Perplexity on this: .txt, .jsonl, .gz of either.")
+@click.option(
+    "--text", type=click.Path(path_type=Path, exists=True), help="Perplexity on this: .txt, .jsonl, .gz of either."
+)
 @click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of it.")
 @click.option("--windows", type=click.IntRange(1), help="Only the first so many of these windows [default: all].")
 @click.option("--scratch", type=click.Path(path_type=Path), help="Folder for hidden states that memory cannot hold.")
@@ -263,6 +265,15 @@ def eval(
             os.environ["TQDM_DISABLE"] = "1"  # the bars of the harness's libraries; read when tqdm is imported
         _quiet_libraries()
         found: dict[str, Any] = {}
+        if tasks is not None:  # first: their names are checked before any work
+            from streamslr.results.tasks import evaluate_tasks, task_table
+
+            scores = evaluate_tasks(
+                model, tasks.split(","), revision=revision, device=device, progress=shown, **settings
+            )
+            found |= dataclasses.asdict(scores)
+            if not as_json:
+                _console().print(task_table(scores))
         if text is not None:
             from streamslr.memory import free_host_memory
             from streamslr.results.evaluate import evaluate
@@ -285,15 +296,6 @@ def eval(
                     f"{model}: perplexity {result.perplexity:.4f} on {result.windows:,} windows of "
                     f"{result.seq_len:,} tokens of {text} ({result.dtype} on {result.device})"
                 )
-        if tasks is not None:
-            from streamslr.results.tasks import evaluate_tasks, task_table
-
-            scores = evaluate_tasks(
-                model, tasks.split(","), revision=revision, device=device, progress=shown, **settings
-            )
-            found |= dataclasses.asdict(scores)
-            if not as_json:
-                _console().print(task_table(scores))
         if as_json:
             _print_json(found)
 
