@@ -89,12 +89,13 @@ def finetune(
             f"{data} holds {len(windows)} windows of {seq_len} tokens, {held_out} of them held out: less than a batch "
             f"of {batch}; give more text, or a smaller --seq-len or --batch"
         )
+    total = steps or epochs * math.ceil((len(windows) - held_out) / batch)
+    twentieth = math.ceil(total / 20)
     settings = {
         "folder": [asdict(shard) for shard in state.shards],
         "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "seq_len": seq_len,
-        "epochs": None if steps else epochs,
-        "steps": steps,
+        "steps": total,
         "batch": batch,
         "lr": lr,
         "seed": seed,
@@ -107,16 +108,15 @@ def finetune(
         stored = {name: shard_header(folder / file)[name] for file, name in _places(state, trained)}
         arguments = TrainingArguments(
             output_dir=str(partial_out / _SCRATCH),
-            num_train_epochs=epochs,
-            max_steps=steps or -1,
+            max_steps=total,
             per_device_train_batch_size=batch,
             per_device_eval_batch_size=batch,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             bf16=in_bf16,
             seed=seed,
-            logging_steps=0.05,
-            save_steps=0.05,
+            logging_steps=twentieth,
+            save_steps=twentieth,
             save_total_limit=1,
             prediction_loss_only=True,
             use_cpu=where.type == "cpu",
@@ -143,7 +143,11 @@ def finetune(
         try:
             before = trainer.evaluate()["eval_loss"]
             log.info("held-out loss %.4f before", before)
-            trainer.train(resume_from_checkpoint=_last_checkpoint(partial_out / _SCRATCH))
+            done, last = _last_checkpoint(partial_out / _SCRATCH)
+            if last and done == total:  # Trainer would make one step more
+                trainer._load_from_checkpoint(last)
+            else:
+                trainer.train(resume_from_checkpoint=last)
             with torch.no_grad():
                 for name, parameter in trained.items():
                     parameter.copy_(parameter.to(stored[name].dtype))
@@ -167,7 +171,7 @@ def finetune(
             held_out=held_out,
             seq_len=seq_len,
             batch=batch,
-            steps=trainer.state.global_step,
+            steps=total,
             lr=lr,
             seed=seed,
             loss_before=before,
@@ -268,10 +272,12 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
         os.close(lock)
 
 
-def _last_checkpoint(scratch: Path) -> str | None:
-    """Trainer writes trainer_state.json last: a checkpoint without it was cut off."""
-    whole = [path.parent for path in scratch.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+def _last_checkpoint(scratch: Path) -> tuple[int, str | None]:
+    """(steps done, folder). Trainer writes trainer_state.json last: a checkpoint without it was cut off."""
+    whole = {
+        int(path.parent.name.rpartition("-")[2]): str(path.parent) for path in scratch.glob("*/trainer_state.json")
+    }
+    return max(whole.items(), default=(0, None))
 
 
 def _prepare(model: Any, state: JournalState, in_bf16: bool) -> dict[str, nn.Parameter]:
