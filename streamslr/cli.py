@@ -238,7 +238,7 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 @_quiet_option
 def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
     """Train U and V of a compressed FOLDER on text, S frozen and packed, and write the result into --out."""
-    with _errors_and_interrupts(f"the same line goes on in {settings['out']}.partial", kept="steps"):
+    with _errors_and_interrupts(f"the same line goes on in {settings['out']}.partial", kept="checkpoints"):
         _quiet_libraries()
         from streamslr.finetune import finetune as train
 

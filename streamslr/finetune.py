@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from streamslr.calibrate.tokens import text_windows
@@ -38,13 +38,22 @@ from streamslr.results.verify import verify
 from streamslr.runtime.loader import load, name_in, packed_modules
 from streamslr.source.checkpoint import open_checkpoint, shard_header
 from streamslr.store.folder import write_index
-from streamslr.store.shards import PARTIAL_SUFFIX, TensorSource, WrittenShard, write_file, write_json, write_shard
+from streamslr.store.shards import (
+    PARTIAL_SUFFIX,
+    TensorSource,
+    WrittenShard,
+    fsync_folder,
+    write_file,
+    write_json,
+    write_shard,
+)
 
 _HELD_OUT = 1 / 20, 64
 """Of the windows, but at most so many: enough for a mean, little to lose for training."""
-_SCRATCH, _SETTINGS_FILE = ".scratch", "settings.json"
+_SETTINGS_FILE, _RESULT = "settings.json", "result"
+"""In `out`.partial, beside Trainer's checkpoints."""
 _CHECKPOINT_BYTES = 2 * 12
-"""A parameter's: itself and Adam's two moments in float32; the new checkpoint is written before the old one goes."""
+"""Of a trained parameter: itself and Adam's two moments in float32; the old checkpoint goes after the new is there."""
 
 log = logging.getLogger("streamslr")
 
@@ -81,8 +90,7 @@ def finetune(
     if out.is_relative_to(folder.resolve()):
         raise InputError(f"{out} lies in the compressed folder itself; give an --out outside of {folder}")
     state = _sound(folder)
-    checkpoint = open_checkpoint(str(folder))
-    windows = text_windows(checkpoint.tokenizer(), data, seq_len, limit=None)  # [n, T]
+    windows = text_windows(open_checkpoint(str(folder)).tokenizer(), data, seq_len, limit=None)  # [n, T]
     held_out = min(math.ceil(len(windows) * _HELD_OUT[0]), _HELD_OUT[1])
     if len(windows) - held_out < batch:
         raise InputError(
@@ -90,60 +98,45 @@ def finetune(
             f"of {batch}; give more text, or a smaller --seq-len or --batch"
         )
     total = steps or epochs * math.ceil((len(windows) - held_out) / batch)
-    twentieth = math.ceil(total / 20)
+    tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     settings = {
         "folder": [asdict(shard) for shard in state.shards],
-        "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "tokens": tokens,
         "seq_len": seq_len,
         "steps": total,
         "batch": batch,
         "lr": lr,
         "seed": seed,
     }
-    with _claimed(out, settings) as partial_out:
+    stored = {name: info for block in state.blocks for name, info in shard_header(folder / block.shard.file).items()}
+    with _claimed(out, settings) as work:
         model = load(folder, where)
+        trained = _low_rank(model, state)
+        count = sum(parameter.numel() for parameter in trained.values())
+        _require_disk(out, sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES)
         in_bf16 = where.type == "cuda" and model.dtype == torch.bfloat16
-        trained = _prepare(model, state, in_bf16)
-        _require_disk(out, sum(shard.nbytes for shard in state.shards), sum(p.numel() for p in trained.values()))
-        stored = {name: shard_header(folder / file)[name] for file, name in _places(state, trained)}
-        arguments = TrainingArguments(
-            output_dir=str(partial_out / _SCRATCH),
-            max_steps=total,
-            per_device_train_batch_size=batch,
-            per_device_eval_batch_size=batch,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            bf16=in_bf16,
-            seed=seed,
-            logging_steps=twentieth,
-            save_steps=twentieth,
-            save_total_limit=1,
-            prediction_loss_only=True,
-            use_cpu=where.type == "cpu",
-            dataloader_pin_memory=where.type == "cuda",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        arguments._n_gpu = 1  # otherwise Trainer copies the model to every GPU it sees
+        for parameter in model.parameters():  # packed values stay as they are: bf16 to float32 is exact
+            if parameter.requires_grad or not in_bf16:
+                parameter.data = parameter.data.float()
         samples = [{"input_ids": window, "labels": window} for window in windows]
         trainer = _LowRankTrainer(
             trained,
             model=model,
-            args=arguments,
-            train_dataset=samples[: len(samples) - held_out],
-            eval_dataset=samples[len(samples) - held_out :],
+            args=_arguments(work, total, batch, seed, where, in_bf16),
+            train_dataset=samples[:-held_out],
+            eval_dataset=samples[-held_out:],
             optimizers=(_adam(trained, lr), None),
             callbacks=[_Say()],
         )
         trainer.remove_callback(PrinterCallback)
         log.info(
-            "training %s parameters of U and V on %d windows of %d tokens of %s, %d held out",
-            f"{sum(p.numel() for p in trained.values()):,}", len(samples) - held_out, seq_len, data, held_out,
+            "training %s parameters of U and V on %d windows of %d tokens of %s; %d more are held out",
+            f"{count:,}", len(samples) - held_out, seq_len, data, held_out,
         )  # fmt: skip
         try:
             before = trainer.evaluate()["eval_loss"]
-            log.info("held-out loss %.4f before", before)
-            done, last = _last_checkpoint(partial_out / _SCRATCH)
+            log.info("held-out loss %.4f", before)
+            done, last = _last_checkpoint(work)
             if last and done == total:  # Trainer would make one step more
                 trainer._load_from_checkpoint(last)
             else:
@@ -157,16 +150,16 @@ def finetune(
                 f"fine-tuning does not fit the memory ({why_out_of_memory(error)}); give a smaller --batch or --seq-len"
             ) from error
         if not math.isfinite(after):
-            shutil.rmtree(partial_out)
+            shutil.rmtree(work)
             raise StreamslrError(f"training diverged, the held-out loss is {after}; nothing was written. Lower --lr")
-        log.log(
-            logging.INFO if after < before else logging.WARNING,
-            "held-out loss %.4f before, %.4f after%s",
-            before, after, "" if after < before else ": it did not fall; lower --lr, or train on more text",
-        )  # fmt: skip
+        if after >= before:
+            log.warning(
+                "the held-out loss did not fall: %.4f before, %.4f after; lower --lr, or train on more text",
+                before, after,
+            )  # fmt: skip
         record = FinetuneRecord(
             data=data.name,
-            tokens=str(settings["tokens"]),
+            tokens=tokens,
             windows=len(samples) - held_out,
             held_out=held_out,
             seq_len=seq_len,
@@ -177,9 +170,10 @@ def finetune(
             loss_before=before,
             loss_after=after,
         )
-        _write(folder, partial_out, state, trained, record)
-        shutil.rmtree(partial_out / _SCRATCH)
-        partial_out.replace(out)
+        _write(folder, work / _RESULT, state, trained, record)
+        (work / _RESULT).replace(out)
+        fsync_folder(out.parent)
+        shutil.rmtree(work)
     return record
 
 
@@ -245,7 +239,7 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ResumeError(f"{out} is there already; give a new folder as --out")
     work = out.with_name(out.name + PARTIAL_SUFFIX)
-    record = work / _SCRATCH / _SETTINGS_FILE
+    record = work / _SETTINGS_FILE
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work, os.O_RDONLY)
@@ -257,9 +251,8 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
         except BlockingIOError as error:
             raise ResumeError(f"another process is writing {work}; wait for it, or give another --out") from error
         if not record.is_file():
-            if any(path.name != _SCRATCH for path in work.iterdir()):
+            if any(path.name != _SETTINGS_FILE + PARTIAL_SUFFIX for path in work.iterdir()):
                 raise ResumeError(f"{work} holds files that are no fine-tuning's; delete it, or give another --out")
-            record.parent.mkdir(exist_ok=True)
             write_json(record, settings)
         there = json.loads(record.read_text())
         if changed := [name for name, value in settings.items() if there.get(name) != value]:
@@ -272,30 +265,48 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
         os.close(lock)
 
 
-def _last_checkpoint(scratch: Path) -> tuple[int, str | None]:
+def _last_checkpoint(work: Path) -> tuple[int, str | None]:
     """(steps done, folder). Trainer writes trainer_state.json last: a checkpoint without it was cut off."""
-    whole = {
-        int(path.parent.name.rpartition("-")[2]): str(path.parent) for path in scratch.glob("*/trainer_state.json")
-    }
+    whole = {int(path.parent.name.rpartition("-")[2]): str(path.parent) for path in work.glob("*/trainer_state.json")}
     return max(whole.items(), default=(0, None))
 
 
-def _prepare(model: Any, state: JournalState, in_bf16: bool) -> dict[str, nn.Parameter]:
-    """U and V by their stored names, in float32 and the only parameters to train; packed values stay as they are."""
+def _low_rank(model: PreTrainedModel, state: JournalState) -> dict[str, nn.Parameter]:
+    """U and V by their stored names, from now on the only parameters with a gradient."""
     modules = packed_modules(model)
     trained: dict[str, nn.Parameter] = {}
     for layer in (layer for block in state.blocks for layer in block.layers if layer.rank):
         name = name_in(model, layer.name, modules)
         assert name is not None  # the loader refuses folders with linears that the model lacks
-        for part in ("U", "V"):
-            trained[f"{layer.name}.{part}"] = getattr(modules[name], part)
+        trained |= {f"{layer.name}.{part}": modules[name].get_parameter(part) for part in ("U", "V")}
     model.requires_grad_(False)
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    for parameter in model.parameters():
-        if parameter.requires_grad or not in_bf16:
-            parameter.data = parameter.data.float()
     return trained
+
+
+def _arguments(work: Path, steps: int, batch: int, seed: int, device: torch.device, in_bf16: bool) -> TrainingArguments:
+    twentieth = math.ceil(steps / 20)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
+        lr_scheduler_type="cosine",
+        warmup_steps=twentieth,
+        bf16=in_bf16,
+        seed=seed,
+        logging_steps=twentieth,
+        save_steps=twentieth,
+        save_total_limit=1,
+        prediction_loss_only=True,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = 1  # otherwise Trainer copies the model to every GPU it sees
+    return arguments
 
 
 def _adam(trained: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -304,19 +315,8 @@ def _adam(trained: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimiz
     return torch.optim.Adam(groups)
 
 
-def _places(state: JournalState, names: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(shard, name) of each trained tensor."""
-    return [
-        (block.shard.file, f"{layer.name}.{part}")
-        for block in state.blocks
-        for layer in block.layers
-        for part in ("U", "V")
-        if f"{layer.name}.{part}" in names
-    ]
-
-
-def _require_disk(out: Path, shards: int, parameters: int) -> None:
-    need, free = shards + parameters * _CHECKPOINT_BYTES, shutil.disk_usage(out.parent).free
+def _require_disk(out: Path, need: int) -> None:
+    free = shutil.disk_usage(out.parent).free
     if need > free:
         raise BudgetError(f"{out} needs {format_bytes(need)} while training, the disk has {format_bytes(free)} free")
 
@@ -339,6 +339,7 @@ def _write(
             ]
             return write_shard(out / file, sources, opened.metadata())
 
+    out.mkdir(exist_ok=True)
     for name in state.description:
         write_file(out / name, (folder / name).read_bytes())
     assert state.outside is not None

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import streamslr
 from streamslr.errors import InputError, ResumeError, StreamslrError
 from streamslr.finetune import finetune
-from streamslr.journal import read_journal
 from streamslr.memory import free_host_memory
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
+from streamslr.results.inspect import read_run, run_table
 from streamslr.results.verify import verify
 from tests.killing import finetune_in_child
 from tests.tiny_models import TEXT, tiny_checkpoint
@@ -55,9 +56,7 @@ def perplexity(folder: Path, text: Path) -> float:
 
 
 def test_the_loss_falls_on_windows_held_out_and_the_journal_says_so(folder: Path, tuned: Path, text: Path) -> None:
-    state = read_journal(tuned)
-    assert state is not None
-    (record,) = state.finetuned
+    (record,) = read_run(tuned).finetuned
     assert record.loss_after < record.loss_before
     assert (record.data, record.steps, record.lr, record.batch) == ("text.txt", 10, 0.05, 8)
     assert perplexity(tuned, text) < perplexity(folder, text)
@@ -77,18 +76,22 @@ def test_u_and_v_alone_change_and_keep_their_dtype(folder: Path, tuned: Path) ->
 
 def test_every_command_takes_the_result(tuned: Path, text: Path, tmp_path: Path) -> None:
     assert verify(tuned).problems == ()
-    model = streamslr.load(tuned, device="cpu", dtype="float32")
-    export(tuned, tmp_path / "peft", "peft")
-    ids = torch.arange(2, 42).view(2, 20)
-    with torch.inference_mode():
-        from peft import AutoPeftModelForCausalLM
-
-        adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft/adapter", dtype=torch.float32)
-        torch.testing.assert_close(adapted(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert "fine-tuned on text.txt, 10 steps" in str(run_table(tuned, read_run(tuned)).caption)
     finetune(tuned, text, tmp_path / "again", **SETTINGS | {"steps": 1})
-    state = read_journal(tmp_path / "again")
-    assert state is not None
-    assert [record.steps for record in state.finetuned] == [10, 1]
+    assert [record.steps for record in read_run(tmp_path / "again").finetuned] == [10, 1]
+
+
+def test_its_peft_export_is_the_same_model_and_trains_with_peft(tuned: Path, tmp_path: Path) -> None:
+    export(tuned, tmp_path / "peft", "peft")
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft/adapter", dtype=torch.float32, is_trainable=True)
+    ids = torch.arange(2, 42).view(2, 20)
+    found = model(ids, labels=ids)
+    torch.testing.assert_close(
+        found.logits, streamslr.load(tuned, device="cpu", dtype="float32")(ids).logits, rtol=1e-4, atol=1e-4
+    )
+    found.loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
 
 
 def test_the_source_stays_and_two_trainings_give_the_same_bytes(
@@ -101,15 +104,19 @@ def test_the_source_stays_and_two_trainings_give_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-# Renames: settings; then of each file of the result. Steps of the optimizer: 10.
-@pytest.mark.parametrize(("counting", "die_at"), [("renames", 0), ("renames", 4), ("steps", 6)])
+# Before the settings, the second file, the journal and the folder itself take their names, and after 6 of 10 steps.
+@pytest.mark.parametrize(
+    ("counting", "die_at"), [("renames", 0), ("renames", 2), ("renames", -2), ("renames", -1), ("steps", 6)]
+)
 def test_what_is_killed_passes_for_nothing_and_goes_on(
     folder: Path, tuned: Path, text: Path, tmp_path: Path, counting: str, die_at: int
 ) -> None:
+    if die_at < 0:
+        die_at += len(files(tuned)) + 2  # the settings, each file of the result, the result
     assert finetune_in_child(folder, text, tmp_path / "out", SETTINGS, counting, die_at) == -9
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError):
-        verify(tmp_path / "out.partial")
+        read_run(tmp_path / "out.partial")
     finetune(folder, text, tmp_path / "out", **SETTINGS)
     assert files(tmp_path / "out") == files(tuned)
     assert not (tmp_path / "out.partial").exists()
