@@ -231,7 +231,7 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 @click.option("--steps", type=click.IntRange(1), help="Only so many steps, instead of --epochs.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows in a step.")
 @click.option(
-    "--lr", type=click.FloatRange(0, min_open=True), default=5e-3, show_default=True, help="Relative to U, V."
+    "--lr", type=click.FloatRange(0, min_open=True), default=2e-3, show_default=True, help="Relative to U, V."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the windows.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")

@@ -67,7 +67,7 @@ def finetune(
     epochs: int = 1,
     steps: int | None = None,
     batch: int = 8,
-    lr: float = 5e-3,
+    lr: float = 2e-3,
     seed: int = 0,
     device: str | None = None,
 ) -> FinetuneRecord:
