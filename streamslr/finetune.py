@@ -110,10 +110,10 @@ def finetune(
     }
     stored = {name: info for block in state.blocks for name, info in shard_header(folder / block.shard.file).items()}
     with _claimed(out, settings) as work:
+        count = sum(layer.rank * sum(layer.shape) for block in state.blocks for layer in block.layers)
+        _require_disk(work, sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES)
         model = load(folder, where)
         trained = _low_rank(model, state)
-        count = sum(parameter.numel() for parameter in trained.values())
-        _require_disk(out, sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES)
         in_bf16 = where.type == "cuda" and model.dtype == torch.bfloat16
         for parameter in model.parameters():  # packed values stay as they are: bf16 to float32 is exact
             if parameter.requires_grad or not in_bf16:
@@ -130,9 +130,9 @@ def finetune(
         )
         trainer.remove_callback(PrinterCallback)
         log.info(
-            "training %s parameters of U and V on %d windows of %d tokens of %s; %d more are held out",
-            f"{count:,}", len(samples) - held_out, seq_len, data, held_out,
-        )  # fmt: skip
+            f"training {count:,} parameters of U and V on {len(samples) - held_out} windows of {seq_len} tokens "
+            f"of {data}; {held_out} more are held out"
+        )
         try:
             before = trainer.evaluate()["eval_loss"]
             log.info("held-out loss %.4f", before)
@@ -154,9 +154,9 @@ def finetune(
             raise StreamslrError(f"training diverged, the held-out loss is {after}; nothing was written. Lower --lr")
         if after >= before:
             log.warning(
-                "the held-out loss did not fall: %.4f before, %.4f after; lower --lr, or train on more text",
-                before, after,
-            )  # fmt: skip
+                f"the held-out loss did not fall: {before:.4f} before, {after:.4f} after; "
+                f"lower --lr, or train on more text"
+            )
         record = FinetuneRecord(
             data=data.name,
             tokens=tokens,
@@ -315,10 +315,12 @@ def _adam(trained: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimiz
     return torch.optim.Adam(groups)
 
 
-def _require_disk(out: Path, need: int) -> None:
-    free = shutil.disk_usage(out.parent).free
+def _require_disk(work: Path, need: int) -> None:
+    free = shutil.disk_usage(work).free
     if need > free:
-        raise BudgetError(f"{out} needs {format_bytes(need)} while training, the disk has {format_bytes(free)} free")
+        raise BudgetError(
+            f"{work} needs {format_bytes(need)} while training, the disk has {format_bytes(free)} free; make room"
+        )
 
 
 def _write(

@@ -18,6 +18,7 @@ from streamslr.memory import free_host_memory
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.inspect import read_run, run_table
+from streamslr.results.report import write_report
 from streamslr.results.verify import verify
 from tests.killing import finetune_in_child
 from tests.tiny_models import TEXT, tiny_checkpoint
@@ -77,6 +78,7 @@ def test_u_and_v_alone_change_and_keep_their_dtype(folder: Path, tuned: Path) ->
 def test_every_command_takes_the_result(tuned: Path, text: Path, tmp_path: Path) -> None:
     assert verify(tuned).problems == ()
     assert "fine-tuned on text.txt, 10 steps" in str(run_table(tuned, read_run(tuned)).caption)
+    assert "10 steps of 8 windows" in write_report(tuned, tmp_path / "report.html").read_text()
     finetune(tuned, text, tmp_path / "again", **SETTINGS | {"steps": 1})
     assert [record.steps for record in read_run(tmp_path / "again").finetuned] == [10, 1]
 
