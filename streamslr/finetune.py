@@ -76,7 +76,7 @@ def finetune(
     data: .txt, .jsonl with a `text` field, or .gz of either, cut into windows of `seq_len` tokens; the last of them
     are held out, and the loss on them is measured before and after. steps: of `batch` windows each, instead of
     `epochs` over all windows. lr: how far a step of Adam moves an entry, as a share of the root mean square of its U or
-    V, so that one value does for models of any width; it rises over the first twentieth and falls to 0 by a cosine.
+    V, so that it need not follow the model's width; it rises over the first twentieth and falls to 0 by a cosine.
     U and V are trained in float32 and rounded to the dtype they had; gradients and Adam's moments exist for them
     alone. On a GPU a bf16 folder computes in bf16 (autocast), everything else in float32.
 
