@@ -42,6 +42,7 @@ in the order that data walks them:
         linear.py              SparseLowRankLinear: packed in memory; sparse tensor cores, or unpacked tile by tile
         loader.py              load, and what transformers' from_pretrained needs to read the format
         register.py            tells transformers of it without importing transformers
+    finetune.py            U and V trained on text, S frozen and packed; the same format again
     cli.py                 arguments -> RunConfig; the only place that prints
 """
 

@@ -223,6 +223,34 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 
 
 @main.command()
+@_folder_argument
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Text: .txt, .jsonl, .gz of either.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="New folder.")
+@click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window.")
+@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the text.")
+@click.option("--steps", type=click.IntRange(1), help="Only so many steps, instead of --epochs.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows in a step.")
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), default=2e-3, show_default=True, help="Relative to U, V."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the windows.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@_quiet_option
+def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
+    """Train U and V of a compressed FOLDER on text, S frozen and packed, and write the result into --out."""
+    with _errors_and_interrupts(f"the same line goes on in {settings['out']}.partial", kept="checkpoints"):
+        _quiet_libraries()
+        from streamslr.finetune import finetune as train
+
+        with _logging(quiet, None):
+            record = train(folder, **settings)
+        click.echo(
+            f"{settings['out']}: held-out loss {record.loss_before:.4f} before, {record.loss_after:.4f} after "
+            f"{record.steps} steps on {record.data}"
+        )
+
+
+@main.command()
 @click.argument("model")
 @click.option(
     "--text", type=click.Path(path_type=Path, exists=True), help="Perplexity on this: .txt, .jsonl, .gz of either."

@@ -63,6 +63,23 @@ class BlockRecord:
 
 
 @dataclass(frozen=True)
+class FinetuneRecord:
+    """One training of U and V. Losses: mean nats a token of the windows held out of the data, U and V as stored."""
+
+    data: str  # what a person would call the text
+    tokens: str  # sha256 of all its windows, trained on and held out
+    windows: int  # trained on
+    held_out: int  # the last ones of the text
+    seq_len: int
+    batch: int
+    steps: int
+    lr: float
+    seed: int
+    loss_before: float
+    loss_after: float
+
+
+@dataclass(frozen=True)
 class JournalState:
     """The content of streamslr.json."""
 
@@ -78,6 +95,7 @@ class JournalState:
     measured: Mapping[str, Any] = field(default_factory=dict)  # of all before block 0, as a block's
     model: str = ""  # what a person would call it; its identity is in the fingerprint
     made_with: Mapping[str, str] = field(default_factory=dict)  # versions and machine, of the first start
+    finetuned: tuple[FinetuneRecord, ...] = ()  # after the run, oldest first; a run does not go on in such a folder
     format_version: int = FORMAT_VERSION
 
     @property
@@ -118,6 +136,7 @@ def _state(data: dict[str, Any]) -> JournalState:
         | {
             "outside": WrittenShard(**data["outside"]) if data["outside"] else None,
             "blocks": tuple(_block(block) for block in data["blocks"]),
+            "finetuned": tuple(FinetuneRecord(**record) for record in data.get("finetuned", ())),
         }
     )
 
@@ -161,6 +180,11 @@ class Journal:
                 # the first commit claims the folder: a file in it without a journal is never ours
                 self._commit(start)
             else:
+                if found.finetuned:
+                    raise ResumeError(
+                        f"{folder} was fine-tuned, which a run cannot do again; give another --out, "
+                        f"or make it again with `streamslr finetune`"
+                    )
                 refuse_changed_settings(folder, found.fingerprint, start.fingerprint)
                 self.state = found
         except BaseException:

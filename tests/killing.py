@@ -1,4 +1,4 @@
-"""Compressions and exports in a child process that is killed, as by kill -9, at a chosen step."""
+"""Compressions, exports and fine-tunings in a child process that is killed, as by kill -9, at a chosen step."""
 
 import multiprocessing
 import os
@@ -10,7 +10,13 @@ from typing import Any
 # A fork server that has imported everything, and computed nothing: a child starts at once, and forks no threads.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["streamslr.run", "streamslr.prepare", "streamslr.results.export", "transformers.models.llama.modeling_llama"]
+    [
+        "streamslr.run",
+        "streamslr.prepare",
+        "streamslr.results.export",
+        "streamslr.finetune",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 
 
@@ -28,6 +34,11 @@ def export_in_child(folder: Path, out: Path, to: str, die_at: int) -> int:
     return _exit_code(_export, folder, out, to, die_at)
 
 
+def finetune_in_child(folder: Path, data: Path, out: Path, settings: dict[str, Any], counting: str, die_at: int) -> int:
+    """The child's exit code: 0, or -9 where it was killed after so many "steps" of Adam, or "renames" of a file."""
+    return _exit_code(_finetune, folder, data, out, settings, counting, die_at)
+
+
 def _exit_code(target: Callable[..., None], *args: Any) -> int:
     process = _context.Process(target=target, args=args)
     process.start()
@@ -39,17 +50,31 @@ def _exit_code(target: Callable[..., None], *args: Any) -> int:
 def _export(folder: Path, out: Path, to: str, die_at: int) -> None:
     from streamslr.results.export import export
 
-    renames, replace = 0, Path.replace
-
-    def counted(path: Path, target: Path) -> Path:
-        nonlocal renames
-        if renames == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        renames += 1
-        return replace(path, target)
-
-    Path.replace = counted  # type: ignore[method-assign, assignment]
+    _die_after(Path, "replace", die_at)
     export(folder, out, to)
+
+
+def _finetune(folder: Path, data: Path, out: Path, settings: dict[str, Any], counting: str, die_at: int) -> None:
+    from torch.optim import Adam
+
+    from streamslr.finetune import finetune
+
+    _die_after(*{"steps": (Adam, "step"), "renames": (Path, "replace")}[counting], die_at)
+    finetune(folder, data, out, **settings)
+
+
+def _die_after(owner: type, name: str, calls: int) -> None:
+    """From now on the process is killed when this method is called once more than so often."""
+    done, original = 0, getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        if done == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
 
 
 def _child(settings: dict[str, Any], die_at: int | None, counting: str) -> None:

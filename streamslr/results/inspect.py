@@ -31,6 +31,7 @@ def summary(folder: Path, state: JournalState) -> dict[str, Any]:
         "blocks_done": len(state.blocks),
         "blocks_total": state.blocks_total,
         "settings": dict(state.fingerprint),
+        "finetuned": [asdict(record) for record in state.finetuned],
         "totals": totals(state.blocks),
         "blocks": [block_summary(folder, block) for block in state.blocks],
     }
@@ -111,7 +112,12 @@ def run_table(folder: Path, state: JournalState) -> Table:
         title=f"{folder}: {settings['pattern']} + rank {settings['rank']}, {done} of {total} blocks"
         + ("" if state.complete else " (unfinished: the same `streamslr run` line goes on)"),
         caption="errors: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, mean over layers; pruned: before 3BASiL, without U·V; "
-        "matching: ‖f̂(X) − T‖² / ‖T‖² of the block before and after",
+        "matching: ‖f̂(X) − T‖² / ‖T‖² of the block before and after"
+        + "".join(
+            f"\nthen fine-tuned on {record.data}, {record.steps} steps: "
+            f"held-out loss {record.loss_before:.4f} → {record.loss_after:.4f}"
+            for record in state.finetuned
+        ),
     )
     for name in (
         "block",

@@ -212,6 +212,11 @@ def _settings(folder: Path, state: JournalState) -> str:
         "calibration": windows,
         "digest of its tokens": fixed.pop("tokens", ""),
         "matching": matching,
+        "fine-tuned": "; ".join(
+            f"{record.steps} steps of {record.batch} windows of {record.seq_len} tokens of {record.data}, rate "
+            f"{record.lr:g}, held-out loss {record.loss_before:.4f} → {record.loss_after:.4f}"
+            for record in state.finetuned
+        ),
         "windows at a time": state.micro_batch,
         **{name: value for name, value in fixed.items() if not name.startswith("match")},
         **state.made_with,  # the device's own name instead of "cuda"

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,12 @@ def packed_modules(model: nn.Module) -> dict[str, SparseLowRankLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLowRankLinear)}
 
 
+def name_in(model: "PreTrainedModel", stored: str, modules: Container[str]) -> str | None:
+    """What `model` calls the linear of this stored name: a base model's names (AutoModel) lack a prefix."""
+    prefix = f"{model.base_model_prefix}."
+    return next((name for name in (stored, stored.removeprefix(prefix), prefix + stored) if name in modules), None)
+
+
 @register_quantization_config(QUANT_METHOD)
 class StreamslrConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed folder's config.json; InputError when it is damaged or too new."""
@@ -95,11 +101,9 @@ class StreamslrQuantizer(HfQuantizer):
         packed = read_quantization_config({"quantization_config": self.quantization_config})
         assert packed is not None
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        prefix = f"{model.base_model_prefix}."
         for key in [key for key in stored if key.endswith(".meta")]:
             path = key.removesuffix(".meta")
-            # the names of a base model (AutoModel) and of one with a head differ by a prefix
-            name = next((n for n in (path, path.removeprefix(prefix), prefix + path) if n in linears), None)
+            name = name_in(model, path, linears)
             if name is None:
                 continue  # transformers reports what the model has no use for
             linear = linears.pop(name)

@@ -238,7 +238,7 @@ def _write_durably(path: Path, content: Iterator[memoryview], nbytes: int) -> st
             try:
                 os.fsync(file.fileno())
                 unfinished.replace(path)
-                _fsync_folder(path.parent)
+                fsync_folder(path.parent)
             except OSError as error:
                 raise _failed_write(path, nbytes, error) from error
     except BaseException:
@@ -257,7 +257,7 @@ def _failed_write(path: Path, nbytes: int, error: OSError) -> StreamslrError:
     return StreamslrError(f"cannot write {path}: {error.strerror}; check the folder, then run the same line again")
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Makes a rename in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,0 +1,186 @@
+"""Fine-tuning: U and V learn a text, all else stays as it was; what is cut off goes on, and passes for nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import streamslr
+from streamslr.errors import InputError, ResumeError, StreamslrError
+from streamslr.finetune import finetune
+from streamslr.memory import free_host_memory
+from streamslr.results.evaluate import evaluate
+from streamslr.results.export import export
+from streamslr.results.inspect import read_run, run_table
+from streamslr.results.report import write_report
+from streamslr.results.verify import verify
+from tests.killing import finetune_in_child
+from tests.tiny_models import TEXT, tiny_checkpoint
+
+RUN: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
+SETTINGS: dict[str, Any] = {"seq_len": 32, "batch": 8, "lr": 0.05, "steps": 10, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 40)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    made = tmp_path_factory.mktemp("llama")
+    streamslr.compress(tiny_checkpoint(made / "model", layers=2), made / "slr", calibration=text, **RUN)
+    return made / "slr"
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    finetune(folder, text, out, **SETTINGS)
+    return out
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def perplexity(folder: Path, text: Path) -> float:
+    return evaluate(str(folder), text, 32, windows=8, device="cpu", free_memory=free_host_memory()).perplexity
+
+
+def test_the_loss_falls_on_windows_held_out_and_the_journal_says_so(folder: Path, tuned: Path, text: Path) -> None:
+    (record,) = read_run(tuned).finetuned
+    assert record.loss_after < record.loss_before
+    assert (record.data, record.steps, record.lr, record.batch) == ("text.txt", 10, 0.05, 8)
+    assert perplexity(tuned, text) < perplexity(folder, text)
+
+
+def test_u_and_v_alone_change_and_keep_their_dtype(folder: Path, tuned: Path) -> None:
+    for shard in folder.glob("*.safetensors"):
+        before, after = load_file(shard), load_file(tuned / shard.name)
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            same = tensor.dtype == after[name].dtype and torch.equal(tensor, after[name])
+            assert same != name.endswith((".U", ".V")), name
+            assert tensor.dtype == after[name].dtype
+        with safe_open(shard, "pt") as one, safe_open(tuned / shard.name, "pt") as other:
+            assert one.metadata() == other.metadata()
+
+
+def test_every_command_takes_the_result(tuned: Path, text: Path, tmp_path: Path) -> None:
+    assert verify(tuned).problems == ()
+    assert "fine-tuned on text.txt, 10 steps" in str(run_table(tuned, read_run(tuned)).caption)
+    assert "10 steps of 8 windows" in write_report(tuned, tmp_path / "report.html").read_text()
+    finetune(tuned, text, tmp_path / "again", **SETTINGS | {"steps": 1})
+    assert [record.steps for record in read_run(tmp_path / "again").finetuned] == [10, 1]
+
+
+def test_its_peft_export_is_the_same_model_and_trains_with_peft(tuned: Path, tmp_path: Path) -> None:
+    export(tuned, tmp_path / "peft", "peft")
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft/adapter", dtype=torch.float32, is_trainable=True)
+    ids = torch.arange(2, 42).view(2, 20)
+    found = model(ids, labels=ids)
+    torch.testing.assert_close(
+        found.logits, streamslr.load(tuned, device="cpu", dtype="float32")(ids).logits, rtol=1e-4, atol=1e-4
+    )
+    found.loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
+def test_the_source_stays_and_two_trainings_give_the_same_bytes(
+    folder: Path, tuned: Path, text: Path, tmp_path: Path
+) -> None:
+    before = files(folder)
+    finetune(folder, text, tmp_path / "out", **SETTINGS)
+    assert files(folder) == before
+    assert files(tmp_path / "out") == files(tuned)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# Before the settings, the second file, the journal and the folder itself take their names, and after 6 of 10 steps.
+@pytest.mark.parametrize(
+    ("counting", "die_at"), [("renames", 0), ("renames", 2), ("renames", -2), ("renames", -1), ("steps", 6)]
+)
+def test_what_is_killed_passes_for_nothing_and_goes_on(
+    folder: Path, tuned: Path, text: Path, tmp_path: Path, counting: str, die_at: int
+) -> None:
+    if die_at < 0:
+        die_at += len(files(tuned)) + 2  # the settings, each file of the result, the result
+    assert finetune_in_child(folder, text, tmp_path / "out", SETTINGS, counting, die_at) == -9
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError):
+        read_run(tmp_path / "out.partial")
+    finetune(folder, text, tmp_path / "out", **SETTINGS)
+    assert files(tmp_path / "out") == files(tuned)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_going_on_begins_at_the_last_checkpoint(
+    folder: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert finetune_in_child(folder, text, tmp_path / "out", SETTINGS, "steps", 6) == -9
+    with pytest.raises(ResumeError, match="other settings \\(lr\\)"):
+        finetune(folder, text, tmp_path / "out", **SETTINGS | {"lr": 0.01})
+    with caplog.at_level("INFO", logger="streamslr"):
+        finetune(folder, text, tmp_path / "out", **SETTINGS)
+    assert "going on from step 6 of 10" in caplog.text
+
+
+def test_a_run_does_not_go_on_in_the_result(folder: Path, tuned: Path, text: Path) -> None:
+    with pytest.raises(ResumeError, match="fine-tuned"):
+        streamslr.compress(folder.parent / "model", tuned, calibration=text, **RUN)
+
+
+def test_a_training_that_diverges_leaves_nothing(folder: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(StreamslrError, match="Lower --lr"):
+        finetune(folder, text, tmp_path / "out", **SETTINGS | {"lr": 1e30})
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_refused_before_any_work(folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=r"nowhere\.txt does not exist"):
+        finetune(folder, tmp_path / "nowhere.txt", out, **SETTINGS)
+    with pytest.raises(InputError, match="less than a batch of 8000"):
+        finetune(folder, text, out, **SETTINGS | {"batch": 8000})
+    with pytest.raises(InputError, match="holds no streamslr"):
+        finetune(folder.parent / "model", text, out, **SETTINGS)
+    with pytest.raises(InputError, match="outside of"):
+        finetune(folder, text, folder / "out", **SETTINGS)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ResumeError, match="is there already"):
+        finetune(folder, text, out, **SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_that_are_unfinished_damaged_or_of_rank_0(folder: Path, text: Path, tmp_path: Path) -> None:
+    def journal(change: Any) -> Path:
+        copy = shutil.copytree(folder, tmp_path / "slr", dirs_exist_ok=True)
+        state = json.loads((copy / "streamslr.json").read_text())
+        change(state)
+        (copy / "streamslr.json").write_text(json.dumps(state))
+        return copy
+
+    def no_rank(state: Any) -> None:
+        for layer in (layer for block in state["blocks"] for layer in block["layers"]):
+            layer["rank"] = 0
+
+    with pytest.raises(InputError, match="unfinished: 1 of 2"):
+        finetune(journal(lambda state: state["blocks"].pop()), text, tmp_path / "out", **SETTINGS)
+    with pytest.raises(InputError, match="rank 0"):
+        finetune(journal(no_rank), text, tmp_path / "out", **SETTINGS)
+    copy = journal(lambda state: None)
+    path = copy / "model-block-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(InputError, match=r"model-block-00001\.safetensors has sha256"):
+        finetune(copy, text, tmp_path / "out", **SETTINGS)
