@@ -22,6 +22,10 @@ from streamslr.solve.threebasil import ThreeBasil
 ENTRY_POINTS = "streamslr.solvers"
 _PATTERNS: Mapping[type[Any], str] = {NofM: "n:m", Unstructured: "p%"}
 
+# ADMM's pace inside alternation: at 40 turns of 1:4 + 8 it lost 0.0694, against 0.0699 at 8 iterations a stage from
+# ρ = 0.2 and in twice the time (four down projections of the 8 M reference model).
+_HASTY = ThreeBasil(rho_start=0.5, rho_growth=1.6, stage_iterations=4)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -79,7 +83,7 @@ def _built_in() -> tuple[Method, ...]:
     pure = "arXiv 1506.02626", "arXiv 2306.11695", "arXiv 2301.00774", "arXiv 2406.07831"
     pruners: tuple[Pruner, ...] = (Magnitude(), Wanda(), SparseGPT(), Alps())
     names = "magnitude", "wanda", "sparsegpt", "alps"
-    hassle_free = HassleFree(Alps(ThreeBasil(stage_iterations=8))), HassleFree(SparseGPT())
+    hassle_free = HassleFree(Alps(_HASTY)), HassleFree(SparseGPT())
     return (
         Method("3basil", ThreeBasil(), "arXiv 2603.01376"),
         Method("hassle-free-alps", hassle_free[0], "arXiv 2502.00899"),

@@ -282,5 +282,4 @@ def test_a_solve_takes_no_more_than_it_says(name, o, d, pattern):
         solver = dataclasses.replace(solver, iterations=2)
     peak = allocated_peak(solver, problem)
     planned = solver.peak_bytes(o, d, rank, by_row=pattern == "2:4")
-    print(name, o, d, pattern, round(peak / planned, 3))
     assert 0.4 * planned <= peak <= planned
