@@ -18,6 +18,15 @@ in the order that data walks them:
         problem.py             the seam: LayerProblem, SparseLowRank, Solver, and their errors
         pattern.py             n:m and unstructured sparsity: projection, validation, size
         threebasil.py          3BASiL in its fast form
+        low_rank.py            U·V: the best fit of given rank in the metric, by subspace iteration
+        scaled.py              a layer in units of its inputs' energy, where the other methods work; what a pruner is
+        pruning.py             magnitude and Wanda; any pruner as a method of its own
+        sparsegpt.py           SparseGPT, a pruner
+        alps.py                ALPS, a pruner: ADMM for the support, conjugate gradients for its values
+        oats.py                OATS: alternating thresholding
+        hassle_free.py         HASSLE-free: any pruner and the low-rank fit in turns
+        eora.py                EoRA: any pruner, then the low-rank fit
+        methods.py             every method by name, those of other packages too
     match/                 a whole block refined against its dense self
         matching.py            Adam on what a packed block may still change, supports fixed
     store/                 S, U, V -> bytes that last

@@ -127,6 +127,20 @@ def plan(as_json: bool, **settings: Any) -> None:
 
 
 @main.command()
+@_json_option
+def methods(as_json: bool) -> None:
+    """The methods that --method takes, those of other packages too: paper, needs, what they allow."""
+    with _errors_and_interrupts():
+        from streamslr.solve.methods import all_methods, methods_table
+
+        found = all_methods()
+        if as_json:
+            _print_json([method.as_dict() for method in found])
+        else:
+            _console().print(methods_table(found))
+
+
+@main.command()
 @_folder_argument
 @click.option("--block", type=int, help="Show the layers of this block, counted from 0.")
 @_json_option

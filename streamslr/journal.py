@@ -134,6 +134,7 @@ def _state(data: dict[str, Any]) -> JournalState:
     return JournalState(
         **data
         | {
+            "fingerprint": {"method": "3basil"} | data["fingerprint"],  # before there were others
             "outside": WrittenShard(**data["outside"]) if data["outside"] else None,
             "blocks": tuple(_block(block) for block in data["blocks"]),
             "finetuned": tuple(FinetuneRecord(**record) for record in data.get("finetuned", ())),

@@ -13,7 +13,7 @@ from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import BudgetError
 from streamslr.match.matching import TILE
 from streamslr.solve.pattern import SparsityPattern
-from streamslr.solve.threebasil import solve_bytes, solve_flops, tile_rows_for
+from streamslr.solve.problem import Solver
 
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: one window of the papers' length."""
@@ -26,9 +26,6 @@ _GENERATIONS = {"embed": 2, "load": 2, "grams": 3, "solve": 3, "match": 3, "prop
 """Generations of both streams that exist in each phase where blocks are matched; half as many where not."""
 
 _BATCH_PHASES = ("embed", "grams", "match", "propagate")  # whose memory grows with the windows
-
-_SOLVE_ITERATIONS = 250
-"""Iterations of a typical layer, for the FLOPs alone: means of 220 to 280 were seen on the reference model."""
 
 _SAVED_HIDDEN = 6
 """Tensors [b, T, h] beside the linears' inputs and outputs that a pass keeps for its gradients, counted in Llama's
@@ -210,6 +207,7 @@ def make_plan(
     config: RunConfig,
     model: ModelShape,
     pattern: SparsityPattern,
+    solver: Solver,
     device: torch.device,
     dtype: torch.dtype,
     baseline: int,
@@ -222,7 +220,7 @@ def make_plan(
     baseline: private bytes that the process holds before any work. pieces: those of an earlier start of the
     same run; None to choose.
     """
-    needs = _Needs(config, model, pattern, device, dtype, baseline)
+    needs = _Needs(config, model, pattern, solver, device, dtype, baseline)
     usable = None if gpu_mem is None else int(gpu_mem * _USABLE)
     budget = host_mem if device.type == "cpu" else usable
 
@@ -277,11 +275,13 @@ class _Needs:
         config: RunConfig,
         model: ModelShape,
         pattern: SparsityPattern,
+        solver: Solver,
         device: torch.device,
         dtype: torch.dtype,
         baseline: int,
     ) -> None:
         self.config, self.model, self.pattern, self.device = config, model, pattern, device
+        self.solver = solver
         self.c = dtype.itemsize
         self.fixed = baseline + _LIBRARY_BUFFERS
         self.block = max(b.parameters for b in model.blocks) * self.c
@@ -315,7 +315,7 @@ class _Needs:
         forward = 2.0 * tokens * sum(b.parameters for b in model.blocks)
         gram_flops = 2.0 * tokens * sum(d * d for b in model.blocks for d in b.grams)
         linears = [linear for b in model.blocks for linear in b.linears.values()]
-        solving = sum(float(solve_flops(o, d, config.rank, _SOLVE_ITERATIONS)) for o, d in linears)
+        solving = sum(self.solver.flops(o, d, config.rank) for o, d in linears)
         # (phase, bytes where the compute is, bytes on the host wherever the compute is, FLOPs)
         rows = [
             ("embed", outside + 2 * hidden, 2 * (_WRITTEN - 1) * hidden, 0.0),
@@ -328,7 +328,7 @@ class _Needs:
             ),
             (
                 "solve",
-                self.beside_solver(grams_at) + self.solver(room),
+                self.beside_solver(grams_at) + self.solving(room),
                 self.grams if grams_at == "host" else 0,
                 solving,
             ),
@@ -356,13 +356,12 @@ class _Needs:
         weight = 0 if self.c == 4 else max(4 * o * d for b in self.model.blocks for o, d in b.linears.values())
         return self.block + grams + self.packed + weight
 
-    def solver(self, room: int | None) -> int:
+    def solving(self, room: int | None) -> int:
         """The most that one solve takes, or what is made of its result after it."""
         gpu, by_row = self.device.type == "cuda", self.pattern.by_row
         most = 0
         for o, d in (linear for b in self.model.blocks for linear in b.linears.values()):
-            tile = None if room is None else tile_rows_for(o, d, self.config.rank, room, by_row=by_row, gpu=gpu)
-            solve = solve_bytes(o, d, self.config.rank, tile, by_row=by_row, gpu=gpu)
+            solve = self.solver.peak_bytes(o, d, self.config.rank, room, by_row=by_row, gpu=gpu)
             most = max(most, solve, 8 * o * d)
         return most
 

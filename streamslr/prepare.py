@@ -24,9 +24,9 @@ from streamslr.errors import InputError
 from streamslr.journal import read_journal, refuse_changed_settings
 from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
 from streamslr.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
+from streamslr.solve.methods import Method, find_method
 from streamslr.solve.pattern import SparsityPattern, parse_pattern
 from streamslr.solve.problem import LayerProblem
-from streamslr.solve.threebasil import SMALLEST_TILE, solve_bytes, tile_rows_for
 from streamslr.source.checkpoint import Checkpoint, open_checkpoint
 from streamslr.source.skeleton import Skeleton
 from streamslr.store.shards import read_quantization_config
@@ -42,6 +42,7 @@ class Prepared:
     checkpoint: Checkpoint
     skeleton: Skeleton
     pattern: SparsityPattern
+    method: Method
     device: torch.device
     dtype: torch.dtype  # of hidden states and products: float32 on a CPU, bfloat16 on a GPU
     host_mem: int
@@ -90,11 +91,13 @@ class Prepared:
         return LayerProblem(name, weight.detach().float(), gram, self.pattern, config.rank, config.seed, room)
 
     def less_room(self, linear: nn.Linear, room: int | None) -> int | None:
-        """What solving a linear takes in tiles of half as many rows as fit `room`; None where they are smallest."""
+        """What the solver takes where it has half the room it takes with `room`; None where it cannot do with less."""
         by_row, gpu = self.pattern.by_row, self.device.type == "cuda"
-        o, d, rank = linear.out_features, linear.in_features, self.config.rank
-        rows = (None if room is None else tile_rows_for(o, d, rank, room, by_row=by_row, gpu=gpu)) or o
-        return solve_bytes(o, d, rank, rows // 2, by_row=by_row, gpu=gpu) if rows > SMALLEST_TILE else None
+        o, d = linear.out_features, linear.in_features
+        takes = partial(self.method.solver.peak_bytes, o, d, self.config.rank, by_row=by_row, gpu=gpu)
+        now = takes(room)
+        less = takes(now // 2)
+        return less if less < now else None
 
     def require_room(self) -> None:
         """Raises BudgetError when the plan does not fit memory or disk."""
@@ -110,7 +113,8 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Open the model and plan the run. Raises InputError for whatever headers can show to be wrong."""
     keep_no_freed_memory()
-    pattern = parse_pattern(config.pattern)
+    pattern, method = parse_pattern(config.pattern), find_method(config.method)
+    method.require(pattern, config.rank)
     device, dtype = pick_device(config.device)
     if device.type == "cuda":  # its context and libraries are host memory too
         torch.linalg.cholesky(torch.eye(8, device=device) @ torch.eye(8, device=device))
@@ -136,6 +140,7 @@ def prepare(config: RunConfig) -> Prepared:
     fingerprint = {
         "model": checkpoint.identity,
         **config.fixed(),
+        "method": method.identity,
         "pattern": str(pattern),  # one text for 50% and 50.0%
         "device": device.type,
         "streamslr": streamslr.__version__,
@@ -146,6 +151,7 @@ def prepare(config: RunConfig) -> Prepared:
         config,
         _model_shape(skeleton),
         pattern,
+        method.solver,
         device,
         dtype,
         baseline,
@@ -153,7 +159,7 @@ def prepare(config: RunConfig) -> Prepared:
         gpu_mem,
         Pieces(before.micro_batch, before.solver_room) if before else None,
     )
-    return Prepared(config, checkpoint, skeleton, pattern, device, dtype, host_mem, gpu_mem, plan, fingerprint)
+    return Prepared(config, checkpoint, skeleton, pattern, method, device, dtype, host_mem, gpu_mem, plan, fingerprint)
 
 
 def pick_device(name: str | None) -> tuple[torch.device, torch.dtype]:

@@ -22,7 +22,6 @@ from streamslr.passes import Passes, Streams
 from streamslr.prepare import Prepared
 from streamslr.progress import Display, NoDisplay, Phases
 from streamslr.solve.problem import Solver
-from streamslr.solve.threebasil import ThreeBasil
 from streamslr.source.checkpoint import open_checkpoint
 from streamslr.store.folder import (
     discard_uncommitted,
@@ -68,7 +67,7 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
         ):
             passes = Passes(job, calibration.ids, phases, journal.state.micro_batch)
             try:
-                return Compression(job, journal, phases, passes, ThreeBasil()).run()
+                return Compression(job, journal, phases, passes, job.method.solver).run()
             except (MemoryError, RuntimeError) as error:
                 raise BudgetError(
                     f"memory ran out: {why_out_of_memory(error)}. Free some or raise the budget, then start the same "

@@ -1,8 +1,9 @@
-"""3BASiL and transformer matching in float64 as the paper writes them: slow, explicit, independent of the package."""
+"""Each method and matching in float64 as its paper writes it: slow, explicit, independent of the package."""
 
 import copy
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +93,108 @@ def solve(weight: Tensor, gram: Tensor, pattern: str, rank: int, rho: float = 0.
         growth = 1.1 if moved > 0.1 else 1.05 if moved > 0.005 else 1.02
         rho, Y = rho * growth, Y / growth
     return Reference(D / scale, UV / scale, iterations)
+
+
+# Pure sparsity: W, H -> S [o, d] float64, H damped
+
+
+def magnitude(W: Tensor, H: Tensor, pattern: str) -> Tensor:
+    return W * project(W, pattern)
+
+
+def wanda(W: Tensor, H: Tensor, pattern: str) -> Tensor:
+    return W * project(W * torch.diagonal(H).sqrt(), pattern)
+
+
+def sparsegpt(W: Tensor, H: Tensor, pattern: str, block: int = 128) -> Tensor:
+    """arXiv 2301.00774, equations 3 to 5: the inverse of what is left of H, anew for each column."""
+    W = W.clone()
+    d = W.shape[1]
+    remaining = [torch.linalg.inv(H[j:, j:]) for j in range(d)]
+    saliency = torch.stack([inverse[0, 0] for inverse in remaining])
+    kept = torch.zeros_like(W, dtype=torch.bool)
+    decided = int(pattern.split(":")[1]) if ":" in pattern else block
+    for j in range(d):
+        if j % decided == 0:
+            at = slice(j, min(j + decided, d))
+            kept[:, at] = project(W[:, at] / saliency[at].sqrt(), pattern)
+        error = torch.where(kept[:, j], 0, W[:, j]) / remaining[j][0, 0]
+        W[:, j:] -= error[:, None] * remaining[j][0]
+        W[:, j] *= kept[:, j]
+    return W
+
+
+def refitted(W: Tensor, H: Tensor, support: Tensor) -> Tensor:
+    """The least loss that a support [o, d] allows, row by row from the normal equations."""
+    S = torch.zeros_like(W)
+    for i, kept in enumerate(support):
+        S[i, kept] = torch.linalg.solve(H[kept][:, kept], H[kept] @ W[i])
+    return S
+
+
+def alps(W: Tensor, H: Tensor, pattern: str) -> Tensor:
+    """arXiv 2406.07831: ADMM as in `solve`, without U·V, then the values of its support to the end."""
+    scale = torch.diagonal(H).sqrt()
+    G = H / scale[:, None] / scale[None, :]
+    T = W * scale
+    D, Y, rho, support = T * project(T, pattern), torch.zeros_like(T), 0.1, None
+    for i in range(1, 400):
+        S = sparse_step(T, torch.zeros_like(T), D, Y, G, rho)
+        D = (S + Y) * project(S + Y, pattern)
+        Y = S + Y - D
+        if i % 3 == 0:  # the paper looks at the support every 3 iterations
+            if support is not None:
+                moved = ((D != 0) != support).sum().item()
+                if moved == 0:
+                    break
+                growth = 1.3 if moved >= 0.1 * D.numel() else 1.2 if moved >= 0.005 * D.numel() else 1.1
+                rho, Y = rho * growth, Y / growth
+            support = D != 0
+    return refitted(T, G, D != 0) / scale
+
+
+def best_support(W: Tensor, H: Tensor, n: int, m: int) -> float:
+    """The least tr(R H Rᵀ) over all n:m supports of one row W [d], by trying each."""
+    d = len(W)
+    groups = list(itertools.combinations(range(m), n))
+    least = math.inf
+    for choice in itertools.product(groups, repeat=d // m):
+        support = torch.zeros(1, d, dtype=torch.bool)
+        support[0, [m * g + i for g, chosen in enumerate(choice) for i in chosen]] = True
+        R = W[None] - refitted(W[None], H, support)
+        least = min(least, (R @ H @ R.T).item())
+    return least
+
+
+# Sparse plus low rank: W, H -> S, UV [o, d] float64
+
+
+Prune = Callable[[Tensor, Tensor, str], Tensor]
+
+
+def eora(W: Tensor, H: Tensor, pattern: str, rank: int, prune: Prune) -> tuple[Tensor, Tensor]:
+    S = prune(W, H, pattern)
+    return S, best_low_rank(W - S, H, rank)
+
+
+def hassle_free(W: Tensor, H: Tensor, pattern: str, rank: int, prune: Prune, turns: int) -> tuple[Tensor, Tensor]:
+    S, UV = torch.zeros_like(W), torch.zeros_like(W)
+    for _ in range(turns):
+        S = prune(W - UV, H, pattern)
+        UV = best_low_rank(W - S, H, rank)
+    return S, UV
+
+
+def oats(W: Tensor, H: Tensor, pattern: str, rank: int, turns: int) -> tuple[Tensor, Tensor]:
+    """arXiv 2409.13652, algorithm 2: plain SVDs of the scaled weight."""
+    scale = torch.diagonal(H).sqrt()
+    A = W * scale
+    S, L = torch.zeros_like(A), torch.zeros_like(A)
+    for _ in range(turns):
+        u, values, vt = torch.linalg.svd(A - S, full_matrices=False)
+        L = (u[:, :rank] * values[:rank]) @ vt[:rank]
+        S = (A - L) * project(A - L, pattern)
+    return S / scale, L / scale
 
 
 # Transformer matching

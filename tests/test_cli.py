@@ -208,3 +208,25 @@ def test_eval_without_text_and_tasks_is_refused(finished: Path) -> None:
     done = call("eval", finished)
     assert done.returncode == 2
     assert "--tasks" in done.stderr
+
+
+def test_methods_are_listed_for_people_and_programs() -> None:
+    shown = call("methods")
+    assert shown.returncode == 0, shown.stderr
+    assert "3basil" in shown.stdout
+    listed = {method["name"]: method for method in json.loads(call("methods", "--json").stdout)}
+    assert listed["wanda"] == {
+        "name": "wanda",
+        "paper": "arXiv 2306.11695",
+        "gram": "diagonal",
+        "patterns": "n:m, p%",
+        "rank": "0",
+        "package": "streamslr",
+    }
+
+
+def test_rank_with_a_method_of_pure_sparsity_is_refused_before_work(model: Path, text: Path, tmp_path: Path) -> None:
+    done = subprocess.run(run_line(model, text, tmp_path / "out", "--method", "wanda"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "method wanda is pure sparsity" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ def start(blocks: int = 2, micro_batch: int = 1, **changed: object) -> JournalSt
     return JournalState(FINGERPRINT | changed, "text.txt", blocks, micro_batch)
 
 
-FINGERPRINT = {"model": "abc", "pattern": "2:4", "rank": 16, "tokens": "f00"}
+FINGERPRINT = {"model": "abc", "method": "3basil", "pattern": "2:4", "rank": 16, "tokens": "f00"}
 
 
 def block(index: int) -> BlockRecord:
@@ -42,6 +42,17 @@ def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> N
     assert state.complete
     assert state.blocks == (block(0), block(1))
     assert state.shards == (outside, block(0).shard, block(1).shard)
+
+
+def test_a_folder_from_before_there_were_methods_goes_on_as_3basil(tmp_path: Path) -> None:
+    Journal(tmp_path, start()).close()
+    path = tmp_path / JOURNAL_FILE
+    old = json.loads(path.read_text())
+    del old["fingerprint"]["method"]
+    path.write_text(json.dumps(old))
+    Journal(tmp_path, start()).close()
+    with pytest.raises(ResumeError, match="method: '3basil' there, 'oats' now"):
+        Journal(tmp_path, start(method="oats"))
 
 
 def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None:

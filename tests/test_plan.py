@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError
 from streamslr.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
-from streamslr.solve.pattern import parse_pattern
+from streamslr.solve import find_method, parse_pattern
 
 GB = 10**9
 
@@ -30,7 +30,8 @@ def plan(
     config = RunConfig(model="m", out=Path("out"), **settings)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pattern = parse_pattern(config.pattern)
-    return make_plan(config, model, pattern, torch.device(device), dtype, GB, host_mem, gpu_mem)
+    solver = find_method(config.method).solver
+    return make_plan(config, model, pattern, solver, torch.device(device), dtype, GB, host_mem, gpu_mem)
 
 
 def phase(plan: Plan, name: str) -> object:
@@ -161,7 +162,8 @@ def test_matching_is_planned_for_what_may_change_and_not_for_dense_weights() -> 
 def test_a_run_that_goes_on_keeps_the_pieces_it_began_with() -> None:
     config = RunConfig(model="m", out=Path("out"), seq_len=64)
     pattern, device = parse_pattern("2:4"), torch.device("cpu")
-    made = make_plan(config, llama_70b(), pattern, device, torch.float32, GB, 10**12, None, Pieces(4, 10**9))
+    solver = find_method("3basil").solver
+    made = make_plan(config, llama_70b(), pattern, solver, device, torch.float32, GB, 10**12, None, Pieces(4, 10**9))
     assert (made.micro_batch, made.solver_room) == (4, 10**9)
 
 

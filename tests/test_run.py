@@ -134,6 +134,20 @@ def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], patter
                 assert parse_pattern(pattern).check(weight != 0) is None
 
 
+@pytest.mark.parametrize(("method", "rank"), [("oats", 4), ("eora-sparsegpt", 4), ("alps", 0)])
+def test_other_methods_stream_are_matched_and_keep_their_folder(
+    settings: dict[str, Any], method: str, rank: int
+) -> None:
+    state = streamslr.compress(**settings | {"method": method, "rank": rank, "pattern": "1:4"})
+    assert verify(settings["out"]).problems == ()
+    for block in state.blocks:
+        assert block.matching is not None
+        assert {layer.rank for layer in block.layers} == {rank}
+        assert all(layer.error_after < layer.error_before for layer in block.layers), "better than plain pruning"
+    with pytest.raises(ResumeError, match=f"method: '{method}' there, '3basil' now"):
+        streamslr.compress(**settings | {"rank": rank, "pattern": "1:4"})
+
+
 def test_the_hidden_states_are_those_of_the_written_model(settings: dict[str, Any], unbroken: Any) -> None:
     """Replay of finished blocks gives the digests that the run recorded, so what is written is what was run."""
     assert compress_in_child(settings, die_at=15) == -9

@@ -108,10 +108,11 @@ def run_table(folder: Path, state: JournalState) -> Table:
     """A row a block."""
     done, total = len(state.blocks), state.blocks_total
     settings = state.fingerprint
+    method = f"{settings['method']} at {settings['pattern']} + rank {settings['rank']}"
     table = Table(
-        title=f"{folder}: {settings['pattern']} + rank {settings['rank']}, {done} of {total} blocks"
+        title=f"{folder}: {method}, {done} of {total} blocks"
         + ("" if state.complete else " (unfinished: the same `streamslr run` line goes on)"),
-        caption="errors: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, mean over layers; pruned: before 3BASiL, without U·V; "
+        caption="errors: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, mean over layers; pruned: by Wanda, without U·V; "
         "matching: ‖f̂(X) − T‖² / ‖T‖² of the block before and after"
         + "".join(
             f"\nthen fine-tuned on {record.data}, {record.steps} steps: "

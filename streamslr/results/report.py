@@ -54,7 +54,8 @@ def page(folder: Path, state: JournalState) -> str:
     drawn = figures(state)
     # "</script>" in a name would end the element that holds it; JSON reads \u003c as "<" all the same
     data = json.dumps(drawn, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    method = f"{state.fingerprint['pattern']} + rank {state.fingerprint['rank']}"
+    settings = state.fingerprint
+    method = f"{settings['method']} at {settings['pattern']} + rank {settings['rank']}"
     return Template(_PAGE).substitute(
         title=escape(f"{_model_name(folder, state)}, {method}"),
         status=escape(_status(state)),

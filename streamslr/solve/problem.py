@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from streamslr.errors import InputError
 from streamslr.solve.pattern import SparsityPattern
 
 # The official 3BASiL defaults (arXiv 2603.01376): a share of each input's own energy, and of the mean one.
@@ -60,6 +61,19 @@ class Solver(Protocol):
         """Raises InputError, naming the layer, when the problem cannot be solved."""
         ...
 
+    def peak_bytes(
+        self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
+    ) -> int:
+        """The most that one solve of a weight [o, d] takes beside its weight and Gram matrix, its S included.
+
+        room: what it should do with if it can (LayerProblem.room). by_row, of the pattern; gpu: where it runs.
+        """
+        ...
+
+    def flops(self, o: int, d: int, rank: int) -> float:
+        """Floating point operations of a typical solve, for the plan."""
+        ...
+
 
 def damping_diagonal(gram: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
     """What to add to the diagonal of `gram` [d, d] before anything is solved in it, and the dead inputs.
@@ -73,6 +87,46 @@ def damping_diagonal(gram: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Ten
     live_mean = diagonal.sum() / (~dead).sum().clamp_min(1)
     added = DAMPING * multiplier * (diagonal + live_mean)
     return torch.where(dead, 1 - diagonal, added), dead
+
+
+def validated(problem: LayerProblem) -> tuple[int, list[str]]:
+    """The rank to use, at most min(o, d), and the warnings so far. Raises InputError for a problem without solution."""
+    name, (o, d) = problem.name, problem.weight.shape
+    if tuple(problem.gram.shape) != (d, d):
+        shape = "×".join(map(str, problem.gram.shape))
+        raise InputError(f"{name}: the weight is {o}×{d}, so its Gram matrix must be {d}×{d}, not {shape}")
+    problem.pattern.require_fits(name, (o, d))
+    for what, tensor in (("weight", problem.weight), ("Gram matrix", problem.gram)):
+        if not finite(tensor):
+            count = int((~tensor.isfinite()).sum())
+            raise InputError(
+                f"{name}: {count} of {tensor.numel()} values of its {what} are NaN or infinite; check the "
+                f"checkpoint, and the calibration for overflow"
+            )
+    if bool((problem.gram.diagonal() < 0).any()):
+        lowest = float(problem.gram.diagonal().min())
+        raise InputError(f"{name}: its Gram matrix has {lowest:g} on the diagonal; sums of squares cannot be negative")
+    if problem.rank < 0:
+        raise InputError(f"{name}: rank {problem.rank} is negative; use 0 for no low-rank part")
+    rank = min(problem.rank, o, d)
+    if rank < problem.rank:
+        return rank, [f"{name}: rank {problem.rank} is more than a {o}×{d} weight can have; used {rank}"]
+    return rank, []
+
+
+def unchanged(problem: LayerProblem, rank: int, warnings: list[str]) -> SparseLowRank:
+    """The solution for a weight that is in the pattern already, all zeros included: itself."""
+    o, d = problem.weight.shape
+    U, V = problem.weight.new_zeros(o, rank), problem.weight.new_zeros(rank, d)
+    return SparseLowRank(problem.weight.clone(), U, V, 0, 1.0, tuple(warnings))
+
+
+def finite(tensor: Tensor) -> bool:
+    """Without a mask as large as the tensor."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() & high.isfinite())
 
 
 def relative_error(weight: Tensor, gram: Tensor, approximation: Tensor) -> float:

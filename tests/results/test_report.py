@@ -134,7 +134,8 @@ def test_every_figure_is_one_that_plotly_knows(state: JournalState) -> None:
 
 def test_the_page_says_what_was_compressed_and_how(made: Path, state: JournalState) -> None:
     text = html.unescape(re.sub("<[^>]*>", " ", page(made, state).split("<script>")[0]))
-    for told in ("tiny-llama, 2:4 + rank 4", "LlamaForCausalLM", state.fingerprint["model"], "Finished: 2 blocks."):
+    what = "tiny-llama, 3basil at 2:4 + rank 4"
+    for told in (what, "LlamaForCausalLM", state.fingerprint["model"], "Finished: 2 blocks."):
         assert told in text
     for told in ("4 windows of 16 tokens of text.txt", "3 epochs", streamslr.__version__, state.made_with["torch"]):
         assert told in text
@@ -264,7 +265,7 @@ def test_eighty_blocks_of_hostile_names(browse: Browse, made: Path, state: Journ
     seen = browse(page(made, deep(state)))
     assert seen["problems"] == []
     assert set(seen["drawn"]) == ALWAYS | MATCHED | {"gpu-memory"}
-    assert seen["title"] == f"{HOSTILE}, 2:4 + rank 4"
+    assert seen["title"] == f"{HOSTILE}, 3basil at 2:4 + rank 4"
     assert HOSTILE in seen["hover"]
     assert seen["bars"] == 80 * 6
 

@@ -1,7 +1,6 @@
 """3BASiL against the slow float64 reference, and on the matrices that real models surprise with."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -9,29 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamslr.errors import InputError
-from streamslr.solve import LayerProblem, SparseLowRank, ThreeBasil, parse_pattern, relative_error
-from streamslr.solve.threebasil import _Admm, _balanced, _inverse_, _metric, solve_bytes, solve_flops, tile_rows_for
+from streamslr.solve import LayerProblem, ThreeBasil, parse_pattern, relative_error
+from streamslr.solve.low_rank import balanced
+from streamslr.solve.threebasil import _Admm, _inverse_, _metric, solve_bytes, solve_flops, tile_rows_for
 from tests import reference
-from tests.solve.problems import made_problem
+from tests.solve.problems import allocated_peak, assert_valid, error, made_problem
 
 FLOAT32 = ThreeBasil(precision="float32")
-
-
-def assert_valid(problem: LayerProblem, result: SparseLowRank) -> None:
-    o, d = problem.weight.shape
-    rank = min(problem.rank, o, d)
-    assert result.S.shape == (o, d)
-    assert result.U.shape == (o, rank)
-    assert result.V.shape == (rank, d)
-    for part in (result.S, result.U, result.V):
-        assert part.dtype == torch.float32
-        assert part.is_contiguous()
-        assert part.isfinite().all()
-    assert problem.pattern.check(result.S != 0) is None
-
-
-def error(problem: LayerProblem, result: SparseLowRank) -> float:
-    return relative_error(problem.weight, problem.gram, result.dense())
 
 
 # Against the reference
@@ -170,9 +153,9 @@ def test_balancing_changes_no_product_and_survives_zero_directions():
     U = torch.linalg.qr(torch.randn(9, 3)).Q
     V = torch.randn(3, 7)
     V[2] = 0
-    balanced = _balanced(U, V)
-    torch.testing.assert_close(balanced[0] @ balanced[1], U @ V)
-    assert all(part.isfinite().all() for part in balanced)
+    left, right = balanced(U, V)
+    torch.testing.assert_close(left @ right, U @ V)
+    assert all(part.isfinite().all() for part in (left, right))
 
 
 # Seeds and settings
@@ -291,15 +274,6 @@ def test_dead_inputs_get_nothing_in_tiles_either():
 def test_tiles_of_no_rows_are_refused():
     with pytest.raises(InputError, match="tile_rows 0 must be at least 1"):
         ThreeBasil(tile_rows=0).solve(made_problem())
-
-
-def allocated_peak(solver: ThreeBasil, problem: LayerProblem) -> int:
-    """The most bytes that tensors of one solve take together, from the allocator's own events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        solver.solve(problem)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(held)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -1,0 +1,52 @@
+"""HASSLE-free: a pruner on W − UV and a low-rank fit of W − S in turns, in the metric (arXiv 2502.00899)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamslr.solve.low_rank import LowRankFit
+from streamslr.solve.problem import LayerProblem, SparseLowRank
+from streamslr.solve.scaled import Pruner, ScaledLayer, layer_bytes, solve_scaled
+
+# Of subspace iteration between two prunings: W − S moves little, and the fit goes on from the last one.
+_WARM_STEPS = 2
+
+
+@dataclass(frozen=True)
+class HassleFree:
+    """Algorithm 1 of the paper: S ← prune(W − UV), U·V ← the best rank-r fit of W − S, `iterations` times.
+
+    The pruner factors H once for all turns; the fit is subspace iteration where the paper takes an SVD a turn.
+    """
+
+    pruner: Pruner
+    iterations: int = 40  # of the official code
+
+    def solve(self, problem: LayerProblem) -> SparseLowRank:
+        """Raises InputError, naming the layer, for a problem that has no solution."""
+
+        def work(layer: ScaledLayer) -> tuple[Tensor, Tensor, Tensor, int]:
+            prune = self.pruner.prepare(layer)
+            fit = LowRankFit(layer.W, layer.rank, layer.times, problem.seed)
+            S = prune(layer.W)
+            U, V = fit.fit(layer.W - S)
+            if not layer.rank:
+                return S, U, V, 1
+            for _ in range(self.iterations - 1):
+                del S
+                S = prune(torch.addmm(layer.W, U, V, alpha=-1))
+                U, V = fit.fit(layer.W - S, _WARM_STEPS)
+            return S, U, V, self.iterations
+
+        return solve_scaled(problem, work, full_gram=True)
+
+    def peak_bytes(
+        self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
+    ) -> int:
+        layer = layer_bytes(o, d, rank, full_gram=True, gpu=gpu)
+        return layer + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+
+    def flops(self, o: int, d: int, rank: int) -> float:
+        turn = self.pruner.prune_flops(o, d) + 2 * (4 * o * d + 2 * d * d) * rank
+        return self.iterations * turn if rank else self.pruner.prune_flops(o, d)
