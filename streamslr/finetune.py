@@ -220,11 +220,7 @@ class _Say(TrainerCallback):
 def _sound(folder: Path) -> JournalState:
     """The journal of a finished folder with something to train, every byte as it says. Raises InputError."""
     state = read_run(folder)
-    if not state.complete:
-        raise InputError(
-            f"{folder} is unfinished: {len(state.blocks)} of {state.blocks_total} blocks are done; "
-            f"the `streamslr run` line that began it goes on"
-        )
+    state.require_complete(folder)
     if not any(layer.rank for block in state.blocks for layer in block.layers):
         raise InputError(f"{folder} has rank 0: there is no U·V to train; compress it with a --rank above 0")
     if problems := verify(folder).problems:

@@ -102,6 +102,14 @@ class JournalState:
     def complete(self) -> bool:
         return self.outside is not None and len(self.blocks) == self.blocks_total
 
+    def require_complete(self, folder: Path) -> None:
+        """Raises InputError for the journal of an unfinished run in `folder`."""
+        if not self.complete:
+            raise InputError(
+                f"{folder} is unfinished: {len(self.blocks)} of {self.blocks_total} blocks are done; "
+                f"the `streamslr run` line that began it goes on"
+            )
+
     @property
     def shards(self) -> tuple[WrittenShard, ...]:
         """Every committed shard, in the model's order."""
@@ -134,7 +142,6 @@ def _state(data: dict[str, Any]) -> JournalState:
     return JournalState(
         **data
         | {
-            "fingerprint": {"method": "3basil"} | data["fingerprint"],  # before there were others
             "outside": WrittenShard(**data["outside"]) if data["outside"] else None,
             "blocks": tuple(_block(block) for block in data["blocks"]),
             "finetuned": tuple(FinetuneRecord(**record) for record in data.get("finetuned", ())),

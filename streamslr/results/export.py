@@ -145,11 +145,7 @@ class _Source:
     def __init__(self, folder: Path) -> None:
         """Reads headers alone. Raises InputError for a folder that is unfinished, or whose headers are damaged."""
         state = read_run(folder)
-        if not state.complete:
-            raise InputError(
-                f"{folder} is unfinished: {len(state.blocks)} of {state.blocks_total} blocks are done; "
-                f"the `streamslr run` line that began it goes on"
-            )
+        state.require_complete(folder)
         self._folder = folder
         self._checkpoint = open_checkpoint(str(folder))  # holds index, shards and headers against each other
         self._digests = {shard.file: shard.sha256 for shard in state.shards}

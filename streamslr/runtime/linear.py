@@ -54,7 +54,7 @@ class SparseLowRankLinear(nn.Module):
         grouped = isinstance(pattern, NofM)
         values = (o, d // pattern.m * pattern.n) if isinstance(pattern, NofM) else (nonzeros or 0,)
         self.register_buffer("values", torch.empty(values, dtype=dtype, device=device))
-        self.register_buffer("meta", torch.empty(o, -(-d // 8), dtype=torch.uint8, device=device))
+        self.register_buffer("meta", torch.empty(o, pattern.meta_width(d), dtype=torch.uint8, device=device))
         offsets = None if grouped else torch.empty(o + 1, dtype=torch.int64, device=device)
         self.register_buffer("row_offsets", offsets)
         self.register_buffer(

@@ -46,6 +46,10 @@ def load(
 
     if device is not None and device_map is not None:
         raise InputError(f"device {device!s} and device_map {device_map!r} cannot both hold; give one of them")
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!s}, but torch sees no GPU here; leave device out, or give cpu")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"dtype {dtype!r} is none of torch's; give bfloat16, float16 or float32")
     try:
         config = AutoConfig.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
@@ -106,6 +110,8 @@ class StreamslrQuantizer(HfQuantizer):
             name = name_in(model, path, linears)
             if name is None:
                 continue  # transformers reports what the model has no use for
+            if f"{path}.values" not in stored:
+                raise InputError(f"the shards hold {key} without its values; `streamslr verify` tells more")
             linear = linears.pop(name)
             rank = stored[f"{path}.U"].shape[1] if f"{path}.U" in stored else 0
             model.set_submodule(
@@ -159,12 +165,8 @@ def _stored(files: list[str] | None) -> "dict[str, TensorInfo]":
     if not files:
         raise InputError("a compressed model is loaded from its folder; a state_dict alone does not do")
     for folder in {Path(file).parent for file in files}:
-        state = read_journal(folder)
-        if state is not None and not state.complete:
-            raise InputError(
-                f"{folder} is unfinished: {len(state.blocks)} of {state.blocks_total} blocks are done; "
-                f"the same `streamslr run` line goes on"
-            )
+        if state := read_journal(folder):
+            state.require_complete(folder)
     return {name: info for file in files for name, info in shard_header(Path(file)).items()}
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from math import comb
 from typing import Protocol
 
 import torch
@@ -57,6 +58,10 @@ class SparsityPattern(Protocol):
 
     def require_fits(self, name: str, shape: tuple[int, int]) -> None:
         """Raises InputError, naming the layer, when a weight of `shape` (o, d) cannot have this pattern."""
+        ...
+
+    def meta_width(self, d: int) -> int:
+        """Bytes that say which of a row's d columns are kept."""
         ...
 
     def packed_bits(self, o: int, d: int, value_bits: int) -> int:
@@ -127,10 +132,22 @@ class NofM:
                 f"is {o}×{d}; choose another --pattern, such as 50%"
             )
 
+    @property
+    def groups_per_byte(self) -> int:
+        """Groups that a byte of metadata describes, as digits to the base C(m, n); 0 where a bitmask is as small.
+
+        3 for 2:4: 2.67 bits a group of 4, where the least there can be is log2 6 = 2.58 and a bitmask takes 4.
+        """
+        digits = 0
+        while comb(self.m, self.n) ** (digits + 1) <= 256:
+            digits += 1
+        return digits if digits * self.m > 8 else 0
+
+    def meta_width(self, d: int) -> int:
+        return -(-d // (self.groups_per_byte * self.m or 8))
+
     def packed_bits(self, o: int, d: int, value_bits: int) -> int:
-        kept = o * (d // self.m) * self.n
-        # Both kinds of metadata take a bit a weight: 2:4 a nibble a group of 4, the others a bitmask.
-        return kept * value_bits + o * _bytes_of_row(d) * 8
+        return o * (d // self.m) * self.n * value_bits + o * self.meta_width(d) * 8
 
 
 @dataclass(frozen=True)
@@ -188,9 +205,12 @@ class Unstructured:
         if self.kept(o, d) == 0:
             raise InputError(f"{name}: pattern {self} keeps none of the {o}×{d} weights; lower the sparsity")
 
+    def meta_width(self, d: int) -> int:
+        return -(-d // 8)
+
     def packed_bits(self, o: int, d: int, value_bits: int) -> int:
         # Row offsets are int64 [o + 1]: a layer may hold more than 2^31 values.
-        return self.kept(o, d) * value_bits + o * _bytes_of_row(d) * 8 + (o + 1) * 64
+        return self.kept(o, d) * value_bits + o * self.meta_width(d) * 8 + (o + 1) * 64
 
 
 def parse_pattern(text: str) -> SparsityPattern:
@@ -205,11 +225,6 @@ def parse_pattern(text: str) -> SparsityPattern:
     raise InputError(
         f'pattern {text!r} is not known; write n:m to keep n of every m weights ("2:4"), or the share to zero ("50%")'
     )
-
-
-def _bytes_of_row(d: int) -> int:
-    """Bytes of a row's metadata at a bit a weight."""
-    return (d + 7) // 8
 
 
 class _Groups:

@@ -2,19 +2,23 @@
 
 For a linear of o outputs and d inputs, whatever the dtype of the values:
 
-    pattern   values          meta (uint8)                                               row_offsets
-    2:4       [o, d/2]        [o, ceil(d/8)]: a nibble a group of 4, idx0 | idx1 << 2    -
-    n:m       [o, d·n/m]      [o, ceil(d/8)]: a bit a column, 1 where a value is kept    -
-    50%       [nnz]           [o, ceil(d/8)]: the same                                   int64 [o + 1]
+    pattern   values          meta (uint8)                                                  row_offsets
+    2:4       [o, d/2]        [o, ceil(d/12)]: a byte three groups, c0 + 6·c1 + 36·c2       -
+    n:m       [o, d·n/m]      [o, ceil(d/(k·m))]: a byte k groups, digits to base C(m, n)   -
+    4:8 …     [o, d·n/m]      [o, ceil(d/8)]: a bit a column, 1 where a value is kept       -
+    50%       [nnz]           [o, ceil(d/8)]: the same                                      int64 [o + 1]
 
-Values run row by row, columns ascending. The low nibble of a byte, and its low bits, come first. n:m patterns
-keep exactly n slots a group: a group with fewer non-zeros also keeps its lowest free columns, at value 0.
-Bits past column d (the last nibble of 2:4 when d/4 is odd) are 0. As a nibble, 0 names no pair idx0 < idx1, so
-padding never passes for a group.
+Values run row by row, columns ascending. A group's digit is C(p1, 1) + … + C(pn, n) for its kept columns p1 < … < pn,
+counted from 0: the combinatorial number system; of 2:4, 0 to 5 are columns 01 02 12 03 13 23. k is the most digits
+that a byte holds (`NofM.groups_per_byte`); where those describe no more than 8 columns, meta is a bitmask. n:m patterns
+keep exactly n slots a group: a group with fewer non-zeros also keeps its lowest free columns, at value 0. The first
+group is the lowest digit, the first column the lowest bit; digits and bits past column d are 0.
 """
 
 from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import combinations
+from math import comb
 
 import torch
 from torch import Tensor
@@ -36,7 +40,7 @@ def pack(S: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> dict[str, T
     o, d = S.shape
     if wrong := _misfit(pattern, (o, d)):
         raise ValueError(wrong)
-    meta = torch.empty(o, _meta_width(d), dtype=torch.uint8, device=S.device)
+    meta = torch.empty(o, pattern.meta_width(d), dtype=torch.uint8, device=S.device)
     if isinstance(pattern, NofM):
         n, m = pattern.n, pattern.m
         values = torch.empty(o, d // m * n, dtype=dtype, device=S.device)
@@ -79,7 +83,7 @@ def unpack_rows(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: 
     """S[rows] of a linear that `check_packed` found sound: `unpack` without its checks, and for 2:4 much faster."""
     d = shape[1]
     values, meta = _values_of(tensors, pattern, rows), tensors["meta"][rows]
-    if _has_nibbles(pattern):
+    if pattern == NofM(2, 4):
         return _place_pairs(values, meta, d)
     kept = _decode(meta, pattern)[:, :d]
     S = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
@@ -127,7 +131,7 @@ def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape:
             wrongs += _non_finite(name, tensors[name])
     if _layout_misfit(tensors, pattern, shape):
         return wrongs
-    wrongs += _wrong_padding(tensors["meta"], shape[1])
+    wrongs += _wrong_padding(tensors["meta"], pattern, shape[1])
     if isinstance(pattern, NofM):
         return wrongs + _wrong_groups(tensors["meta"], pattern, shape[1])
     if isinstance(pattern, Unstructured):
@@ -138,10 +142,6 @@ def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape:
 def _row_chunks(o: int, d: int) -> Iterator[slice]:
     step = max(16, _CHUNK // max(d, 1))
     return (slice(start, min(start + step, o)) for start in range(0, o, step))
-
-
-def _meta_width(d: int) -> int:
-    return -(-d // 8)
 
 
 def _cast(S: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -175,56 +175,70 @@ def _fill_groups(nonzero: Tensor, pattern: NofM, first_row: int) -> Tensor:
 
 
 def _encode(kept: Tensor, pattern: SparsityPattern) -> Tensor:
-    """Kept slots [rows, d] bool -> meta [rows, ceil(d/8)] uint8."""
-    rows, d = kept.shape
-    bits = kept.to(torch.uint8)
-    if d % 8:
-        bits = torch.nn.functional.pad(bits, (0, -d % 8))
-    eights = bits.view(rows, -1, 8)
-    bitmask = eights[..., 0].clone()
-    for j in range(1, 8):
-        bitmask |= eights[..., j] << j
-    if _has_nibbles(pattern):
-        return _nibbles_of_bitmask(kept.device)[bitmask.int()]
-    return bitmask
+    """Kept slots [rows, d] bool -> meta [rows, width] uint8."""
+    if digits := _digits(pattern):
+        codes = _rank_groups(kept.view(len(kept), -1, digits.m), digits)  # [rows, groups]
+        places = _byte_of_columns(codes, digits.groups_per_byte)
+        return (places * comb(digits.m, digits.n) ** torch.arange(places.shape[2], device=kept.device)).sum(2).byte()
+    eights = _byte_of_columns(kept.byte(), 8)
+    return (eights << torch.arange(8, dtype=torch.uint8, device=kept.device)).sum(2, dtype=torch.uint8)
+
+
+def _byte_of_columns(row: Tensor, count: int) -> Tensor:
+    """[rows, n] -> [rows, ceil(n/count), count], zeros past n."""
+    return torch.nn.functional.pad(row, (0, -row.shape[1] % count)).view(len(row), -1, count)
+
+
+def _rank_groups(kept: Tensor, pattern: NofM) -> Tensor:
+    """Kept slots [rows, groups, m] bool, n a group -> their digits [rows, groups] int32."""
+    choose = torch.tensor([[comb(j, i) for i in range(pattern.n + 1)] for j in range(pattern.m)], device=kept.device)
+    seen = torch.zeros(kept.shape[:2], dtype=torch.int32, device=kept.device)
+    rank = torch.zeros_like(seen)
+    for j in range(pattern.m):
+        slot = kept[..., j].int()
+        seen += slot
+        rank += choose[j].int()[seen] * slot
+    return rank
 
 
 def _decode(meta: Tensor, pattern: SparsityPattern) -> Tensor:
-    """meta [rows, width] -> kept slots [rows, 8·width] bool; a nibble that names no pair keeps nothing."""
-    flags = _flags_of_nibbles(meta.device) if _has_nibbles(pattern) else _flags_of_bitmask(meta.device)
+    """meta [rows, width] -> kept slots [rows, d or more] bool; a byte that names no groups keeps nothing."""
+    flags = _flags_of_byte(_digits(pattern), meta.device)
     return flags[meta.int()].view(meta.shape[0], -1)
 
 
-def _has_nibbles(pattern: SparsityPattern) -> bool:
-    return isinstance(pattern, NofM) and (pattern.n, pattern.m) == (2, 4)
+def _digits(pattern: SparsityPattern) -> NofM | None:
+    """The pattern, where its metadata is digits; None where it is a bitmask."""
+    return pattern if isinstance(pattern, NofM) and pattern.groups_per_byte else None
 
 
-# The byte tables of the two layouts. Each names its device, because transformers builds models, and so may
-# call this, under torch.device("meta").
+# The tables name their device, because transformers builds models, and so may call this, under torch.device("meta").
 
 
-@cache
-def _flags_of_bitmask(device: torch.device) -> Tensor:
-    """[256, 8] bool: the columns that a bitmask byte keeps."""
-    return torch.tensor([[byte >> j & 1 for j in range(8)] for byte in range(256)], device=device).bool()
-
-
-@cache
-def _flags_of_nibbles(device: torch.device) -> Tensor:
-    """[256, 8] bool: the columns that a byte of two nibbles keeps."""
-    nibbles = [[j in (code & 3, code >> 2) and (code & 3) < (code >> 2) for j in range(4)] for code in range(16)]
-    return torch.tensor([nibbles[byte & 15] + nibbles[byte >> 4] for byte in range(256)], device=device)
+def _groups_of_byte(pattern: NofM) -> list[list[tuple[int, ...]]]:
+    """Each byte's groups, each its kept columns; empty for a byte that is no number of so many digits."""
+    kept = sorted(combinations(range(pattern.m), pattern.n), key=lambda columns: columns[::-1])  # by their digit
+    base, count = len(kept), pattern.groups_per_byte
+    return [
+        [kept[byte // base**place % base] if byte < base**count else () for place in range(count)]
+        for byte in range(256)
+    ]
 
 
 @cache
-def _nibbles_of_bitmask(device: torch.device) -> Tensor:
-    """[256] uint8: a bitmask byte with two bits in each half -> its two nibbles; an empty half -> 0."""
-    codes = [0] * 16
-    for idx0 in range(4):
-        for idx1 in range(idx0 + 1, 4):
-            codes[1 << idx0 | 1 << idx1] = idx0 | idx1 << 2
-    table = [codes[byte & 15] | codes[byte >> 4] << 4 for byte in range(256)]
-    return torch.tensor(table, dtype=torch.uint8, device=device)
+def _flags_of_byte(digits: NofM | None, device: torch.device) -> Tensor:
+    """[256, columns] bool: what a byte of digits, or of a bitmask, keeps."""
+    if digits is None:
+        return torch.tensor([[byte >> j & 1 for j in range(8)] for byte in range(256)], device=device).bool()
+    flags = [[j in group for group in groups for j in range(digits.m)] for groups in _groups_of_byte(digits)]
+    return torch.tensor(flags, device=device)
+
+
+@cache
+def _shifts_of_byte(device: torch.device) -> Tensor:
+    """[256, 3] uint8: of each of a byte's groups of 2:4 idx0 << 4 | idx1 - 1 << 2; what is no byte shifts nothing."""
+    shifts = [[g[0] << 4 | g[1] - 1 << 2 if g else 0 for g in groups] for groups in _groups_of_byte(NofM(2, 4))]
+    return torch.tensor(shifts, dtype=torch.uint8, device=device)
 
 
 def _unpack_rows(
@@ -232,7 +246,6 @@ def _unpack_rows(
 ) -> Tensor:
     """S[rows]; the layout has been checked, the meta bytes have not."""
     kept = _decode(tensors["meta"][rows], pattern)
-    past_d = kept[:, shape[1] :]
     kept = kept[:, : shape[1]]
     values = _values_of(tensors, pattern, rows)
     if isinstance(pattern, NofM):
@@ -241,7 +254,7 @@ def _unpack_rows(
     else:
         offsets = tensors["row_offsets"][rows.start : rows.stop + 1]
         sound = (kept.sum(dim=1) == offsets.diff()).all() & (len(values) == offsets[-1] - offsets[0])
-    if not sound or past_d.any():
+    if not sound or _describes_more(tensors["meta"][rows], pattern, shape[1]).any():
         raise InputError(
             f"a packed {shape[0]}x{shape[1]} linear is damaged: in rows {rows.start} to {rows.stop - 1} meta "
             f"does not describe {pattern}; `streamslr verify` names the file to copy or to make again"
@@ -259,17 +272,15 @@ def _values_of(tensors: Mapping[str, Tensor], pattern: SparsityPattern, rows: sl
 
 
 def _place_pairs(values: Tensor, meta: Tensor, d: int) -> Tensor:
-    """2:4 values [rows · d/2], meta [rows, ceil(d/8)] -> S [rows, d].
+    """2:4 values [rows · d/2], meta [rows, ceil(d/12)] -> S [rows, d].
 
     Four values of 2 bytes are one integer of 8: a group's pair, read as an integer, has each half shifted to where
-    its index says. These passes vectorise: 1.2 ns a weight on one core, where a scatter takes 2 and a mask 6.
+    its index says. These passes vectorise: 1.3 ns a weight on one core, where a scatter takes 2 and a mask 6.
     """
-    spread = meta.short()  # [rows, ceil(d/8)]: a byte's nibbles to the two bytes of an int16
-    spread |= spread << 4
-    spread &= 0x0F0F
-    codes = spread.view(torch.uint8)[:, : d // 4].reshape(-1)  # [groups], idx0 | idx1 << 2
+    shifts = _shifts_of_byte(meta.device).index_select(0, meta.reshape(-1).int())  # [bytes, 3]
+    codes = shifts.view(len(meta), -1)[:, : d // 4].reshape(-1)  # [groups], idx0 << 4 | idx1 - 1 << 2
     if values.element_size() != 2:
-        columns = torch.stack((codes & 3, codes >> 2), dim=1).long()  # [groups, 2]
+        columns = torch.stack((codes >> 4, (codes >> 2 & 3) + 1), dim=1).long()  # [groups, 2]
         S = torch.zeros(len(codes), 4, dtype=values.dtype, device=values.device)
         return S.scatter_(1, columns, values.view(-1, 2)).view(-1, d)
     if values.storage_offset() % 2:  # a view of a mapped file, where pairs need not be aligned
@@ -277,8 +288,8 @@ def _place_pairs(values: Tensor, meta: Tensor, d: int) -> Tensor:
     low = values.view(torch.int32).long()  # [groups]
     high = low & 0xFFFF0000
     low &= 0xFFFF
-    low <<= ((codes & 3) << 4).long()
-    high <<= (((codes >> 2) - 1) << 4).long()  # idx1 is at least 1
+    low <<= (codes & 0x30).long()
+    high <<= ((codes & 0xC) << 2).long()
     low |= high
     return low.view(values.dtype).view(-1, d)
 
@@ -295,7 +306,7 @@ def _layout_misfit(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shap
     o, d = shape
     expected: dict[str, tuple[torch.dtype | None, tuple[int, ...] | None]] = {
         "values": (None, (o, d // pattern.m * pattern.n) if isinstance(pattern, NofM) else None),
-        "meta": (torch.uint8, (o, _meta_width(d))),
+        "meta": (torch.uint8, (o, pattern.meta_width(d))),
     }
     if isinstance(pattern, Unstructured):
         expected["row_offsets"] = (torch.int64, (o + 1,))
@@ -349,13 +360,19 @@ def _non_finite(name: str, tensor: Tensor) -> list[str]:
     return [f"{name}{index} is {tensor[tuple(index)].item()}: {count} of {finite.numel()} values are not finite"]
 
 
-def _wrong_padding(meta: Tensor, d: int) -> list[str]:
-    """Bits past column d, of nibbles too: one that names no pair would decode to nothing, unseen."""
-    beyond = meta[:, -1] >> d % 8 if d % 8 else meta[:, :0].any(dim=1)  # [o]
-    rows = beyond.nonzero()
+def _describes_more(meta: Tensor, pattern: SparsityPattern, d: int) -> Tensor:
+    """[rows] bool: bits or digits past column d in the last byte of meta [rows, width]."""
+    digits = _digits(pattern)
+    base, count, columns = (comb(digits.m, digits.n), digits.groups_per_byte, digits.m) if digits else (2, 8, 1)
+    used = (d // columns - 1) % count + 1  # of the last byte's bits or digits
+    return meta[:, -1].int() >= base**used if used < count else meta[:, :0].any(dim=1)
+
+
+def _wrong_padding(meta: Tensor, pattern: SparsityPattern, d: int) -> list[str]:
+    rows = _describes_more(meta, pattern, d).nonzero()
     if not len(rows):
         return []
-    return [f"meta has bits set past column {d - 1} in row {int(rows[0])} ({len(rows)} of {len(meta)} rows)"]
+    return [f"meta describes more than {d} columns in row {int(rows[0])} ({len(rows)} of {len(meta)} rows)"]
 
 
 def _wrong_groups(meta: Tensor, pattern: NofM, d: int) -> list[str]:
@@ -368,11 +385,7 @@ def _wrong_groups(meta: Tensor, pattern: NofM, d: int) -> list[str]:
         if len(wrong) and not count:
             row, group = wrong[0].tolist()
             first = f"row {rows.start + row}, group {group}"
-            if _has_nibbles(pattern):
-                nibble = int(meta[rows.start + row, group // 2]) >> 4 * (group % 2) & 15
-                first += f" has the indices {nibble & 3} and {nibble >> 2}, which do not ascend"
-            else:
-                first += f" keeps {int(found[row, group])} of {pattern.m} columns, not {pattern.n}"
+            first += f" keeps {int(found[row, group])} of {pattern.m} columns, not {pattern.n}"
         count += len(wrong)
     return [f"meta: {first} (first of {count} wrong groups)"] if count else []
 

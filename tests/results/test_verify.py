@@ -97,9 +97,9 @@ def test_a_changed_config_is_found(folder: Path) -> None:
     assert "config.json: has changed" in problems(folder)
 
 
-def test_indices_out_of_order_are_found(folder: Path) -> None:
+def test_a_byte_that_describes_no_groups_is_found(folder: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[f"{LINEAR}.meta"][3, 2] = 0b0001  # slots 1, 0
+        tensors[f"{LINEAR}.meta"][3, 2] = 6**3
 
     rewrite(folder, change)
     assert f"{BLOCK}: {LINEAR}:" in problems(folder)

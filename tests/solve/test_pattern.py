@@ -134,15 +134,15 @@ def test_a_width_that_m_does_not_divide_is_refused_by_layer():
 @pytest.mark.parametrize(
     ("pattern", "bits"),
     [
-        (NofM(2, 4), 64 * 128 * 9),  # 8 bits of values and 1 of metadata a weight
-        (NofM(1, 4), 64 * 128 * 5),
-        (NofM(4, 8), 64 * 128 * 9),
-        (Unstructured(0.5), 64 * 128 * 9 + 65 * 64),
+        (NofM(2, 4), 64 * (96 * 16 + 16 * 8)),  # of a row, 96 values and a byte for 12 columns
+        (NofM(1, 4), 64 * (48 * 16 + 12 * 8)),  # 16 columns
+        (NofM(4, 8), 64 * (96 * 16 + 24 * 8)),  # 8 columns
+        (Unstructured(0.5), 64 * (96 * 16 + 24 * 8) + 65 * 64),
     ],
 )
 def test_packed_bits(pattern: SparsityPattern, bits: int):
-    assert pattern.packed_bits(64, 128, 16) == bits
+    assert pattern.packed_bits(64, 192, 16) == bits
 
 
 def test_packed_bits_round_a_row_of_metadata_up_to_bytes():
-    assert NofM(2, 4).packed_bits(3, 12, 16) == 3 * (6 * 16 + 2 * 8)
+    assert NofM(2, 4).packed_bits(3, 16, 16) == 3 * (8 * 16 + 2 * 8)

@@ -1,5 +1,7 @@
 """Packing: exact round trips, the pinned bytes of each layout, and damage that is found and named."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from streamslr.errors import InputError
 from streamslr.solve.pattern import NofM, Unstructured, parse_pattern
 from streamslr.store.pack import check_packed, merge, pack, unpack
 
-PATTERNS = ["2:4", "4:8", "1:4", "3:4", "2:3", "50%", "90%"]
+PATTERNS = ["2:4", "4:8", "1:4", "3:4", "2:3", "1:2", "2:16", "50%", "90%"]
+GROUPS_PER_BYTE = {"2:4": 3, "1:4": 4, "3:4": 4, "2:3": 5, "1:2": 8, "2:16": 1}  # of the others a bitmask
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # Row 0: two non-zeros, none, two. Row 1: one, one beside a -0.0, two. d/4 = 3 is odd.
@@ -52,15 +55,18 @@ def reference_pack(S, pattern):
                 for j in range(start, start + pattern.m):
                     kept[j] = kept[j] or sum(kept[start : start + pattern.m]) < pattern.n
         values.append([value for value, keep in zip(row, kept, strict=True) if keep])
-        row_meta = [0] * ((d + 7) // 8)
-        if str(pattern) == "2:4":
-            for group in range(d // 4):
-                idx0, idx1 = (j for j in range(4) if kept[4 * group + j])
-                row_meta[group // 2] |= (idx0 | idx1 << 2) << 4 * (group % 2)
+        row_meta = [0] * d
+        if per_byte := GROUPS_PER_BYTE.get(str(pattern)):
+            base = math.comb(pattern.m, pattern.n)
+            for group in range(d // pattern.m):
+                places = [j for j in range(pattern.m) if kept[pattern.m * group + j]]
+                digit = sum(math.comb(place, i) for i, place in enumerate(places, start=1))
+                row_meta[group // per_byte] += digit * base ** (group % per_byte)
+            meta.append(row_meta[: math.ceil(d / pattern.m / per_byte)])
         else:
             for j in range(d):
                 row_meta[j // 8] |= kept[j] << j % 8
-        meta.append(row_meta)
+            meta.append(row_meta[: math.ceil(d / 8)])
     return values, meta
 
 
@@ -100,28 +106,35 @@ def test_size_is_what_the_pattern_promises(pattern, dtype):
     assert bits == pattern.packed_bits(o, d, 8 * dtype.itemsize)
 
 
-def test_2_4_in_bfloat16_takes_nine_bits_a_weight():
+def test_2_4_in_bfloat16_takes_8_and_two_thirds_bits_a_weight():
     pattern = NofM(2, 4)
-    packed = pack(random_sparse(pattern, 64, 256, 0), pattern, torch.bfloat16)
-    assert 8 * sum(tensor.nbytes for tensor in packed.values()) == 9 * 64 * 256
+    packed = pack(random_sparse(pattern, 64, 240, 0), pattern, torch.bfloat16)
+    assert 8 * sum(tensor.nbytes for tensor in packed.values()) == (8 + 2 / 3) * 64 * 240
 
 
 def test_pinned_bytes_of_2_4():
     packed = pack(TINY, NofM(2, 4), torch.float32)
     assert set(packed) == {"values", "meta"}
-    # Nibbles: (0,2) -> 8, (0,1) -> 4, (1,3) -> d, (2,3) -> e; the last byte's high nibble is padding.
-    assert packed["meta"].numpy().tobytes().hex(" ") == "48 0d 48 0e"
+    # Digits: 0 2 -> 1, 0 1 -> 0, 1 3 -> 4 and 0 2 -> 1, 0 1 -> 0, 2 3 -> 5; 1 + 6·0 + 36·4 and 1 + 6·0 + 36·5.
+    assert packed["meta"].tolist() == [[145], [181]]
     assert packed["values"].tolist() == [[1, 2, 0, 0, -3, 4], [0, 5, 7, 0, 0.5, 0.25]]
-    assert packed["meta"].shape == (2, 2) and packed["values"].shape == (2, 6)
+    assert packed["values"].shape == (2, 6)
     bits = pack(TINY, NofM(2, 4), torch.bfloat16)["values"].view(torch.uint8).numpy().tobytes().hex(" ")
     assert bits == "80 3f 00 40 00 00 00 00 40 c0 80 40 00 00 a0 40 e0 40 00 00 00 3f 80 3e"
 
 
 def test_pinned_bytes_of_other_n_m():
     packed = pack(TINY, NofM(3, 4), torch.float32)
-    # Columns 0 1 2 | 0 1 2 | 0 1 3 and 0 1 2 | 0 1 2 | 0 2 3 of each group, lowest bit first.
-    assert packed["meta"].numpy().tobytes().hex(" ") == "77 0b 77 0d"
+    # 0 1 2 -> 0, 0 1 2 -> 0, 0 1 3 -> 1 and 0 1 2 -> 0, 0 1 2 -> 0, 0 2 3 -> 2, to the base 4.
+    assert packed["meta"].tolist() == [[16], [32]]
     assert packed["values"].tolist() == [[1, 0, 2, 0, 0, 0, 0, -3, 4], [0, 0, 5, 7, 0, 0, 0, 0.5, 0.25]]
+
+
+def test_pinned_bytes_of_n_m_where_a_bitmask_is_as_small():
+    packed = pack(TINY, NofM(6, 12), torch.float32)
+    # Columns 0 1 2 3 9 11 and 0 1 2 4 10 11, lowest bit first.
+    assert packed["meta"].numpy().tobytes().hex(" ") == "0f 0a 17 0c"
+    assert packed["values"].tolist() == [[1, 0, 2, 0, -3, 4], [0, 0, 5, 7, 0.5, 0.25]]
 
 
 def test_pinned_bytes_of_unstructured():
@@ -135,10 +148,10 @@ def test_rows_beyond_one_chunk_round_trip(monkeypatch):
     monkeypatch.setattr("streamslr.store.pack._CHUNK", 1)  # 16 rows at a time
     for text in PATTERNS:
         pattern = parse_pattern(text)
-        S = random_sparse(pattern, 70, 24, 3)
+        S = random_sparse(pattern, 70, 48, 3)
         packed = pack(S, pattern, torch.float32)
-        assert torch.equal(unpack(packed, pattern, (70, 24)), S.to(torch.float32))
-        assert check_packed(packed, pattern, (70, 24)) == []
+        assert torch.equal(unpack(packed, pattern, (70, 48)), S.to(torch.float32))
+        assert check_packed(packed, pattern, (70, 48)) == []
 
 
 def test_column_major_input_packs_alike():
@@ -259,24 +272,19 @@ def setting(*index, to):
     [
         (
             "2:4",
-            {"meta": setting(7, 1, to=0x46)},
-            "row 7, group 2 has the indices 2 and 1, which do not ascend",
+            {"meta": setting(7, 0, to=216)},
+            "row 7, group 0 keeps 0 of 4 columns, not 2",
         ),
-        (
-            "2:4",
-            {"meta": setting(7, 1, to=0xF4)},
-            "row 7, group 3 has the indices 3 and 3, which do not ascend",
-        ),
-        ("1:4", {"meta": setting(3, 1, to=0x11 | 2)}, "row 3, group 2 keeps 2 of 4 columns, not 1"),
-        ("1:4", {"meta": setting(3, 1, to=0x10)}, "row 3, group 2 keeps 0 of 4 columns, not 1"),
+        ("10:20", {"meta": setting(3, 1, to=0xFF)}, "row 3, group 0 keeps"),
+        ("10:20", {"meta": setting(3, to=1)}, "row 3, group 0 keeps 3 of 20 columns, not 10"),
         ("50%", {"meta": setting(0, 0, to=0)}, "row_offsets gives row 0"),
         ("50%", {"row_offsets": setting(4, to=999)}, "row_offsets gives row 3"),
         ("50%", {"values": lambda values: values[:-1]}, "entries, but meta keeps"),
         ("50%", {"values": lambda values: values[None]}, "a 50% linear needs one dimension"),
         (
             "2:4",
-            {"meta": lambda meta: meta[:, :2]},
-            "meta has shape [20, 2], a 20x20 2:4 linear needs [20, 3]",
+            {"meta": lambda meta: meta[:, :1]},
+            "meta has shape [20, 1], a 20x20 2:4 linear needs [20, 2]",
         ),
         ("2:4", {"meta": lambda meta: meta.short()}, "meta is torch.int16, not torch.uint8"),
         ("2:4", {"values": lambda values: values[:-1]}, "values has shape [19, 10]"),
@@ -294,8 +302,9 @@ def test_damage_is_named_and_never_unpacked(pattern, changes, sentence):
 @pytest.mark.parametrize(
     ("pattern", "changes", "sentence"),
     [
-        ("2:4", {"meta": setting(9, 2, to=0x54)}, "bits set past column 19 in row 9 (1 of 20 rows)"),
-        ("1:4", {"meta": setting(9, 2, to=0x81)}, "bits set past column 19 in row 9 (1 of 20 rows)"),
+        ("2:4", {"meta": setting(9, 1, to=36)}, "describes more than 20 columns in row 9 (1 of 20 rows)"),
+        ("1:4", {"meta": setting(9, 1, to=4)}, "describes more than 20 columns in row 9 (1 of 20 rows)"),
+        ("50%", {"meta": setting(9, 2, to=0x81)}, "describes more than 20 columns in row 9 (1 of 20 rows)"),
         ("2:4", {"values": setting(1, 2, to=float("inf"))}, "values[1, 2] is inf: 1 of 200 values"),
         ("2:4", {"U": setting(4, 1, to=float("nan"))}, "U[4, 1] is nan"),
         ("2:4", {"V": lambda V: None}, "U is there without V"),
@@ -317,7 +326,7 @@ def test_too_dense_is_named():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(["2:4", "1:4", "2:3", "50%"]), st.integers(0, 10**6), st.integers(0, 255))
+@given(st.sampled_from(["2:4", "1:4", "2:3", "4:6", "50%"]), st.integers(0, 10**6), st.integers(0, 255))
 def test_any_changed_meta_byte_is_found_or_harmless(pattern, where, byte):
     """A changed byte either is reported, or describes another matrix of the same pattern."""
     pattern = parse_pattern(pattern)

@@ -70,11 +70,11 @@ def test_the_bytes_of_a_whole_shard_are_pinned(tmp_path):
         "803f 80bf"  # U: 1, -1
         "803f803f803f803f803f803f803f803f"  # V: ones
         "803f 0040 0000 0000  0000 a040 e040 0000"  # values: 1 2 0 0, 0 5 7 0
-        "48 48"  # meta: columns (0,2) and (0,1) of each row
+        "01 01"  # meta: columns 0 2 and 0 1 of each row, 1 + 6·0
     )
     assert content == len(header).to_bytes(8, "little") + header + data
     assert written.file == "block.safetensors" and written.nbytes == len(content)
-    assert written.sha256 == "31e43c78c03428807049947e74df8a881ef5cd5886ee6cab508f3ad641fb9fb9"
+    assert written.sha256 == "a803906b359d8d9082bdf5c4dd8879bb3c1c3170240ace21c87a6af19cdf9e2f"
     assert hashlib.sha256(content).hexdigest() == written.sha256 == file_sha256(tmp_path / written.file)
 
 
@@ -270,7 +270,7 @@ def test_quantization_config_comes_back(pattern):
     assert entry.keys() == {"quant_method", "format_version", "pattern", "rank"}
     for config in ({"quantization_config": entry}, LlamaConfig(quantization_config=entry)):
         read = read_quantization_config(json.loads(json.dumps(config)) if type(config) is dict else config)
-        assert (read.pattern, read.rank, read.format_version) == (pattern, 64, 1)
+        assert (read.pattern, read.rank, read.format_version) == (pattern, 64, 2)
 
 
 def test_other_models_have_no_packed_format():
@@ -281,8 +281,8 @@ def test_other_models_have_no_packed_format():
 
 def test_an_unknown_format_version_is_refused():
     entry = quantization_config(NofM(2, 4), 64)
-    with pytest.raises(InputError, match="format_version 2, this version reads 1: update streamslr"):
-        read_quantization_config({"quantization_config": entry | {"format_version": 2}})
+    with pytest.raises(InputError, match="format_version 1, this version reads 2: use the streamslr that wrote it"):
+        read_quantization_config({"quantization_config": entry | {"format_version": 1}})
     with pytest.raises(InputError, match="format_version None"):
         read_quantization_config({"quantization_config": {"quant_method": "streamslr"}})
     with pytest.raises(InputError, match="damaged: pattern '2:4', rank -1"):
