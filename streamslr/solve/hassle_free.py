@@ -11,32 +11,40 @@ from streamslr.solve.scaled import Pruner, ScaledLayer, layer_bytes, solve_scale
 
 # Of subspace iteration between two prunings: W − S moves little, and the fit goes on from the last one.
 _WARM_STEPS = 2
+# How far the pruner sees U·V moved on in the direction of its last step. 24 turns at 0.65 lose what 40 plain ones do,
+# on 12 linears of the 8 M reference model at 1:4 + 8: SparseGPT 0.0485 (40 plain 0.0482, 20 plain 0.0493), ALPS 0.0298
+# (0.0301, 0.0310). 0.8 does worse for SparseGPT, 0.5 for ALPS.
+_MOMENTUM = 0.65
 
 
 @dataclass(frozen=True)
 class HassleFree:
     """Algorithm 1 of the paper: S ← prune(W − UV), U·V ← the best rank-r fit of W − S, `iterations` times.
 
-    The pruner factors H once for all turns; the fit is subspace iteration where the paper takes an SVD a turn.
+    The pruner factors H once for all turns; the fit is subspace iteration where the paper takes an SVD a turn; and
+    momentum does in 24 turns what the official code does in 40.
     """
 
     pruner: Pruner
-    iterations: int = 40  # of the official code
+    iterations: int = 24
 
     def solve(self, problem: LayerProblem) -> SparseLowRank:
         """Raises InputError, naming the layer, for a problem that has no solution."""
 
         def work(layer: ScaledLayer) -> tuple[Tensor, Tensor, Tensor, int]:
-            prune = self.pruner.prepare(layer)
-            fit = LowRankFit(layer.W, layer.rank, layer.times, problem.seed)
-            S = prune(layer.W)
-            U, V = fit.fit(layer.W - S)
+            prune, W = self.pruner.prepare(layer), layer.W
+            fit = LowRankFit(W, layer.rank, layer.times, problem.seed)
+            S = prune(W)
+            U, V = fit.fit(W - S)
             if not layer.rank:
                 return S, U, V, 1
+            T = torch.addmm(W, U, V, alpha=-1)
             for _ in range(self.iterations - 1):
                 del S
-                S = prune(torch.addmm(layer.W, U, V, alpha=-1))
-                U, V = fit.fit(layer.W - S, _WARM_STEPS)
+                S = prune(T)
+                before = U, V
+                U, V = fit.fit(torch.sub(W, S, out=T), _WARM_STEPS)
+                torch.addmm(W, U, V, alpha=-1 - _MOMENTUM, out=T).addmm_(*before, alpha=_MOMENTUM)
             return S, U, V, self.iterations
 
         return solve_scaled(problem, work, full_gram=True)

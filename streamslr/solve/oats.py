@@ -16,13 +16,14 @@ _WARM_STEPS = 2
 @dataclass(frozen=True)
 class Oats:
     """Algorithms 1 and 2 of the paper: on W·diag(s), s = diag(H)^½, U·V ← the truncated SVD of W − S, then S ← the
-    largest of W − UV that the pattern allows, `iterations` times (80 in the paper).
+    largest of W − UV that the pattern allows, `iterations` times: 40, as where the papers after it compare, not 80;
+    the last 40 lower the loss by 0.1 % (12 linears of the 8 M reference model, 1:4 + 8).
 
     Only the diagonal of H is used. Here the diagonal is damped, the pattern says what is compared (the paper:
     a row), and the SVD is subspace iteration from where the last turn ended.
     """
 
-    iterations: int = 80
+    iterations: int = 40
 
     def solve(self, problem: LayerProblem) -> SparseLowRank:
         """Raises InputError, naming the layer, for a problem that has no solution."""

@@ -27,6 +27,7 @@ class SparseGPT:
         assert layer.G is not None
         R = _factor_of_inverse(layer.G, layer.problem.name)  # [d, d]
         pattern, inverse = layer.problem.pattern, (1 / R.diagonal())[:, None]
+        R.mul_(inverse)  # a unit diagonal: what column j loses is then what each row of R spreads
 
         def prune(T: Tensor) -> Tensor:
             X = T.t().contiguous()  # [d, o]: a column of T is a row
@@ -36,7 +37,7 @@ class SparseGPT:
             decided = marker.group if marker.group > 1 else block  # columns whose support is chosen at once
             for first in range(0, d, block):
                 end = min(first + block, d)
-                errors = torch.empty_like(X[first:end])  # [k, o]
+                lost = torch.empty_like(X[first:end])  # [k, o]
                 for start in range(first, end, decided):
                     stop = min(start + decided, end)
                     scores = X[start:stop] * inverse[start:stop]
@@ -44,15 +45,13 @@ class SparseGPT:
                         kept = marker.mark_(scores.abs_().t()).t()
                     else:
                         kept = pattern.project(scores.t()).t().to(X)
-                    lost = (1 - kept).mul_(inverse[start:stop])
                     for j in range(start, stop):
-                        error = torch.mul(X[j], lost[j - start], out=errors[j - first])
+                        error = torch.addcmul(X[j], X[j], kept[j - start], value=-1, out=lost[j - first])
                         X[j:stop].addr_(R[j, j:stop], error, alpha=-1)
-                    X[start:stop].mul_(kept)
                     if stop < end:
-                        X[stop:end].addmm_(R[start:stop, stop:end].t(), errors[start - first : stop - first], alpha=-1)
+                        X[stop:end].addmm_(R[start:stop, stop:end].t(), lost[start - first : stop - first], alpha=-1)
                 if end < d:
-                    X[end:].addmm_(R[first:end, end:].t(), errors, alpha=-1)
+                    X[end:].addmm_(R[first:end, end:].t(), lost, alpha=-1)
             S: Tensor = X.t().contiguous()
             if pattern.check(S != 0) is not None:  # ties in a group, rounding of a block's share
                 S.mul_(pattern.project(S))
