@@ -121,7 +121,7 @@ def test_without_matching_all_but_the_linears_is_unchanged(settings: dict[str, A
     assert all(torch.equal(source[name], written[name]) for name in kept)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%", "50%/row"])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], pattern: str, rank: int) -> None:
     state = streamslr.compress(**settings | {"pattern": pattern, "rank": rank})
@@ -164,7 +164,7 @@ def model_with_dead_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("method", "pattern"), [*((method, "2:4") for method in BUILT_IN), ("3basil", "50%"), ("wanda", "50%")]
+    ("method", "pattern"), [*((method, "2:4") for method in BUILT_IN), ("3basil", "50%"), ("oats", "50%/row")]
 )
 def test_matching_after_any_method_lowers_the_loss_and_changes_no_support(
     settings: dict[str, Any], model_with_dead_inputs: Path, method: str, pattern: str

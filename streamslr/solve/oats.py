@@ -19,7 +19,7 @@ class Oats:
     largest of W − UV that the pattern allows, `iterations` times (80 in the paper).
 
     Only the diagonal of H is used. Here the diagonal is damped, the pattern says what is compared (the paper:
-    a row), and the SVD is subspace iteration from where the last turn ended.
+    a row, which is p%/row), and the SVD is subspace iteration from where the last turn ended.
     """
 
     iterations: int = 80
