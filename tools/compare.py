@@ -161,16 +161,19 @@ def main(
     if new and "startup_cpu_seconds" not in record:
         record["startup_cpu_seconds"] = timed(_STARTUP, threads)[0]
     for number, one in enumerate(new, start=1):
+        measured = work / f"{one.folder}.json"  # so that a kill while it is evaluated loses no figure
         try:
             find_method(one.method).require(parse_pattern(one.pattern), one.rank)
-            row = measure(one, line, work / one.folder, threads)
+            if not measured.exists():
+                write_json(measured, measure(one, line, work / one.folder, threads))
         except InputError as error:  # it cannot be done, however often it is tried
             record["skipped"][str(one)] = str(error)
             click.echo(f"{number} of {len(new)}, {one}: skipped: {error}", err=True)
         else:
-            rows.append(row | {"perplexity": perplexity(str(work / one.folder))})
+            rows.append(json.loads(measured.read_text()) | {"perplexity": perplexity(str(work / one.folder))})
             click.echo(f"{number} of {len(new)}, {one}: {rows[-1]['perplexity']:.3f}", err=True)
         write(record, out)
+        measured.unlink(missing_ok=True)
         shutil.rmtree(work / one.folder, ignore_errors=True)
     write(record, out)
     if not any(work.iterdir()):
@@ -275,7 +278,7 @@ class Line:
 
 def lines(record: Mapping[str, Any]) -> list[Line]:
     """In the order that patterns and methods were first run in; unmatched before matched."""
-    official = (record["reference"] or {"rows": []})["rows"]
+    official = _official(record)
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in record["rows"][1:]:
         groups.setdefault(tuple(row[name] for name in ("method", "pattern", "rank", "matched")), []).append(row)
@@ -284,11 +287,14 @@ def lines(record: Mapping[str, Any]) -> list[Line]:
     found = []
     for key in sorted(groups, key=lambda k: (names.index(k[1]), order.index(k[0]), k[2], k[3])):
         method, pattern, rank, matched = key
-        same = [row for row in official if all(row[name] == groups[key][0][name] for name in ("method", "pattern"))]
-        same = [row for row in same if (row["rank"], row["matched"]) == (rank, matched)]
-        same = [row for row in same if row["seed"] in {ours["seed"] for ours in groups[key]}]
-        found.append(Line(method, f"{pattern} + {rank}", matched, tuple(groups[key]), tuple(same)))
+        ours = [Combination(method, pattern, rank, matched, row["seed"]) for row in groups[key]]
+        theirs = [row for row in official if any(one.describes(row) for one in ours)]
+        found.append(Line(method, f"{pattern} + {rank}", matched, tuple(groups[key]), tuple(theirs)))
     return found
+
+
+def _official(record: Mapping[str, Any]) -> list[Row]:
+    return record["reference"]["rows"] if record["reference"] else []
 
 
 def write(record: Mapping[str, Any], out: Path) -> None:
@@ -307,7 +313,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     head = ["method", "pattern + rank", "matched", "perplexity", "official", "bytes of linears", "of dense"]
     head += ["layer error", "CPU s", "solve s", "match s", "official s", "peak memory"]
     whole = format_bytes(others[0]["dense_linear_bytes"]) if others else ""
-    body = [["dense", "", "", f"{dense['perplexity']:.3f}", "", whole, "1", *[""] * 6]]
+    known = [row["perplexity"] for row in _official(record) if row["method"] == "dense"]
+    body = [["dense", "", "", f"{dense['perplexity']:.3f}", _mean(known, ".3f"), whole, "1", *[""] * 6]]
     for line in lines(record):
         first, phases = line.rows[0], [row["phase_seconds"] for row in line.rows]
         body.append(
