@@ -60,7 +60,9 @@ class RunConfig:
     samples: int = _setting(128, "Calibration windows.", fixed=True)
     seq_len: int = _setting(2048, "Tokens in a window.", fixed=True)
     method: str = _setting("3basil", "How W becomes S + U·V: a name that `streamslr methods` lists.", fixed=True)
-    pattern: str = _setting("2:4", "Sparsity of S: n:m keeps n of every m, 50% zeroes half.", fixed=True)
+    pattern: str = _setting(
+        "2:4", "Sparsity of S: n:m keeps n of every m, 50% zeroes half, 50%/row half of each row.", fixed=True
+    )
     rank: int = _setting(64, "Rank of U·V; 0 for pure sparsity.", fixed=True)
     seed: int = _setting(0, "Seed of the windows, of the solver and of the order in matching.", fixed=True)
     match: bool = _setting(True, "Refine each block as a whole against its dense self.", fixed=True)

@@ -39,14 +39,18 @@ def loss(weight: Tensor, gram: Tensor, approximation: Tensor) -> float:
 
 
 def project(scores: Tensor, pattern: str) -> Tensor:
-    """Bool [o, d]: the largest magnitudes, n of every m for "n:m", all but the share for "p%"."""
+    """Bool [o, d]: the largest magnitudes, n of every m for "n:m", all but the share for "p%", in "p%/row" of a row."""
     o, d = scores.shape
     if ":" in pattern:
         n, m = map(int, pattern.split(":"))
         groups = scores.abs().reshape(o, d // m, m)
         chosen = groups.topk(n, dim=2).indices
         return torch.zeros_like(groups, dtype=torch.bool).scatter(2, chosen, True).reshape(o, d)
-    kept = round(o * d * (1 - float(pattern.rstrip("%")) / 100))
+    share = 1 - float(pattern.removesuffix("/row").rstrip("%")) / 100
+    if pattern.endswith("/row"):
+        chosen = scores.abs().topk(round(d * share), dim=1).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
+    kept = round(o * d * share)
     chosen = scores.abs().flatten().topk(kept).indices
     return torch.zeros(o * d, dtype=torch.bool).scatter(0, chosen, True).reshape(o, d)
 

@@ -21,15 +21,18 @@ from streamslr.passes import Passes
 from streamslr.prepare import Prepared, prepare
 from streamslr.results.verify import verify
 from streamslr.run import run
+from streamslr.solve.methods import BUILT_IN
 from streamslr.solve.pattern import parse_pattern
 from streamslr.solve.problem import LayerProblem, SparseLowRank
 from streamslr.solve.threebasil import ThreeBasil
 from streamslr.source.checkpoint import open_checkpoint
 from streamslr.source.skeleton import Skeleton
+from streamslr.store.pack import unpack
 from tests.killing import compress_in_child
 from tests.tiny_models import TEXT, tiny_checkpoint
 
 LAYERS = 3
+PARTS = ("values", "meta", "row_offsets", "U", "V")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,7 @@ def test_without_matching_all_but_the_linears_is_unchanged(settings: dict[str, A
     assert all(torch.equal(source[name], written[name]) for name in kept)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%", "50%/row"])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], pattern: str, rank: int) -> None:
     state = streamslr.compress(**settings | {"pattern": pattern, "rank": rank})
@@ -134,18 +137,63 @@ def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], patter
                 assert parse_pattern(pattern).check(weight != 0) is None
 
 
-@pytest.mark.parametrize(("method", "rank"), [("oats", 4), ("eora-sparsegpt", 4), ("alps", 0)])
-def test_other_methods_stream_are_matched_and_keep_their_folder(
-    settings: dict[str, Any], method: str, rank: int
-) -> None:
+@pytest.mark.parametrize(("method", "rank"), [("oats", 4), ("alps", 0)])
+def test_other_methods_stream_and_keep_their_folder(settings: dict[str, Any], method: str, rank: int) -> None:
     state = streamslr.compress(**settings | {"method": method, "rank": rank, "pattern": "1:4"})
     assert verify(settings["out"]).problems == ()
     for block in state.blocks:
-        assert block.matching is not None
-        assert {layer.rank for layer in block.layers} == {rank}
         assert all(layer.error_after < layer.error_before for layer in block.layers), "better than plain pruning"
     with pytest.raises(ResumeError, match=f"method: '{method}' there, '3basil' now"):
         streamslr.compress(**settings | {"rank": rank, "pattern": "1:4"})
+
+
+DEAD = [3, 17]
+
+
+@pytest.fixture(scope="module")
+def model_with_dead_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One block, whose norms give nothing in the columns DEAD of q, k, v, gate and up."""
+    folder = tiny_checkpoint(
+        tmp_path_factory.mktemp("models") / "dead", layers=1, hidden=32, shards=1, dtype=torch.float32
+    )
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"model.layers.0.{name}.weight"][DEAD] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"), [*((method, "2:4") for method in BUILT_IN), ("3basil", "50%"), ("oats", "50%/row")]
+)
+def test_matching_after_any_method_lowers_the_loss_and_changes_no_support(
+    settings: dict[str, Any], model_with_dead_inputs: Path, method: str, pattern: str
+) -> None:
+    rank = 4 if BUILT_IN[method].low_rank else 0
+    settings |= {"model": model_with_dead_inputs, "method": method, "pattern": pattern, "rank": rank}
+    unmatched, matched = (settings["out"].with_name(name) for name in ("unmatched", "matched"))
+    streamslr.compress(**settings | {"out": unmatched, "match": False})
+    (block,) = streamslr.compress(**settings | {"out": matched, "match_epochs": 5}).blocks
+    assert verify(matched).problems == ()
+    assert block.matching is not None
+    assert block.matching.kept
+    assert block.matching.loss_after is not None
+    assert block.matching.loss_after < block.matching.loss_before
+    before, after = (load_file(folder / block.shard.file) for folder in (unmatched, matched))
+    assert before.keys() == after.keys()
+    for layer in block.layers:
+        solved, moved = (
+            {part: tensors[key] for part in PARTS if (key := f"{layer.name}.{part}") in tensors}
+            for tensors in (before, after)
+        )
+        assert {"U", "V"} & moved.keys() == ({"U", "V"} if rank else set())
+        S, refined = (unpack(parts, parse_pattern(pattern), layer.shape) for parts in (solved, moved))
+        assert torch.equal(refined != 0, S != 0)
+        assert parse_pattern(pattern).check(refined != 0) is None
+        assert not torch.equal(refined, S)
+        if not layer.name.endswith(("o_proj", "down_proj")):
+            assert not refined[:, DEAD].any()
+            assert not rank or not moved["V"][:, DEAD].any()
 
 
 def test_the_hidden_states_are_those_of_the_written_model(settings: dict[str, Any], unbroken: Any) -> None:

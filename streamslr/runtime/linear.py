@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError
-from streamslr.solve.pattern import NofM, SparsityPattern, parse_pattern
+from streamslr.solve.pattern import SparsityPattern, parse_pattern
 from streamslr.store.pack import unpack, unpack_rows
 
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 24
@@ -46,16 +46,16 @@ class SparseLowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Tensors are allocated, not filled: `load_state_dict` or the loader does. nonzeros: of an unstructured S."""
+        """Tensors are allocated, not filled: `load_state_dict` or the loader does. nonzeros: where rows differ."""
         super().__init__()
         self.in_features, self.out_features, self.pattern, self.rank = in_features, out_features, pattern, rank
         o, d = out_features, in_features
         pattern.require_fits("SparseLowRankLinear", (o, d))
-        grouped = isinstance(pattern, NofM)
-        values = (o, d // pattern.m * pattern.n) if isinstance(pattern, NofM) else (nonzeros or 0,)
+        groups = pattern.groups(d)
+        values = (o, d // groups[1] * groups[0]) if groups else (nonzeros or 0,)
         self.register_buffer("values", torch.empty(values, dtype=dtype, device=device))
         self.register_buffer("meta", torch.empty(o, pattern.meta_width(d), dtype=torch.uint8, device=device))
-        offsets = None if grouped else torch.empty(o + 1, dtype=torch.int64, device=device)
+        offsets = None if groups else torch.empty(o + 1, dtype=torch.int64, device=device)
         self.register_buffer("row_offsets", offsets)
         self.register_buffer(
             "S", None

@@ -12,7 +12,7 @@ from streamslr.solve.alps import Alps
 from streamslr.solve.eora import Eora
 from streamslr.solve.hassle_free import HassleFree
 from streamslr.solve.oats import Oats
-from streamslr.solve.pattern import NofM, SparsityPattern, Unstructured
+from streamslr.solve.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows
 from streamslr.solve.problem import Solver
 from streamslr.solve.pruning import Magnitude, Pruned, Wanda
 from streamslr.solve.scaled import Pruner
@@ -20,7 +20,7 @@ from streamslr.solve.sparsegpt import SparseGPT
 from streamslr.solve.threebasil import ThreeBasil
 
 ENTRY_POINTS = "streamslr.solvers"
-_PATTERNS: Mapping[type[Any], str] = {NofM: "n:m", Unstructured: "p%"}
+_PATTERNS: Mapping[type[Any], str] = {NofM: "n:m", Unstructured: "p%", UnstructuredRows: "p%/row"}
 
 # ADMM's pace inside alternation: at 40 turns of 1:4 + 8 it lost 0.0694, against 0.0699 at 8 iterations a stage from
 # ρ = 0.2 and in twice the time (four down projections of the 8 M reference model). Some 20 iterations are usual;
@@ -44,7 +44,7 @@ class Method:
     paper: str
     diagonal_only: bool = False  # whether the diagonal of the Gram matrix is all that it reads
     low_rank: bool = True  # whether it makes U·V
-    patterns: tuple[type[Any], ...] = (NofM, Unstructured)
+    patterns: tuple[type[Any], ...] = (NofM, Unstructured, UnstructuredRows)
     package: str = ""  # name and version of the package that it is from; of streamslr nothing
 
     @property
@@ -119,7 +119,10 @@ def all_methods() -> list[Method]:
 
 def methods_table(methods: list[Method]) -> Table:
     """A row a method."""
-    table = Table(caption="Gram: of a layer's inputs, all of it or the diagonal; n:m keeps n of m, p% zeroes a share")
+    table = Table(
+        caption="Gram: of a layer's inputs, all of it or the diagonal; n:m keeps n of m, p% zeroes a share of a layer, "
+        "p%/row of each row"
+    )
     rows = [method.as_dict() for method in methods]
     for key, title in zip(rows[0], ("--method", "paper", "Gram", "--pattern", "--rank", "from"), strict=True):
         table.add_column(title, no_wrap=key == "name")

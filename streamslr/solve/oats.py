@@ -20,7 +20,7 @@ class Oats:
     the last 40 lower the loss by 0.1 % (12 linears of the 8 M reference model, 1:4 + 8).
 
     Only the diagonal of H is used. Here the diagonal is damped, the pattern says what is compared (the paper:
-    a row), and the SVD is subspace iteration from where the last turn ended.
+    a row, which is p%/row), and the SVD is subspace iteration from where the last turn ended.
     """
 
     iterations: int = 40

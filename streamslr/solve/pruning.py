@@ -30,7 +30,7 @@ class Magnitude:
 class Wanda:
     """Keeps the largest |W_ij|·‖X_j‖ (arXiv 2306.11695, equation 1), ‖X_j‖ undamped.
 
-    The paper compares within a row; here the pattern says what is compared: groups of m, or the layer for a share.
+    The pattern says what is compared: groups of m, rows for p%/row, as in the paper, or the layer for p%.
     """
 
     full_gram = False

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import StreamslrError
+from streamslr.solve.pattern import largest_of_rows
 from streamslr.solve.scaled import ScaledLayer
 
 
@@ -17,7 +18,8 @@ class SparseGPT:
     Columns from left to right: what column j loses is made up for in the columns after it, by the rows of the
     upper Cholesky factor R of G⁻¹ = RᵀR; R_jj² is [(G_{j:, j:})⁻¹]_jj. Blocks of `block` columns (the paper's B and
     B_s, 128) get the updates of earlier blocks in one product. Kept are the largest w² / R_jj²: n of each m when
-    their group begins, a share of each block when the block begins. The damping is this project's, not the paper's.
+    their group begins, a share of each block when the block begins, p% of the block as in the paper's code or p%/row of
+    each of its rows. The damping is this project's, not the paper's.
     """
 
     block: int = 128
@@ -32,7 +34,7 @@ class SparseGPT:
         def prune(T: Tensor) -> Tensor:
             X = T.t().contiguous()  # [d, o]: a column of T is a row
             d = len(X)
-            marker = pattern.marker(T)
+            marker, groups = pattern.marker(T), pattern.groups(d)
             block = max(1, self.block // marker.group) * marker.group
             decided = marker.group if marker.group > 1 else block  # columns whose support is chosen at once
             for first in range(0, d, block):
@@ -43,6 +45,9 @@ class SparseGPT:
                     scores = X[start:stop] * inverse[start:stop]
                     if marker.group > 1:
                         kept = marker.mark_(scores.abs_().t()).t()
+                    elif groups is not None:  # rows: of the k that stay of each, what falls to these columns
+                        k = groups[0]
+                        kept = largest_of_rows(scores.t(), k * stop // d - k * start // d).t().to(X)
                     else:
                         kept = pattern.project(scores.t()).t().to(X)
                     for j in range(start, stop):

@@ -142,7 +142,7 @@ def solve_bytes(
     All rows at once: 4 float32 copies of the weight (scaled W, the correction's input X, the projection D, and
     the product with its input at bfloat16, or the product alone at float32). In tiles: of all rows the state
     and the support, 5 bytes a weight; of one tile X, the product and its input, 8. The last projection of a
-    pattern that couples rows (any but n:m, which is `by_row`) takes 10 bytes a weight. Besides: the inverse
+    pattern that couples rows (any that is not `by_row`) takes 10 bytes a weight. Besides: the inverse
     [d, d], on a GPU with two more while it is built; the factors of U·V and what turns them; a slice's temporaries;
     what the libraries pack into. The defaults are what takes most on a CPU.
     """
@@ -267,7 +267,7 @@ class _Admm:
             if self.whole:
                 tile.held.copy_(self.weight.t()).mul_(self.scale[:, None])
             for part in tile.slices:
-                torch.mul(part.X, self.marker.mark_(part.X.abs().t()).t(), out=part.D)
+                torch.mul(part.X, self.marker.mark_(part.X.abs().t(), tile.rows).t(), out=part.D)
                 torch.neg(part.D, out=part.X)
                 self._lay_down(part)
         self.marker.settle()
@@ -361,7 +361,7 @@ class _Admm:
             for part in tile.slices:
                 D = self._projection(part)
                 Z = part.X.add_(D).sub_(part.C)  # S + Y, for S = E − C
-                kept = self.marker.mark_(Z.abs().t()).t()
+                kept = self.marker.mark_(Z.abs().t(), tile.rows).t()
                 if counts:  # bool(): on the CPU 9 times faster than != 0. Not sum(): it casts a whole mask to int64
                     now = kept.bool()
                     moved = moved + (D.bool() ^ now).count_nonzero()

@@ -6,13 +6,15 @@ For a linear of o outputs and d inputs, whatever the dtype of the values:
     2:4       [o, d/2]        [o, ceil(d/12)]: a byte three groups, c0 + 6·c1 + 36·c2       -
     n:m       [o, d·n/m]      [o, ceil(d/(k·m))]: a byte k groups, digits to base C(m, n)   -
     4:8 …     [o, d·n/m]      [o, ceil(d/8)]: a bit a column, 1 where a value is kept       -
+    50%/row   [o, k]          [o, ceil(d/8)]: the same                                      -
     50%       [nnz]           [o, ceil(d/8)]: the same                                      int64 [o + 1]
 
 Values run row by row, columns ascending. A group's digit is C(p1, 1) + … + C(pn, n) for its kept columns p1 < … < pn,
 counted from 0: the combinatorial number system; of 2:4, 0 to 5 are columns 01 02 12 03 13 23. k is the most digits
 that a byte holds (`NofM.groups_per_byte`); where those describe no more than 8 columns, meta is a bitmask. n:m patterns
-keep exactly n slots a group: a group with fewer non-zeros also keeps its lowest free columns, at value 0. The first
-group is the lowest digit, the first column the lowest bit; digits and bits past column d are 0.
+keep exactly n slots a group: a group with fewer non-zeros also keeps its lowest free columns, at value 0; to 50%/row a
+row is one such group. The first group is the lowest digit, the first column the lowest bit; digits and bits past column
+d are 0.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,12 +43,12 @@ def pack(S: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> dict[str, T
     if wrong := _misfit(pattern, (o, d)):
         raise ValueError(wrong)
     meta = torch.empty(o, pattern.meta_width(d), dtype=torch.uint8, device=S.device)
-    if isinstance(pattern, NofM):
-        n, m = pattern.n, pattern.m
+    if groups := pattern.groups(d):
+        n, m = groups
         values = torch.empty(o, d // m * n, dtype=dtype, device=S.device)
         for rows in _row_chunks(o, d):
             part = _cast(S, rows, dtype)  # [rows, d]
-            kept = _fill_groups(part.view(-1, d // m, m) != 0, pattern, rows.start).view_as(part)
+            kept = _fill_groups(part.view(-1, d // m, m) != 0, n, pattern, rows.start).view_as(part)
             values[rows] = part[kept].view(-1, values.shape[1])
             meta[rows] = _encode(kept, pattern)
         return {"values": values, "meta": meta}
@@ -82,7 +84,7 @@ def unpack(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple
 def unpack_rows(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int], rows: slice) -> Tensor:
     """S[rows] of a linear that `check_packed` found sound: `unpack` without its checks, and for 2:4 much faster."""
     d = shape[1]
-    values, meta = _values_of(tensors, pattern, rows), tensors["meta"][rows]
+    values, meta = _values_of(tensors, rows), tensors["meta"][rows]
     if pattern == NofM(2, 4):
         return _place_pairs(values, meta, d)
     kept = _decode(meta, pattern)[:, :d]
@@ -124,7 +126,7 @@ def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape:
         return [wrong]
     wrongs = _layout_misfit(tensors, pattern, shape)
     wrongs += _low_rank_misfit(tensors, shape)
-    known = {"values", "meta", "U", "V"} | ({"row_offsets"} if isinstance(pattern, Unstructured) else set())
+    known = {"values", "meta", "U", "V"} | (set() if pattern.groups(shape[1]) else {"row_offsets"})
     wrongs += [f"{name} does not belong to a {pattern} linear" for name in sorted(tensors.keys() - known)]
     for name in ("values", "U", "V"):
         if name in tensors and tensors[name].is_floating_point():
@@ -132,8 +134,8 @@ def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape:
     if _layout_misfit(tensors, pattern, shape):
         return wrongs
     wrongs += _wrong_padding(tensors["meta"], pattern, shape[1])
-    if isinstance(pattern, NofM):
-        return wrongs + _wrong_groups(tensors["meta"], pattern, shape[1])
+    if groups := pattern.groups(shape[1]):
+        return wrongs + _wrong_groups(tensors["meta"], pattern, groups, shape[1])
     if isinstance(pattern, Unstructured):
         wrongs += _wrong_offsets(tensors, pattern, shape)
     return wrongs
@@ -159,14 +161,15 @@ def _cast(S: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     return part.contiguous()
 
 
-def _fill_groups(nonzero: Tensor, pattern: NofM, first_row: int) -> Tensor:
+def _fill_groups(nonzero: Tensor, n: int, pattern: SparsityPattern, first_row: int) -> Tensor:
     """Non-zeros [rows, groups, m] -> kept slots, n a group: short groups take their lowest free columns."""
-    spare = pattern.n - nonzero.sum(dim=2, keepdim=True, dtype=torch.int32)  # [rows, groups, 1]
+    spare = n - nonzero.sum(dim=2, keepdim=True, dtype=torch.int32)  # [rows, groups, 1]
     if (spare < 0).any():
         row, group, _ = (spare < 0).nonzero()[0].tolist()
+        m = nonzero.shape[2]
         raise ValueError(
-            f"S breaks {pattern}: row {first_row + row}, group {group} (columns {group * pattern.m} to "
-            f"{group * pattern.m + pattern.m - 1}) has {pattern.n - int(spare[row, group])} non-zeros"
+            f"S breaks {pattern}: row {first_row + row}, group {group} (columns {group * m} to "
+            f"{group * m + m - 1}) has {n - int(spare[row, group])} non-zeros"
         )
     if not spare.any():
         return nonzero
@@ -247,10 +250,10 @@ def _unpack_rows(
     """S[rows]; the layout has been checked, the meta bytes have not."""
     kept = _decode(tensors["meta"][rows], pattern)
     kept = kept[:, : shape[1]]
-    values = _values_of(tensors, pattern, rows)
-    if isinstance(pattern, NofM):
-        groups = kept.reshape(-1, shape[1] // pattern.m, pattern.m).sum(dim=2, dtype=torch.int32)
-        sound = (groups == pattern.n).all()
+    values = _values_of(tensors, rows)
+    if groups := pattern.groups(shape[1]):
+        n, m = groups
+        sound = (kept.reshape(-1, shape[1] // m, m).sum(dim=2, dtype=torch.int32) == n).all()
     else:
         offsets = tensors["row_offsets"][rows.start : rows.stop + 1]
         sound = (kept.sum(dim=1) == offsets.diff()).all() & (len(values) == offsets[-1] - offsets[0])
@@ -263,9 +266,9 @@ def _unpack_rows(
     return S.masked_scatter_(kept, values)
 
 
-def _values_of(tensors: Mapping[str, Tensor], pattern: SparsityPattern, rows: slice) -> Tensor:
+def _values_of(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
     """The values of these rows, one after another."""
-    if isinstance(pattern, NofM):
+    if tensors["values"].dim() == 2:  # as many a row
         return tensors["values"][rows].reshape(-1)
     start, stop = (int(tensors["row_offsets"][i]) for i in (rows.start, rows.stop))
     return tensors["values"][start:stop] if 0 <= start <= stop else tensors["values"][:0]
@@ -296,19 +299,21 @@ def _place_pairs(values: Tensor, meta: Tensor, d: int) -> Tensor:
 
 def _misfit(pattern: SparsityPattern, shape: tuple[int, int]) -> str | None:
     """Why no S of this shape can have the pattern, or None."""
-    if isinstance(pattern, NofM) and shape[1] % pattern.m:
-        return f"{pattern} needs rows of a multiple of {pattern.m} columns, not {shape[0]}x{shape[1]}"
+    groups = pattern.groups(shape[1])
+    if groups and shape[1] % groups[1]:
+        return f"{pattern} needs rows of a multiple of {groups[1]} columns, not {shape[0]}x{shape[1]}"
     return None
 
 
 def _layout_misfit(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> list[str]:
     """What is missing, or has the wrong dtype or shape, of values, meta and row_offsets."""
     o, d = shape
+    groups = pattern.groups(d)
     expected: dict[str, tuple[torch.dtype | None, tuple[int, ...] | None]] = {
-        "values": (None, (o, d // pattern.m * pattern.n) if isinstance(pattern, NofM) else None),
+        "values": (None, (o, d // groups[1] * groups[0]) if groups else None),
         "meta": (torch.uint8, (o, pattern.meta_width(d))),
     }
-    if isinstance(pattern, Unstructured):
+    if not groups:
         expected["row_offsets"] = (torch.int64, (o + 1,))
     wrongs = []
     for name, (dtype, size) in expected.items():
@@ -375,17 +380,18 @@ def _wrong_padding(meta: Tensor, pattern: SparsityPattern, d: int) -> list[str]:
     return [f"meta describes more than {d} columns in row {int(rows[0])} ({len(rows)} of {len(meta)} rows)"]
 
 
-def _wrong_groups(meta: Tensor, pattern: NofM, d: int) -> list[str]:
-    """Groups of an n:m pattern that do not keep exactly n slots."""
+def _wrong_groups(meta: Tensor, pattern: SparsityPattern, groups: tuple[int, int], d: int) -> list[str]:
+    """Groups (n, m) that do not keep exactly n slots."""
     first, count = "", 0
+    n, m = groups
     for rows in _row_chunks(len(meta), d):
-        kept = _decode(meta[rows], pattern)[:, :d].reshape(-1, d // pattern.m, pattern.m)
+        kept = _decode(meta[rows], pattern)[:, :d].reshape(-1, d // m, m)
         found = kept.sum(dim=2, dtype=torch.int32)  # [rows, groups]
-        wrong = (found != pattern.n).nonzero()
+        wrong = (found != n).nonzero()
         if len(wrong) and not count:
             row, group = wrong[0].tolist()
             first = f"row {rows.start + row}, group {group}"
-            first += f" keeps {int(found[row, group])} of {pattern.m} columns, not {pattern.n}"
+            first += f" keeps {int(found[row, group])} of {m} columns, not {n}"
         count += len(wrong)
     return [f"meta: {first} (first of {count} wrong groups)"] if count else []
 

@@ -185,7 +185,7 @@ def test_refining_is_the_documented_optimisation(pattern, rank):
 
 @pytest.mark.parametrize("tile", [1 << 24, 40])
 @pytest.mark.parametrize("rank", [0, 16])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%", "50%/row"])
 def test_what_was_pruned_stays_zero_and_everything_else_moves(monkeypatch, pattern, rank, tile):
     monkeypatch.setattr(matching, "TILE", tile)
     case = made_case(pattern, rank)

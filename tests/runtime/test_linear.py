@@ -13,7 +13,7 @@ from streamslr.runtime.linear import SparseLowRankLinear
 from streamslr.solve.pattern import parse_pattern
 from streamslr.store.pack import merge, pack
 
-PATTERNS = ["2:4", "1:4", "4:8", "3:16", "50%", "90%"]
+PATTERNS = ["2:4", "1:4", "4:8", "3:16", "50%", "90%", "80%/row"]
 
 
 def packed_linear(

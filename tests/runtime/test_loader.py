@@ -54,7 +54,7 @@ def test_logits_are_those_of_the_dense_sum(architecture: str, tie: bool, tmp_pat
     assert off_by(logits(model), logits(dense_model(made))) < 1e-5
 
 
-@pytest.mark.parametrize("pattern, rank", [("2:4", 0), ("1:4", 4), ("4:8", 2), ("50%", 0), ("70%", 4)])
+@pytest.mark.parametrize("pattern, rank", [("2:4", 0), ("1:4", 4), ("4:8", 2), ("50%", 0), ("70%", 4), ("70%/row", 4)])
 def test_every_pattern_and_rank(pattern: str, rank: int, tmp_path: Path) -> None:
     made = compressed_folder(tmp_path, pattern=pattern, rank=rank, layers=2)
     model = streamslr.load(made, device="cpu", dtype=torch.float32)

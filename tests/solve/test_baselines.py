@@ -15,7 +15,7 @@ from streamslr.solve.sparsegpt import SparseGPT
 from tests import reference
 from tests.solve.problems import error, made_problem
 
-PATTERNS = ["2:4", "1:4", "3:8", "50%"]
+PATTERNS = ["2:4", "1:4", "3:8", "50%", "70%/row"]
 
 
 def doubles(problem: LayerProblem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,7 +137,7 @@ def test_hassle_free_alps_loses_no_more_than_the_reference(pattern):
     assert ours <= 1.03 * theirs
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "50%", "60%/row"])
 def test_oats_is_alternating_thresholding(pattern):
     problem = made_problem(pattern=pattern)
     result = Oats(20).solve(problem)

@@ -124,7 +124,7 @@ def test_a_package_that_cannot_be_imported_is_named(install, monkeypatch):
 # The contract
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:5", "5:16", "50%", "83%"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:5", "5:16", "50%", "83%", "66%/row"])
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_pattern_holds_and_no_method_is_worse_than_pruning_by_magnitude(name, pattern):
     problem = problem_for(name, 40, 80, pattern)
@@ -216,7 +216,7 @@ def test_non_finite_values_are_refused_by_layer(name, where):
         find_method(name).solver.solve(dataclasses.replace(problem, **{where: broken}))
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "50%", "50%/row"])
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_weight_that_is_sparse_already_is_kept_all_zeros_too(name, pattern):
     problem = problem_for(name, pattern=pattern)
@@ -225,9 +225,10 @@ def test_a_weight_that_is_sparse_already_is_kept_all_zeros_too(name, pattern):
         assert torch.equal(solved(name, dataclasses.replace(problem, weight=sparse)).dense(), sparse)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "50%/row"])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_weight_with_zero_rows_and_columns(name):
-    problem = problem_for(name)
+def test_a_weight_with_zero_rows_and_columns(name, pattern):
+    problem = problem_for(name, pattern=pattern)
     weight = problem.weight.clone()
     weight[3] = 0
     weight[:, 20:28] = 0
@@ -269,7 +270,7 @@ def test_loss_is_blind_to_the_scale_of_inputs_and_weights(name, factor):
         assert error(changed, solved(name, changed)) == pytest.approx(expected, rel=0.15)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "50%", "50%/row"])
 @pytest.mark.parametrize(("o", "d"), [(768, 256), (256, 512)])
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "3basil"])  # tests/solve/test_threebasil.py
 def test_a_solve_takes_no_more_than_it_says(name, o, d, pattern):
@@ -281,5 +282,5 @@ def test_a_solve_takes_no_more_than_it_says(name, o, d, pattern):
     if name.startswith(("hassle-free", "oats")):  # a turn is like another
         solver = dataclasses.replace(solver, iterations=2)
     peak = allocated_peak(solver, problem)
-    planned = solver.peak_bytes(o, d, rank, by_row=pattern == "2:4")
+    planned = solver.peak_bytes(o, d, rank, by_row=problem.pattern.by_row)
     assert 0.4 * planned <= peak <= planned

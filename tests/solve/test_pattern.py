@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamslr.errors import InputError
-from streamslr.solve import NofM, SparsityPattern, Unstructured, parse_pattern
+from streamslr.solve import NofM, SparsityPattern, Unstructured, UnstructuredRows, parse_pattern
 from tests import reference
 
-PATTERNS = ["2:4", "1:4", "3:4", "4:8", "1:2", "3:5", "7:8", "5:32", "50%", "12.5%", "90%"]
+PATTERNS = ["2:4", "1:4", "3:4", "4:8", "1:2", "3:5", "7:8", "5:32", "50%", "12.5%", "90%", "50%/row", "30%/row"]
 
 
 @st.composite
@@ -34,6 +34,9 @@ def test_project_keeps_exactly_as_many_as_allowed_and_none_smaller_than_a_droppe
     if isinstance(pattern, NofM):
         kept_groups, groups = kept.view(-1, pattern.m), magnitudes.view(-1, pattern.m)
         assert (kept_groups.sum(1) == pattern.n).all()
+    elif text.endswith("/row"):
+        kept_groups, groups = kept, magnitudes
+        assert (kept_groups.sum(1) == round(scores.shape[1] * pattern.density)).all()
     else:
         kept_groups, groups = kept.view(1, -1), magnitudes.view(1, -1)
         assert kept.sum() == round(scores.numel() * pattern.density)
@@ -68,9 +71,10 @@ def test_project_and_marker_agree_with_topk_without_ties(text):
     assert torch.equal(marker.mark_(scores.abs()).bool(), expected)
 
 
-def test_the_unstructured_marker_follows_the_share_as_scores_change():
+@pytest.mark.parametrize("text", ["70%", "90%"])
+def test_the_unstructured_marker_follows_the_share_as_scores_change(text):
     torch.manual_seed(0)
-    pattern = parse_pattern("70%")
+    pattern = parse_pattern(text)
     scores = torch.randn(64, 64)
     marker = pattern.marker(scores)
     for _ in range(12):
@@ -79,12 +83,28 @@ def test_the_unstructured_marker_follows_the_share_as_scores_change():
     assert abs(marked.mean().item() - pattern.density) < 0.005
 
 
+def test_the_marker_of_rows_follows_the_share_of_each_in_tiles_of_rows_and_columns():
+    torch.manual_seed(0)
+    pattern = parse_pattern("75%/row")
+    before, after = torch.randn(8, 64), torch.randn(8, 64) * torch.logspace(-3, 3, 8)[:, None]
+    before[2] = 0  # a row that is zero at first has no level to start from
+    marker = pattern.marker(before)
+    tiles = [(rows, columns) for rows in (slice(0, 3), slice(3, 8)) for columns in (slice(0, 40), slice(40, 64))]
+    for _ in range(40):
+        marked = torch.zeros(8, 64)
+        for rows, columns in tiles:
+            marked[rows, columns] = marker.mark_(after[rows, columns].abs(), rows)
+        marker.settle()
+    assert ((marked.sum(1) - 16).abs() <= 2).all()
+
+
 @pytest.mark.parametrize(
     ("text", "support", "says"),
     [
         ("2:4", [[1, 1, 1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 1, 0, 0]], "row 0, columns 0 to 3, which keeps 3"),
         ("1:4", [[0, 0, 0, 1, 1, 0, 1, 0]], "1 of 2 groups"),
         ("50%", [[1, 1, 1, 0]], "keeps 3 of 4 weights; 50% allows 2"),
+        ("50%/row", [[1, 1, 0, 0], [1, 1, 1, 0]], "row 1 keeps 3 of 4 weights; 50%/row allows 2 (1 of 2 rows)"),
         ("2:4", [[1, 1, 0, 0, 1, 0]], "6 columns are not a multiple of 4"),
     ],
 )
@@ -114,9 +134,14 @@ def test_percent_text_round_trips(hundredths):
     pattern = parse_pattern(text)
     assert str(pattern) == text
     assert parse_pattern(str(pattern)) == pattern
+    rows = parse_pattern(f"{text} / row")
+    assert (str(rows), rows.density, rows.by_row) == (f"{text}/row", pattern.density, True)
+    assert parse_pattern(str(rows)) == rows != pattern
 
 
-@pytest.mark.parametrize("text", ["", "24", "2:4:8", "0:4", "4:4", "-1:4", "50", "0%", "100%", "120%", "x%", "2/4"])
+@pytest.mark.parametrize(
+    "text", ["", "24", "2:4:8", "0:4", "4:4", "-1:4", "50", "0%", "100%", "120%", "x%", "2/4", "0%/row", "50%/column"]
+)
 def test_what_is_no_pattern_is_refused_by_name(text):
     with pytest.raises(InputError):
         parse_pattern(text)
@@ -129,6 +154,8 @@ def test_a_width_that_m_does_not_divide_is_refused_by_layer():
     parse_pattern("50%").require_fits("q", (7, 9))
     with pytest.raises(InputError, match="keeps none"):
         parse_pattern("99%").require_fits("tiny", (2, 4))
+    with pytest.raises(InputError, match="99%/row keeps none of a row's 8 weights"):
+        parse_pattern("99%/row").require_fits("narrow", (500, 8))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +165,7 @@ def test_a_width_that_m_does_not_divide_is_refused_by_layer():
         (NofM(1, 4), 64 * (48 * 16 + 12 * 8)),  # 16 columns
         (NofM(4, 8), 64 * (96 * 16 + 24 * 8)),  # 8 columns
         (Unstructured(0.5), 64 * (96 * 16 + 24 * 8) + 65 * 64),
+        (UnstructuredRows(0.5), 64 * (96 * 16 + 24 * 8)),
     ],
 )
 def test_packed_bits(pattern: SparsityPattern, bits: int):

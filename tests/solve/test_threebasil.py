@@ -20,7 +20,7 @@ FLOAT32 = ThreeBasil(precision="float32")
 # Against the reference
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%", "60%/row"])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_loss_is_at_most_the_references(pattern, rank):
     ours = theirs = 0.0
@@ -205,7 +205,7 @@ def test_other_densities(pattern):
 # Tiles and memory
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:24", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:24", "50%", "60%/row"])
 @pytest.mark.parametrize("tile_rows", [1, 50, 64, 159])
 def test_tiles_make_the_same_steps(pattern, tile_rows):
     problem = made_problem(160, 96, pattern=pattern, rank=16)
@@ -217,7 +217,7 @@ def test_tiles_make_the_same_steps(pattern, tile_rows):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%", "60%/row"])
 def test_tiles_change_nothing_without_a_low_rank_part(pattern, precision):
     problem = made_problem(160, 96, pattern=pattern, rank=0)
     whole = ThreeBasil(precision=precision).solve(problem)
@@ -277,7 +277,7 @@ def test_tiles_of_no_rows_are_refused():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "50%", "50%/row"])
 @pytest.mark.parametrize("tile_rows", [None, 64, 256])
 @pytest.mark.parametrize(("o", "d"), [(1536, 512), (512, 1024)])
 def test_planned_memory_is_what_a_solve_takes(o, d, tile_rows, pattern, precision):
@@ -285,9 +285,9 @@ def test_planned_memory_is_what_a_solve_takes(o, d, tile_rows, pattern, precisio
     X = torch.randn(2 * d, d)
     problem = LayerProblem("made", torch.randn(o, d), X.T @ X, parse_pattern(pattern), 16)
     peak = allocated_peak(ThreeBasil(precision=precision, tile_rows=tile_rows, max_iterations=6), problem)
-    planned = solve_bytes(o, d, 16, tile_rows, by_row=pattern == "2:4")
+    planned = solve_bytes(o, d, 16, tile_rows, by_row=problem.pattern.by_row)
     planned -= min(32 << 20, 4 * d * ((tile_rows or o) + d))  # libraries pack into memory of their own
-    assert 0.85 * planned <= peak <= planned
+    assert 0.83 * planned <= peak <= planned  # a level a row takes less than groups
 
 
 def test_plan_figures_grow_with_what_they_count():

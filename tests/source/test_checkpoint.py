@@ -310,7 +310,7 @@ def compress(source: Path, folder: Path, pattern_text: str, rank: int, blocks: i
     return merged
 
 
-@pytest.mark.parametrize(("pattern", "rank"), [("2:4", 4), ("4:8", 0), ("50%", 4)])
+@pytest.mark.parametrize(("pattern", "rank"), [("2:4", 4), ("4:8", 0), ("50%", 4), ("50%/row", 4)])
 def test_a_compressed_folder_reads_as_dense_weights(made: Path, tmp_path: Path, pattern: str, rank: int) -> None:
     merged = compress(made, tmp_path / "out", pattern, rank, blocks=2)
     checkpoint = open_checkpoint(str(tmp_path / "out"))

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamslr.errors import InputError
-from streamslr.solve.pattern import NofM, Unstructured, parse_pattern
+from streamslr.solve.pattern import NofM, Unstructured, UnstructuredRows, parse_pattern
 from streamslr.store.pack import check_packed, merge, pack, unpack
 
-PATTERNS = ["2:4", "4:8", "1:4", "3:4", "2:3", "1:2", "2:16", "50%", "90%"]
+PATTERNS = ["2:4", "4:8", "1:4", "3:4", "2:3", "1:2", "2:16", "50%", "90%", "50%/row", "90%/row"]
 GROUPS_PER_BYTE = {"2:4": 3, "1:4": 4, "3:4": 4, "2:3": 5, "1:2": 8, "2:16": 1}  # of the others a bitmask
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -40,6 +40,7 @@ def sparse_matrices(draw):
     pattern = parse_pattern(draw(st.sampled_from(PATTERNS)))
     m = pattern.m if isinstance(pattern, NofM) else 1
     o, d = draw(st.integers(1, 20)), m * draw(st.integers(1, 9))
+    d += 10 * isinstance(pattern, UnstructuredRows)  # of 90% one in ten must be left
     S = random_sparse(pattern, o, d, draw(st.integers(0, 2**32)), draw(st.sampled_from([0.0, 0.4, 1.0])))
     return pattern, S, draw(st.sampled_from(DTYPES))
 
@@ -50,10 +51,12 @@ def reference_pack(S, pattern):
     values, meta = [], []
     for row in S.tolist():
         kept = [value != 0 for value in row]
-        if isinstance(pattern, NofM):
-            for start in range(0, d, pattern.m):
-                for j in range(start, start + pattern.m):
-                    kept[j] = kept[j] or sum(kept[start : start + pattern.m]) < pattern.n
+        if not isinstance(pattern, Unstructured):
+            rows = isinstance(pattern, UnstructuredRows)
+            n, m = (round(d * pattern.density), d) if rows else (pattern.n, pattern.m)
+            for start in range(0, d, m):
+                for j in range(start, start + m):
+                    kept[j] = kept[j] or sum(kept[start : start + m]) < n
         values.append([value for value, keep in zip(row, kept, strict=True) if keep])
         row_meta = [0] * d
         if per_byte := GROUPS_PER_BYTE.get(str(pattern)):
@@ -89,7 +92,7 @@ def test_bytes_follow_the_documented_layout(case):
     packed = pack(S, pattern, torch.float32)
     values, meta = reference_pack(S, pattern)
     assert packed["meta"].tolist() == meta
-    if isinstance(pattern, NofM):
+    if not isinstance(pattern, Unstructured):
         assert packed["values"].tolist() == values
     else:
         assert packed["values"].tolist() == [value for row in values for value in row]
@@ -144,6 +147,14 @@ def test_pinned_bytes_of_unstructured():
     assert packed["row_offsets"].tolist() == [0, 4, 8] and packed["row_offsets"].dtype == torch.int64
 
 
+def test_pinned_bytes_of_unstructured_rows():
+    packed = pack(TINY, UnstructuredRows(0.5), torch.float32)
+    assert set(packed) == {"values", "meta"}
+    # Six of each row: columns 0 to 3, 9, 11 and 0 to 2, 4, 10, 11.
+    assert packed["meta"].numpy().tobytes().hex(" ") == "0f 0a 17 0c"
+    assert packed["values"].tolist() == [[1, 0, 2, 0, -3, 4], [0, 0, 5, 7, 0.5, 0.25]]
+
+
 def test_rows_beyond_one_chunk_round_trip(monkeypatch):
     monkeypatch.setattr("streamslr.store.pack._CHUNK", 1)  # 16 rows at a time
     for text in PATTERNS:
@@ -168,6 +179,8 @@ def test_a_broken_pattern_is_a_programming_error_that_names_the_group():
         pack(S, NofM(2, 4), torch.float32)
     with pytest.raises(ValueError, match="128 non-zeros, 64 allowed"):
         pack(torch.ones(8, 16), Unstructured(0.5), torch.float32)
+    with pytest.raises(ValueError, match=r"row 0, group 0 \(columns 0 to 15\) has 16 non-zeros"):
+        pack(torch.ones(8, 16), UnstructuredRows(0.5), torch.float32)
     with pytest.raises(ValueError, match="multiple of 4"):
         pack(torch.zeros(8, 18), NofM(2, 4), torch.float32)
 
@@ -277,6 +290,8 @@ def setting(*index, to):
         ),
         ("10:20", {"meta": setting(3, 1, to=0xFF)}, "row 3, group 0 keeps"),
         ("10:20", {"meta": setting(3, to=1)}, "row 3, group 0 keeps 3 of 20 columns, not 10"),
+        ("50%/row", {"meta": setting(3, 1, to=0)}, "row 3, group 0 keeps"),
+        ("50%/row", {"values": lambda values: values.flatten()}, "a 20x20 50%/row linear needs [20, 10]"),
         ("50%", {"meta": setting(0, 0, to=0)}, "row_offsets gives row 0"),
         ("50%", {"row_offsets": setting(4, to=999)}, "row_offsets gives row 3"),
         ("50%", {"values": lambda values: values[:-1]}, "entries, but meta keeps"),
@@ -326,7 +341,7 @@ def test_too_dense_is_named():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(["2:4", "1:4", "2:3", "4:6", "50%"]), st.integers(0, 10**6), st.integers(0, 255))
+@given(st.sampled_from(["2:4", "1:4", "2:3", "4:6", "50%", "50%/row"]), st.integers(0, 10**6), st.integers(0, 255))
 def test_any_changed_meta_byte_is_found_or_harmless(pattern, where, byte):
     """A changed byte either is reported, or describes another matrix of the same pattern."""
     pattern = parse_pattern(pattern)

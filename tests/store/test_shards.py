@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from streamslr.errors import BudgetError, InputError, StreamslrError
-from streamslr.solve.pattern import NofM, Unstructured
+from streamslr.solve.pattern import NofM, Unstructured, UnstructuredRows
 from streamslr.store import shards
 from streamslr.store.pack import pack
 from streamslr.store.shards import (
@@ -264,7 +264,9 @@ def test_index_is_as_transformers_reads_it():
     )
 
 
-@pytest.mark.parametrize("pattern", [NofM(2, 4), NofM(1, 4), Unstructured(0.5), Unstructured(0.625)])
+@pytest.mark.parametrize(
+    "pattern", [NofM(2, 4), NofM(1, 4), Unstructured(0.5), Unstructured(0.625), UnstructuredRows(0.5)]
+)
 def test_quantization_config_comes_back(pattern):
     entry = quantization_config(pattern, 64)
     assert entry.keys() == {"quant_method", "format_version", "pattern", "rank"}
@@ -290,9 +292,9 @@ def test_an_unknown_format_version_is_refused():
 
 
 def test_metadata_of_a_shard_names_its_linears():
-    linears = {"a.q": (NofM(2, 4), (16, 32)), "a.k": (Unstructured(0.5), (8, 32))}
+    linears = {"a.q": (NofM(2, 4), (16, 32)), "a.k": (UnstructuredRows(0.5), (8, 32))}
     metadata = shard_metadata(linears)
-    assert metadata == {"format": "pt", "a.q": "2:4 16x32", "a.k": "50% 8x32"}
+    assert metadata == {"format": "pt", "a.q": "2:4 16x32", "a.k": "50%/row 8x32"}
     assert packed_linears(metadata) == linears
     assert packed_linears(None) == {}
     with pytest.raises(InputError, match=r"says '2:4' of a\.q"):

@@ -1,0 +1,88 @@
+"""A comparison on a tiny model: its rows, and what a killed one keeps."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.killing import compress_in_child
+from tests.tiny_models import TEXT, tiny_checkpoint
+
+ROOT = Path(__file__).parents[2]
+SIZES = ["--samples", "6", "--seq-len", "16", "--eval-windows", "4", "--set", "match_epochs=2"]
+WANDA = {"method": "wanda", "pattern": "2:4", "rank": 0, "matched": False, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    text = folder / "text.txt"
+    text.write_text(TEXT * 20)
+    return {"model": tiny_checkpoint(folder / "llama", layers=2), "calibration": text}
+
+
+def compare(inputs: dict[str, Path], out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    given = ["--model", inputs["model"], "--calibration", inputs["calibration"], "--text", inputs["calibration"]]
+    line = [sys.executable, ROOT / "tools" / "compare.py", *given, *SIZES, "--out", out, *more]
+    return subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return json.loads(out.with_suffix(".json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def compared(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT of a comparison whose reference has a figure for wanda, and whose 3:7 no width of the model allows."""
+    out = tmp_path_factory.mktemp("compared") / "tiny"
+    reference = out.with_name("official.json")
+    reference.write_text(json.dumps({"source": "a paper", "rows": [WANDA | {"perplexity": 12.5, "seconds": 3}]}))
+    line = ("--methods", "wanda", "--patterns", "2:4+4,3:7", "--match", "off", "--reference", str(reference))
+    done = compare(inputs, out, *line)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_every_combination_is_a_row_of_the_table_or_named_as_skipped(compared: Path) -> None:
+    dense, wanda = rows(compared)[:2]
+    assert dense["method"] == "dense"
+    assert wanda.items() >= WANDA.items(), "no U·V, so rank 0"
+    assert wanda["linear_bytes"] < wanda["dense_linear_bytes"]
+    assert wanda["cpu_seconds"] > wanda["phase_seconds"]["solve"] > 0
+    table = compared.with_suffix(".md").read_text()
+    assert f"| dense |  |  | {dense['perplexity']:.3f} |" in table
+    assert f"| wanda | 2:4 + 0 | no | {wanda['perplexity']:.3f} | 12.500 |" in table
+    assert "wanda 3:7 + 0, seed 0: model.layers.0.self_attn.q_proj: pattern 3:7 needs an input width" in table
+    assert "<svg" in compared.with_suffix(".svg").read_text()
+    assert not compared.with_name("tiny.work").exists()
+
+
+def test_after_a_kill_finished_rows_stay_and_the_run_under_way_resumes(
+    compared: Path, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    """As a kill while oats was compressed leaves it: the row of wanda, and an unfinished run in the work folder."""
+    out, run = tmp_path / "tiny", tmp_path / "tiny.work" / "oats-2-4-4-matched-seed-0"
+    before = rows(compared)
+    shutil.copy(compared.with_suffix(".json"), out.with_suffix(".json"))
+    settings = {"samples": 6, "seq_len": 16, "match_epochs": 2, "method": "oats", "rank": 4, "device": "cpu"}
+    assert compress_in_child(settings | inputs | {"out": run}, die_at=13) == -9
+    done = compare(inputs, out, "--methods", "oats", "--patterns", "2:4+4", "--match", "on")
+    assert done.returncode == 0, done.stderr
+    *kept, oats = rows(out)
+    assert kept == before
+    assert (oats["method"], oats["rank"], oats["matched"], len(oats["block_losses"])) == ("oats", 4, True, 2)
+    assert oats["cpu_seconds"] is None, "what the first start took is not known"
+    assert not run.exists()
+
+
+def test_other_settings_do_not_go_into_the_same_table(inputs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "tiny"
+    out.with_suffix(".json").write_text(json.dumps({"settings": {"samples": 64}, "rows": []}))
+    refused = compare(inputs, out)
+    assert refused.returncode == 4
+    assert "samples: 64 there, 6 now" in refused.stderr
