@@ -28,7 +28,9 @@ class Alps:
         assert G is not None
 
         def prune(T: Tensor) -> Tensor:
-            S = self.admm.solve(replace(problem, weight=T / layer.scale, rank=0, room=None)).S.mul_(layer.scale)
+            solved = self.admm.solve(replace(problem, weight=T / layer.scale, rank=0, room=None))
+            layer.warnings.extend(set(solved.warnings) - set(layer.warnings))
+            S = solved.S.mul_(layer.scale)
             refit_(S, T, G, self.cg_iterations)
             return S
 

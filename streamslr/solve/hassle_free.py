@@ -1,6 +1,6 @@
 """HASSLE-free: a pruner on W − UV and a low-rank fit of W − S in turns, in the metric (arXiv 2502.00899)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class HassleFree:
         """Raises InputError, naming the layer, for a problem that has no solution."""
 
         def work(layer: ScaledLayer) -> tuple[Tensor, Tensor, Tensor, int]:
-            prune, W = self.pruner.prepare(layer), layer.W
+            W = layer.W
+            prune = self.pruner.prepare(replace(layer, warnings=[]))  # a turn need not settle: the next goes on from it
             fit = LowRankFit(W, layer.rank, layer.times, problem.seed)
             S = prune(W)
             U, V = fit.fit(W - S)

@@ -20,7 +20,7 @@ class ScaledLayer:
     """W·diag(s) and G = diag(1/s) H diag(1/s), H the damped Gram matrix, s_j = H_jj^½: G has a unit diagonal.
 
     W [o, d], zero in the columns of dead inputs. G [d, d], or None where the diagonal is all that was asked for.
-    scale [d]: s. dead [d]: bool.
+    scale [d]: s. dead [d]: bool. warnings: what the user should know, a sentence each; whoever solves adds to it.
     """
 
     problem: LayerProblem
@@ -30,6 +30,7 @@ class ScaledLayer:
     scale: Tensor
     dead: Tensor
     damping: float
+    warnings: list[str]
 
     def times(self, y: Tensor) -> Tensor:
         """G @ y for y [d, k]; y itself where G is but its diagonal."""
@@ -69,7 +70,7 @@ def solve_scaled(
     rank, warnings = validated(problem)
     if problem.pattern.check(problem.weight != 0) is None:
         return unchanged(problem, rank, warnings)
-    layer = _scaled(problem, rank, full_gram)
+    layer = _scaled(problem, rank, full_gram, warnings)
     if layer.damping > 1:
         warnings.append(
             f"{problem.name}: the Gram matrix had no Cholesky factor; its damping was raised {layer.damping:g} times"
@@ -85,7 +86,7 @@ def solve_scaled(
     return SparseLowRank(S, U, V, iterations, layer.damping, tuple(warnings))
 
 
-def _scaled(problem: LayerProblem, rank: int, full_gram: bool) -> ScaledLayer:
+def _scaled(problem: LayerProblem, rank: int, full_gram: bool, warnings: list[str]) -> ScaledLayer:
     """The layer, its damping raised tenfold until G has a Cholesky factor, where G is asked for."""
     multiplier = 1.0
     while multiplier <= _DAMPING_LIMIT:
@@ -98,7 +99,7 @@ def _scaled(problem: LayerProblem, rank: int, full_gram: bool) -> ScaledLayer:
         if G is None or not int(torch.linalg.cholesky_ex(G).info):
             W = problem.weight * scale
             W[:, dead] = 0
-            return ScaledLayer(problem, rank, W, G, scale, dead, multiplier)
+            return ScaledLayer(problem, rank, W, G, scale, dead, multiplier, warnings)
         multiplier *= 10
     raise InputError(
         f"{problem.name}: its Gram matrix is not positive semidefinite, even with {_DAMPING_LIMIT:g} times the "

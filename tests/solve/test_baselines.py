@@ -12,6 +12,7 @@ from streamslr.solve.low_rank import LowRankFit
 from streamslr.solve.oats import Oats
 from streamslr.solve.pruning import Pruned
 from streamslr.solve.sparsegpt import SparseGPT
+from streamslr.solve.threebasil import ThreeBasil
 from tests import reference
 from tests.solve.problems import error, made_problem
 
@@ -47,6 +48,14 @@ def test_blocks_are_bookkeeping_only():
     problem = made_problem(32, 240, rank=0)
     one, many = (Pruned(SparseGPT(block)).solve(problem) for block in (10**6, 16))
     assert error(problem, many) == pytest.approx(error(problem, one), rel=0.01)
+
+
+def test_alps_says_that_its_support_had_not_settled_and_hassle_free_goes_on_from_there():
+    hurried = Alps(ThreeBasil(max_iterations=3))
+    assert Pruned(hurried).solve(made_problem(rank=0)).warnings == (
+        "layers.0.made: the support had not settled after 3 iterations",
+    )
+    assert HassleFree(hurried, iterations=2).solve(made_problem()).warnings == ()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
