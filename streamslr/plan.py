@@ -79,7 +79,7 @@ class BlockShape:
         return max((4 * d * d for name, d in self.grams.items() if name in self.routing), default=0)
 
     def routed_bytes(self, tokens: int, h: int, c: int) -> int:
-        """What a pass holds of its experts: all their inputs, which are watched, and weighted outputs in two orders."""
+        """Of a pass through experts: inputs, which are held while Grams are collected, and outputs in two orders."""
         inputs = sum(self.share(name) * d for name, d in self.grams.items() if name in self.routing)
         chosen = max((k for k, _ in self.routing.values()), default=0)
         return round(tokens * (c * inputs + 2 * 4 * chosen * h))

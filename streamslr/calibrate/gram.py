@@ -18,8 +18,8 @@ log = logging.getLogger("streamslr")
 ENOUGH = 4
 """Tokens for each input with which an expert's own Gram stands alone (`lean_on_all`). Measured on eight clusters of
 llama-8m's tokens as experts, 2:4 + 16, up and down of two blocks, by the loss on tokens that the Gram had not seen: at
-4 the own Gram was best, at 2, 1, 1/2, 1/4 and 1/8 shares w of about 0.75, 0.5, 0.35, 0.2 and 0.1; at 1, w = 0.5 had
-0.63 to 0.76 of the loss of the own Gram alone, 0.78 to 0.88 of the shared one's (tools/bench_experts.py)."""
+4 the own Gram was best, at 2, 1, 1/2, 1/4 and 1/8 shares w of it of about 0.75, 0.5, 0.35, 0.2 and 0.1; at 1, w = 0.5
+had 0.63 to 0.76 of the loss of the own Gram alone, 0.78 to 0.88 of the shared one's (tools/bench_experts.py)."""
 
 
 @dataclass(frozen=True)

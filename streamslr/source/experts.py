@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Container, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ dimension to the weights of single experts."""
 
 
 class Experts(nn.Module):
-    """What a fused experts module computes, with the weights of expert e in linears `e.<name>`.
+    """What a fused experts module computes, with the weights of expert e in linears `e.NAME` of their own.
 
     A token x passes the k experts that its router chose: y = Σ w · down(act(gate(x)) · up(x)), added in the router's
     order, as transformers' grouped product does: on a CPU both give the same bits.
@@ -49,7 +49,8 @@ class Experts(nn.Module):
 
     def linears(self, number: int) -> list[nn.Module]:
         """Gate, up and down of one expert."""
-        return [self.get_submodule(f"{number}.{name}") for name in self.names]
+        expert = cast(nn.ModuleDict, self._modules[str(number)])
+        return [expert[name] for name in self.names]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [n, h], top_k_index [n, k] int64, top_k_weights [n, k] -> [n, h].
