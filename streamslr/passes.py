@@ -99,13 +99,14 @@ class Passes:
         self, i: int, linears: Mapping[str, nn.Linear], streams: Streams
     ) -> tuple[list[Gram], HiddenStates | None]:
         """The dense pass: Gram matrices of block i, and the targets of what leaves it."""
-        name, targets = self.job.skeleton.block_names[i], None
+        skeleton = self.job.skeleton
+        collected = partial(collect_grams, skeleton.block_names[i], linears, experts=skeleton.experts[i])
         with self.phases.phase("grams", steps=len(self.ids), block=i) as step:
             batches = self._batches(streams.hidden, step)
             if not streams.targets:
-                return collect_grams(name, linears, partial(self.job.skeleton.run_block, i), batches), None
+                return collected(partial(skeleton.run_block, i), batches), None
             with self._teaching(i, streams.targets) as (targets, teach):
-                return collect_grams(name, linears, teach, batches), targets
+                return collected(teach, batches), targets
 
     def match(
         self, i: int, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
