@@ -126,14 +126,14 @@ def test_experts_have_grams_of_their_own_tokens_blended_with_all_where_these_are
         of_all = sum(rows.T @ rows for rows in inputs[kind]) / 240
         for number, rows in enumerate(inputs[kind]):
             gram, n = by_name[f"block.{kind}.{number}"], len(rows)
-            w = min(1.0, (n / (4 * d)) ** 0.5)
+            w = min(1.0, (n / (2 * d)) ** 0.5)
             wanted = w * rows.T @ rows / max(n, 1) + (1 - w) * of_all
             torch.testing.assert_close(gram.matrix.double(), wanted * (n or 240), rtol=1e-4, atol=1e-4)
             assert gram.rows == n
             assert gram.shared == pytest.approx(1 - w)
             assert bool(gram.warnings("x")) == (w < 1)
-    assert by_name["block.up.2"].warnings("x") == (
-        "x: 10 calibration tokens reached this expert where 16 would do; 20.9% of its Gram matrix is all experts'",
+    assert by_name["block.down.2"].warnings("x") == (
+        "x: 10 calibration tokens reached this expert where 12 would do; 8.7% of its Gram matrix is all experts'",
     )
 
 
@@ -141,7 +141,7 @@ def test_how_many_experts_lack_tokens_is_logged(caplog: pytest.LogCaptureFixture
     block = Routed()
     collect_grams("block 3", linears(block), block, batches(routed_tokens(), 2), KINDS)
     assert caplog.messages == [
-        "block 3: too few tokens for 4 of the 8 Gram matrices of its experts, the least 0; they lean on all experts'"
+        "block 3: too few tokens for 3 of the 8 Gram matrices of its experts, the least 0; they lean on all experts'"
     ]
 
 
