@@ -73,8 +73,11 @@ def collect_grams(
     linears: Mapping[str, nn.Linear],
     run_block: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[int, Tensor]],
+    diagonal: bool = False,
 ) -> list[Gram]:
     """Pass every batch (first sample, hidden [b, T, h]) through the block; its Grams, in call order.
+
+    diagonal: only that of each, [d], for far less work.
 
     Linears share a Gram when they are handed the very same tensor object: q, k and v, or gate and up, but in
     a parallel block all five; nothing is read off names. Grams add up in float32 whatever the compute dtype.
@@ -87,8 +90,11 @@ def collect_grams(
     def add(owner: str, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()  # [b·T, d]
         if owner not in grams:
-            grams[owner] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-        grams[owner].addmm_(rows.T, rows)
+            grams[owner] = torch.zeros(x.shape[-1:] * (1 if diagonal else 2), device=x.device)
+        if diagonal:
+            grams[owner] += rows.square().sum(0)
+        else:
+            grams[owner].addmm_(rows.T, rows)
         # a row's sum is finite only if its entries are, and needs no copy of the activations
         unsound.setdefault(owner, []).append(~torch.isfinite(rows.sum(1)))
 
