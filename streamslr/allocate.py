@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,10 @@ def by_outliers(
     total = sum(sizes)
     lean = [0.0] * len(sizes)  # from -1 to 1
     if outliers is not None:
-        average = sum(size * share for size, share in zip(sizes, outliers, strict=True)) / total
-        most = max(abs(share - average) for share in outliers)
-        lean = [(share - average) / most if most else 0.0 for share in outliers]
+        exact = [Fraction(share) for share in outliers]  # rounding would show where blocks are nearly alike
+        average = sum((size * share for size, share in zip(sizes, exact, strict=True)), Fraction()) / total
+        most = max(abs(share - average) for share in exact)
+        lean = [float((share - average) / most) if most else 0.0 for share in exact]
     if isinstance(mean, NofM):
         n, m = mean.n, mean.m
         steps = min(floor(spread * m + 1e-9), n - 1, m - 1 - n)

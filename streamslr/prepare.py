@@ -177,7 +177,7 @@ def prepare(config: RunConfig) -> Prepared:
         Pieces(before.micro_batch, before.solver_room) if before else None,
     )
     if config.owl is not None and not (before and before.allocation):
-        mean = allocate(replace(config, owl=None), skeleton.linears)
+        mean = allocate(replace(config, owl=None, owl_outlier=None), skeleton.linears)
         around = f"{in_words(mean.values())} on average, blocks by their outliers (a survey of them comes first)"
         plan = replace(plan, linears=around, kept_share=kept_share(mean, skeleton.linears))
     return Prepared(

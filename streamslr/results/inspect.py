@@ -60,18 +60,16 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
 def how(state: JournalState) -> str:
     """The method, and what it was asked to make of the linears."""
     settings = state.fingerprint
-    parts = [settings["pattern"] or f"{settings['compression']} fewer parameters"]
-    parts.append(
-        f"rank {settings['rank']}"
-        if settings.get("rank_ratio") is None
-        else f"{settings['rank_ratio']:.3g} of them in U·V"
-    )
-    text = f"{settings['method']} at {' + '.join(parts)}"
-    if settings.get("owl") is not None:
-        text += f", blocks within {settings['owl']:g} by outliers"
-    if settings.get("ranks") or settings.get("allocation"):
-        text += ", some linears otherwise"
-    return text
+    sparse = settings["pattern"] or f"compression {settings['compression']}"
+    ratio = settings.get("rank_ratio")
+    told = [
+        f"{settings['method']} at {sparse} + "
+        + (f"rank {settings['rank']}" if ratio is None else f"rank ratio {ratio:g}")
+    ]
+    told += [f"OWL ±{settings['owl']:g}"] if settings.get("owl") is not None else []
+    told += [f"ranks {settings['ranks']}"] if settings.get("ranks") else []
+    told += ["linears of a file"] if settings.get("allocation") else []
+    return ", ".join(told)
 
 
 def allocation(state: JournalState) -> dict[str, Any]:
