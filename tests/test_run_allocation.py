@@ -25,7 +25,7 @@ from streamslr.results.report import page
 from streamslr.results.verify import verify
 from streamslr.run import run
 from streamslr.solve.pattern import NofM
-from streamslr.store.shards import packed_linears
+from streamslr.store.shards import FORMAT_VERSION, packed_linears
 from tests.killing import compress_in_child
 from tests.runtime.folders import dense_model
 from tests.test_run import content
@@ -121,7 +121,7 @@ def test_each_linear_becomes_what_the_file_says(by_name: Path) -> None:
         headers = packed_linears(shard.metadata())
     assert headers["model.layers.1.self_attn.v_proj"] == (NofM(4, 8), (32, 64))
     config = json.loads((by_name / "config.json").read_text())["quantization_config"]
-    assert config == {"quant_method": "streamslr", "format_version": 1, "pattern": "mixed", "rank": 6}
+    assert config == {"quant_method": "streamslr", "format_version": FORMAT_VERSION, "pattern": "mixed", "rank": 6}
     assert all(block.matching is not None for block in state.blocks)
 
 

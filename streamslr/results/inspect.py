@@ -74,12 +74,9 @@ def how(state: JournalState) -> str:
 
 def allocation(state: JournalState) -> dict[str, Any]:
     """What each linear becomes, as --allocation reads it. Raises InputError while that is not known."""
-    if state.allocation:
-        return dict(state.allocation)
-    settings = state.fingerprint
-    if settings.get("owl") is not None:
+    if state.allocation is None:
         raise InputError("not known yet: the survey of the blocks is not done; the same `streamslr run` line goes on")
-    return {"*": {"pattern": settings["pattern"], "rank": settings["rank"]}}  # of a run from before it was noted
+    return dict(state.allocation)
 
 
 def becomes(layers: Iterable[LayerRecord]) -> str:

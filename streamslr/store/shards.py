@@ -129,7 +129,7 @@ def index_json(weight_map: Mapping[str, str], total_size: int) -> dict[str, Any]
 def quantization_config(pattern: SparsityPattern | None, rank: int) -> dict[str, Any]:
     """The entry of config.json by which a compressed folder is known; `read_quantization_config` reads it.
 
-    pattern: None where linears differ, which readers from before that refuse instead of misreading.
+    pattern: None where linears differ; rank: the largest.
     """
     return {
         "quant_method": QUANT_METHOD,
