@@ -82,7 +82,8 @@ def allocate(
 
 def share_of_all(config: RunConfig) -> SparsityPattern:
     """The mean over all blocks of what stays: of S, or with --compression of S, U and V together."""
-    share = parse_pattern(config.compression or config.pattern or DEFAULT_PATTERN)
+    pattern = DEFAULT_PATTERN if config.pattern is None else config.pattern
+    share = parse_pattern(pattern if config.compression is None else config.compression)
     if config.compression and isinstance(share, NofM):
         raise InputError(
             f"--compression is {config.compression}; give the share to leave out, like 50%, or {share} as --pattern"
@@ -225,7 +226,7 @@ def _by_name(config: RunConfig) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():
         found[name] = entry | ({"pattern": parse_pattern(entry["pattern"])} if "pattern" in entry else {})
-    for part in (config.ranks or "").split(",") if config.ranks is not None else ():
+    for part in [] if config.ranks is None else config.ranks.split(","):
         name, equals, rank = part.strip().rpartition("=")
         if not (name and equals and rank.isdecimal()):
             raise InputError(f"--ranks is {config.ranks!r}; write it like q_proj=32,down_proj=128")

@@ -47,7 +47,8 @@ class RunConfig:
     """One compression. The command line's options are these fields, with these defaults and help texts.
 
     A *fixed* field decides what is written: changing it would mix two runs in one folder, so a resumed run
-    refuses it. The others (places, budgets) may change from one start to the next.
+    refuses it; of calibration and allocation it is the content that is fixed. The others (places, budgets) may change
+    from one start to the next.
     """
 
     model: str = field(metadata={"help": "Model folder, or a hub id such as meta-llama/Meta-Llama-3-70B."})

@@ -95,7 +95,7 @@ class JournalState:
     measured: Mapping[str, Any] = field(default_factory=dict)  # of all before block 0, as a block's
     model: str = ""  # what a person would call it; its identity is in the fingerprint
     made_with: Mapping[str, str] = field(default_factory=dict)  # versions and machine, of the first start
-    allocation: Mapping[str, Any] | None = None  # what each linear becomes, where they differ: allocate.as_json
+    allocation: Mapping[str, Any] | None = None  # what each linear becomes (allocate.as_json); None before OWL's survey
     outliers: tuple[float, ...] | None = None  # of each block, where OWL's survey is done
     finetuned: tuple[FinetuneRecord, ...] = ()  # after the run, oldest first; a run does not go on in such a folder
     format_version: int = FORMAT_VERSION

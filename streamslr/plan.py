@@ -342,10 +342,9 @@ class _Needs:
             ),
         ]
         if config.owl is not None:
-            surveying = (
-                self.block + activations + scores + gram_input + 8 * SCORED_ROWS * widest
-            )  # scores, and their weights' magnitudes
-            rows.insert(0, ("survey", surveying, (_READ + _WRITTEN) * hidden + self.source, forward))
+            scoring = 8 * SCORED_ROWS * widest  # some rows' scores, and their weights' magnitudes
+            surveying = self.block + activations + scores + gram_input + scoring
+            rows.insert(0, ("survey", surveying, (_READ + _WRITTEN) * hidden, forward))
         if config.match:
             micro = min(micro_batch, config.match_batch) * config.seq_len
             training = max(self.training(b, micro) for b in model.blocks) + scores

@@ -149,7 +149,7 @@ def prepare(config: RunConfig) -> Prepared:
         "model": checkpoint.identity,
         **config.fixed(),
         "method": method.identity,
-        # one text for 50% and 50.0%, and for what is left out and its default
+        # one text for 50% and 50.0%, for a default and what is left out
         "pattern": None if config.compression else str(share),
         "compression": str(share) if config.compression else None,
         "rank": DEFAULT_RANK if config.rank is None and config.rank_ratio is None else config.rank,
@@ -159,11 +159,8 @@ def prepare(config: RunConfig) -> Prepared:
     }
     if before:
         refuse_changed_settings(config.out, before.fingerprint, fingerprint)
-        allocation = (
-            from_json(before.allocation, skeleton.linears)
-            if config.owl is not None and before.allocation
-            else allocation
-        )
+        if config.owl is not None and before.allocation:
+            allocation = from_json(before.allocation, skeleton.linears)
     plan = make_plan(
         config,
         _model_shape(skeleton),

@@ -168,6 +168,15 @@ def test_a_run_that_goes_on_keeps_the_pieces_it_began_with() -> None:
     assert (made.micro_batch, made.solver_room) == (4, 10**9)
 
 
+def test_each_linear_counts_with_its_own_rank_and_pattern() -> None:
+    same, more = plan(llama_70b()), plan(llama_70b(), ranks="down=128")
+    assert more.output_bytes - same.output_bytes == 80 * 64 * (8192 + 28672) * 2
+    assert more.linears == "2:4 + rank 64–128"
+    shares = plan(llama_70b(), compression="50%", rank_ratio=0.25)
+    assert shares.kept_share == pytest.approx(0.5, abs=1e-4)
+    assert phase(shares, "match").gpu_bytes < phase(same, "match").gpu_bytes
+
+
 @settings(deadline=None)
 @given(st.integers(10**8, 10**11), st.integers(10**8, 10**11))
 def test_more_memory_never_cuts_smaller(low: int, more: int) -> None:

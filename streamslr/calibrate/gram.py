@@ -77,8 +77,7 @@ def collect_grams(
 ) -> list[Gram]:
     """Pass every batch (first sample, hidden [b, T, h]) through the block; its Grams, in call order.
 
-    diagonal: only that of each, [d], for far less work.
-
+    diagonal: of each Gram only that, [d], for far less work.
     Linears share a Gram when they are handed the very same tensor object: q, k and v, or gate and up, but in
     a parallel block all five; nothing is read off names. Grams add up in float32 whatever the compute dtype.
     Raises InputError when an input holds NaN or infinity, or when a linear did not see every token of every
@@ -92,7 +91,7 @@ def collect_grams(
         if owner not in grams:
             grams[owner] = torch.zeros(x.shape[-1:] * (1 if diagonal else 2), device=x.device)
         if diagonal:
-            grams[owner] += rows.square().sum(0)
+            grams[owner] += torch.linalg.vector_norm(rows, dim=0).square()  # no copy of the activations
         else:
             grams[owner].addmm_(rows.T, rows)
         # a row's sum is finite only if its entries are, and needs no copy of the activations
