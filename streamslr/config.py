@@ -74,7 +74,7 @@ class RunConfig:
         fixed=True,
     )
     rank_ratio: float | None = _setting(
-        None, "Share of the parameters kept that U and V take, in place of --rank; the paper's is 0.25.", fixed=True
+        None, "Share of the parameters kept that U and V take, in place of --rank, like 0.25 (OATS).", fixed=True
     )
     owl: float | None = _setting(
         None, "Blocks with more outliers stay denser, by so much at most (OWL); the paper's is 0.08.", fixed=True
