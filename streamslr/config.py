@@ -70,7 +70,7 @@ class RunConfig:
     ranks: str | None = _setting(None, "Ranks by name, like q_proj=32,down_proj=128; others have --rank.", fixed=True)
     compression: str | None = _setting(
         None,
-        "Share of each linear's parameters to leave out, like 50%; with --rank-ratio in place of --pattern.",
+        "Share of each linear's parameters to leave out, 50% or 50%/row; with --rank-ratio in place of --pattern.",
         fixed=True,
     )
     rank_ratio: float | None = _setting(

@@ -58,6 +58,13 @@ def test_s_u_and_v_together_keep_what_is_asked_for(o: int, d: int, compression: 
     assert target.rank == floor(exact)
 
 
+def test_shares_and_outliers_can_be_of_each_row() -> None:
+    (target,) = set(allocated([{"a": (256, 256)}], compression="60%/row", rank_ratio=0.25).values())
+    assert target == Target(parse_pattern("70%/row"), 12)
+    patterns = by_outliers(parse_pattern("70%/row"), 0.08, [0.05, 0.01, 0.03], [1, 1, 1])
+    assert [str(pattern) for pattern in patterns] == ["62%/row", "78%/row", "70%/row"]
+
+
 def test_a_rank_ratio_goes_with_any_pattern() -> None:
     (target,) = set(allocated([{"a": (256, 256)}], pattern="2:4", rank_ratio=0.2).values())
     assert target == Target(NofM(2, 4), 16)  # S keeps 32,768 of 65,536; a fifth of all that is kept is 8192 = 16 · 512
