@@ -34,6 +34,7 @@ in the order that data walks them:
         pack.py                pattern-packed tensors <-> dense
         shards.py              one durable file: our safetensors writer, the format's names
         folder.py              the output folder: config, outside tensors, a shard a block, index
+    allocate.py            what each linear is to become: pattern and rank for all, by share, by outliers, by name
     plan.py                bytes and FLOPs of each phase before any work; refuses what cannot fit
     prepare.py             all that is known before work begins, from headers alone
     journal.py             what is durably done: the one truth that resume believes

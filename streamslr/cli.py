@@ -143,13 +143,17 @@ def methods(as_json: bool) -> None:
 @main.command()
 @_folder_argument
 @click.option("--block", type=int, help="Show the layers of this block, counted from 0.")
+@click.option("--allocation", is_flag=True, help="Pattern and rank of each linear, as `run --allocation` reads them.")
 @_json_option
-def inspect(folder: Path, block: int | None, as_json: bool) -> None:
+def inspect(folder: Path, block: int | None, allocation: bool, as_json: bool) -> None:
     """What each block's shard holds, and how good it is; finished or not."""
     with _errors_and_interrupts():
         from streamslr.results import inspect as view
 
         state = view.read_run(folder)
+        if allocation:
+            _print_json(view.allocation(state))
+            return
         if block is None:
             shown = view.summary(folder, state) if as_json else view.run_table(folder, state)
         else:

@@ -47,7 +47,8 @@ class RunConfig:
     """One compression. The command line's options are these fields, with these defaults and help texts.
 
     A *fixed* field decides what is written: changing it would mix two runs in one folder, so a resumed run
-    refuses it. The others (places, budgets) may change from one start to the next.
+    refuses it; of calibration and allocation it is the content that is fixed. The others (places, budgets) may change
+    from one start to the next.
     """
 
     model: str = field(metadata={"help": "Model folder, or a hub id such as meta-llama/Meta-Llama-3-70B."})
@@ -60,10 +61,30 @@ class RunConfig:
     samples: int = _setting(128, "Calibration windows.", fixed=True)
     seq_len: int = _setting(2048, "Tokens in a window.", fixed=True)
     method: str = _setting("3basil", "How W becomes S + U·V: a name that `streamslr methods` lists.", fixed=True)
-    pattern: str = _setting(
-        "2:4", "Sparsity of S: n:m keeps n of every m, 50% zeroes half, 50%/row half of each row.", fixed=True
+    pattern: str | None = _setting(
+        None,
+        "Sparsity of S: n:m keeps n of every m, 50% zeroes half, 50%/row half of each row [default: 2:4].",
+        fixed=True,
     )
-    rank: int = _setting(64, "Rank of U·V; 0 for pure sparsity.", fixed=True)
+    rank: int | None = _setting(None, "Rank of U·V; 0 for pure sparsity [default: 64].", fixed=True)
+    ranks: str | None = _setting(None, "Ranks by name, like q_proj=32,down_proj=128; others have --rank.", fixed=True)
+    compression: str | None = _setting(
+        None,
+        "Share of each linear's parameters to leave out, 50% or 50%/row; with --rank-ratio in place of --pattern.",
+        fixed=True,
+    )
+    rank_ratio: float | None = _setting(
+        None, "Share of the parameters kept that U and V take, in place of --rank, like 0.25 (OATS).", fixed=True
+    )
+    owl: float | None = _setting(
+        None, "Blocks with more outliers stay denser, by so much at most (OWL); the paper's is 0.08.", fixed=True
+    )
+    owl_outlier: float | None = _setting(
+        None, "How often the mean of a block's |W|·‖X‖ makes an outlier in OWL [default: 5].", fixed=True
+    )
+    allocation: Path | None = _setting(
+        None, 'JSON file of patterns and ranks by name, {"q_proj": {"pattern": "2:4", "rank": 32}}; others as above.'
+    )
     seed: int = _setting(0, "Seed of the windows, of the solver and of the order in matching.", fixed=True)
     match: bool = _setting(True, "Refine each block as a whole against its dense self.", fixed=True)
     match_epochs: int = _setting(20, "Passes over the windows in matching; the first only measures.", fixed=True)
@@ -82,14 +103,37 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("seq_len", 2), ("rank", 0), ("match_epochs", 2), ("match_batch", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
         if not 0 < self.match_lr < math.inf:
             raise InputError(f"--match-lr is {self.match_lr}; it must be above 0")
         if not 0 <= self.match_recover <= 1:
             raise InputError(f"--match-recover is {self.match_recover}; it must be from 0 to 1")
         if self.device not in (None, "cpu", "cuda"):
             raise InputError(f"--device is {self.device!r}; it must be cpu or cuda")
+        if self.rank_ratio is not None and not 0 <= self.rank_ratio < 1:
+            raise InputError(f"--rank-ratio is {self.rank_ratio}; it must be at least 0 and below 1")
+        if self.owl is not None and not 0 < self.owl < 1:
+            raise InputError(f"--owl is {self.owl}; it must be above 0 and below 1")
+        if self.owl_outlier is not None and not 0 < self.owl_outlier < math.inf:
+            raise InputError(f"--owl-outlier is {self.owl_outlier}; it must be above 0")
+        if self.owl_outlier is not None and self.owl is None:
+            raise InputError(f"--owl-outlier {self.owl_outlier:g} says how --owl counts; give --owl too, like 0.08")
+        for one, other in (
+            ("compression", "pattern"),
+            ("compression", "rank"),
+            ("rank_ratio", "rank"),
+            ("rank_ratio", "ranks"),
+            ("owl", "allocation"),
+        ):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                flags = (f"--{name.replace('_', '-')} {getattr(self, name)}" for name in (one, other))
+                raise InputError(f"{' and '.join(flags)} decide the same; give one of them")
+        if self.compression is not None and self.rank_ratio is None:
+            raise InputError(
+                f"--compression {self.compression} needs --rank-ratio, the share of what is kept that U and V take "
+                f"(0 for pure sparsity)"
+            )
 
     @classmethod
     def of(cls, **settings: Any) -> "RunConfig":
@@ -100,7 +144,7 @@ class RunConfig:
         for name, value in settings.items():
             if name == "model":
                 settings[name] = str(value)
-            elif name in ("out", "calibration", "scratch") and value is not None:
+            elif name in ("out", "calibration", "allocation", "scratch") and value is not None:
                 settings[name] = Path(value)
             elif name.endswith("_mem") and isinstance(value, str):
                 settings[name] = parse_bytes(value)

@@ -4,7 +4,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,8 @@ class JournalState:
     measured: Mapping[str, Any] = field(default_factory=dict)  # of all before block 0, as a block's
     model: str = ""  # what a person would call it; its identity is in the fingerprint
     made_with: Mapping[str, str] = field(default_factory=dict)  # versions and machine, of the first start
+    allocation: Mapping[str, Any] | None = None  # what each linear becomes (allocate.as_json); None before OWL's survey
+    outliers: tuple[float, ...] | None = None  # of each block, where OWL's survey is done
     finetuned: tuple[FinetuneRecord, ...] = ()  # after the run, oldest first; a run does not go on in such a folder
     format_version: int = FORMAT_VERSION
 
@@ -143,6 +145,7 @@ def _state(data: dict[str, Any]) -> JournalState:
     return JournalState(
         **data
         | {
+            "outliers": tuple(data["outliers"]) if data.get("outliers") else None,
             "outside": WrittenShard(**data["outside"]) if data["outside"] else None,
             "blocks": tuple(_block(block) for block in data["blocks"]),
             "finetuned": tuple(FinetuneRecord(**record) for record in data.get("finetuned", ())),
@@ -209,6 +212,20 @@ class Journal:
     def close(self) -> None:
         os.close(self._lock)
 
+    def commit_survey(
+        self, outliers: Sequence[float], allocation: Mapping[str, Any], micro_batch: int, measured: Mapping[str, Any]
+    ) -> None:
+        """OWL's survey is done: what each linear becomes is settled, whatever happens to the process."""
+        self._commit(
+            replace(
+                self.state,
+                outliers=tuple(outliers),
+                allocation=allocation,
+                micro_batch=micro_batch,
+                measured=measured,
+            )
+        )
+
     def commit_outside(
         self,
         description: Mapping[str, str],
@@ -228,7 +245,7 @@ class Journal:
                 outside=outside,
                 hidden_states=hidden_states,
                 micro_batch=micro_batch,
-                measured=measured,
+                measured={**self.state.measured, **measured},  # after those of a survey
             )
         )
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from streamslr.allocate import OUTLIER, outlier_share
 from streamslr.calibrate.gram import Gram, collect_grams
 from streamslr.calibrate.hidden_states import HiddenStates, Span, read_batches, spans
 from streamslr.match.matching import BlockWeights, CompressedBlock, Loss, Matching
@@ -51,10 +52,10 @@ class Passes:
         """ids: the windows, [samples, T] int64."""
         self.job, self.ids, self.phases, self.micro_batch = job, ids, phases, micro_batch
 
-    def embed(self) -> Streams:
-        """Generation 0, twice where blocks are matched."""
+    def embed(self, targets: bool = True) -> Streams:
+        """Generation 0, twice where blocks are matched (and targets are wanted)."""
         skeleton = self.job.skeleton
-        names = ("hidden", "targets") if self.job.config.match else ("hidden",)
+        names = ("hidden", "targets") if targets and self.job.config.match else ("hidden",)
         with self.phases.phase("embed", steps=len(self.ids)) as step, ExitStack() as stack:
             streams = [stack.enter_context(self._new(name, 0)) for name in names]
             stack.callback(skeleton.evict_outside)
@@ -94,6 +95,26 @@ class Passes:
             streams.drop()
             streams = upcoming
         return streams
+
+    def survey(self, i: int, hidden: HiddenStates) -> tuple[HiddenStates, float]:
+        """Dense block i: generation i + 1 of the dense model, and the share of the block's outliers (OWL)."""
+        skeleton, passed = self.job.skeleton, 0
+        with self.phases.phase("survey", steps=len(self.ids), block=i) as step, self._new("hidden", i + 1) as upcoming:
+            skeleton.load_block(i)
+            self.job.checkpoint.prefetch(self.job.upcoming_tensors(i))
+            linears = {name: skeleton.linear(name) for name in skeleton.linears[i]}
+
+            def run(x: Tensor) -> Tensor:
+                nonlocal passed
+                output = skeleton.run_block(i, x)
+                upcoming.write(passed, output)
+                passed += len(x)
+                return output
+
+            batches = self._batches(hidden, step)
+            energies = collect_grams(skeleton.block_names[i], linears, run, batches, skeleton.experts[i], diagonal=True)
+            scored = [(linears[name].weight, gram.matrix) for gram in energies for name in gram.linears]
+            return upcoming, outlier_share(scored, self.job.config.owl_outlier or OUTLIER)
 
     def collect(
         self, i: int, linears: Mapping[str, nn.Linear], streams: Streams

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from streamslr.allocate import SCORED_ROWS, Allocation, in_words, kept_share
 from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import BudgetError
 from streamslr.match.matching import TILE
-from streamslr.solve.pattern import SparsityPattern
 from streamslr.solve.problem import Solver
 
 BATCH_TOKENS = 2048
@@ -22,10 +22,11 @@ _LIBRARY_BUFFERS, _EARLY_BUFFERS = 120 * 2**20, 76 * 2**20
 """Host memory that torch, zarr and the tokenizer come to hold beside the tensors, buffers and pages of their own code;
 and what of it is there before the first block (tools/bench_run.py, a process alone on its machine)."""
 
-_GENERATIONS = {"embed": 2, "load": 2, "grams": 3, "solve": 3, "match": 3, "propagate": 4}
-"""Generations of both streams that exist in each phase where blocks are matched; half as many where not."""
+_GENERATIONS = {"survey": 2, "embed": 2, "load": 2, "grams": 3, "solve": 3, "match": 3, "propagate": 4}
+"""Generations of both streams that exist in each phase where blocks are matched; half as many where not, but for the
+survey, which has one stream."""
 
-_BATCH_PHASES = ("embed", "grams", "match", "propagate")  # whose memory grows with the windows
+_BATCH_PHASES = ("survey", "embed", "grams", "match", "propagate")  # whose memory grows with the windows
 
 _SAVED_HIDDEN = 6
 """Tensors [b, T, h] beside the linears' inputs and outputs that a pass keeps for its gradients, counted in Llama's
@@ -125,6 +126,8 @@ class Plan:
     source_bytes: int
     download_bytes: int
     cache_bytes: int  # of them that lie on the disk at a time
+    linears: str  # patterns and ranks, in words
+    kept_share: float  # of the linears' parameters, by S, U and V
 
     def as_dict(self) -> dict[str, Any]:
         """For `plan --json`."""
@@ -147,7 +150,8 @@ class Plan:
             title=f"plan: {self.blocks} blocks on {self.device}, {self.micro_batch} windows at a time, {budget}",
             caption=f"output {format_bytes(self.output_bytes)} (source {format_bytes(self.source_bytes)}), "
             f"scratch {format_bytes(self.scratch_bytes)} (hidden states: {tier}){means}"
-            + (f", to download {format_bytes(self.download_bytes)}" if self.download_bytes else ""),
+            + (f", to download {format_bytes(self.download_bytes)}" if self.download_bytes else "")
+            + f"\nlinears become {self.linears}: S, U and V keep {self.kept_share:.1%} of their parameters",
         )
         for name in ("phase", "host", "gpu", "FLOPs"):
             table.add_column(name, justify="left" if name == "phase" else "right")
@@ -237,7 +241,7 @@ class Pieces:
 def make_plan(
     config: RunConfig,
     model: ModelShape,
-    pattern: SparsityPattern,
+    allocation: Allocation,
     solver: Solver,
     device: torch.device,
     dtype: torch.dtype,
@@ -251,7 +255,7 @@ def make_plan(
     baseline: private bytes that the process holds before any work. pieces: those of an earlier start of the
     same run; None to choose.
     """
-    needs = _Needs(config, model, pattern, solver, device, dtype, baseline)
+    needs = _Needs(config, model, allocation, solver, device, dtype, baseline)
     usable = None if gpu_mem is None else int(gpu_mem * _USABLE)
     budget = host_mem if device.type == "cpu" else usable
 
@@ -278,6 +282,7 @@ def make_plan(
     in_memory = generations <= (host_mem - max(p.host_bytes for p in phases)) // 2
     if in_memory:
         held = {name: generations * count // 4 for name, count in _GENERATIONS.items()}
+        held["survey"] *= 1 if config.match else 2
         phases = tuple(Phase(p.name, p.host_bytes + held[p.name], p.gpu_bytes, p.flops) for p in phases)
     return Plan(
         device=device.type,
@@ -295,6 +300,8 @@ def make_plan(
         cache_bytes=min(model.download_bytes, 4 * model.largest_shard_bytes)
         if config.evict_shards
         else model.download_bytes,
+        linears=in_words(allocation.values()),
+        kept_share=kept_share(allocation, (block.linears for block in model.blocks)),
     )
 
 
@@ -305,13 +312,13 @@ class _Needs:
         self,
         config: RunConfig,
         model: ModelShape,
-        pattern: SparsityPattern,
+        allocation: Allocation,
         solver: Solver,
         device: torch.device,
         dtype: torch.dtype,
         baseline: int,
     ) -> None:
-        self.config, self.model, self.pattern, self.device = config, model, pattern, device
+        self.config, self.model, self.allocation, self.device = config, model, allocation, device
         self.solver = solver
         self.c = dtype.itemsize
         self.fixed = baseline + _LIBRARY_BUFFERS
@@ -325,9 +332,10 @@ class _Needs:
         value_bytes = self.model.value_bytes
         dense = sum(o * d for o, d in block.linears.values())
         packed = 0
-        for o, d in block.linears.values():
-            low_rank = min(self.config.rank, o, d) * (o + d) * value_bytes
-            packed += self.pattern.packed_bits(o, d, 8 * value_bytes) // 8 + low_rank
+        for name, (o, d) in block.linears.items():
+            target = self.allocation[name]
+            low_rank = min(target.rank, o, d) * (o + d) * value_bytes
+            packed += target.pattern.packed_bits(o, d, 8 * value_bytes) // 8 + low_rank
         return packed + (block.parameters - dense) * value_bytes
 
     def phases(self, micro_batch: int, grams_at: str, room: int | None) -> tuple[Phase, ...]:
@@ -349,8 +357,8 @@ class _Needs:
         forward = 2.0 * tokens * sum(b.active_parameters for b in model.blocks)
         gram_flops = 2.0 * tokens * sum(b.share(name) * d * d for b in model.blocks for name, d in b.grams.items())
         shared = max(b.shared_gram_bytes for b in model.blocks)  # made when all windows have passed
-        linears = [linear for b in model.blocks for linear in b.linears.values()]
-        solving = sum(self.solver.flops(o, d, config.rank) for o, d in linears)
+        linears = [linear for b in model.blocks for linear in b.linears.items()]
+        solving = sum(self.solver.flops(o, d, self.allocation[name].rank) for name, (o, d) in linears)
         # (phase, bytes where the compute is, bytes on the host wherever the compute is, FLOPs)
         rows = [
             ("embed", outside + 2 * hidden, 2 * (_WRITTEN - 1) * hidden, 0.0),
@@ -368,6 +376,10 @@ class _Needs:
                 solving,
             ),
         ]
+        if config.owl is not None:
+            scoring = 8 * SCORED_ROWS * widest  # some rows' scores, and their weights' magnitudes
+            surveying = self.block + activations + scores + gram_input + scoring
+            rows.insert(0, ("survey", surveying, (_READ + _WRITTEN) * hidden, forward))
         if config.match:
             micro = min(micro_batch, config.match_batch) * config.seq_len
             training = max(self.training(b, micro) for b in model.blocks) + scores
@@ -393,17 +405,18 @@ class _Needs:
 
     def solving(self, room: int | None) -> int:
         """The most that one solve takes, or what is made of its result after it."""
-        gpu, by_row = self.device.type == "cuda", self.pattern.by_row
-        most = 0
-        for o, d in (linear for b in self.model.blocks for linear in b.linears.values()):
-            solve = self.solver.peak_bytes(o, d, self.config.rank, room, by_row=by_row, gpu=gpu)
+        gpu, most = self.device.type == "cuda", 0
+        for name, (o, d) in (linear for b in self.model.blocks for linear in b.linears.items()):
+            target = self.allocation[name]
+            solve = self.solver.peak_bytes(o, d, target.rank, room, by_row=target.pattern.by_row, gpu=gpu)
             most = max(most, solve, 8 * o * d)
         return most
 
     def training(self, block: BlockShape, tokens: int) -> int:
         """Masters, gradients and moments in float32, where the kept values are, activations of a micro-batch."""
-        kept = sum(round(self.pattern.density * o * d) for o, d in block.linears.values())
-        low_rank = sum(min(self.config.rank, o, d) * (o + d) for o, d in block.linears.values())
+        targets = [(self.allocation[name], o, d) for name, (o, d) in block.linears.items()]
+        kept = sum(round(target.pattern.density * o * d) for target, o, d in targets)
+        low_rank = sum(min(target.rank, o, d) * (o + d) for target, o, d in targets)
         vectors = block.parameters - sum(o * d for o, d in block.linears.values())
         widest = max(o * d for o, d in block.linears.values())
         inputs = sum(block.share(name) * d for name, d in block.grams.items())

@@ -5,7 +5,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -17,6 +17,16 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 import streamslr
+from streamslr.allocate import (
+    DEFAULT_RANK,
+    Allocation,
+    allocate,
+    file_digest,
+    from_json,
+    in_words,
+    kept_share,
+    share_of_all,
+)
 from streamslr.calibrate.gram import input_groups
 from streamslr.calibrate.hidden_states import Generations
 from streamslr.config import RunConfig
@@ -25,7 +35,6 @@ from streamslr.journal import read_journal, refuse_changed_settings
 from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
 from streamslr.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
 from streamslr.solve.methods import Method, find_method
-from streamslr.solve.pattern import SparsityPattern, parse_pattern
 from streamslr.solve.problem import LayerProblem
 from streamslr.source.checkpoint import Checkpoint, open_checkpoint
 from streamslr.source.skeleton import Skeleton
@@ -41,7 +50,7 @@ class Prepared:
     config: RunConfig
     checkpoint: Checkpoint
     skeleton: Skeleton
-    pattern: SparsityPattern
+    allocation: Allocation  # with --owl, before its survey: each linear at its densest
     method: Method
     device: torch.device
     dtype: torch.dtype  # of hidden states and products: float32 on a CPU, bfloat16 on a GPU
@@ -87,14 +96,14 @@ class Prepared:
 
     def problem(self, name: str, weight: Tensor, gram: Tensor, room: int | None) -> LayerProblem:
         """The layer [o, d] as the solver takes it, in float32."""
-        config = self.config
-        return LayerProblem(name, weight.detach().float(), gram, self.pattern, config.rank, config.seed, room)
+        target = self.allocation[name]
+        return LayerProblem(name, weight.detach().float(), gram, target.pattern, target.rank, self.config.seed, room)
 
-    def less_room(self, linear: nn.Linear, room: int | None) -> int | None:
+    def less_room(self, name: str, linear: nn.Linear, room: int | None) -> int | None:
         """What the solver takes where it has half the room it takes with `room`; None where it cannot do with less."""
-        by_row, gpu = self.pattern.by_row, self.device.type == "cuda"
+        target, gpu = self.allocation[name], self.device.type == "cuda"
         o, d = linear.out_features, linear.in_features
-        takes = partial(self.method.solver.peak_bytes, o, d, self.config.rank, by_row=by_row, gpu=gpu)
+        takes = partial(self.method.solver.peak_bytes, o, d, target.rank, by_row=target.pattern.by_row, gpu=gpu)
         now = takes(room)
         less = takes(now // 2)
         return less if less < now else None
@@ -113,8 +122,7 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Open the model and plan the run. Raises InputError for whatever headers can show to be wrong."""
     keep_no_freed_memory()
-    pattern, method = parse_pattern(config.pattern), find_method(config.method)
-    method.require(pattern, config.rank)
+    share, method = share_of_all(config), find_method(config.method)
     device, dtype = pick_device(config.device)
     if device.type == "cuda":  # its context and libraries are host memory too
         torch.linalg.cholesky(torch.eye(8, device=device) @ torch.eye(8, device=device))
@@ -129,10 +137,10 @@ def prepare(config: RunConfig) -> Prepared:
         log.warning(
             "--seq-len %d is more than the %d positions %s was made for", config.seq_len, positions, config.model
         )
-    for linears in skeleton.linears:
-        for name, shape in linears.items():
-            pattern.require_fits(name, shape)
     before = read_journal(config.out)
+    allocation: Allocation = allocate(config, skeleton.linears)
+    for target in dict.fromkeys(allocation.values()):
+        method.require(target.pattern, target.rank)
     host_mem = free_host_memory() if config.host_mem is None else config.host_mem
     gpu_mem = None
     if device.type == "cuda":
@@ -141,16 +149,22 @@ def prepare(config: RunConfig) -> Prepared:
         "model": checkpoint.identity,
         **config.fixed(),
         "method": method.identity,
-        "pattern": str(pattern),  # one text for 50% and 50.0%
+        # one text for 50% and 50.0%, for a default and what is left out
+        "pattern": None if config.compression else str(share),
+        "compression": str(share) if config.compression else None,
+        "rank": DEFAULT_RANK if config.rank is None and config.rank_ratio is None else config.rank,
+        "allocation": file_digest(config.allocation),
         "device": device.type,
         "streamslr": streamslr.__version__,
     }
     if before:
         refuse_changed_settings(config.out, before.fingerprint, fingerprint)
+        if config.owl is not None and before.allocation:
+            allocation = from_json(before.allocation, skeleton.linears)
     plan = make_plan(
         config,
         _model_shape(skeleton),
-        pattern,
+        allocation,
         method.solver,
         device,
         dtype,
@@ -159,7 +173,13 @@ def prepare(config: RunConfig) -> Prepared:
         gpu_mem,
         Pieces(before.micro_batch, before.solver_room) if before else None,
     )
-    return Prepared(config, checkpoint, skeleton, pattern, method, device, dtype, host_mem, gpu_mem, plan, fingerprint)
+    if config.owl is not None and not (before and before.allocation):
+        mean = allocate(replace(config, owl=None, owl_outlier=None), skeleton.linears)
+        around = f"{in_words(mean.values())} on average, blocks by their outliers (a survey of them comes first)"
+        plan = replace(plan, linears=around, kept_share=kept_share(mean, skeleton.linears))
+    return Prepared(
+        config, checkpoint, skeleton, allocation, method, device, dtype, host_mem, gpu_mem, plan, fingerprint
+    )
 
 
 def pick_device(name: str | None) -> tuple[torch.device, torch.dtype]:

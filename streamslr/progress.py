@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("streamslr")
 
-PHASES = ("outside", "embed", "load", "grams", "solve", "match", "propagate", "commit")
-"""In the order that a run goes through them; the first two come before block 0."""
+PHASES = ("survey", "outside", "embed", "load", "grams", "solve", "match", "propagate", "commit")
+"""In the order that a run goes through them; the first three come before block 0."""
 
 
 class Display(Protocol):

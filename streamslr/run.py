@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from streamslr.allocate import Allocation, allocate, as_json, common_pattern, from_json, in_words
 from streamslr.calibrate.gram import Gram, set_aside
 from streamslr.calibrate.tokens import calibration_windows
 from streamslr.config import format_bytes
@@ -54,6 +55,7 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
         job.plan.solver_room,
         model=job.model_name,
         made_with=job.made_with,
+        allocation=None if job.config.owl is not None else as_json(job.allocation),
     )
     planned = job.plan.memory(job.host_mem, job.gpu_mem)
     with Journal(config.out, start) as journal:
@@ -67,12 +69,36 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
         ):
             passes = Passes(job, calibration.ids, phases, journal.state.micro_batch)
             try:
+                if job.config.owl is not None:
+                    job = replace(job, allocation=surveyed(job, journal, phases, passes))
                 return Compression(job, journal, phases, passes, job.method.solver).run()
             except (MemoryError, RuntimeError) as error:
                 raise BudgetError(
                     f"memory ran out: {why_out_of_memory(error)}. Free some or raise the budget, then start the same "
                     f"line again; finished blocks are kept"
                 ) from error
+
+
+def surveyed(job: Prepared, journal: Journal, phases: Phases, passes: Passes) -> Allocation:
+    """What each linear becomes by OWL: of the journal, or by one dense pass over all blocks, which is noted there."""
+    if journal.state.allocation is None:
+        skeleton, outliers = job.skeleton, []
+        log.info("counting the outliers of %d blocks, which decide their sparsity", len(skeleton.block_names))
+        hidden = passes.retried("embed", partial(passes.embed, targets=False)).hidden
+        for i in range(len(skeleton.block_names)):
+            upcoming, share = passes.retried("survey", partial(passes.survey, i, hidden))
+            outliers.append(share)
+            hidden.drop()
+            hidden = upcoming
+            skeleton.evict_block(i)
+            job.checkpoint.release(skeleton.block_tensors[i])
+        hidden.drop()
+        allocation = allocate(job.config, skeleton.linears, outliers)
+        for name, linears in zip(skeleton.block_names, skeleton.linears, strict=True):
+            log.info("%s becomes %s", name, in_words(allocation[linear] for linear in linears))
+        journal.commit_survey(outliers, as_json(allocation), passes.micro_batch, phases.take())
+    assert journal.state.allocation is not None
+    return from_json(journal.state.allocation, job.skeleton.linears)
 
 
 @dataclass(frozen=True)
@@ -104,7 +130,8 @@ class Compression:
         """All before block 0: the folder's description, the tensors outside the blocks, generation 0."""
         job, out = self.job, self.job.config.out
         with self.phases.phase("outside", steps=1):
-            description = write_description(out, job.checkpoint, job.pattern, job.config.rank)
+            rank = max(target.rank for target in job.allocation.values())
+            description = write_description(out, job.checkpoint, common_pattern(job.allocation), rank)
             outside = write_outside(out, job.checkpoint, job.skeleton.outside_tensors)
         streams = self.passes.retried("embed", self.passes.embed)
         digest = streams.hidden.seal()
@@ -139,7 +166,8 @@ class Compression:
         with self.phases.phase("solve", steps=len(linears), block=i) as step:
             packed, layers = self.solve_block(linears, grams, step)
         weights = solved = BlockWeights(packed, skeleton.as_stored(i))
-        block = CompressedBlock(skeleton.parameters(i), linears, job.pattern)
+        patterns = {linear: job.allocation[linear].pattern for linear in linears}
+        block = CompressedBlock(skeleton.parameters(i), linears, patterns)
         curve: tuple[float, ...] = ()
         if targets:
             match = partial(passes.match, i, block, solved, streams.hidden, targets)
@@ -169,8 +197,9 @@ class Compression:
 
     def write(self, i: int, weights: BlockWeights) -> WrittenShard:
         """Block i's shard."""
-        job = self.job
-        return write_block(job.config.out, i, job.pattern, weights.packed, job.skeleton.linears[i], weights.kept)
+        job, shapes = self.job, self.job.skeleton.linears[i]
+        patterns = {linear: job.allocation[linear].pattern for linear in shapes}
+        return write_block(job.config.out, i, patterns, weights.packed, shapes, weights.kept)
 
     def solve_block(
         self, linears: Mapping[str, nn.Linear], grams: list[Gram], step: Callable[[int], None]
@@ -199,7 +228,7 @@ class Compression:
 
         def cut() -> str | None:
             nonlocal room
-            room = job.less_room(linear, room)
+            room = job.less_room(name, linear, room)
             return None if room is None else f"the rows of {name} in smaller tiles, {format_bytes(room)}"
 
         return self.passes.retried("solve", work, cut)

@@ -49,6 +49,16 @@ def test_a_formatted_size_reads_back_within_its_digits(count: int) -> None:
         ({"match_lr": 0.0}, "--match-lr is 0.0"),
         ({"match_lr": float("nan")}, "--match-lr is nan"),
         ({"match_recover": 1.5}, "--match-recover is 1.5"),
+        ({"rank_ratio": 1.0}, "--rank-ratio is 1.0"),
+        ({"owl": 0.0}, "--owl is 0.0"),
+        ({"owl": 0.1, "owl_outlier": 0.0}, "--owl-outlier is 0.0"),
+        ({"owl_outlier": 5.0}, "--owl-outlier 5 says how --owl counts; give --owl too"),
+        ({"compression": "50%"}, "--compression 50% needs --rank-ratio"),
+        ({"compression": "50%", "pattern": "2:4"}, "--compression 50% and --pattern 2:4 decide the same"),
+        ({"compression": "50%", "rank": 64}, "--compression 50% and --rank 64 decide the same"),
+        ({"rank_ratio": 0.25, "rank": 64}, "--rank-ratio 0.25 and --rank 64 decide the same"),
+        ({"rank_ratio": 0.25, "ranks": "q=1"}, "--rank-ratio 0.25 and --ranks q=1 decide the same"),
+        ({"owl": 0.08, "allocation": Path("a.json")}, "--owl 0.08 and --allocation a.json decide the same"),
     ],
 )
 def test_impossible_settings_are_refused(setting: dict, message: str) -> None:

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamslr.allocate import allocate
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError
 from streamslr.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
-from streamslr.solve import find_method, parse_pattern
+from streamslr.solve import find_method
 
 GB = 10**9
 
@@ -29,9 +30,9 @@ def plan(
 ) -> Plan:
     config = RunConfig(model="m", out=Path("out"), **settings)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pattern = parse_pattern(config.pattern)
+    allocation = allocate(config, [block.linears for block in model.blocks])
     solver = find_method(config.method).solver
-    return make_plan(config, model, pattern, solver, torch.device(device), dtype, GB, host_mem, gpu_mem)
+    return make_plan(config, model, allocation, solver, torch.device(device), dtype, GB, host_mem, gpu_mem)
 
 
 def phase(plan: Plan, name: str) -> object:
@@ -161,10 +162,19 @@ def test_matching_is_planned_for_what_may_change_and_not_for_dense_weights() -> 
 
 def test_a_run_that_goes_on_keeps_the_pieces_it_began_with() -> None:
     config = RunConfig(model="m", out=Path("out"), seq_len=64)
-    pattern, device = parse_pattern("2:4"), torch.device("cpu")
+    allocation, device = allocate(config, [llama_70b().blocks[0].linears]), torch.device("cpu")
     solver = find_method("3basil").solver
-    made = make_plan(config, llama_70b(), pattern, solver, device, torch.float32, GB, 10**12, None, Pieces(4, 10**9))
+    made = make_plan(config, llama_70b(), allocation, solver, device, torch.float32, GB, 10**12, None, Pieces(4, 10**9))
     assert (made.micro_batch, made.solver_room) == (4, 10**9)
+
+
+def test_each_linear_counts_with_its_own_rank_and_pattern() -> None:
+    same, more = plan(llama_70b()), plan(llama_70b(), ranks="down=128")
+    assert more.output_bytes - same.output_bytes == 80 * 64 * (8192 + 28672) * 2
+    assert more.linears == "2:4 + rank 64–128"
+    shares = plan(llama_70b(), compression="50%", rank_ratio=0.25)
+    assert shares.kept_share == pytest.approx(0.5, abs=1e-4)
+    assert phase(shares, "match").gpu_bytes < phase(same, "match").gpu_bytes
 
 
 @settings(deadline=None)

@@ -171,3 +171,11 @@ def test_the_plan_counts_the_grams_of_every_expert_and_what_they_share(mixtral: 
     (grams,) = (phase.host_bytes for phase in job.plan.phases if phase.name == "grams")
     (load,) = (phase.host_bytes for phase in job.plan.phases if phase.name == "load")
     assert grams - load > 4 * (2 * 64**2 + 5 * 64**2 + 5 * 128**2 + 128**2) - 2**17
+
+
+def test_outliers_of_experts_decide_their_blocks_shares(mixtral: Path, text: Path, tmp_path: Path) -> None:
+    settings = RUN | {"pattern": "50%", "owl": 0.1, "match": False}
+    state = streamslr.compress(mixtral / "model", tmp_path / "slr", calibration=text, **settings)
+    shares = [{layer.pattern for layer in block.layers} for block in state.blocks]
+    assert all(len(patterns) == 1 for patterns in shares) and shares[0] != shares[1]
+    assert verify(tmp_path / "slr").problems == ()

@@ -19,12 +19,12 @@ ENOUGH = 2
 """Tokens for each input with which an expert's own Gram stands alone (`lean_on_all`): between two measurements.
 
 With eight clusters of llama-8m's tokens for experts, up and down of two blocks by 3basil at 2:4 + 16, the loss on
-tokens that the Gram had not seen was least at shares w of the own one of about 0.1, 0.2, 0.35, 0.5, 0.75 and 1, at 1/8,
-1/4, 1/2, 1, 2 and 4 tokens an input (tools/bench_experts.py). This rule's shares lose about 5 % more up to 1, up to 14 %
-at 2; at 1 the own Gram alone loses 32 to 59 % more, the shared one alone 14 to 29 %. With a Qwen3-MoE of 5.6 M trained
-for 450 steps, by eora-sparsegpt at 1:4 + 8 with 0.6 and 1.2 tokens an input in the mean, perplexity was least where
-only experts without any token got the shared Gram: 112.4 and 110.9; at ENOUGH = 2 it was 112.9 and 111.1, at 4 113.1 and
-111.2, with the shared one alone 113.7 and 112.0 (means of four seeds; dense 105.3)."""
+tokens that the Gram had not seen was least at shares w of the own one of about 0.1, 0.2, 0.35, 0.5, 0.75 and 1, at
+1/8, 1/4, 1/2, 1, 2 and 4 tokens an input (tools/bench_experts.py). This rule's shares lose about 5 % more up to 1, up
+to 14 % at 2; at 1 the own Gram alone loses 32 to 59 % more, the shared one alone 14 to 29 %. With a Qwen3-MoE of 5.6 M
+trained for 450 steps, by eora-sparsegpt at 1:4 + 8 with 0.6 and 1.2 tokens an input in the mean, perplexity was least
+where only experts without any token got the shared Gram: 112.4 and 110.9; at ENOUGH = 2 it was 112.9 and 111.1, at 4
+113.1 and 111.2, with the shared one alone 113.7 and 112.0 (means of four seeds; dense 105.3)."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,14 @@ def collect_grams(
     run_block: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[int, Tensor]],
     experts: Mapping[str, str] = {},
+    diagonal: bool = False,
 ) -> list[Gram]:
     """Pass every batch (first sample, hidden [b, T, h]) through the block; its Grams, in call order.
 
     Linears share a Gram when they are handed the very same tensor object: q, k and v, or gate and up, but in
     a parallel block all five; nothing is read off names. Grams add up in float32 whatever the compute dtype.
     experts: linear -> its kind, of linears that only see the tokens routed to them; see `lean_on_all`.
+    diagonal: of each Gram only that, [d], for far less work.
     Raises InputError when an input holds NaN or infinity, or when another linear did not see every token of every
     window exactly once (shared layers).
     """
@@ -113,8 +115,11 @@ def collect_grams(
     def add(owner: str, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()  # [b·T, d]
         if owner not in grams:
-            grams[owner] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-        grams[owner].addmm_(rows.T, rows)
+            grams[owner] = torch.zeros(x.shape[-1:] * (1 if diagonal else 2), device=x.device)
+        if diagonal:
+            grams[owner] += torch.linalg.vector_norm(rows, dim=0).square()  # no copy of the activations
+        else:
+            grams[owner].addmm_(rows.T, rows)
         # a row's sum is finite only if its entries are, and needs no copy of the activations
         unsound.setdefault(owner, []).append((first, samples, ~torch.isfinite(rows.sum(1))))
 

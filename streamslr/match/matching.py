@@ -73,17 +73,20 @@ class CompressedBlock:
     """A live block whose linears are packed. What of it is not on a support can never change."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], linears: Mapping[str, nn.Linear], pattern: SparsityPattern
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        linears: Mapping[str, nn.Linear],
+        patterns: Mapping[str, SparsityPattern],
     ) -> None:
-        """All of the block's parameters and its linears, by full names."""
-        self._parameters, self._linears, self._pattern = parameters, linears, pattern
+        """All of the block's parameters, its linears and their patterns, by full names."""
+        self._parameters, self._linears, self._patterns = parameters, linears, patterns
 
     @torch.no_grad()
     def place(self, weights: BlockWeights) -> None:
         """Has the block compute with what is stored."""
         for name, parts in weights.packed.items():
             weight = self._linears[name].weight
-            weight.copy_(merge(parts, self._pattern, (weight.shape[0], weight.shape[1]), weight.dtype))
+            weight.copy_(merge(parts, self._patterns[name], (weight.shape[0], weight.shape[1]), weight.dtype))
         for name in weights.kept.keys() & self._parameters.keys():
             self._parameters[name].copy_(weights.kept[name])
 
@@ -109,7 +112,9 @@ class CompressedBlock:
             before.add(run(x), target)
         curve = [before.relative]
         scale = before.numbers / max(before.energy, 1e-30)  # gradients of order one, whatever the model's scale
-        linears = {name: _Linear(self._linears[name], parts, self._pattern) for name, parts in weights.packed.items()}
+        linears = {
+            name: _Linear(self._linears[name], parts, self._patterns[name]) for name, parts in weights.packed.items()
+        }
         vectors = {
             name: _Vector(parameter, weights.kept[name], self._output_size(name, linears))
             for name, parameter in self._parameters.items()

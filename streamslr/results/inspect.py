@@ -1,6 +1,6 @@
 """What each block's shard holds and how good it is, from the journal; for people (tables) and for programs (JSON)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -8,10 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
+from streamslr.allocate import Target, in_words
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.journal import JOURNAL_FILE, BlockRecord, JournalState, LayerRecord, read_journal
 from streamslr.progress import PHASES
+from streamslr.solve.pattern import parse_pattern
 
 
 def read_run(folder: Path) -> JournalState:
@@ -31,6 +33,7 @@ def summary(folder: Path, state: JournalState) -> dict[str, Any]:
         "blocks_done": len(state.blocks),
         "blocks_total": state.blocks_total,
         "settings": dict(state.fingerprint),
+        "outliers": state.outliers,
         "finetuned": [asdict(record) for record in state.finetuned],
         "totals": totals(state.blocks),
         "blocks": [block_summary(folder, block) for block in state.blocks],
@@ -52,6 +55,37 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
         "phases": phases(block.measured),
         "layers": [asdict(layer) for layer in block.layers],
     }
+
+
+def how(state: JournalState) -> str:
+    """The method, and what it was asked to make of the linears."""
+    settings = state.fingerprint
+    sparse = settings["pattern"] or f"compression {settings['compression']}"
+    ratio = settings.get("rank_ratio")
+    told = [
+        f"{settings['method']} at {sparse} + "
+        + (f"rank {settings['rank']}" if ratio is None else f"rank ratio {ratio:g}")
+    ]
+    told += [f"OWL ±{settings['owl']:g}"] if settings.get("owl") is not None else []
+    told += [f"ranks {settings['ranks']}"] if settings.get("ranks") else []
+    told += ["linears of a file"] if settings.get("allocation") else []
+    return ", ".join(told)
+
+
+def allocation(state: JournalState) -> dict[str, Any]:
+    """What each linear becomes, as --allocation reads it. Raises InputError while that is not known."""
+    if state.allocation is None:
+        raise InputError("not known yet: the survey of the blocks is not done; the same `streamslr run` line goes on")
+    return dict(state.allocation)
+
+
+def becomes(layers: Iterable[LayerRecord]) -> str:
+    """Patterns and ranks of some linears: "2:4 + rank 64", "52%–68% + rank 4–17"."""
+    return in_words(Target(parse_pattern(layer.pattern), layer.rank) for layer in layers)
+
+
+def _layers(state: JournalState) -> list[LayerRecord]:
+    return [layer for block in state.blocks for layer in block.layers]
 
 
 def warnings(block: BlockRecord) -> list[str]:
@@ -107,10 +141,9 @@ def _seconds(block: BlockRecord) -> float:
 def run_table(folder: Path, state: JournalState) -> Table:
     """A row a block."""
     done, total = len(state.blocks), state.blocks_total
-    settings = state.fingerprint
-    method = f"{settings['method']} at {settings['pattern']} + rank {settings['rank']}"
+    mixed = len({(layer.pattern, layer.rank) for layer in _layers(state)}) > 1
     table = Table(
-        title=f"{folder}: {method}, {done} of {total} blocks"
+        title=f"{folder}: {how(state)}, {done} of {total} blocks"
         + ("" if state.complete else " (unfinished: the same `streamslr run` line goes on)"),
         caption="errors: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, mean over layers; pruned: by Wanda, without U·V; "
         "matching: ‖f̂(X) − T‖² / ‖T‖² of the block before and after"
@@ -123,6 +156,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
     for name in (
         "block",
         "layers",
+        *(["becomes"] if mixed else []),
         "pruned",
         "S + U·V",
         "matching",
@@ -138,6 +172,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
         table.add_row(
             str(block.index),
             str(len(block.layers)),
+            *([becomes(block.layers)] if mixed else []),
             f"{row['error_before']:.3g}",
             f"{row['error_after']:.3g}",
             _matched(block),
@@ -153,6 +188,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
         table.add_row(
             "all",
             str(sum(len(block.layers) for block in state.blocks)),
+            *([becomes(_layers(state))] if mixed else []),
             f"{of_all['error_before']:.3g}",
             f"{of_all['error_after']:.3g}",
             "",

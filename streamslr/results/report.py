@@ -15,7 +15,7 @@ from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.journal import BlockRecord, JournalState, LayerRecord
 from streamslr.progress import PHASES, format_duration
-from streamslr.results.inspect import phases, read_run, short_name, totals, warnings
+from streamslr.results.inspect import becomes, how, phases, read_run, short_name, totals, warnings
 from streamslr.store.shards import write_file
 
 REPORT_FILE = "report.html"
@@ -24,7 +24,11 @@ Figure = dict[str, Any]  # {"data": traces, "layout": …}, as Plotly.newPlot ta
 
 _BEFORE, _AFTER, _WARN = "#a0a8b0", "#2f7fb5", "#d1495b"
 _PHASE_COLOURS = dict(
-    zip(PHASES, ("#7d8790", "#a0a8b0", "#c3c9ce", "#4fa3d1", "#e09f3e", "#8e6bbf", "#3fa17a", "#7d8790"), strict=True)
+    zip(
+        PHASES,
+        ("#5f9ea0", "#7d8790", "#a0a8b0", "#c3c9ce", "#4fa3d1", "#e09f3e", "#8e6bbf", "#3fa17a", "#7d8790"),
+        strict=True,
+    )
 )
 _PART_COLOURS = {"S": "#2f7fb5", "U·V": "#e09f3e", "dense linears": "#a0a8b0", "everything else": "#d3d8dc"}
 _ERROR_COLOURS = [[0, "#24476b"], [0.3, "#2f7fb5"], [0.55, "#9cc5c9"], [0.75, "#f0c869"], [1, "#c8442f"]]
@@ -54,8 +58,7 @@ def page(folder: Path, state: JournalState) -> str:
     drawn = figures(state)
     # "</script>" in a name would end the element that holds it; JSON reads \u003c as "<" all the same
     data = json.dumps(drawn, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    settings = state.fingerprint
-    method = f"{settings['method']} at {settings['pattern']} + rank {settings['rank']}"
+    method = how(state)
     return Template(_PAGE).substitute(
         title=escape(f"{_model_name(folder, state)}, {method}"),
         status=escape(_status(state)),
@@ -210,6 +213,7 @@ def _settings(folder: Path, state: JournalState) -> str:
         "identity": fixed.pop("model", ""),  # hub:ID@commit, or a digest of the folder's headers
         "pattern of S": fixed.pop("pattern", ""),
         "rank of U·V": fixed.pop("rank", ""),
+        "linears became": becomes(_layers(state.blocks)) if len(state.allocation or ()) > 1 and state.blocks else "",
         "calibration": windows,
         "digest of its tokens": fixed.pop("tokens", ""),
         "matching": matching,
@@ -223,7 +227,9 @@ def _settings(folder: Path, state: JournalState) -> str:
         **state.made_with,  # the device's own name instead of "cuda"
     }
     return "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items() if value != ""
+        f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>"
+        for name, value in rows.items()
+        if value not in ("", None)
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -14,12 +15,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from streamslr.errors import InputError
 from streamslr.runtime.linear import SparseLowRankLinear
-from streamslr.store.shards import QUANT_METHOD, read_quantization_config, shard_metadata
+from streamslr.store.shards import MIXED, QUANT_METHOD, packed_linears, read_quantization_config, shard_metadata
 
 # No more of transformers up here: this module is imported while transformers is (runtime/register.py).
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from streamslr.solve.pattern import SparsityPattern
     from streamslr.source.checkpoint import TensorInfo
 
 log = logging.getLogger("streamslr")
@@ -83,7 +85,7 @@ class StreamslrConfig(QuantizationConfigMixin):
         vars(self).update(entry | {"quant_method": QUANT_METHOD})
         packed = read_quantization_config({"quantization_config": vars(self)})
         assert packed is not None
-        self.format_version, self.rank, self.pattern = packed.format_version, packed.rank, str(packed.pattern)
+        self.format_version, self.rank, self.pattern = packed.format_version, packed.rank, str(packed.pattern or MIXED)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -99,7 +101,7 @@ class StreamslrQuantizer(HfQuantizer):
 
         from streamslr.source.experts import names_in, unfuse
 
-        stored = _stored(checkpoint_files)
+        stored, patterns = _stored(checkpoint_files)
         unfuse(model, get_model_conversion_mapping(model), stored)
         packed = read_quantization_config({"quantization_config": self.quantization_config})
         assert packed is not None
@@ -115,13 +117,16 @@ class StreamslrQuantizer(HfQuantizer):
             if f"{path}.values" not in stored:
                 raise InputError(f"the shards hold {path}.meta without its values; `streamslr verify` tells more")
             linear = linears.pop(name)
+            pattern = patterns.get(path, packed.pattern)
+            if pattern is None:
+                raise InputError(f"no shard's header says what pattern {path} has; copy the folder again")
             rank = stored[f"{path}.U"].shape[1] if f"{path}.U" in stored else 0
             model.set_submodule(
                 name,
                 SparseLowRankLinear(
                     linear.in_features,
                     linear.out_features,
-                    packed.pattern,
+                    pattern,
                     rank,
                     bias=linear.bias is not None,
                     nonzeros=stored[f"{path}.values"].shape[0],
@@ -164,8 +169,11 @@ class StreamslrQuantizer(HfQuantizer):
         return True
 
 
-def _stored(files: list[str] | None) -> "dict[str, TensorInfo]":
-    """Every tensor of the shards, from their headers. Raises InputError for damaged ones, and an unfinished run."""
+def _stored(files: list[str] | None) -> "tuple[dict[str, TensorInfo], dict[str, SparsityPattern]]":
+    """Every tensor of the shards, and the pattern of every linear, from their headers.
+
+    Raises InputError for damaged ones, and an unfinished run.
+    """
     from streamslr.journal import read_journal
     from streamslr.source.checkpoint import shard_header
 
@@ -174,7 +182,12 @@ def _stored(files: list[str] | None) -> "dict[str, TensorInfo]":
     for folder in {Path(file).parent for file in files}:
         if state := read_journal(folder):
             state.require_complete(folder)
-    return {name: info for file in files for name, info in shard_header(Path(file)).items()}
+    stored = {name: info for file in files for name, info in shard_header(Path(file)).items()}
+    patterns = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            patterns.update({name: pattern for name, (pattern, _) in packed_linears(opened.metadata()).items()})
+    return stored, patterns
 
 
 def _require_whole(model: nn.Module, dense: set[str]) -> None:

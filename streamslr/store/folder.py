@@ -24,8 +24,13 @@ from streamslr.store.shards import (
 )
 
 
-def write_description(folder: Path, checkpoint: Checkpoint, pattern: SparsityPattern, rank: int) -> dict[str, str]:
-    """config.json, which names the format, and the files that travel with a model; their sha256 by name."""
+def write_description(
+    folder: Path, checkpoint: Checkpoint, pattern: SparsityPattern | None, rank: int
+) -> dict[str, str]:
+    """config.json, which names the format, and the files that travel with a model; their sha256 by name.
+
+    pattern, rank: as for `quantization_config`.
+    """
     config = json.loads(checkpoint.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)  # where the model lay here says nothing there
     config["quantization_config"] = quantization_config(pattern, rank)
@@ -50,7 +55,7 @@ def write_outside(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) ->
 def write_block(
     folder: Path,
     index: int,
-    pattern: SparsityPattern,
+    patterns: Mapping[str, SparsityPattern],
     packed: Mapping[str, Mapping[str, Tensor]],
     shapes: Mapping[str, tuple[int, int]],
     kept: Mapping[str, Tensor],
@@ -59,7 +64,7 @@ def write_block(
     tensors = dict(kept)
     for linear, parts in packed.items():
         tensors |= {f"{linear}.{part}": tensor.cpu() for part, tensor in parts.items()}
-    metadata = shard_metadata({linear: (pattern, shapes[linear]) for linear in packed})
+    metadata = shard_metadata({linear: (patterns[linear], shapes[linear]) for linear in packed})
     return write_shard(folder / BLOCK_FILE.format(index), tensors, metadata)
 
 

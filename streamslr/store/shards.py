@@ -27,6 +27,8 @@ PARTIAL_SUFFIX = ".partial"
 QUANT_METHOD = "streamslr"
 FORMAT_VERSION = 2
 """2: metadata of n:m in digits; 1 had a nibble a group of 2:4, 4 % more bytes."""
+MIXED = "mixed"
+"""What config.json says of the pattern where linears differ in it."""
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -63,9 +65,10 @@ class WrittenShard:
 class PackedFormat:
     """What a compressed folder's config.json says of its linears; the rank of each is read off its U."""
 
-    pattern: SparsityPattern
+    pattern: SparsityPattern | None
+    """None: they differ, and the header of each shard says which linear has which."""
     rank: int
-    """The rank asked for; a small layer may have less."""
+    """The largest asked for; a small layer may have less."""
     format_version: int
 
 
@@ -123,12 +126,15 @@ def index_json(weight_map: Mapping[str, str], total_size: int) -> dict[str, Any]
     return {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def quantization_config(pattern: SparsityPattern, rank: int) -> dict[str, Any]:
-    """The entry of config.json by which a compressed folder is known; `read_quantization_config` reads it."""
+def quantization_config(pattern: SparsityPattern | None, rank: int) -> dict[str, Any]:
+    """The entry of config.json by which a compressed folder is known; `read_quantization_config` reads it.
+
+    pattern: None where linears differ; rank: the largest.
+    """
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        "pattern": str(pattern),
+        "pattern": MIXED if pattern is None else str(pattern),
         "rank": rank,
     }
 
@@ -158,7 +164,7 @@ def read_quantization_config(config: Mapping[str, Any] | PretrainedConfig) -> Pa
             f"quantization_config in config.json is damaged: pattern {pattern!r}, rank {rank!r}; "
             f"copy config.json again from where the folder came from"
         )
-    return PackedFormat(parse_pattern(pattern), rank, FORMAT_VERSION)
+    return PackedFormat(None if pattern == MIXED else parse_pattern(pattern), rank, FORMAT_VERSION)
 
 
 def shard_metadata(

@@ -76,7 +76,8 @@ class Case:
         return block.refine(self.weights, settings, run or self.run, batches or self.batches, samples, micro_batch)
 
     def compressed(self) -> CompressedBlock:
-        return CompressedBlock(dict(self.block.named_parameters()), self.linears, parse_pattern(self.pattern))
+        patterns = dict.fromkeys(self.linears, parse_pattern(self.pattern))
+        return CompressedBlock(dict(self.block.named_parameters()), self.linears, patterns)
 
     def sparse(self, weights: BlockWeights, name: str) -> Tensor:
         """S [o, d] of a linear."""

@@ -39,7 +39,7 @@ def compressed_folder(
             if rank:
                 U, V = torch.randn(o, rank, generator=generator), torch.randn(rank, d, generator=generator)
                 packed[linear] |= {"U": (U / 8).to(W.dtype), "V": (V / 8).to(W.dtype)}
-        shards.append(write_block(out, i, parsed, packed, skeleton.linears[i], tensors))
+        shards.append(write_block(out, i, dict.fromkeys(packed, parsed), packed, skeleton.linears[i], tensors))
     write_index(out, shards)
     return out
 
