@@ -10,10 +10,11 @@ in the order that data walks them:
         places.py              where files are: a folder, or a hub repository fetched file by file
         checkpoint.py          tensors known from headers, read when asked for, dense or packed
         skeleton.py            the model on the meta device; its blocks, their call, one materialised at a time
+        experts.py             fused experts taken apart into linears, named as on disk
     calibrate/             text -> hidden states -> Gram matrices
         tokens.py              seeded, hashed windows of token ids
         hidden_states.py       one generation a block boundary: zarr on disk, memory, or both
-        gram.py                inputs of each linear -> H, one per distinct input
+        gram.py                inputs of each linear -> H, one per distinct input; experts with few tokens lean on all
     solve/                 (W, H) -> S, U, V
         problem.py             the seam: LayerProblem, SparseLowRank, Solver, and their errors
         pattern.py             n:m and unstructured sparsity: projection, validation, size

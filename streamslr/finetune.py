@@ -35,8 +35,9 @@ from streamslr.memory import why_out_of_memory
 from streamslr.prepare import pick_device
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
-from streamslr.runtime.loader import load, name_in, packed_modules
+from streamslr.runtime.loader import load, packed_modules
 from streamslr.source.checkpoint import open_checkpoint, shard_header
+from streamslr.source.experts import names_in
 from streamslr.store.folder import write_index
 from streamslr.store.shards import (
     PARTIAL_SUFFIX,
@@ -271,10 +272,9 @@ def _low_rank(model: PreTrainedModel, state: JournalState) -> dict[str, nn.Param
     """U and V by their stored names, from now on the only parameters with a gradient."""
     modules = packed_modules(model)
     trained: dict[str, nn.Parameter] = {}
-    for layer in (layer for block in state.blocks for layer in block.layers if layer.rank):
-        name = name_in(model, layer.name, modules)
-        assert name is not None  # the loader refuses folders with linears that the model lacks
-        trained |= {f"{layer.name}.{part}": modules[name].get_parameter(part) for part in ("U", "V")}
+    layers = [layer.name for block in state.blocks for layer in block.layers if layer.rank]
+    for stored, name in names_in(model, layers, modules).items():
+        trained |= {f"{stored}.{part}": modules[name].get_parameter(part) for part in ("U", "V")}
     model.requires_grad_(False)
     for parameter in trained.values():
         parameter.requires_grad_(True)

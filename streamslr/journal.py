@@ -34,6 +34,7 @@ class LayerRecord:
     nbytes: int  # of values, meta, U and V together
     dense_nbytes: int
     warnings: tuple[str, ...] = ()
+    rows: int | None = None  # calibration tokens that reached it; None in folders made before they were counted
 
 
 @dataclass(frozen=True)

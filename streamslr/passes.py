@@ -112,21 +112,24 @@ class Passes:
                 return output
 
             batches = self._batches(hidden, step)
-            energies = collect_grams(skeleton.block_names[i], linears, run, batches, diagonal=True)
-            scored = [(linears[name].weight, gram.matrix) for gram in energies for name in gram.linears]
+            seen = collect_grams(skeleton.block_names[i], linears, run, batches, skeleton.experts[i], diagonal=True)
+            # per token, since experts see different numbers of them; one that saw none has no outliers
+            energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in seen]
+            scored = [(linears[name].weight, energy) for names, energy in energies for name in names]
             return upcoming, outlier_share(scored, self.job.config.owl_outlier or OUTLIER)
 
     def collect(
         self, i: int, linears: Mapping[str, nn.Linear], streams: Streams
     ) -> tuple[list[Gram], HiddenStates | None]:
         """The dense pass: Gram matrices of block i, and the targets of what leaves it."""
-        name, targets = self.job.skeleton.block_names[i], None
+        skeleton = self.job.skeleton
+        collected = partial(collect_grams, skeleton.block_names[i], linears, experts=skeleton.experts[i])
         with self.phases.phase("grams", steps=len(self.ids), block=i) as step:
             batches = self._batches(streams.hidden, step)
             if not streams.targets:
-                return collect_grams(name, linears, partial(self.job.skeleton.run_block, i), batches), None
+                return collected(partial(skeleton.run_block, i), batches), None
             with self._teaching(i, streams.targets) as (targets, teach):
-                return collect_grams(name, linears, teach, batches), targets
+                return collected(teach, batches), targets
 
     def match(
         self, i: int, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,43 @@ written: output, two queued, one being written."""
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What the plan needs to know of one block. linears: name -> (o, d), value bytes; grams: d of each Gram."""
+    """What the plan needs to know of one block.
+
+    linears: name -> (o, d). grams: first linear of those that share an input -> d. routing: linear of an expert ->
+    (k, E), where each token passes k of E experts.
+    """
 
     linears: Mapping[str, tuple[int, int]]
-    grams: tuple[int, ...]
+    grams: Mapping[str, int]
     parameters: int  # all of the block, in numbers
     source_bytes: int
+    routing: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def share(self, linear: str) -> float:
+        """Of the tokens, that reach it on average."""
+        chosen, experts = self.routing.get(linear, (1, 1))
+        return chosen / experts
+
+    @property
+    def active_parameters(self) -> float:
+        """Those that a token passes."""
+        return self.parameters - sum((1 - self.share(name)) * o * d for name, (o, d) in self.linears.items())
+
+    @property
+    def gram_bytes(self) -> int:
+        """Of all its Grams, in float32."""
+        return sum(4 * d * d for d in self.grams.values())
+
+    @property
+    def shared_gram_bytes(self) -> int:
+        """Of the sum over experts that those with few tokens lean on."""
+        return max((4 * d * d for name, d in self.grams.items() if name in self.routing), default=0)
+
+    def routed_bytes(self, tokens: int, h: int, c: int) -> int:
+        """Of a pass through experts: inputs, which are held while Grams are collected, and outputs in two orders."""
+        inputs = sum(self.share(name) * d for name, d in self.grams.items() if name in self.routing)
+        chosen = max((k for k, _ in self.routing.values()), default=0)
+        return round(tokens * (c * inputs + 2 * 4 * chosen * h))
 
 
 @dataclass(frozen=True)
@@ -293,7 +324,7 @@ class _Needs:
         self.fixed = baseline + _LIBRARY_BUFFERS
         self.block = max(b.parameters for b in model.blocks) * self.c
         self.source = max(b.source_bytes for b in model.blocks)
-        self.grams = max(sum(4 * d * d for d in b.grams) for b in model.blocks)
+        self.grams = max(b.gram_bytes for b in model.blocks)
         self.packed = max(self.packed_bytes(b) for b in model.blocks)
 
     def packed_bytes(self, block: BlockShape) -> int:
@@ -310,18 +341,22 @@ class _Needs:
     def phases(self, micro_batch: int, grams_at: str, room: int | None) -> tuple[Phase, ...]:
         config, model, c, h = self.config, self.model, self.c, self.model.hidden_size
         tokens, batch_tokens = config.samples * config.seq_len, micro_batch * config.seq_len
-        activations = max(_activation_bytes(b.linears.values(), batch_tokens, h, c) for b in model.blocks)
+        activations = max(
+            _activation_bytes(b.linears.values(), batch_tokens, h, c) + b.routed_bytes(batch_tokens, h, c)
+            for b in model.blocks
+        )
         scores = 0
         if model.eager_heads:  # a head's scores and what is made of them, and the masks that two kinds of call keep
             scores = micro_batch * config.seq_len**2 * 4 * (2 * model.eager_heads + 2)
-        widest = max(d for b in model.blocks for d in b.grams)
+        widest = max(d for b in model.blocks for d in b.grams.values())
         gram_input = 0 if c == 4 else 4 * batch_tokens * widest  # the float32 copy that the product reads
         hidden = batch_tokens * h * c
         reads, writes = (2 * _READ, _WRITTEN) if config.match else (_READ, 0)  # of the dense pass
         outside = model.outside_parameters * c
 
-        forward = 2.0 * tokens * sum(b.parameters for b in model.blocks)
-        gram_flops = 2.0 * tokens * sum(d * d for b in model.blocks for d in b.grams)
+        forward = 2.0 * tokens * sum(b.active_parameters for b in model.blocks)
+        gram_flops = 2.0 * tokens * sum(b.share(name) * d * d for b in model.blocks for name, d in b.grams.items())
+        shared = max(b.shared_gram_bytes for b in model.blocks)  # made when all windows have passed
         linears = [linear for b in model.blocks for linear in b.linears.items()]
         solving = sum(self.solver.flops(o, d, self.allocation[name].rank) for name, (o, d) in linears)
         # (phase, bytes where the compute is, bytes on the host wherever the compute is, FLOPs)
@@ -330,7 +365,7 @@ class _Needs:
             ("load", self.block, self.source, 0.0),
             (
                 "grams",
-                self.block + self.grams + activations + scores + gram_input,
+                self.block + self.grams + max(shared, activations + scores + gram_input),
                 (reads + writes) * hidden,
                 forward + gram_flops,
             ),
@@ -363,7 +398,7 @@ class _Needs:
 
     def beside_solver(self, grams_at: str) -> int:
         """What else there is while a linear is solved: the block, Grams, what is packed, W in float32 on a GPU."""
-        widest = max(d for b in self.model.blocks for d in b.grams)
+        widest = max(d for b in self.model.blocks for d in b.grams.values())
         grams = self.grams if grams_at == "device" else 4 * widest * widest
         weight = 0 if self.c == 4 else max(4 * o * d for b in self.model.blocks for o, d in b.linears.values())
         return self.block + grams + self.packed + weight
@@ -384,9 +419,12 @@ class _Needs:
         low_rank = sum(min(target.rank, o, d) * (o + d) for target, o, d in targets)
         vectors = block.parameters - sum(o * d for o, d in block.linears.values())
         widest = max(o * d for o, d in block.linears.values())
-        saved = sum(block.grams) + sum(o for o, _ in block.linears.values()) + _SAVED_HIDDEN * self.model.hidden_size
+        inputs = sum(block.share(name) * d for name, d in block.grams.items())
+        outputs = sum(block.share(name) * o for name, (o, _) in block.linears.items())
+        saved = round(inputs + outputs) + _SAVED_HIDDEN * self.model.hidden_size
         tile = _TILE_COPIES * 4 * min(widest, TILE)
-        return 16 * (kept + low_rank + vectors) + 4 * kept + tokens * saved * self.c + tile
+        routed = block.routed_bytes(tokens, self.model.hidden_size, self.c)
+        return 16 * (kept + low_rank + vectors) + 4 * kept + tokens * saved * self.c + routed + tile
 
 
 def _activation_bytes(linears: Iterable[tuple[int, int]], batch_tokens: int, h: int, c: int) -> int:

@@ -196,14 +196,14 @@ def _model_shape(skeleton: Skeleton) -> ModelShape:
     for i, linears in enumerate(skeleton.linears):
         modules = {name: skeleton.linear(name) for name in linears}
         infos = [tensors[key] for key in skeleton.block_tensors[i]]
+        groups = input_groups(modules, partial(skeleton.run_on_meta, i))
         blocks.append(
             BlockShape(
                 linears=linears,
-                grams=tuple(
-                    modules[group[0]].in_features for group in input_groups(modules, partial(skeleton.run_on_meta, i))
-                ),
+                grams={group[0]: modules[group[0]].in_features for group in groups},
                 parameters=sum(prod(info.shape) for info in infos),
                 source_bytes=sum(info.nbytes for info in infos),
+                routing={name: skeleton.routing(name) for name in skeleton.experts[i]},
             )
         )
     outside = [tensors[key] for key in skeleton.outside_tensors]

@@ -209,11 +209,11 @@ class Compression:
         layers = []
         waiting = set_aside(grams, self.job.plan.grams_at, self.job.scratch)
         while waiting:
-            gram = waiting.pop(0)  # freed once its linears are solved
+            gram = waiting.pop(0)()  # freed once its linears are solved
             matrix = gram.matrix.to(self.job.device)
             for name in gram.linears:
                 packed[name], layer = self.solve_layer(name, linears[name], matrix)
-                layers.append(layer)
+                layers.append(replace(layer, rows=gram.rows, warnings=(*gram.warnings(name), *layer.warnings)))
                 step(1)
             del gram, matrix
         return packed, layers

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -32,6 +33,25 @@ def _llama_like(layers: int, hidden: int) -> dict[str, Any]:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
+    }
+
+
+def _deepseek(hidden: int) -> dict[str, Any]:
+    """A dense first block, then experts beside shared ones."""
+    return {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": hidden,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
     }
 
 
@@ -64,6 +84,10 @@ _ARGUMENTS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
         "head_dim": h // 4,
     },
     "ernie4_5_moe": lambda n, h: {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": h},
+    "gpt_oss": lambda n, h: {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": h // 4},
+    "granitemoe": lambda n, h: {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": lambda n, h: _deepseek(h),
+    "deepseek_v3": lambda n, h: _deepseek(h),
     "gemma3n_text": lambda n, h: {
         "head_dim": h // 4,
         "vocab_size_per_layer_input": VOCABULARY,
@@ -117,6 +141,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_tokenizer_json()), bos_token="<|end|>", eos_token="<|end|>"
     )
+
+
+def starved_checkpoint(folder: Path, architecture: str, **config: Any) -> Path:
+    """A tiny checkpoint with five experts, two for each token, whose routers never choose expert 1."""
+    count = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}.get(architecture, "n_routed_experts")
+    tiny_checkpoint(folder, architecture, **{count: 5, "num_experts_per_tok": 2, **config})
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, router in tensors.items():
+            if name.endswith(".gate.weight") and len(router) == 5:  # two of a, -a, b and -b always exceed zero
+                tensors[name] = torch.stack([router[0], 0 * router[1], -router[0], router[3], -router[3]])
+        save_file(tensors, file, {"format": "pt"})
+    return folder
 
 
 def tiny_checkpoint(

@@ -1,7 +1,10 @@
-"""Inputs of a block's linears -> Gram matrices H = XᵀX, one per distinct input tensor."""
+"""Inputs of a block's linears -> Gram matrices H = XᵀX, one per distinct input; what experts with few tokens get."""
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,37 +13,43 @@ from torch import Tensor, nn
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, InputError
 
+log = logging.getLogger("streamslr")
+
+ENOUGH = 4
+"""Tokens for each input with which an expert's own Gram stands alone (`lean_on_all`). Measured on eight clusters of
+llama-8m's tokens as experts, 2:4 + 16, up and down of two blocks, by the loss on tokens that the Gram had not seen: at
+4 the own Gram was best, at 2, 1, 1/2, 1/4 and 1/8 shares w of it of about 0.75, 0.5, 0.35, 0.2 and 0.1; at 1, w = 0.5
+had 0.63 to 0.76 of the loss of the own Gram alone, 0.78 to 0.88 of the shared one's (tools/bench_experts.py)."""
+
 
 @dataclass(frozen=True)
 class Gram:
-    """H [d, d] float32 = Σ x xᵀ over the inputs that all of `linears` receive."""
+    """H [d, d] float32 = Σ x xᵀ over the `rows` inputs x that all of `linears` receive.
+
+    shared: how much of it is of all experts beside this one, which too few tokens reached (`lean_on_all`).
+    """
 
     linears: tuple[str, ...]
     matrix: Tensor
+    rows: int
+    shared: float = 0.0
+
+    def warnings(self, name: str) -> tuple[str, ...]:
+        """What the user should know of a solution in this Gram of the linear `name`."""
+        if not self.shared:
+            return ()
+        return (
+            f"{name}: {self.rows} calibration tokens reached this expert where {ENOUGH * len(self.matrix)} would do; "
+            f"{self.shared:.1%} of its Gram matrix is all experts'",
+        )
 
 
-@dataclass(frozen=True)
-class GramOnDisk:
-    """A Gram that waits for its turn in a file."""
-
-    linears: tuple[str, ...]
-    path: Path
-    d: int
-
-    @property
-    def matrix(self) -> Tensor:
-        """[d, d], mapped: the system reads its pages as they are used, and may drop them. To be had once."""
-        matrix = torch.from_file(str(self.path), size=self.d**2).view(self.d, self.d)
-        self.path.unlink()  # its space is free once the mapping goes
-        return matrix
-
-
-def set_aside(grams: list[Gram], place: str, folder: Path) -> list[Gram | GramOnDisk]:
+def set_aside(grams: list[Gram], place: str, folder: Path) -> list[Callable[[], Gram]]:
     """The Grams in `place`, "device" (where they are), "host" or "disk" (a file each in `folder`); empties `grams`.
 
-    Raises BudgetError when the disk is full.
+    Each is to be had once, by calling. Raises BudgetError when the disk is full.
     """
-    aside: list[Gram | GramOnDisk] = []
+    aside: list[Callable[[], Gram]] = []
     while grams:
         gram = grams.pop(0)
         if place == "disk":
@@ -53,10 +62,19 @@ def set_aside(grams: list[Gram], place: str, folder: Path) -> list[Gram | GramOn
                     f"{path}: {error.strerror}; free space there or give --scratch another folder, then start the "
                     f"same line again"
                 ) from error
-            aside.append(GramOnDisk(gram.linears, path, len(gram.matrix)))
+            aside.append(partial(_from_disk, replace(gram, matrix=gram.matrix.to("meta")), path))
         else:
-            aside.append(gram if place == "device" else Gram(gram.linears, gram.matrix.cpu()))
+            moved = gram if place == "device" else replace(gram, matrix=gram.matrix.cpu())
+            aside.append(partial(replace, moved))
     return aside
+
+
+def _from_disk(gram: Gram, path: Path) -> Gram:
+    """Its matrix mapped: the system reads pages as they are used, and may drop them."""
+    d = len(gram.matrix)
+    matrix = torch.from_file(str(path), size=d**2).view(d, d)
+    path.unlink()  # its space is free once the mapping goes
+    return replace(gram, matrix=matrix)
 
 
 def input_groups(linears: Mapping[str, nn.Linear], run_block: Callable[[], object]) -> tuple[tuple[str, ...], ...]:
@@ -73,6 +91,7 @@ def collect_grams(
     linears: Mapping[str, nn.Linear],
     run_block: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[int, Tensor]],
+    experts: Mapping[str, str] = {},
     diagonal: bool = False,
 ) -> list[Gram]:
     """Pass every batch (first sample, hidden [b, T, h]) through the block; its Grams, in call order.
@@ -80,11 +99,13 @@ def collect_grams(
     diagonal: of each Gram only that, [d], for far less work.
     Linears share a Gram when they are handed the very same tensor object: q, k and v, or gate and up, but in
     a parallel block all five; nothing is read off names. Grams add up in float32 whatever the compute dtype.
-    Raises InputError when an input holds NaN or infinity, or when a linear did not see every token of every
-    window exactly once (experts, shared layers).
+    experts: linear -> its kind, of linears that only see the tokens routed to them; see `lean_on_all`.
+    Raises InputError when an input holds NaN or infinity, or when another linear did not see every token of every
+    window exactly once (shared layers).
     """
     grams: dict[str, Tensor] = {}
-    unsound: dict[str, list[Tensor]] = {}  # owner -> which rows are not finite, [b·T] a batch
+    unsound: dict[str, list[tuple[int, int, Tensor]]] = {}  # owner -> (first sample, b, not finite [rows]) of batches
+    first = samples = 0  # of the batch that is passing
 
     def add(owner: str, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()  # [b·T, d]
@@ -95,32 +116,75 @@ def collect_grams(
         else:
             grams[owner].addmm_(rows.T, rows)
         # a row's sum is finite only if its entries are, and needs no copy of the activations
-        unsound.setdefault(owner, []).append(~torch.isfinite(rows.sum(1)))
+        unsound.setdefault(owner, []).append((first, samples, ~torch.isfinite(rows.sum(1))))
 
-    tokens = seq_len = first = 0
+    tokens = 0
     watch = _Watch(linears, add)
     with watch:
         for start, hidden in batches:
-            if not tokens:
-                first, seq_len = start, hidden.shape[1]
+            first, samples = start, len(hidden)
             run_block(hidden)
             watch.next_pass()
             tokens += hidden.shape[0] * hidden.shape[1]
     for name, seen in watch.rows.items():
-        if seen != tokens:
+        if seen != tokens and name not in experts:
             raise InputError(
                 f"{name} saw {seen} inputs where {tokens} tokens passed {block_name}; only layers that see each "
                 "token once can be compressed"
             )
     for owner, parts in unsound.items():
-        if bad := torch.cat(parts).nonzero().flatten().tolist():
-            samples = sorted({first + row // seq_len for row in bad})
+        if bad := int(torch.cat([rows for *_, rows in parts]).sum()):
+            where: set[int] = set()
+            for start, count, rows in parts:
+                if owner in experts and rows.any():
+                    where |= set(range(start, start + count))  # of which sample a token of its is, nobody noted
+                else:
+                    where |= {start + row * count // len(rows) for row in rows.nonzero().flatten().tolist()}
             raise InputError(
-                f"{block_name}: the input of {owner} is NaN or infinite for {len(bad)} tokens, in calibration "
-                f"samples {samples}; the model overflows on this text in the compute dtype (--device cpu computes "
-                "in float32), or its weights are damaged"
+                f"{block_name}: the input of {owner} is NaN or infinite for {bad} tokens, in calibration "
+                f"samples {sorted(where)}; the model overflows on this text in the compute dtype (--device cpu "
+                "computes in float32), or its weights are damaged"
             )
-    return [Gram(group, grams[group[0]]) for group in watch.groups()]
+    shared = lean_on_all(grams, watch.rows, experts)
+    if shared:
+        log.warning(
+            "%s: too few tokens for %d of the %d Gram matrices of its experts, the least %d; they lean on all experts'",
+            block_name,
+            len(shared),
+            len(experts.keys() & grams.keys()),
+            min(watch.rows[owner] for owner in shared),
+        )
+    return [Gram(group, grams[group[0]], watch.rows[group[0]], shared.get(group[0], 0.0)) for group in watch.groups()]
+
+
+def lean_on_all(grams: Mapping[str, Tensor], rows: Mapping[str, int], experts: Mapping[str, str]) -> dict[str, float]:
+    """Changes the Grams of experts that fewer than ENOUGH·d tokens reached; returns how much: owner -> 1 - w.
+
+    grams: owner -> H_e [d, d], rows: linear -> n_e, experts: linear -> its kind. What an expert lacks comes from
+    all of its kind, both counted per token: with w = min(1, √(n_e / (ENOUGH·d))),
+
+        H = n_e · (w · H_e / n_e + (1 - w) · Σ H_e / Σ n_e),
+
+    and Σ H_e alone where no token came. For gate and up that sum is k times the Gram of the layer's own input, since
+    each token reaches k experts.
+    """
+    shared: dict[str, float] = {}
+    kinds: dict[str, list[str]] = {}
+    for owner in grams:
+        if owner in experts:
+            kinds.setdefault(experts[owner], []).append(owner)
+    for owners in kinds.values():
+        tokens = sum(rows[owner] for owner in owners)
+        few = {owner: 1 - math.sqrt(rows[owner] / (ENOUGH * len(grams[owner]))) for owner in owners}
+        few = {owner: lacking for owner, lacking in few.items() if lacking > 0}
+        if few:
+            of_all = torch.zeros_like(grams[owners[0]])
+            for owner in owners:
+                of_all += grams[owner]
+            for owner, lacking in few.items():
+                grams[owner].mul_(1 - lacking).add_(of_all, alpha=lacking * ((rows[owner] or tokens) / tokens))
+            shared |= few
+    return shared
 
 
 @dataclass

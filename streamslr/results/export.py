@@ -23,6 +23,7 @@ from streamslr.results.inspect import read_run
 from streamslr.solve.pattern import SparsityPattern
 from streamslr.source.checkpoint import TensorInfo, open_checkpoint, shard_header
 from streamslr.source.places import CONFIG_FILE
+from streamslr.source.skeleton import Skeleton
 from streamslr.store.pack import merge
 from streamslr.store.shards import (
     INDEX_FILE,
@@ -82,13 +83,18 @@ def export(
     exact for "peft" and rounds the sum once for "dense". step: called with (shards done, shards in all).
     One tensor is in memory at a time. A shard is written durably, read back and recorded; one that is there as
     recorded is not made again.
-    Raises InputError when `folder` is unfinished or damaged (naming the shard), BudgetError when the disk is too
-    small, ResumeError when `out` holds something else or another process writes it.
+    Raises InputError when `folder` is unfinished or damaged (naming the shard), or has experts and shall go to PEFT;
+    BudgetError when the disk is too small, ResumeError when `out` holds something else or another process writes it.
     """
     keep_no_freed_memory()
     if out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{out} lies in the compressed folder itself; export to a folder outside of {folder}")
     source = _Source(folder)
+    if to == "peft" and (expert := source.expert()):
+        raise InputError(
+            f"{expert} is an expert's: transformers fuses experts when it loads them, so that no LoRA of PEFT has a "
+            f"linear to stand beside; export {folder} --to dense, or load it with streamslr.load"
+        )
     model = Path("base" if to == "peft" else "")
     count = len(source.files)
     shards = [
@@ -168,6 +174,11 @@ class _Source:
             for linear in linears
             if f"{linear}.V" in self._stored[file]
         }
+
+    def expert(self) -> str | None:
+        """The first linear of an expert, where there are any."""
+        skeleton = Skeleton(self._checkpoint, torch.float32, torch.device("cpu"))
+        return next((linear for linears in skeleton.experts for linear in linears), None)
 
     def weights(self, file: str, low_rank: bool, dtype: torch.dtype | None) -> tuple[TensorSource, ...]:
         """What the dense model has in the place of this shard: S + U·V [o, d] or S alone, and all else as it is."""

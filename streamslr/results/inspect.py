@@ -98,7 +98,7 @@ def warnings(block: BlockRecord) -> list[str]:
 
 def short_name(layer: LayerRecord, block: BlockRecord) -> str:
     """A layer's name within its block: self_attn.q_proj."""
-    return layer.name.removeprefix(block.name + ".")
+    return layer.name.partition(f".{block.index}.")[2] or layer.name
 
 
 def phases(measured: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

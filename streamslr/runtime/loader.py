@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +77,6 @@ def packed_modules(model: nn.Module) -> dict[str, SparseLowRankLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLowRankLinear)}
 
 
-def name_in(model: "PreTrainedModel", stored: str, modules: Container[str]) -> str | None:
-    """What `model` calls the linear of this stored name: a base model's names (AutoModel) lack a prefix."""
-    prefix = f"{model.base_model_prefix}."
-    return next((name for name in (stored, stored.removeprefix(prefix), prefix + stored) if name in modules), None)
-
-
 @register_quantization_config(QUANT_METHOD)
 class StreamslrConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed folder's config.json; InputError when it is damaged or too new."""
@@ -103,17 +97,25 @@ class StreamslrQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        from streamslr.source.experts import names_in, unfuse
+
         stored, patterns = _stored(checkpoint_files)
+        unfuse(model, get_model_conversion_mapping(model), stored)
         packed = read_quantization_config({"quantization_config": self.quantization_config})
         assert packed is not None
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        for key in [key for key in stored if key.endswith(".meta")]:
-            path = key.removesuffix(".meta")
-            name = name_in(model, path, linears)
-            if name is None:
-                continue  # transformers reports what the model has no use for
+        paths = [key.removesuffix(".meta") for key in stored if key.endswith(".meta")]
+        names = names_in(model, paths, linears)
+        if strangers := [path for path in paths if path not in names]:
+            raise InputError(
+                f"the shards hold {strangers[0]} ({len(strangers)} such linears), which {type(model).__name__} lacks: "
+                "config.json is of another model, or another version of transformers wrote the folder"
+            )
+        for path, name in names.items():
             if f"{path}.values" not in stored:
-                raise InputError(f"the shards hold {key} without its values; `streamslr verify` tells more")
+                raise InputError(f"the shards hold {path}.meta without its values; `streamslr verify` tells more")
             linear = linears.pop(name)
             pattern = patterns.get(path, packed.pattern)
             if pattern is None:
@@ -140,9 +142,14 @@ class StreamslrQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
         """What `save_pretrained` puts in its shards' headers, so that `streamslr eval` reads its folders too."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        linears = packed_modules(model)
+        saved = revert_weight_conversion(model, {f"{name}.meta": linear.meta for name, linear in linears.items()})
+        names = {id(tensor): key.removesuffix(".meta") for key, tensor in saved.items()}
         shapes = {
-            name: (linear.pattern, (linear.out_features, linear.in_features))
-            for name, linear in packed_modules(model).items()
+            names[id(linear.meta)]: (linear.pattern, (linear.out_features, linear.in_features))
+            for linear in linears.values()
         }
         return None, shard_metadata(shapes)
 

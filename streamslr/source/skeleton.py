@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from streamslr.errors import InputError
 from streamslr.source.checkpoint import Checkpoint
+from streamslr.source.experts import unfuse
 from streamslr.source.places import first_line
 
 _CALLS = 4
@@ -51,12 +52,13 @@ class Skeleton:
         self.dtype = dtype
         self.device = device
         self._model = _build(checkpoint.config, dtype)
+        conversions = get_model_conversion_mapping(self._model)
+        self._experts, self._conversions = unfuse(self._model, conversions, checkpoint.tensors)
         list_name, self._blocks = _find_blocks(self._model)
         self.block_names = tuple(f"{list_name}.{i}" for i in range(len(self._blocks)))
         computed = dict(self._model.named_non_persistent_buffers())
         self._computed = tuple(computed)  # buffers that no checkpoint holds: rotary tables ...
         self._meta: dict[str, Tensor] = self._model.state_dict() | computed
-        self._conversions = get_model_conversion_mapping(self._model)
         self._tied: Mapping[str, str] = self._model.all_tied_weights_keys
         self._shared = self._find_shared()
 
@@ -67,15 +69,18 @@ class Skeleton:
         """Every other checkpoint key, those included that the model has no use for."""
         self.sources: Mapping[str, tuple[str, ...]] = self._sources(checkpoint)
         """Parameter or persistent buffer -> the checkpoint keys that it is made of; one, but for fused ones."""
+        # Whoever reads experts one by one knows them by the checkpoint's names; adapters (PEFT) go by the model's.
+        of_checkpoint = {n: key for n, keys in self.sources.items() if self._experts and (key := self._as_is(keys))}
+        self._stored_name = {name: of_checkpoint.get(name, name) for name in self.sources}
+        self._name_of = {stored: name for name, stored in self._stored_name.items()}
+        self._routers = self._find_routers()
         self.linears: tuple[Mapping[str, tuple[int, int]], ...] = tuple(
-            {
-                f"{name}.{path}": (module.out_features, module.in_features)
-                for path, module in block.named_modules()
-                if isinstance(module, nn.Linear)
-            }
-            for name, block in zip(self.block_names, self._blocks, strict=True)
+            self._find_linears(i) for i in range(len(self._blocks))
         )
-        """Per block: full module path of each linear -> its weight's shape (o, d)."""
+        """Per block: each linear that is compressed, by the name it is stored under -> its weight's shape (o, d). That
+        name is the checkpoint's where the model has experts, its module path elsewhere."""
+        self.experts: tuple[Mapping[str, str], ...] = tuple(self._find_experts(i) for i in range(len(self._blocks)))
+        """Per block: each linear that only tokens routed to it see -> its kind, the same in every expert beside it."""
         self._check_headers()
 
         self.hidden_size = int(checkpoint.config.get_text_config().hidden_size)
@@ -103,15 +108,21 @@ class Skeleton:
         return self._blocks[i].requires_grad_(False)
 
     def linear(self, name: str) -> nn.Linear:
-        """A linear by its full module path, as `linears` names it."""
-        module = self._model.get_submodule(name)
+        """A linear, as `linears` names it."""
+        module = self._model.get_submodule(self._module_of(name))
         if not isinstance(module, nn.Linear):
             raise KeyError(f"{name} is a {type(module).__name__}, not a linear")
         return module
 
     def parameters(self, i: int) -> dict[str, nn.Parameter]:
-        """Live block i's parameters by their full names."""
-        return {f"{self.block_names[i]}.{name}": p for name, p in self._blocks[i].named_parameters()}
+        """Live block i's parameters by the names they are stored under, but for routers, which nothing may change."""
+        named = {f"{self.block_names[i]}.{name}": p for name, p in self._blocks[i].named_parameters()}
+        return {self._stored_name.get(name, name): p for name, p in named.items() if name not in self._routers}
+
+    def routing(self, name: str) -> tuple[int, int]:
+        """(k, E) of an expert's linear: each token passes k of E experts. Known once the block has run, on meta too."""
+        experts = self._experts[self._module_of(name).rsplit(".", 2)[0]]
+        return experts.top_k, experts.number
 
     @property
     def eager_heads(self) -> int:
@@ -120,8 +131,8 @@ class Skeleton:
         return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """What the checkpoint stores a parameter or buffer in."""
-        return self.checkpoint.tensors[self.sources[name][0]].dtype
+        """What the checkpoint stores a parameter or buffer in, by the name that it is stored under again."""
+        return self.checkpoint.tensors[self.sources[self._name_of[name]][0]].dtype
 
     def as_stored(self, i: int) -> dict[str, Tensor]:
         """Live block i's parameters and buffers but for its linears' weights, in the checkpoint's own bytes.
@@ -131,13 +142,13 @@ class Skeleton:
         weights = {f"{linear}.weight" for linear in self.linears[i]}
         tensors = {}
         for name in self._names(i):
-            if name in weights:
+            stored = self._stored_name[name]
+            if stored in weights:
                 continue
-            keys = self.sources[name]
-            if len(keys) == 1 == len(self._targets(keys[0])):
-                tensors[name] = self.checkpoint.read(keys)[keys[0]]
+            if key := self._as_is(self.sources[name]):
+                tensors[stored] = self.checkpoint.read([key])[key]
             else:
-                tensors[name] = self._get(name).detach().to(self.stored_dtype(name), copy=True)
+                tensors[stored] = self._get(name).detach().to(self.stored_dtype(stored), copy=True)
         return tensors
 
     def evict_block(self, i: int) -> None:
@@ -236,7 +247,12 @@ class Skeleton:
             for leaf, parameter in module.named_parameters(recurse=False):
                 what = f"{path}.{leaf} {list(parameter.shape)} in a {type(module).__name__}"
                 if parameter.dim() >= 3 and not type(module).__module__.startswith("torch.nn"):
-                    yield f"it is a mixture of experts: {what}"
+                    yield (
+                        f"it is a mixture of experts that cannot be taken apart, {what}: they are not plain gated "
+                        f"ones, or the checkpoint does not store them one by one"
+                    )
+                elif f"{path}.{leaf}" in self._routers:
+                    continue
                 elif parameter.dim() == 2 and not isinstance(module, nn.Linear | nn.Embedding):
                     odd.append(f"{what} is no linear layer")
         yield from odd
@@ -411,7 +427,43 @@ class Skeleton:
                 return a, b
         return None
 
+    def _find_routers(self) -> set[str]:
+        """Parameters beside experts with an output for each of them, or one alone (the gate of shared experts)."""
+        routers = set()
+        for path, experts in self._experts.items():
+            around = path.rpartition(".")[0]
+            for name, parameter in self._model.get_submodule(around).named_parameters(prefix=around):
+                if not name.startswith(f"{path}.") and parameter.shape[0] in (1, experts.number):
+                    routers.add(name)
+        return routers
+
+    def _find_linears(self, i: int) -> dict[str, tuple[int, int]]:
+        return {
+            self._stored_name.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight"): (
+                module.out_features,
+                module.in_features,
+            )
+            for path, module in self._blocks[i].named_modules(prefix=self.block_names[i])
+            if isinstance(module, nn.Linear) and f"{path}.weight" not in self._routers
+        }
+
+    def _find_experts(self, i: int) -> dict[str, str]:
+        kinds = {}
+        for name in self.linears[i]:
+            path, _, leaf = self._module_of(name).rsplit(".", 2)
+            if path in self._experts:
+                kinds[name] = f"{path}.*.{leaf}"
+        return kinds
+
+    def _module_of(self, linear: str) -> str:
+        """The module path of a linear by its name in `linears`."""
+        return self._name_of.get(f"{linear}.weight", f"{linear}.weight").removesuffix(".weight")
+
     # From checkpoint keys to parameters
+
+    def _as_is(self, keys: tuple[str, ...]) -> str | None:
+        """The one key that a parameter is, where it is neither fused of several nor split off one."""
+        return keys[0] if len(keys) == 1 == len(self._targets(keys[0])) else None
 
     def _targets(self, key: str) -> tuple[str, ...]:
         """The names in the model that a checkpoint key becomes, existing or not."""
@@ -460,7 +512,7 @@ class Skeleton:
                     f"{info.name} in {info.shard} is {info.dtype}, not floating point; give the original model "
                     f"in bf16, fp16 or fp32"
                 )
-            if len(keys) == 1 == len(self._targets(keys[0])) and info.shape != tuple(self._meta[name].shape):
+            if self._as_is(keys) and info.shape != tuple(self._meta[name].shape):
                 raise InputError(
                     f"{info.name} in {info.shard} is {list(info.shape)}, config.json asks for "
                     f"{list(self._meta[name].shape)}: they are of different models; download both again"

@@ -84,3 +84,69 @@ def test_hooks_are_gone_afterwards() -> None:
     block = Attention()
     collect_grams("block", linears(block), block, batches(torch.randn(2, 3, 4), 1))
     assert not any(linear._forward_pre_hooks for linear in linears(block).values())
+
+
+class Routed(nn.Module):
+    """Tokens go to expert 0, 1 or 2 by their first number; nobody goes to 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(4, 6) for _ in range(4))
+        self.down = nn.ModuleList(nn.Linear(6, 4) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = hidden.reshape(-1, 4)
+        for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            down(up(x[x[:, 0] == number]))
+        return hidden
+
+
+def routed_tokens() -> Tensor:
+    """[6, 40, 4]: 200 of them to expert 0, 30 to expert 1, 10 to expert 2."""
+    hidden = torch.randn(240, 4, generator=torch.Generator().manual_seed(0))
+    hidden[:, 0] = torch.tensor([0] * 200 + [1] * 30 + [2] * 10)[
+        torch.randperm(240, generator=torch.Generator().manual_seed(0))
+    ]
+    return hidden.view(6, 40, 4)
+
+
+KINDS = {f"block.{kind}.{number}": kind for kind in ("up", "down") for number in range(4)}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_experts_have_grams_of_their_own_tokens_blended_with_all_where_these_are_few(micro_batch: int) -> None:
+    block, hidden = Routed(), routed_tokens()
+    grams = collect_grams("block", linears(block), block, batches(hidden, micro_batch), KINDS)
+    x = hidden.double().reshape(-1, 4)
+    own = [x[x[:, 0] == number] for number in range(4)]
+    inputs = {"up": own, "down": [up(rows.float()).double() for up, rows in zip(block.up, own, strict=True)]}
+    by_name = {gram.linears[0]: gram for gram in grams}
+    assert set(by_name) == set(KINDS)
+    for kind, d in (("up", 4), ("down", 6)):
+        of_all = sum(rows.T @ rows for rows in inputs[kind]) / 240
+        for number, rows in enumerate(inputs[kind]):
+            gram, n = by_name[f"block.{kind}.{number}"], len(rows)
+            w = min(1.0, (n / (4 * d)) ** 0.5)
+            wanted = w * rows.T @ rows / max(n, 1) + (1 - w) * of_all
+            torch.testing.assert_close(gram.matrix.double(), wanted * (n or 240), rtol=1e-4, atol=1e-4)
+            assert gram.rows == n
+            assert gram.shared == pytest.approx(1 - w)
+            assert bool(gram.warnings("x")) == (w < 1)
+    assert by_name["block.up.2"].warnings("x") == (
+        "x: 10 calibration tokens reached this expert where 16 would do; 20.9% of its Gram matrix is all experts'",
+    )
+
+
+def test_how_many_experts_lack_tokens_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    block = Routed()
+    collect_grams("block 3", linears(block), block, batches(routed_tokens(), 2), KINDS)
+    assert caplog.messages == [
+        "block 3: too few tokens for 4 of the 8 Gram matrices of its experts, the least 0; they lean on all experts'"
+    ]
+
+
+def test_an_experts_non_finite_input_names_the_samples_of_its_batch() -> None:
+    block, hidden = Routed(), routed_tokens()
+    hidden[3, 7, 2] = float("inf")
+    with pytest.raises(InputError, match=r"NaN or infinite for 1 tokens, in calibration samples \[2, 3\]"):
+        collect_grams("block", linears(block), block, batches(hidden, 2), KINDS)

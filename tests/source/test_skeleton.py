@@ -76,7 +76,7 @@ def live_blocks(skeleton: Skeleton) -> set[int | None]:
 
 DENSE = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox", "cohere2"]
 TUPLES = ["bloom", "falcon", "gptj"]
-EXPERTS = ["mixtral", "qwen3_moe", "ernie4_5_moe"]
+EXPERTS = ["mixtral", "qwen3_moe", "ernie4_5_moe", "deepseek_v2", "deepseek_v3"]
 
 
 @pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS, "gpt2"])
@@ -251,7 +251,7 @@ def test_a_block_without_its_linears_as_the_checkpoint_stores_it(tmp_path: Path)
     assert skeleton.stored_dtype("model.layers.1.self_attn.q_proj.weight") == torch.bfloat16
 
 
-@pytest.mark.parametrize("architecture", [*DENSE, *TUPLES])
+@pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS])
 def test_shapes_are_seen_without_weights(tmp_path: Path, architecture: str) -> None:
     skeleton = skeleton_of(tiny_checkpoint(tmp_path / "m", architecture))
     seen: dict[str, int] = {}
@@ -416,16 +416,16 @@ def test_a_block_that_another_checkpoint_lacks(tmp_path: Path) -> None:
 # Models that cannot be compressed, or not even be taken apart
 
 
-@pytest.mark.parametrize("architecture", [*DENSE, *TUPLES])
-def test_dense_models_are_compressible(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS, "olmoe", "qwen2_moe", "glm4_moe"])
+def test_what_can_be_compressed(tmp_path: Path, architecture: str) -> None:
     skeleton_of(tiny_checkpoint(tmp_path / "m", architecture)).compressible()
 
 
 @pytest.mark.parametrize(
     ("architecture", "words"),
     [
-        ("mixtral", "mixture of experts: model.layers.0.mlp.experts.gate_up_proj [4, 256, 64]"),
-        ("qwen3_moe", "mixture of experts: model.layers.0.mlp.experts.gate_up_proj [4, 128, 64]"),
+        ("gpt_oss", "cannot be taken apart, model.layers.0.mlp.experts.gate_up_proj [4, 64, 256]"),
+        ("granitemoe", "cannot be taken apart, model.layers.0.block_sparse_moe.experts.gate_up_proj [4, 256, 64]"),
         ("gpt2", "transformer.h.0.attn.c_attn.weight [64, 192] in a Conv1D is no linear layer"),
     ],
 )
