@@ -112,8 +112,10 @@ class Passes:
                 return output
 
             batches = self._batches(hidden, step)
-            energies = collect_grams(skeleton.block_names[i], linears, run, batches, skeleton.experts[i], diagonal=True)
-            scored = [(linears[name].weight, gram.matrix) for gram in energies for name in gram.linears]
+            seen = collect_grams(skeleton.block_names[i], linears, run, batches, skeleton.experts[i], diagonal=True)
+            # per token, since experts see different numbers of them; one that saw none has no outliers
+            energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in seen]
+            scored = [(linears[name].weight, energy) for names, energy in energies for name in names]
             return upcoming, outlier_share(scored, self.job.config.owl_outlier or OUTLIER)
 
     def collect(
