@@ -20,11 +20,11 @@ ENOUGH = 2
 
 With eight clusters of llama-8m's tokens for experts, up and down of two blocks by 3basil at 2:4 + 16, the loss on
 tokens that the Gram had not seen was least at shares w of the own one of about 0.1, 0.2, 0.35, 0.5, 0.75 and 1, at 1/8,
-1/4, 1/2, 1, 2 and 4 tokens an input (tools/bench_experts.py). This rule's shares lose about 5 % more up to 1, up to 14 %
-at 2; at 1 the own Gram alone loses 32 to 59 % more, the shared one alone 14 to 29 %. With a Qwen3-MoE of 5.6 M trained
-for 450 steps, by eora-sparsegpt at 1:4 + 8 with 0.6 and 1.2 tokens an input in the mean, perplexity was least where
-only experts without any token got the shared Gram: 112.4 and 110.9; at ENOUGH = 2 it was 112.9 and 111.1, at 4 113.1 and
-111.2, with the shared one alone 113.7 and 112.0 (means of four seeds; dense 105.3)."""
+1/4, 1/2, 1, 2 and 4 tokens an input (tools/bench_experts.py). This rule's shares lose about 5 % more up to 1, up to
+14 % at 2; at 1 the own Gram alone loses 32 to 59 % more, the shared one alone 14 to 29 %. With a Qwen3-MoE of 5.6 M
+trained for 450 steps, by eora-sparsegpt at 1:4 + 8 with 0.6 and 1.2 tokens an input in the mean, perplexity was least
+where only experts without any token got the shared Gram: 112.4 and 110.9; at ENOUGH = 2 it was 112.9 and 111.1, at 4
+113.1 and 111.2, with the shared one alone 113.7 and 112.0 (means of four seeds; dense 105.3)."""
 
 
 @dataclass(frozen=True)
