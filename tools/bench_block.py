@@ -43,7 +43,6 @@ from typing import Any
 import click
 import make_checkpoint
 import torch
-from bench_perplexity import value_of
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -237,7 +236,7 @@ def main(
 ) -> None:
     shape = SHAPES[name]
     settings |= {"samples": samples or shape.samples, "seq_len": seq_len or shape.seq_len, "seed": seed}
-    settings |= {key.replace("-", "_"): value_of(value) for key, value in (change.split("=", 1) for change in others)}
+    settings |= {key.replace("-", "_"): _value(value) for key, value in (change.split("=", 1) for change in others)}
     console = Console(width=100)
     messages = BufferingHandler(10**6)
     logging.basicConfig(format="%(message)s", handlers=[logging.StreamHandler(), messages])
@@ -311,6 +310,14 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
     return f"{names[0]} × {len(names)}" if names else "cpu"
+
+
+def _value(text: str) -> Any:
+    """A number, true or false; else the text itself, like 4GB."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 if __name__ == "__main__":
