@@ -110,9 +110,10 @@ class NofM:
         o, d = scores.shape
         kept = _Groups(self).mark_(scores.abs()).bool()
         if int(kept.count_nonzero()) > o * (d // self.m) * self.n:  # magnitudes tie for a group's last place
-            groups = scores.abs().view(o, d // self.m, self.m)
-            order = groups.sort(dim=2, descending=True, stable=True).indices
-            kept.view(o, d // self.m, self.m).zero_().scatter_(2, order[..., : self.n], True)
+            groups, kept_groups = (tensor.view(o, d // self.m, self.m) for tensor in (scores, kept))
+            for rows in _row_slices(scores):
+                row, group = (kept_groups[rows].sum(2, dtype=torch.int16) > self.n).nonzero(as_tuple=True)
+                kept_groups[rows][row, group] = largest_of_rows(groups[rows][row, group], self.n)
         return kept
 
     def marker(self, scores: Tensor) -> Marker:
@@ -195,9 +196,12 @@ class Unstructured:
         threshold = _kth_largest(magnitudes, k)
         kept = magnitudes >= threshold
         surplus = int(kept.count_nonzero()) - k
-        if surplus:  # ties at the threshold: the last ones, in row-major order, leave
-            ties = (magnitudes == threshold).nonzero()[-surplus:]
-            kept[ties[:, 0], ties[:, 1]] = False
+        for rows in reversed(list(_row_slices(scores))):  # ties at the threshold: the last ones, row by row, leave
+            if not surplus:
+                break
+            ties = (magnitudes[rows] == threshold).nonzero()[-surplus:]
+            kept[rows][ties[:, 0], ties[:, 1]] = False
+            surplus -= len(ties)
         return kept
 
     def marker(self, scores: Tensor) -> Marker:
@@ -337,7 +341,8 @@ class _Groups:
         groups = magnitudes.view(o, k // self.group, self.group)
         members = groups.unbind(2)  # m tensors [o, k/m]
         if self.group > _INSERTION_MAX_M:
-            threshold = groups.kthvalue(self.group - self.n + 1, dim=2).values
+            place = self.group - self.n + 1
+            threshold = torch.cat([groups[rows].kthvalue(place, dim=2).values for rows in _row_slices(magnitudes)])
         else:
             threshold = _nth_largest(members, self.n)
         for member in members:

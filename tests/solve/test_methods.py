@@ -284,3 +284,15 @@ def test_a_solve_takes_no_more_than_it_says(name, o, d, pattern):
     peak = allocated_peak(solver, problem)
     planned = solver.peak_bytes(o, d, rank, by_row=problem.pattern.by_row)
     assert 0.4 * planned <= peak <= planned
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "7:32", "50%"])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+def test_nor_does_it_where_weights_tie_and_groups_are_long(name, pattern):
+    torch.manual_seed(0)
+    X = torch.randn(1024, 512)
+    X[:, :384] = 0
+    weight = torch.randn(768, 512).bfloat16().float()
+    problem = LayerProblem("made", weight, X.T @ X, parse_pattern(pattern), 0)
+    solver = BUILT_IN[name].solver
+    assert allocated_peak(solver, problem) <= solver.peak_bytes(768, 512, 0, by_row=problem.pattern.by_row)

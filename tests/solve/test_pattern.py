@@ -71,6 +71,18 @@ def test_project_and_marker_agree_with_topk_without_ties(text):
     assert torch.equal(marker.mark_(scores.abs()).bool(), expected)
 
 
+@pytest.mark.parametrize("text", ["2:4", "5:32", "50%", "30%/row"])
+def test_ties_leave_from_the_end_also_where_they_are_looked_at_piece_by_piece(text):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(-2, 3, (400, 320), generator=generator).float()
+    pattern = parse_pattern(text)
+    size = {"2:4": 4, "5:32": 32, "50%": 400 * 320, "30%/row": 320}[text]
+    groups = scores.abs().view(-1, size)
+    order = groups.sort(dim=1, descending=True, stable=True).indices
+    kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, : round(size * pattern.density)], True)
+    assert torch.equal(pattern.project(scores), kept.view_as(scores))
+
+
 @pytest.mark.parametrize("text", ["70%", "90%"])
 def test_the_unstructured_marker_follows_the_share_as_scores_change(text):
     torch.manual_seed(0)
