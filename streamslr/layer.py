@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from streamslr.errors import InputError
+from streamslr.errors import InputError, StreamslrError
 from streamslr.journal import LayerRecord
-from streamslr.solve.problem import LayerProblem, Solver, pruning_error, relative_error
+from streamslr.solve.problem import LayerProblem, Solver, SparseLowRank, pruning_error, relative_error
 from streamslr.store.pack import merge, pack
 
 log = logging.getLogger("streamslr")
@@ -20,13 +20,20 @@ def compress_layer(
 ) -> tuple[Mapping[str, Tensor], LayerRecord]:
     """What to store of the linear, values and factors in `dtype`, and its record; its weight is replaced.
 
-    Errors are those of what is stored, rounding included. Raises InputError when a factor overflows `dtype`.
+    Errors are those of what is stored, rounding included. Raises InputError when a factor overflows `dtype`,
+    StreamslrError when the solver returns what is no solution.
     """
     weight, pattern = problem.weight, problem.pattern  # [o, d]
     shape = (weight.shape[0], weight.shape[1])
     pruned = pruning_error(problem)
     solution = solver.solve(problem)
-    tensors = pack(solution.S, pattern, dtype)
+    try:
+        _require_shapes(problem, solution)
+        tensors = pack(solution.S, pattern, dtype)
+    except ValueError as error:
+        raise StreamslrError(
+            f"{problem.name}: {type(solver).__name__} returned what is no solution: {error}; tell the method's author"
+        ) from error
     if rank := solution.U.shape[1]:
         tensors |= {"U": solution.U.to(dtype), "V": solution.V.to(dtype)}
     if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
@@ -53,3 +60,12 @@ def compress_layer(
     )
     linear.weight.copy_(merged)
     return tensors, record
+
+
+def _require_shapes(problem: LayerProblem, solution: SparseLowRank) -> None:
+    """Raises ValueError for S, U, V that are no solution [o, d], [o, r], [r, d] of the rank asked for."""
+    (o, d), shapes = problem.weight.shape, [tuple(part.shape) for part in (solution.S, solution.U, solution.V)]
+    r = shapes[1][-1]
+    if shapes != [(o, d), (o, r), (r, d)] or r > problem.rank:
+        S, U, V = map(list, shapes)
+        raise ValueError(f"S {S}, U {U}, V {V} for a {o}×{d} weight at rank {problem.rank}")

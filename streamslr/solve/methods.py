@@ -146,5 +146,8 @@ def _others(only: str | None = None) -> dict[str, Method]:
             raise InputError(f"method {entry.name!r} of {package} cannot be loaded: {error!r}") from error
         if not isinstance(method, Method):
             raise InputError(f"method {entry.name!r} of {package} is a {type(method).__name__}, not a Method")
+        if not isinstance(method.solver, Solver):
+            kind = type(method.solver).__name__
+            raise InputError(f"method {entry.name!r} of {package}: its {kind} lacks solve, peak_bytes or flops")
         found[entry.name] = replace(method, name=entry.name, package=package)
     return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -54,8 +54,9 @@ class SparseLowRank:
         return torch.addmm(self.S, self.U, self.V)
 
 
+@runtime_checkable
 class Solver(Protocol):
-    """A method: tensors in, tensors out, on the device of the problem's tensors."""
+    """A method: tensors in, tensors out, on the device of the problem's tensors, which stay as they are."""
 
     def solve(self, problem: LayerProblem) -> SparseLowRank:
         """Raises InputError, naming the layer, when the problem cannot be solved."""

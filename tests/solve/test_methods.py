@@ -104,6 +104,7 @@ def test_a_method_of_another_package_is_found_listed_and_told_apart_by_version(i
     ("value", "name", "message"),
     [
         (Halve(), "halve", "method 'halve' of halver 1.2 is a Halve, not a Method"),
+        (Method("x", object(), ""), "halve", "'halve' of halver 1.2: its object lacks solve, peak_bytes or flops"),
         (Method("x", Halve(), ""), "wanda", "halver 1.2 registers a method 'wanda', which there is already"),
     ],
 )
