@@ -38,6 +38,7 @@ import torch
 from bench_block import commit
 from bench_run import STREAMSLR
 
+from streamslr.cli import run
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
 from streamslr.journal import refuse_changed_settings
@@ -69,7 +70,7 @@ class Combination:
 
     @property
     def folder(self) -> str:
-        return re.sub(r"\W+", "-", str(self))
+        return re.sub(r"[^\w.%-]+", "_", str(self))  # no two alike: 2:4 is no 2.4%, seed -1 not 1
 
     def describes(self, row: Row) -> bool:
         return all(row.get(name) == value for name, value in asdict(self).items())
@@ -129,11 +130,16 @@ def main(
         {"on": [True], "off": [False], "both": [False, True]}[match],
         [int(seed) for seed in seeds.split(",")],
     )
+    own = {"--model", "--calibration", "--device", "--samples", "--seq-len", "--quiet", "--out"}
+    own |= {"--method", "--pattern", "--rank", "--seed", "--match", "--no-match"}
     others = [part for change in changes for part in option(change)]
+    if taken := own & set(others[::2]):
+        raise click.UsageError(f"--set: {', '.join(sorted(taken))} is not for it, compare.py has its own")
     line = [
         *(STREAMSLR, "run", "--quiet", "--model", model, "--calibration", str(calibration), "--device", device),
         *("--samples", str(samples), "--seq-len", str(seq_len), *others),
     ]
+    run.make_context("run", [*line[2:], "--out", str(out)])  # a UsageError now, not once a combination
     work = work or Path(f"{out}.work")
     work.mkdir(parents=True, exist_ok=True)
 

@@ -66,7 +66,7 @@ def test_after_a_kill_finished_rows_stay_and_the_run_under_way_resumes(
     compared: Path, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
     """As a kill while oats was compressed leaves it: the row of wanda, and an unfinished run in the work folder."""
-    out, run = tmp_path / "tiny", tmp_path / "tiny.work" / "oats-2-4-4-matched-seed-0"
+    out, run = tmp_path / "tiny", tmp_path / "tiny.work" / "oats_2_4_4_matched_seed_0"
     before = rows(compared)
     shutil.copy(compared.with_suffix(".json"), out.with_suffix(".json"))
     settings = {"samples": 6, "seq_len": 16, "match_epochs": 2, "method": "oats", "rank": 4, "device": "cpu"}
@@ -86,3 +86,13 @@ def test_other_settings_do_not_go_into_the_same_table(inputs: dict[str, Path], t
     refused = compare(inputs, out)
     assert refused.returncode == 4
     assert "samples: 64 there, 6 now" in refused.stderr
+
+
+@pytest.mark.parametrize("change", ["nonsense=3", "match_epochs=many", "seed=4"])
+def test_settings_that_no_run_would_take_end_it_before_any_work(
+    inputs: dict[str, Path], tmp_path: Path, change: str
+) -> None:
+    refused = compare(inputs, tmp_path / "tiny", "--set", change)
+    assert refused.returncode == 2
+    assert f"--{change.partition('=')[0].replace('_', '-')}" in refused.stderr
+    assert not any(tmp_path.iterdir())
