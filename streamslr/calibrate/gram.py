@@ -189,6 +189,7 @@ def lean_on_all(grams: Mapping[str, Tensor], rows: Mapping[str, int], experts: M
             for owner, lacking in few.items():
                 grams[owner].mul_(1 - lacking).add_(of_all, alpha=lacking * ((rows[owner] or tokens) / tokens))
             shared |= few
+            del of_all  # before the next kind's is made
     return shared
 
 

@@ -29,7 +29,7 @@ class Alps:
 
         def prune(T: Tensor) -> Tensor:
             solved = self.admm.solve(replace(problem, weight=T / layer.scale, rank=0, room=None))
-            layer.warnings.extend(set(solved.warnings) - set(layer.warnings))
+            layer.warnings.extend(warning for warning in solved.warnings if warning not in layer.warnings)
             S = solved.S.mul_(layer.scale)
             refit_(S, T, G, self.cg_iterations)
             return S

@@ -33,7 +33,8 @@ class HassleFree:
 
         def work(layer: ScaledLayer) -> tuple[Tensor, Tensor, Tensor, int]:
             W = layer.W
-            prune = self.pruner.prepare(replace(layer, warnings=[]))  # a turn need not settle: the next goes on from it
+            # a turn need not settle: the next goes on from it
+            prune = self.pruner.prepare(replace(layer, warnings=[]) if layer.rank else layer)
             fit = LowRankFit(W, layer.rank, layer.times, problem.seed)
             S = prune(W)
             U, V = fit.fit(W - S)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamslr.calibrate.gram import collect_grams, input_groups
+from streamslr.calibrate.gram import collect_grams, input_groups, lean_on_all
 from streamslr.errors import InputError
+from tests.solve.problems import peak_of
 
 
 class Attention(nn.Module):
@@ -135,6 +136,12 @@ def test_experts_have_grams_of_their_own_tokens_blended_with_all_where_these_are
     assert by_name["block.down.2"].warnings("x") == (
         "x: 10 calibration tokens reached this expert where 12 would do; 8.7% of its Gram matrix is all experts'",
     )
+
+
+def test_the_sum_over_experts_is_made_of_one_kind_at_a_time() -> None:
+    grams = {f"{kind}.{number}": torch.eye(256) for kind in ("up", "down") for number in range(3)}
+    peak = peak_of(lambda: lean_on_all(grams, dict.fromkeys(grams, 10), {name: name[:-2] for name in grams}))
+    assert peak < 1.5 * 4 * 256**2
 
 
 def test_how_many_experts_lack_tokens_is_logged(caplog: pytest.LogCaptureFixture) -> None:

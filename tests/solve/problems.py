@@ -1,6 +1,7 @@
 """Small layers with the structure of trained ones, and what is asked of every solution."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,9 +43,14 @@ def error(problem: LayerProblem, result: SparseLowRank) -> float:
 
 
 def allocated_peak(solver: Solver, problem: LayerProblem) -> int:
-    """The most bytes that tensors of one solve take together, from the allocator's own events."""
+    """The most bytes that tensors of one solve take together."""
+    return peak_of(lambda: solver.solve(problem))
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The most bytes that the tensors made in `work` take together, from the allocator's own events."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        solver.solve(problem)
+        work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
     return max(held)
