@@ -276,6 +276,8 @@ def make_plan(
     grams_at = (whole or aside or ["disk"])[0]
     if not whole and not pieces and budget is not None:
         room = max(0, budget - needs.beside_solver(grams_at) - (needs.fixed if device.type == "cpu" else 0))
+        if needs.solving(room) == needs.solving(None):  # most methods cannot do with less
+            room = None
     phases = needs.phases(micro_batch, grams_at, room)
     generations = (4 if config.match else 2) * config.samples * config.seq_len * model.hidden_size * dtype.itemsize
     # half of what is left stays free: a budget filled to the brim helps nobody

@@ -153,6 +153,13 @@ def test_a_tight_budget_moves_grams_away_first_and_then_cuts_the_solver_into_til
     assert phase(tiled, "solve").gpu_bytes <= aside.gpu_bytes - GB
 
 
+def test_a_method_that_cannot_work_in_tiles_is_not_said_to() -> None:
+    made = plan(llama_70b(), gpu_mem=5 * GB, method="oats", match=False)
+    assert made.solver_room is None
+    with pytest.raises(BudgetError, match="phase"):
+        made.require_memory(10**12, 5 * GB)
+
+
 def test_matching_is_planned_for_what_may_change_and_not_for_dense_weights() -> None:
     kept = 0.5 * sum(o * d for o, d in llama_70b().blocks[0].linears.values())
     low_rank = 64 * sum(o + d for o, d in llama_70b().blocks[0].linears.values())
