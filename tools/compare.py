@@ -369,6 +369,7 @@ def draw(record: Mapping[str, Any], to: Path) -> None:
     """Perplexity against bytes and against CPU seconds: a colour a method, a shape a pattern, filled where matched."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator
 
     drawn = lines(record)
     colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(dict.fromkeys(x.method for x in drawn))}
@@ -396,9 +397,11 @@ def draw(record: Mapping[str, Any], to: Path) -> None:
     panels[0].annotate(f"dense {dense:.2f}", (0.01, dense), xycoords=("axes fraction", "data"), va="bottom")
     panels[0].set_ylabel("perplexity")
     panels[1].set_xscale("log")
+    panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_minor_formatter("{x:g}")
     for axis in (panels[0].yaxis, panels[1].xaxis):  # 60, not 6 × 10¹
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+    panels[1].xaxis.set_minor_formatter("")
     handles = [Line2D([], [], color=c, marker="o", linestyle="none", label=name) for name, c in colours.items()]
     handles += [Line2D([], [], color="k", marker=s, linestyle="none", label=name) for name, s in shapes.items()]
     handles.append(Line2D([], [], color="k", marker="o", fillstyle="none", linestyle="none", label="not matched"))
