@@ -34,18 +34,20 @@ class SparseGPT:
         def prune(T: Tensor) -> Tensor:
             X = T.t().contiguous()  # [d, o]: a column of T is a row
             d = len(X)
-            marker, groups = pattern.marker(T), pattern.groups(d)
-            block = max(1, self.block // marker.group) * marker.group
-            decided = marker.group if marker.group > 1 else block  # columns whose support is chosen at once
+            groups = pattern.groups(d)
+            m = groups[1] if groups and groups[1] < d else 1
+            marker = pattern.marker(T) if m > 1 else None
+            block = max(1, self.block // m) * m
+            decided = m if marker else block  # columns whose support is chosen at once
             for first in range(0, d, block):
                 end = min(first + block, d)
                 lost = torch.empty_like(X[first:end])  # [k, o]
                 for start in range(first, end, decided):
                     stop = min(start + decided, end)
                     scores = X[start:stop] * inverse[start:stop]
-                    if marker.group > 1:
+                    if marker:
                         kept = marker.mark_(scores.abs_().t()).t()
-                    elif groups is not None:  # rows: of the k that stay of each, what falls to these columns
+                    elif groups:  # rows: of the k that stay of each, what falls to these columns
                         k = groups[0]
                         kept = largest_of_rows(scores.t(), k * stop // d - k * start // d).t().to(X)
                     else:
