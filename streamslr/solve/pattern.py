@@ -165,17 +165,26 @@ class NofM:
 
 
 @dataclass(frozen=True)
-class Unstructured:
-    """Zeroes the share `sparsity` of a whole layer's weights, wherever they are smallest."""
+class _Share:
+    """Zeroes the share `sparsity`, whatever it is compared over; a bit of metadata a weight."""
 
     sparsity: float
 
     def __post_init__(self) -> None:
-        _require_share(self.sparsity)
+        if not 0.0 < self.sparsity < 1.0:
+            raise InputError(f"pattern {self}: the share to zero must lie between 0% and 100%")
 
     @property
     def density(self) -> float:
         return 1.0 - self.sparsity
+
+    def meta_width(self, d: int) -> int:
+        return -(-d // 8)
+
+
+@dataclass(frozen=True)
+class Unstructured(_Share):
+    """Zeroes the share `sparsity` of a whole layer's weights, wherever they are smallest."""
 
     @property
     def by_row(self) -> bool:
@@ -220,9 +229,6 @@ class Unstructured:
         if self.kept(o, d) == 0:
             raise InputError(f"{name}: pattern {self} keeps none of the {o}×{d} weights; lower the sparsity")
 
-    def meta_width(self, d: int) -> int:
-        return -(-d // 8)
-
     def groups(self, d: int) -> tuple[int, int] | None:
         return None
 
@@ -232,20 +238,11 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
-class UnstructuredRows:
+class UnstructuredRows(_Share):
     """Zeroes the share `sparsity` of each row, wherever it is smallest: every row keeps the same number.
 
     What Wanda and OATS prune by when they say unstructured (arXiv 2306.11695, 2409.13652).
     """
-
-    sparsity: float
-
-    def __post_init__(self) -> None:
-        _require_share(self.sparsity)
-
-    @property
-    def density(self) -> float:
-        return 1.0 - self.sparsity
 
     @property
     def by_row(self) -> bool:
@@ -278,9 +275,6 @@ class UnstructuredRows:
     def require_fits(self, name: str, shape: tuple[int, int]) -> None:
         if self.kept(shape[1]) == 0:
             raise InputError(f"{name}: pattern {self} keeps none of a row's {shape[1]} weights; lower the sparsity")
-
-    def meta_width(self, d: int) -> int:
-        return -(-d // 8)
 
     def groups(self, d: int) -> tuple[int, int] | None:
         return self.kept(d), d
@@ -317,11 +311,6 @@ def largest_of_rows(scores: Tensor, n: int) -> Tensor:
             ties = magnitudes == threshold
             part &= ~(ties & (ties.cumsum(1) > ties.sum(1, keepdim=True) - surplus))
     return kept
-
-
-def _require_share(sparsity: float) -> None:
-    if not 0.0 < sparsity < 1.0:
-        raise InputError(f"pattern {100 * sparsity:.10g}%: the share to zero must lie between 0% and 100%")
 
 
 def _row_slices(scores: Tensor) -> Iterator[slice]:
