@@ -61,14 +61,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamslr.runtime.register import register_with_transformers
+from streamslr.version import __version__
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from streamslr.journal import JournalState
-
-__version__ = "0.1.0"
+    from streamslr.run.journal import JournalState
 
 __all__ = ["__version__", "compress", "load"]
 
@@ -85,8 +84,8 @@ def compress(model: str | Path, out: str | Path, **settings: Any) -> "JournalSta
     Raises a streamslr.errors.StreamslrError for whatever a user can mend. Messages go to the logger "streamslr".
     """
     from streamslr.config import RunConfig
-    from streamslr.prepare import prepare
-    from streamslr.run import run
+    from streamslr.run.context import prepare
+    from streamslr.run.loop import run
 
     return run(prepare(RunConfig.of(model=model, out=out, **settings)))
 

@@ -91,10 +91,10 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
         config = RunConfig(**settings)
         with _logging(quiet, log_file) as console:
             _quiet_libraries()
-            from streamslr.prepare import prepare
-            from streamslr.progress import LiveDisplay
             from streamslr.results.inspect import run_table
-            from streamslr.run import run as compress
+            from streamslr.run.context import prepare
+            from streamslr.run.loop import run as compress
+            from streamslr.run.progress import LiveDisplay
 
             job = prepare(config)
             if not quiet:
@@ -116,7 +116,7 @@ def plan(as_json: bool, **settings: Any) -> None:
         out = settings["out"] or Path(f"{Path(settings['model']).name}-slr")
         config = RunConfig(**settings | {"out": out})
         _quiet_libraries()
-        from streamslr.prepare import prepare
+        from streamslr.run.context import prepare
 
         job = prepare(config)
         if as_json:
@@ -131,7 +131,7 @@ def plan(as_json: bool, **settings: Any) -> None:
 def methods(as_json: bool) -> None:
     """The methods that --method takes, those of other packages too: paper, needs, what they allow."""
     with _errors_and_interrupts():
-        from streamslr.solve.methods import all_methods, methods_table
+        from streamslr.solvers.methods import all_methods, methods_table
 
         found = all_methods()
         if as_json:

@@ -27,19 +27,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from streamslr.calibrate.tokens import text_windows
+from streamslr.calibration.tokens import text_windows
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
-from streamslr.journal import JOURNAL_FILE, FinetuneRecord, JournalState
-from streamslr.memory import why_out_of_memory
-from streamslr.prepare import pick_device
-from streamslr.results.inspect import read_run
-from streamslr.results.verify import verify
-from streamslr.runtime.loader import load, packed_modules
-from streamslr.source.checkpoint import open_checkpoint, shard_header
-from streamslr.source.experts import names_in
-from streamslr.store.folder import write_index
-from streamslr.store.shards import (
+from streamslr.io.folder import write_index
+from streamslr.io.shards import (
     PARTIAL_SUFFIX,
     TensorSource,
     WrittenShard,
@@ -48,6 +40,14 @@ from streamslr.store.shards import (
     write_json,
     write_shard,
 )
+from streamslr.memory import why_out_of_memory
+from streamslr.model.checkpoint import open_checkpoint, shard_header
+from streamslr.model.experts import names_in
+from streamslr.results.inspect import read_run
+from streamslr.results.verify import verify
+from streamslr.run.context import pick_device
+from streamslr.run.journal import JOURNAL_FILE, FinetuneRecord, JournalState
+from streamslr.runtime.loader import load, packed_modules
 
 _HELD_OUT = 1 / 20, 64
 """Of the windows, but at most so many: enough for a mean, little to lose for training."""

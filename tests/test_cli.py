@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import streamslr
-from tests.tiny_models import TEXT, tiny_checkpoint
+from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 COMMAND = [str(Path(sys.executable).with_name("streamslr"))]
 
@@ -71,7 +71,7 @@ def test_quiet_says_nothing(model: Path, text: Path, tmp_path: Path) -> None:
 INTERRUPTED = """
 import os, signal, sys
 from streamslr.cli import main
-from streamslr.journal import Journal
+from streamslr.run.journal import Journal
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without it
 how, commit = int(sys.argv.pop()), Journal.commit_block

@@ -20,8 +20,8 @@ from streamslr.results.export import export
 from streamslr.results.inspect import read_run, run_table
 from streamslr.results.report import write_report
 from streamslr.results.verify import verify
-from tests.killing import finetune_in_child
-from tests.tiny_models import TEXT, tiny_checkpoint
+from tests.support.killing import finetune_in_child
+from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 RUN: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
 SETTINGS: dict[str, Any] = {"seq_len": 32, "batch": 8, "lr": 0.05, "steps": 10, "device": "cpu"}

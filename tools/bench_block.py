@@ -50,12 +50,12 @@ from torch import Tensor
 
 from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import StreamslrError
+from streamslr.io.shards import DTYPE_NAMES
 from streamslr.memory import uss
-from streamslr.plan import Phase, Plan
-from streamslr.prepare import prepare
-from streamslr.progress import NoDisplay
-from streamslr.run import run
-from streamslr.store.shards import DTYPE_NAMES
+from streamslr.run.context import prepare
+from streamslr.run.loop import run
+from streamslr.run.plan import Phase, Plan
+from streamslr.run.progress import NoDisplay
 
 DEMO = Path(__file__).with_name("demo_model")
 Rows = dict[str, dict[str, Any]]

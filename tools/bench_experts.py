@@ -1,4 +1,4 @@
-"""How much of its own Gram an expert with few tokens should get: what `calibrate/gram.py`'s rule was chosen by.
+"""How much of its own Gram an expert with few tokens should get: what `calibration/grams.py`'s rule was chosen by.
 
     tools/bench_experts.py MODEL TEXT
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamslr.calibrate.tokens import calibration_windows
-from streamslr.solve import find_method, parse_pattern
-from streamslr.solve.problem import LayerProblem, relative_error
+from streamslr.calibration.tokens import calibration_windows
+from streamslr.solvers import find_method, parse_pattern
+from streamslr.solvers.base import LayerProblem, relative_error
 
 LINEARS = [(2, "up_proj"), (5, "up_proj"), (2, "down_proj"), (5, "down_proj")]
 RATIOS = (0.125, 0.25, 0.5, 1, 2, 4)

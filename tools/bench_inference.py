@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from streamslr.io.packing import merge, pack, unpack_rows
 from streamslr.runtime.linear import SparseLowRankLinear
-from streamslr.solve.pattern import SparsityPattern, parse_pattern
-from streamslr.store.pack import merge, pack, unpack_rows
+from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
 
 @click.command(help=__doc__)

@@ -28,7 +28,7 @@ def measure(model: Path, out: Path, options: list[str]) -> dict[str, Any]:
     line = ["--model", str(model), "--device", "cpu", *options]
     plan = json.loads(subprocess.run([STREAMSLR, "plan", *line, "--json"], check=True, capture_output=True).stdout)
     start = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import streamslr.cli, streamslr.run, streamslr.prepare"], check=True)
+    subprocess.run([sys.executable, "-c", "import streamslr.cli, streamslr.run, streamslr.run.context"], check=True)
     startup = time.monotonic() - start
     start, peak = time.monotonic(), 0
     process = psutil.Popen([STREAMSLR, "run", *line, "--out", str(out), "--quiet"])

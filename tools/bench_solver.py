@@ -30,7 +30,7 @@ from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 
-from streamslr.solve import (
+from streamslr.solvers import (
     LayerProblem,
     SparseLowRank,
     SparsityPattern,
@@ -39,7 +39,7 @@ from streamslr.solve import (
     parse_pattern,
     relative_error,
 )
-from streamslr.solve.problem import damping_diagonal
+from streamslr.solvers.base import damping_diagonal
 
 # Linears that share the input of another, which names their Gram matrix.
 SHARES_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}

@@ -41,18 +41,18 @@ from bench_run import STREAMSLR
 from streamslr.cli import run
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
-from streamslr.journal import refuse_changed_settings
+from streamslr.io.shards import file_sha256, write_file, write_json
 from streamslr.memory import free_host_memory
+from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from streamslr.results.inspect import read_run, totals
 from streamslr.results.verify import verify
-from streamslr.solve.methods import all_methods, find_method
-from streamslr.solve.pattern import parse_pattern
-from streamslr.source.checkpoint import open_checkpoint
-from streamslr.store.shards import file_sha256, write_file, write_json
+from streamslr.run.journal import refuse_changed_settings
+from streamslr.solvers.methods import all_methods, find_method
+from streamslr.spec.pattern import parse_pattern
 
 Row = dict[str, Any]
-_STARTUP = [sys.executable, "-c", "import streamslr.cli, streamslr.run, streamslr.prepare"]
+_STARTUP = [sys.executable, "-c", "import streamslr.cli, streamslr.run, streamslr.run.context"]
 
 
 @dataclass(frozen=True)

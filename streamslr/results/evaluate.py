@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamslr.calibrate.hidden_states import HiddenStates, InMemory, OnDisk, read_batches, spans
-from streamslr.calibrate.tokens import text_windows
+from streamslr.calibration.hidden_states import HiddenStates, InMemory, OnDisk, read_batches, spans
+from streamslr.calibration.tokens import text_windows
 from streamslr.errors import InputError
-from streamslr.plan import BATCH_TOKENS
-from streamslr.prepare import pick_device
-from streamslr.source.checkpoint import open_checkpoint
-from streamslr.source.skeleton import Skeleton
+from streamslr.model.blockwise import Skeleton
+from streamslr.model.checkpoint import open_checkpoint
+from streamslr.run.context import pick_device
+from streamslr.run.plan import BATCH_TOKENS
 
 _MEMORY_SHARE = 0.25
 """Of the free host memory that hidden states may take before they go to disk; two generations exist at a time."""

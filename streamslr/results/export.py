@@ -18,14 +18,8 @@ from torch import Tensor
 
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
-from streamslr.memory import keep_no_freed_memory
-from streamslr.results.inspect import read_run
-from streamslr.solve.pattern import SparsityPattern
-from streamslr.source.checkpoint import TensorInfo, open_checkpoint, shard_header
-from streamslr.source.places import CONFIG_FILE
-from streamslr.source.skeleton import Skeleton
-from streamslr.store.pack import merge
-from streamslr.store.shards import (
+from streamslr.io.packing import merge
+from streamslr.io.shards import (
     INDEX_FILE,
     PARTIAL_SUFFIX,
     TensorSource,
@@ -36,6 +30,12 @@ from streamslr.store.shards import (
     write_json,
     write_shard,
 )
+from streamslr.memory import keep_no_freed_memory
+from streamslr.model.blockwise import Skeleton
+from streamslr.model.checkpoint import TensorInfo, open_checkpoint, shard_header
+from streamslr.model.sources import CONFIG_FILE
+from streamslr.results.inspect import read_run
+from streamslr.spec.pattern import SparsityPattern
 
 RECORD_FILE = ".streamslr-export.json"
 """In the exported folder: what it is made of, and the digest of each finished shard. Hidden: no part of the model."""

@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
-from streamslr.allocate import Target, in_words
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
-from streamslr.journal import JOURNAL_FILE, BlockRecord, JournalState, LayerRecord, read_journal
-from streamslr.progress import PHASES
-from streamslr.solve.pattern import parse_pattern
+from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LayerRecord, read_journal
+from streamslr.run.progress import PHASES
+from streamslr.spec.allocation import Target, in_words
+from streamslr.spec.pattern import parse_pattern
 
 
 def read_run(folder: Path) -> JournalState:

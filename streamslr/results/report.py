@@ -13,10 +13,10 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
-from streamslr.journal import BlockRecord, JournalState, LayerRecord
-from streamslr.progress import PHASES, format_duration
+from streamslr.io.shards import write_file
 from streamslr.results.inspect import becomes, how, phases, read_run, short_name, totals, warnings
-from streamslr.store.shards import write_file
+from streamslr.run.journal import BlockRecord, JournalState, LayerRecord
+from streamslr.run.progress import PHASES, format_duration
 
 REPORT_FILE = "report.html"
 

@@ -10,9 +10,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from streamslr.errors import HubError, InputError
-from streamslr.prepare import pick_device
-from streamslr.source.checkpoint import open_checkpoint
-from streamslr.source.places import first_line
+from streamslr.model.checkpoint import open_checkpoint
+from streamslr.model.sources import first_line
+from streamslr.run.context import pick_device
 
 PAPERS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "rte", "openbookqa", "boolq")
 """The eight zero-shot tasks of HASSLE-free (arXiv:2502.00899) and 3BASiL (arXiv:2603.01376)."""

@@ -9,12 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from streamslr.errors import StreamslrError
-from streamslr.journal import JOURNAL_FILE, BlockRecord, JournalState, LayerRecord
+from streamslr.io.packing import check_packed
+from streamslr.io.shards import INDEX_FILE, WrittenShard, file_sha256, packed_linears
 from streamslr.results.inspect import read_run
 from streamslr.results.report import REPORT_FILE
-from streamslr.solve.pattern import SparsityPattern, parse_pattern
-from streamslr.store.pack import check_packed
-from streamslr.store.shards import INDEX_FILE, WrittenShard, file_sha256, packed_linears
+from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LayerRecord
+from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
 _PACKED_PARTS = ("values", "meta", "row_offsets", "U", "V")  # what check_packed looks at
 _TRAVELS_ALONG = ("README.md", "LICENSE", REPORT_FILE)  # what people add, or publish with a folder

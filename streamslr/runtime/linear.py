@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError
-from streamslr.solve.pattern import SparsityPattern, parse_pattern
-from streamslr.store.pack import unpack, unpack_rows
+from streamslr.io.packing import unpack, unpack_rows
+from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 24
 """Weights unpacked at once. On the CPU a tile and what it is made of stay in the cache: 4096x4096 took 2 to 3 times as
@@ -22,7 +22,7 @@ log = logging.getLogger("streamslr")
 class SparseLowRankLinear(nn.Module):
     """y = x Sᵀ + (x Vᵀ) Uᵀ + bias, for x [..., d] and S [o, d], which is packed as in the folder's format.
 
-    The state dict is the format: `values`, `meta`[, `row_offsets`] (`streamslr.store.pack`) are buffers, and
+    The state dict is the format: `values`, `meta`[, `row_offsets`] (`streamslr.io.packing`) are buffers, and
     frozen; `U` [o, r], `V` [r, d] (absent at rank 0) and `bias` [o] are parameters. Gradients reach x, U, V and
     bias; the backward pass unpacks S again, so that no dense S is kept for it.
     """

@@ -14,15 +14,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from streamslr.errors import InputError
+from streamslr.io.shards import MIXED, QUANT_METHOD, packed_linears, read_quantization_config, shard_metadata
 from streamslr.runtime.linear import SparseLowRankLinear
-from streamslr.store.shards import MIXED, QUANT_METHOD, packed_linears, read_quantization_config, shard_metadata
 
 # No more of transformers up here: this module is imported while transformers is (runtime/register.py).
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from streamslr.solve.pattern import SparsityPattern
-    from streamslr.source.checkpoint import TensorInfo
+    from streamslr.model.checkpoint import TensorInfo
+    from streamslr.spec.pattern import SparsityPattern
 
 log = logging.getLogger("streamslr")
 
@@ -44,7 +44,7 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from streamslr.source.places import first_line
+    from streamslr.model.sources import first_line
 
     if device is not None and device_map is not None:
         raise InputError(f"device {device!s} and device_map {device_map!r} cannot both hold; give one of them")
@@ -99,7 +99,7 @@ class StreamslrQuantizer(HfQuantizer):
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        from streamslr.source.experts import names_in, unfuse
+        from streamslr.model.experts import names_in, unfuse
 
         stored, patterns = _stored(checkpoint_files)
         unfuse(model, get_model_conversion_mapping(model), stored)
@@ -174,8 +174,8 @@ def _stored(files: list[str] | None) -> "tuple[dict[str, TensorInfo], dict[str, 
 
     Raises InputError for damaged ones, and an unfinished run.
     """
-    from streamslr.journal import read_journal
-    from streamslr.source.checkpoint import shard_header
+    from streamslr.model.checkpoint import shard_header
+    from streamslr.run.journal import read_journal
 
     if not files:
         raise InputError("a compressed model is loaded from its folder; a state_dict alone does not do")

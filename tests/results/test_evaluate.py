@@ -7,12 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import streamslr
-from streamslr.calibrate.tokens import text_windows
+from streamslr.calibration.tokens import text_windows
 from streamslr.errors import InputError
+from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
-from streamslr.source.checkpoint import open_checkpoint
-from tests.killing import compress_in_child
-from tests.tiny_models import TEXT, tiny_checkpoint
+from tests.support.killing import compress_in_child
+from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 SEQ_LEN = 16
 

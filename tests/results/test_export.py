@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamslr
-from streamslr.calibrate.tokens import text_windows
+from streamslr.calibration.tokens import text_windows
 from streamslr.errors import BudgetError, InputError, ResumeError
+from streamslr.io.shards import file_sha256
+from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export, vllm_max_lora_rank
-from streamslr.source.checkpoint import open_checkpoint
-from streamslr.store.shards import file_sha256
-from tests.killing import compress_in_child, export_in_child
-from tests.tiny_models import TEXT, tiny_checkpoint
+from tests.support.killing import compress_in_child, export_in_child
+from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
 BLOCK = "model-block-00000.safetensors"

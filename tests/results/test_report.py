@@ -18,10 +18,10 @@ from click.testing import CliRunner
 import streamslr
 from streamslr.cli import main
 from streamslr.errors import InputError
-from streamslr.journal import JournalState, read_journal
 from streamslr.results.report import figures, page, write_report
 from streamslr.results.verify import verify
-from tests.tiny_models import TEXT, tiny_checkpoint
+from streamslr.run.journal import JournalState, read_journal
+from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page was not opened in a browser")

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import streamslr
 from streamslr.errors import HubError, InputError
+from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.export import export
 from streamslr.results.tasks import evaluate_tasks
-from streamslr.source.checkpoint import open_checkpoint
-from tests.tiny_models import TEXT, tiny_checkpoint
+from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 QUESTIONS = [
     {

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import streamslr
 from streamslr.errors import InputError
-from streamslr.journal import read_journal
+from streamslr.io.shards import file_sha256
 from streamslr.results.inspect import summary
 from streamslr.results.verify import verify
-from streamslr.store.shards import file_sha256
-from tests.tiny_models import TEXT, tiny_checkpoint
+from streamslr.run.journal import read_journal
+from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 BLOCK = "model-block-00000.safetensors"
 LINEAR = "model.layers.0.mlp.up_proj"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from streamslr.io.packing import merge, pack
 from streamslr.runtime import linear as module
 from streamslr.runtime.linear import SparseLowRankLinear
-from streamslr.solve.pattern import parse_pattern
-from streamslr.store.pack import merge, pack
+from streamslr.spec.pattern import parse_pattern
 
 PATTERNS = ["2:4", "1:4", "4:8", "3:16", "50%", "90%", "80%/row"]
 

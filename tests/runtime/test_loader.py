@@ -16,12 +16,12 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import streamslr
 from streamslr.errors import InputError
+from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from streamslr.runtime.linear import SparseLowRankLinear, _semi_structured
 from streamslr.runtime.loader import packed_modules
-from streamslr.source.checkpoint import open_checkpoint
-from tests.runtime.folders import compressed_folder, dense_model
-from tests.tiny_models import TEXT, VOCABULARY, tiny_checkpoint
+from tests.support.compressed_folders import compressed_folder, dense_model
+from tests.support.tiny_models import TEXT, VOCABULARY, tiny_checkpoint
 
 IDS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 

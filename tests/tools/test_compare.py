@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.killing import compress_in_child
-from tests.tiny_models import TEXT, tiny_checkpoint
+from tests.support.killing import compress_in_child
+from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SIZES = ["--samples", "6", "--seq-len", "16", "--eval-windows", "4", "--set", "match_epochs=2"]

@@ -1,1 +1,0 @@
-"""A whole block refined against its dense self, supports fixed."""

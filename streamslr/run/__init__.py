@@ -1,0 +1,1 @@
+"""Compresses a model: context, plan, the block loop, the journal."""

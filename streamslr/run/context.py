@@ -1,0 +1,222 @@
+"""All that is known before work begins: checkpoint, skeleton, pattern, device, budgets, and the plan they give."""
+
+import hashlib
+import logging
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants
+from torch import Tensor, nn
+
+from streamslr.calibration.grams import input_groups
+from streamslr.calibration.hidden_states import Generations
+from streamslr.config import RunConfig
+from streamslr.errors import InputError
+from streamslr.io.shards import read_quantization_config
+from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
+from streamslr.model.blockwise import Skeleton
+from streamslr.model.checkpoint import Checkpoint, open_checkpoint
+from streamslr.run.journal import read_journal, refuse_changed_settings
+from streamslr.run.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
+from streamslr.solvers.base import LayerProblem
+from streamslr.solvers.methods import Method, find_method
+from streamslr.spec.allocation import (
+    DEFAULT_RANK,
+    Allocation,
+    allocate,
+    file_digest,
+    from_json,
+    in_words,
+    kept_share,
+    share_of_all,
+)
+from streamslr.version import __version__
+
+log = logging.getLogger("streamslr")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that could start: everything opened from headers alone, nothing downloaded or written."""
+
+    config: RunConfig
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    allocation: Allocation  # with --owl, before its survey: each linear at its densest
+    method: Method
+    device: torch.device
+    dtype: torch.dtype  # of hidden states and products: float32 on a CPU, bfloat16 on a GPU
+    host_mem: int
+    gpu_mem: int | None
+    plan: Plan
+    fingerprint: Mapping[str, Any]  # what must be equal for a resume, but for the tokens
+
+    @property
+    def scratch(self) -> Path:
+        """Of this output folder alone, also where several runs share one --scratch."""
+        if self.config.scratch is None:
+            return self.config.out / ".scratch"
+        out = str(self.config.out.absolute())
+        return self.config.scratch / f"{self.config.out.name}-{hashlib.sha256(out.encode()).hexdigest()[:12]}"
+
+    @property
+    def model_name(self) -> str:
+        """What a person would call the model: its hub id, or the name of its folder."""
+        folder = Path(self.config.model)
+        return folder.absolute().name if folder.is_dir() else self.config.model
+
+    @property
+    def made_with(self) -> dict[str, str]:
+        """What the journal says of the software and the machine."""
+        return {
+            "device": "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
+            "threads": str(torch.get_num_threads()),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        }
+
+    def stream(self, name: str) -> Generations:
+        """Where the hidden states that enter each block lie, or the targets of matching."""
+        shape = (self.config.samples, self.config.seq_len, self.skeleton.hidden_size)
+        return Generations(self.scratch, name, shape, self.dtype, self.plan.in_memory)
+
+    def upcoming_tensors(self, i: int) -> tuple[str, ...]:
+        """What the block after block i is made of; nothing after the last."""
+        following = self.skeleton.block_tensors[i + 1 : i + 2]
+        return following[0] if following else ()
+
+    def problem(self, name: str, weight: Tensor, gram: Tensor, room: int | None) -> LayerProblem:
+        """The layer [o, d] as the solver takes it, in float32."""
+        target = self.allocation[name]
+        return LayerProblem(name, weight.detach().float(), gram, target.pattern, target.rank, self.config.seed, room)
+
+    def less_room(self, name: str, linear: nn.Linear, room: int | None) -> int | None:
+        """What the solver takes where it has half the room it takes with `room`; None where it cannot do with less."""
+        target, gpu = self.allocation[name], self.device.type == "cuda"
+        o, d = linear.out_features, linear.in_features
+        takes = partial(self.method.solver.peak_bytes, o, d, target.rank, by_row=target.pattern.by_row, gpu=gpu)
+        now = takes(room)
+        less = takes(now // 2)
+        return less if less < now else None
+
+    def require_room(self) -> None:
+        """Raises BudgetError when the plan does not fit memory or disk."""
+        self.plan.require_memory(self.host_mem, self.gpu_mem)
+        self.plan.require_disk(self.config.out, self.scratch, Path(constants.HF_HUB_CACHE))
+
+    def remove_scratch(self) -> None:
+        """The work is done: nothing of it stays but the output, also where an earlier start had its scratch in it."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        shutil.rmtree(self.config.out / ".scratch", ignore_errors=True)
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Open the model and plan the run. Raises InputError for whatever headers can show to be wrong."""
+    keep_no_freed_memory()
+    share, method = share_of_all(config), find_method(config.method)
+    device, dtype = pick_device(config.device)
+    if device.type == "cuda":  # its context and libraries are host memory too
+        torch.linalg.cholesky(torch.eye(8, device=device) @ torch.eye(8, device=device))
+    baseline = uss()
+    checkpoint = open_checkpoint(config.model, config.revision, config.evict_shards)
+    skeleton = Skeleton(checkpoint, dtype, device)
+    if read_quantization_config(checkpoint.config) is not None:
+        raise InputError(f"{config.model} is compressed already; give the model that it was made from")
+    skeleton.compressible()
+    positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    if positions and config.seq_len > positions:
+        log.warning(
+            "--seq-len %d is more than the %d positions %s was made for", config.seq_len, positions, config.model
+        )
+    before = read_journal(config.out)
+    allocation: Allocation = allocate(config, skeleton.linears)
+    for target in dict.fromkeys(allocation.values()):
+        method.require(target.pattern, target.rank)
+    host_mem = free_host_memory() if config.host_mem is None else config.host_mem
+    gpu_mem = None
+    if device.type == "cuda":
+        gpu_mem = torch.cuda.mem_get_info(device)[0] if config.gpu_mem is None else config.gpu_mem
+    fingerprint = {
+        "model": checkpoint.identity,
+        **config.fixed(),
+        "method": method.identity,
+        # one text for 50% and 50.0%, for a default and what is left out
+        "pattern": None if config.compression else str(share),
+        "compression": str(share) if config.compression else None,
+        "rank": DEFAULT_RANK if config.rank is None and config.rank_ratio is None else config.rank,
+        "allocation": file_digest(config.allocation),
+        "device": device.type,
+        "streamslr": __version__,
+    }
+    if before:
+        refuse_changed_settings(config.out, before.fingerprint, fingerprint)
+        if config.owl is not None and before.allocation:
+            allocation = from_json(before.allocation, skeleton.linears)
+    plan = make_plan(
+        config,
+        _model_shape(skeleton),
+        allocation,
+        method.solver,
+        device,
+        dtype,
+        baseline,
+        host_mem,
+        gpu_mem,
+        Pieces(before.micro_batch, before.solver_room) if before else None,
+    )
+    if config.owl is not None and not (before and before.allocation):
+        mean = allocate(replace(config, owl=None, owl_outlier=None), skeleton.linears)
+        around = f"{in_words(mean.values())} on average, blocks by their outliers (a survey of them comes first)"
+        plan = replace(plan, linears=around, kept_share=kept_share(mean, skeleton.linears))
+    return Prepared(
+        config, checkpoint, skeleton, allocation, method, device, dtype, host_mem, gpu_mem, plan, fingerprint
+    )
+
+
+def pick_device(name: str | None) -> tuple[torch.device, torch.dtype]:
+    """The device of this name, or the best there is, and what to compute in there. Raises InputError."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no GPU here; use --device cpu")
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _model_shape(skeleton: Skeleton) -> ModelShape:
+    tensors = skeleton.checkpoint.tensors
+    blocks = []
+    for i, linears in enumerate(skeleton.linears):
+        modules = {name: skeleton.linear(name) for name in linears}
+        infos = [tensors[key] for key in skeleton.block_tensors[i]]
+        groups = input_groups(modules, partial(skeleton.run_on_meta, i))
+        blocks.append(
+            BlockShape(
+                linears=linears,
+                grams={group[0]: modules[group[0]].in_features for group in groups},
+                parameters=sum(prod(info.shape) for info in infos),
+                source_bytes=sum(info.nbytes for info in infos),
+                routing={name: skeleton.routing(name) for name in skeleton.experts[i]},
+            )
+        )
+    outside = [tensors[key] for key in skeleton.outside_tensors]
+    per_shard: dict[str, int] = {}
+    for info in tensors.values():
+        per_shard[info.shard] = per_shard.get(info.shard, 0) + info.nbytes
+    return ModelShape(
+        blocks=tuple(blocks),
+        hidden_size=skeleton.hidden_size,
+        outside_parameters=sum(prod(info.shape) for info in outside),
+        outside_bytes=sum(info.nbytes for info in outside),
+        eager_heads=skeleton.eager_heads,
+        value_bytes=max(skeleton.stored_dtype(f"{name}.weight").itemsize for name in skeleton.linears[0]),
+        download_bytes=skeleton.checkpoint.download_bytes,
+        largest_shard_bytes=max(per_shard.values()),
+    )

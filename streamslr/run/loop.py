@@ -1,0 +1,239 @@
+"""The block loop: load, Grams, solve, match, propagate, write, commit. Reads as the algorithm (DESIGN, section 4)."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from streamslr.calibration.grams import Gram, set_aside
+from streamslr.calibration.tokens import calibration_windows
+from streamslr.config import format_bytes
+from streamslr.errors import BudgetError
+from streamslr.io.folder import (
+    discard_uncommitted,
+    write_block,
+    write_description,
+    write_index,
+    write_outside,
+)
+from streamslr.io.shards import WrittenShard
+from streamslr.matching import BlockWeights, CompressedBlock
+from streamslr.memory import held_to_gpu_budget, why_out_of_memory
+from streamslr.model.checkpoint import open_checkpoint
+from streamslr.run.context import Prepared
+from streamslr.run.journal import BlockRecord, Journal, JournalState, LayerRecord, MatchRecord
+from streamslr.run.passes import Passes, Streams
+from streamslr.run.progress import Display, NoDisplay, Phases
+from streamslr.run.solve_linear import compress_layer
+from streamslr.solvers.base import Solver
+from streamslr.spec.allocation import Allocation, allocate, as_json, common_pattern, from_json, in_words
+
+log = logging.getLogger("streamslr")
+
+
+def run(job: Prepared, display: Display | None = None) -> JournalState:
+    """Compress job.config.model into job.config.out, or go on where an earlier call stopped.
+
+    Raises a StreamslrError for whatever a user can mend; every block that was committed stays.
+    """
+    job.require_room()
+    config = job.config
+    calibration = calibration_windows(
+        job.checkpoint.tokenizer(), config.calibration, config.samples, config.seq_len, config.seed
+    )
+    blocks = len(job.skeleton.block_names)
+    start = JournalState(
+        {**job.fingerprint, "tokens": calibration.digest},
+        calibration.source,
+        blocks,
+        job.plan.micro_batch,
+        job.plan.solver_room,
+        model=job.model_name,
+        made_with=job.made_with,
+        allocation=None if job.config.owl is not None else as_json(job.allocation),
+    )
+    planned = job.plan.memory(job.host_mem, job.gpu_mem)
+    with Journal(config.out, start) as journal:
+        done = len(journal.state.blocks)
+        if done:
+            log.info("%s: %d of %d blocks are done, going on", config.out, done, blocks)
+        with (
+            Phases(display or NoDisplay(), job.device, blocks, done, config.host_mem, planned) as phases,
+            held_to_gpu_budget(job.device, job.gpu_mem),
+            torch.no_grad(),
+        ):
+            passes = Passes(job, calibration.ids, phases, journal.state.micro_batch)
+            try:
+                if job.config.owl is not None:
+                    job = replace(job, allocation=surveyed(job, journal, phases, passes))
+                return Compression(job, journal, phases, passes, job.method.solver).run()
+            except (MemoryError, RuntimeError) as error:
+                raise BudgetError(
+                    f"memory ran out: {why_out_of_memory(error)}. Free some or raise the budget, then start the same "
+                    f"line again; finished blocks are kept"
+                ) from error
+
+
+def surveyed(job: Prepared, journal: Journal, phases: Phases, passes: Passes) -> Allocation:
+    """What each linear becomes by OWL: of the journal, or by one dense pass over all blocks, which is noted there."""
+    if journal.state.allocation is None:
+        skeleton, outliers = job.skeleton, []
+        log.info("counting the outliers of %d blocks, which decide their sparsity", len(skeleton.block_names))
+        hidden = passes.retried("embed", partial(passes.embed, targets=False)).hidden
+        for i in range(len(skeleton.block_names)):
+            upcoming, share = passes.retried("survey", partial(passes.survey, i, hidden))
+            outliers.append(share)
+            hidden.drop()
+            hidden = upcoming
+            skeleton.evict_block(i)
+            job.checkpoint.release(skeleton.block_tensors[i])
+        hidden.drop()
+        allocation = allocate(job.config, skeleton.linears, outliers)
+        for name, linears in zip(skeleton.block_names, skeleton.linears, strict=True):
+            log.info("%s becomes %s", name, in_words(allocation[linear] for linear in linears))
+        journal.commit_survey(outliers, as_json(allocation), passes.micro_batch, phases.take())
+    assert journal.state.allocation is not None
+    return from_json(journal.state.allocation, job.skeleton.linears)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """One process's work on a run: what `run` opened, and the algorithm."""
+
+    job: Prepared
+    journal: Journal
+    phases: Phases
+    passes: Passes
+    solver: Solver
+
+    def run(self) -> JournalState:
+        out, skeleton = self.job.config.out, self.job.skeleton
+        self.journal.forget_lost_shards()
+        state = self.journal.state
+        discard_uncommitted(out, state.shards)
+        write_index(out, state.shards)
+        if not state.complete:
+            streams = self.begin() if state.outside is None else self.resume()
+            for done in (skeleton.outside_tensors, *skeleton.block_tensors[: len(state.blocks)]):
+                self.job.checkpoint.release(done)
+            for i in range(len(state.blocks), state.blocks_total):
+                streams = self.compress_block(i, skeleton.block_names[i], streams)
+        self.job.remove_scratch()
+        return self.journal.state
+
+    def begin(self) -> Streams:
+        """All before block 0: the folder's description, the tensors outside the blocks, generation 0."""
+        job, out = self.job, self.job.config.out
+        with self.phases.phase("outside", steps=1):
+            rank = max(target.rank for target in job.allocation.values())
+            description = write_description(out, job.checkpoint, common_pattern(job.allocation), rank)
+            outside = write_outside(out, job.checkpoint, job.skeleton.outside_tensors)
+        streams = self.passes.retried("embed", self.passes.embed)
+        digest = streams.hidden.seal()
+        self.journal.commit_outside(description, outside, digest, self.passes.micro_batch, self.phases.take())
+        write_index(out, self.journal.state.shards)
+        return streams
+
+    def resume(self) -> Streams:
+        """What enters the next block: from the scratch folder, or by passing the finished blocks once more."""
+        state = self.journal.state
+        done = len(state.blocks)
+        digests = (state.hidden_states, state.hidden_states)  # of generation 0, which is its own target
+        if done:
+            digests = (state.blocks[-1].hidden_states, state.blocks[-1].targets)
+        if streams := self.passes.reopen(done, digests):
+            return streams
+        log.warning("hidden states in %s are lost; passing %d finished blocks again", self.job.scratch, done)
+        streams = self.passes.replay(done, open_checkpoint(str(self.job.config.out)))
+        if any(new not in (None, old) for new, old in zip(streams.seal(), digests, strict=True)):
+            log.warning("replayed hidden states differ in their last bits: another machine, torch build or micro-batch")
+        return streams
+
+    def compress_block(self, i: int, name: str, streams: Streams) -> Streams:
+        """Block i of the checkpoint -> its shard and a journal record; what enters the next block."""
+        job, skeleton, passes = self.job, self.job.skeleton, self.passes
+        self.phases.take()
+        with self.phases.phase("load", steps=1, block=i):
+            skeleton.load_block(i)
+            job.checkpoint.prefetch(job.upcoming_tensors(i))
+        linears = {linear: skeleton.linear(linear) for linear in skeleton.linears[i]}
+        grams, targets = passes.retried("grams", lambda: passes.collect(i, linears, streams))
+        with self.phases.phase("solve", steps=len(linears), block=i) as step:
+            packed, layers = self.solve_block(linears, grams, step)
+        weights = solved = BlockWeights(packed, skeleton.as_stored(i))
+        patterns = {linear: job.allocation[linear].pattern for linear in linears}
+        block = CompressedBlock(skeleton.parameters(i), linears, patterns)
+        curve: tuple[float, ...] = ()
+        if targets:
+            match = partial(passes.match, i, block, solved, streams.hidden, targets)
+            weights, curve = passes.retried("match", match, partial(passes.halve, job.config.match_batch))
+        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
+            writing = writer.submit(self.write, i, weights)
+            hidden, loss = passes.retried("propagate", lambda: passes.propagate(i, streams.hidden, targets))
+            if targets and not loss < curve[0]:
+                log.warning("%s: matching did not lower its loss of %.3g (%.3g); kept as solved", name, curve[0], loss)
+                block.place(solved)
+                writing = writer.submit(self.write, i, solved)
+                hidden.drop()
+                hidden, _ = passes.retried("propagate", lambda: passes.propagate(i, streams.hidden, targets))
+            shard = writing.result()
+        upcoming = Streams(hidden, targets)
+        with self.phases.phase("commit", steps=1, block=i):
+            digest, of_targets = upcoming.seal()
+        matching = MatchRecord(curve[0], finite(loss), loss < curve[0], tuple(map(finite, curve))) if targets else None
+        record = BlockRecord(i, name, shard, digest, tuple(layers), of_targets, matching, self.phases.take())
+        self.journal.commit_block(record, passes.micro_batch)
+        write_index(job.config.out, self.journal.state.shards)
+        streams.drop()
+        skeleton.evict_block(i)
+        job.checkpoint.release(skeleton.block_tensors[i])
+        self.phases.committed(record)
+        return upcoming
+
+    def write(self, i: int, weights: BlockWeights) -> WrittenShard:
+        """Block i's shard."""
+        job, shapes = self.job, self.job.skeleton.linears[i]
+        patterns = {linear: job.allocation[linear].pattern for linear in shapes}
+        return write_block(job.config.out, i, patterns, weights.packed, shapes, weights.kept)
+
+    def solve_block(
+        self, linears: Mapping[str, nn.Linear], grams: list[Gram], step: Callable[[int], None]
+    ) -> tuple[dict[str, Mapping[str, Tensor]], list[LayerRecord]]:
+        """S + U·V in the place of every weight; what to store of each, and its record. Empties `grams`."""
+        packed: dict[str, Mapping[str, Tensor]] = {}
+        layers = []
+        waiting = set_aside(grams, self.job.plan.grams_at, self.job.scratch)
+        while waiting:
+            gram = waiting.pop(0)()  # freed once its linears are solved
+            matrix = gram.matrix.to(self.job.device)
+            for name in gram.linears:
+                packed[name], layer = self.solve_layer(name, linears[name], matrix)
+                layers.append(replace(layer, rows=gram.rows, warnings=(*gram.warnings(name), *layer.warnings)))
+                step(1)
+            del gram, matrix
+        return packed, layers
+
+    def solve_layer(self, name: str, linear: nn.Linear, gram: Tensor) -> tuple[Mapping[str, Tensor], LayerRecord]:
+        """One linear solved in its place; where memory runs out, once more in tiles of half as many rows."""
+        job, room = self.job, self.job.plan.solver_room
+        dtype = job.skeleton.stored_dtype(f"{name}.weight")
+
+        def work() -> tuple[Mapping[str, Tensor], LayerRecord]:
+            return compress_layer(job.problem(name, linear.weight, gram, room), linear, self.solver, dtype)
+
+        def cut() -> str | None:
+            nonlocal room
+            room = job.less_room(name, linear, room)
+            return None if room is None else f"the rows of {name} in smaller tiles, {format_bytes(room)}"
+
+        return self.passes.retried("solve", work, cut)
+
+
+def finite(loss: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return loss if math.isfinite(loss) else None

@@ -1,0 +1,22 @@
+"""(W, H) -> S, U, V: one layer's compression, a method a file."""
+
+from streamslr.solvers.base import LayerProblem, Solver, SparseLowRank, relative_error
+from streamslr.solvers.methods import Method, all_methods, find_method
+from streamslr.solvers.threebasil import ThreeBasil
+from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows, parse_pattern
+
+__all__ = [
+    "LayerProblem",
+    "Method",
+    "NofM",
+    "Solver",
+    "SparseLowRank",
+    "SparsityPattern",
+    "ThreeBasil",
+    "Unstructured",
+    "UnstructuredRows",
+    "all_methods",
+    "find_method",
+    "parse_pattern",
+    "relative_error",
+]

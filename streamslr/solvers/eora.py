@@ -1,0 +1,39 @@
+"""EoRA: prune, then the best low-rank correction of what pruning lost (arXiv 2410.21271)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from streamslr.solvers.base import LayerProblem, SparseLowRank
+from streamslr.solvers.low_rank import LowRankFit
+from streamslr.solvers.scaled import Pruner, ScaledLayer, layer_bytes, solve_scaled
+
+
+@dataclass(frozen=True)
+class Eora:
+    """S by any pruner, then U·V the best rank-r fit of W − S in the metric of the inputs.
+
+    The paper's algorithm 1 projects W − S on the eigenvectors of H, weighted by the roots of their eigenvalues, and
+    truncates an SVD there; tr(R H Rᵀ) is the squared norm in that space, so it is the same minimum as `LowRankFit`'s.
+    """
+
+    pruner: Pruner
+
+    def solve(self, problem: LayerProblem) -> SparseLowRank:
+        """Raises InputError, naming the layer, for a problem that has no solution."""
+
+        def work(layer: ScaledLayer) -> tuple[Tensor, Tensor, Tensor, int]:
+            S = self.pruner.prepare(layer)(layer.W)
+            fit = LowRankFit(S, layer.rank, layer.times, problem.seed)
+            return S, *fit.fit(layer.W - S), 1
+
+        return solve_scaled(problem, work, full_gram=True)
+
+    def peak_bytes(
+        self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
+    ) -> int:
+        layer = layer_bytes(o, d, rank, full_gram=True, gpu=gpu)
+        return layer + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+
+    def flops(self, o: int, d: int, rank: int) -> float:
+        return self.pruner.prune_flops(o, d) + 8 * (4 * o * d + 2 * d * d) * rank

@@ -1,0 +1,70 @@
+"""Pruning alone: magnitude, Wanda, and what makes a method of any pruner."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from streamslr.solvers.base import LayerProblem, SparseLowRank
+from streamslr.solvers.scaled import Pruner, ScaledLayer, layer_bytes, solve_scaled
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Keeps the largest |W_ij| (Han et al., arXiv 1506.02626)."""
+
+    full_gram = False
+
+    def prepare(self, layer: ScaledLayer) -> Callable[[Tensor], Tensor]:
+        pattern, scale = layer.problem.pattern, layer.scale
+        return lambda T: T * pattern.project(T / scale)
+
+    def prune_bytes(self, o: int, d: int, *, by_row: bool, gpu: bool) -> int:
+        return 14 * o * d  # scores, and what their projection takes
+
+    def prune_flops(self, o: int, d: int) -> float:
+        return 20.0 * o * d
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Keeps the largest |W_ij|·‖X_j‖ (arXiv 2306.11695, equation 1), ‖X_j‖ undamped.
+
+    The pattern says what is compared: groups of m, rows for p%/row, as in the paper, or the layer for p%.
+    """
+
+    full_gram = False
+
+    def prepare(self, layer: ScaledLayer) -> Callable[[Tensor], Tensor]:
+        pattern = layer.problem.pattern
+        per_scale = layer.problem.gram.diagonal().clamp_min(0).sqrt() / layer.scale  # [d]
+        return lambda T: T * pattern.project(T * per_scale)
+
+    prune_bytes = Magnitude.prune_bytes
+    prune_flops = Magnitude.prune_flops
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruner on the weight itself: W ≈ S."""
+
+    pruner: Pruner
+
+    def solve(self, problem: LayerProblem) -> SparseLowRank:
+        """Raises InputError, naming the layer, for a problem that has no solution."""
+
+        def work(layer: ScaledLayer) -> tuple[Tensor, Tensor, Tensor, int]:
+            W = layer.W
+            S = self.pruner.prepare(layer)(W)
+            return S, W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1]), 1
+
+        return solve_scaled(problem, work, self.pruner.full_gram)
+
+    def peak_bytes(
+        self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
+    ) -> int:
+        layer = layer_bytes(o, d, 0, full_gram=self.pruner.full_gram, gpu=gpu)
+        return layer + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+
+    def flops(self, o: int, d: int, rank: int) -> float:
+        return self.pruner.prune_flops(o, d)

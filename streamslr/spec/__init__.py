@@ -1,0 +1,1 @@
+"""What each linear becomes: sparsity pattern, rank, and the allocation over the model."""

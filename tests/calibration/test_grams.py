@@ -1,0 +1,159 @@
+"""Gram matrices: which linears share one, their values, and inputs that are refused."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamslr.calibration.grams import collect_grams, input_groups, lean_on_all
+from streamslr.errors import InputError
+from tests.support.problems import peak_of
+
+
+class Attention(nn.Module):
+    """q and k share an input; o gets another; names say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 6), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        copy = x * 1
+        return self.c(self.a(x) + self.b(x)[..., :4] + copy)
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    return {f"block.{name}": m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def batches(hidden: Tensor, size: int) -> list[tuple[int, Tensor]]:
+    return [(i, hidden[i : i + size]) for i in range(0, len(hidden), size)]
+
+
+def test_linears_share_a_gram_exactly_when_they_share_an_input_tensor() -> None:
+    block = Attention()
+    grams = collect_grams("block", linears(block), block, batches(torch.randn(3, 5, 4), 2))
+    assert [g.linears for g in grams] == [("block.a", "block.b"), ("block.c",)]
+
+
+def test_groups_are_found_on_the_meta_device() -> None:
+    block = Attention().to("meta")
+    groups = input_groups(linears(block), lambda: block(torch.empty(1, 2, 4, device="meta")))
+    assert groups == (("block.a", "block.b"), ("block.c",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gram_is_the_sum_over_all_rows_of_all_samples(dtype: torch.dtype) -> None:
+    block, hidden = Attention().to(dtype), torch.randn(5, 7, 4).to(dtype)
+    gram = collect_grams("block", linears(block), block, batches(hidden, 2))[0]
+    x = hidden.double().reshape(-1, 4)
+    assert gram.matrix.dtype == torch.float32
+    torch.testing.assert_close(gram.matrix.double(), x.T @ x, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_inputs_in_different_tensors_are_not_shared() -> None:
+    class Twice(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x.clone()) + self.b(x.clone())[..., :4] + self.c(x)
+
+    block = Twice()
+    assert len(collect_grams("block", linears(block), block, batches(torch.randn(2, 3, 4), 1))) == 3
+
+
+def test_non_finite_inputs_are_refused_naming_block_layer_and_samples() -> None:
+    block, hidden = Attention(), torch.randn(6, 5, 4)
+    hidden[3, 1, 2] = float("nan")
+    hidden[4, 0, 0] = float("inf")
+    hidden[4, 1, 0] = -float("inf")
+    with pytest.raises(
+        InputError,
+        match=r"model.layers.7: the input of block.a .* for 3 tokens, in .*\[3, 4\]",
+    ):
+        collect_grams("model.layers.7", linears(block), block, batches(hidden, 2)[1:])
+
+
+def test_a_layer_that_sees_some_tokens_only_is_refused() -> None:
+    class Routed(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)[..., :4] + self.c(x[:, :2]).sum()
+
+    block = Routed()
+    with pytest.raises(InputError, match=r"block.c saw 4 inputs where 10 tokens passed block 1"):
+        collect_grams("block 1", linears(block), block, batches(torch.randn(2, 5, 4), 1))
+
+
+def test_hooks_are_gone_afterwards() -> None:
+    block = Attention()
+    collect_grams("block", linears(block), block, batches(torch.randn(2, 3, 4), 1))
+    assert not any(linear._forward_pre_hooks for linear in linears(block).values())
+
+
+class Routed(nn.Module):
+    """Tokens go to expert 0, 1 or 2 by their first number; nobody goes to 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(4, 6) for _ in range(4))
+        self.down = nn.ModuleList(nn.Linear(6, 4) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = hidden.reshape(-1, 4)
+        for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            down(up(x[x[:, 0] == number]))
+        return hidden
+
+
+def routed_tokens() -> Tensor:
+    """[6, 40, 4]: 200 of them to expert 0, 30 to expert 1, 10 to expert 2."""
+    hidden = torch.randn(240, 4, generator=torch.Generator().manual_seed(0))
+    hidden[:, 0] = torch.tensor([0] * 200 + [1] * 30 + [2] * 10)[
+        torch.randperm(240, generator=torch.Generator().manual_seed(0))
+    ]
+    return hidden.view(6, 40, 4)
+
+
+KINDS = {f"block.{kind}.{number}": kind for kind in ("up", "down") for number in range(4)}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_experts_have_grams_of_their_own_tokens_blended_with_all_where_these_are_few(micro_batch: int) -> None:
+    block, hidden = Routed(), routed_tokens()
+    grams = collect_grams("block", linears(block), block, batches(hidden, micro_batch), KINDS)
+    x = hidden.double().reshape(-1, 4)
+    own = [x[x[:, 0] == number] for number in range(4)]
+    inputs = {"up": own, "down": [up(rows.float()).double() for up, rows in zip(block.up, own, strict=True)]}
+    by_name = {gram.linears[0]: gram for gram in grams}
+    assert set(by_name) == set(KINDS)
+    for kind, d in (("up", 4), ("down", 6)):
+        of_all = sum(rows.T @ rows for rows in inputs[kind]) / 240
+        for number, rows in enumerate(inputs[kind]):
+            gram, n = by_name[f"block.{kind}.{number}"], len(rows)
+            w = min(1.0, (n / (2 * d)) ** 0.5)
+            wanted = w * rows.T @ rows / max(n, 1) + (1 - w) * of_all
+            torch.testing.assert_close(gram.matrix.double(), wanted * (n or 240), rtol=1e-4, atol=1e-4)
+            assert gram.rows == n
+            assert gram.shared == pytest.approx(1 - w)
+            assert bool(gram.warnings("x")) == (w < 1)
+    assert by_name["block.down.2"].warnings("x") == (
+        "x: 10 calibration tokens reached this expert where 12 would do; 8.7% of its Gram matrix is all experts'",
+    )
+
+
+def test_the_sum_over_experts_is_made_of_one_kind_at_a_time() -> None:
+    grams = {f"{kind}.{number}": torch.eye(256) for kind in ("up", "down") for number in range(3)}
+    peak = peak_of(lambda: lean_on_all(grams, dict.fromkeys(grams, 10), {name: name[:-2] for name in grams}))
+    assert peak < 1.5 * 4 * 256**2
+
+
+def test_how_many_experts_lack_tokens_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    block = Routed()
+    collect_grams("block 3", linears(block), block, batches(routed_tokens(), 2), KINDS)
+    assert caplog.messages == [
+        "block 3: too few tokens for 3 of the 8 Gram matrices of its experts, the least 0; they lean on all experts'"
+    ]
+
+
+def test_an_experts_non_finite_input_names_the_samples_of_its_batch() -> None:
+    block, hidden = Routed(), routed_tokens()
+    hidden[3, 7, 2] = float("inf")
+    with pytest.raises(InputError, match=r"NaN or infinite for 1 tokens, in calibration samples \[2, 3\]"):
+        collect_grams("block", linears(block), block, batches(hidden, 2), KINDS)

@@ -1,0 +1,169 @@
+"""One contract for every tier of hidden states, and what the disk tier does when files are lost."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamslr.calibration.hidden_states import (
+    Generations,
+    HiddenStates,
+    InMemory,
+    OnDisk,
+    WriteThrough,
+    read_batches,
+    spans,
+)
+from streamslr.errors import BudgetError
+
+SAMPLES, SEQ_LEN, HIDDEN = 5, 3, 4
+SHAPE = (SAMPLES, SEQ_LEN, HIDDEN)
+Make = Callable[[torch.dtype], HiddenStates]
+
+
+@pytest.fixture(params=["memory", "disk", "both"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
+    def make(dtype: torch.dtype) -> HiddenStates:
+        if request.param == "memory":
+            return InMemory(*SHAPE, dtype)
+        disk = OnDisk(tmp_path / "generation.zarr", *SHAPE, dtype)
+        return disk if request.param == "disk" else WriteThrough(InMemory(*SHAPE, dtype), disk)
+
+    return make
+
+
+def states(dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reads_back_the_bits_that_were_written(make: Make, dtype: torch.dtype) -> None:
+    hidden, tier = states(dtype), make(dtype)
+    tier.write(3, hidden[3:])
+    tier.write(0, hidden[:3])
+    tier.seal()
+    assert torch.equal(tier.read(0, SAMPLES), hidden)
+    assert torch.equal(tier.read(2, 4), hidden[2:4])
+
+
+def test_zeros_and_special_values_survive(make: Make) -> None:
+    hidden = torch.zeros(SHAPE)
+    hidden[1] = -0.0
+    hidden[2, 0] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-45])
+    tier = make(torch.float32)
+    tier.write(0, hidden)
+    tier.seal()
+    assert torch.equal(tier.read(0, SAMPLES).view(torch.int32), hidden.view(torch.int32))
+
+
+def test_the_digest_names_the_content_not_the_tier_or_the_batches(make: Make) -> None:
+    hidden, tier = states(torch.bfloat16), make(torch.bfloat16)
+    for i in reversed(range(SAMPLES)):
+        tier.write(i, hidden[i : i + 1])
+    expected = InMemory(*SHAPE, torch.bfloat16)
+    expected.write(0, hidden)
+    assert tier.seal() == expected.seal()
+    changed = InMemory(*SHAPE, torch.bfloat16)
+    changed.write(0, states(torch.bfloat16, seed=1))
+    assert tier.seal() != changed.seal()
+
+
+def test_the_writer_and_the_reader_own_their_tensors(make: Make) -> None:
+    hidden, tier = states(torch.float32), make(torch.float32)
+    given = hidden.clone()
+    tier.write(0, given)
+    given.zero_()
+    tier.seal()
+    tier.read(0, 2).zero_()
+    assert torch.equal(tier.read(0, SAMPLES), hidden)
+
+
+def test_what_was_just_written_is_read_even_before_it_lies_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that is not there yet would read as zeros."""
+    hold, store = threading.Event(), OnDisk._store
+
+    def late(self: OnDisk, start: int, host: torch.Tensor) -> None:
+        hold.wait(0.2)
+        store(self, start, host)
+
+    monkeypatch.setattr(OnDisk, "_store", late)
+    tier, hidden = OnDisk(tmp_path / "late", *SHAPE, torch.float32), states(torch.float32)
+    tier.write(0, hidden)
+    assert torch.equal(tier.read(0, SAMPLES), hidden)
+
+
+def test_an_incomplete_generation_cannot_be_sealed(make: Make) -> None:
+    tier = make(torch.float32)
+    tier.write(1, states(torch.float32)[1:])
+    with pytest.raises(ValueError, match=r"without samples \[0\]"):
+        tier.seal()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 5, 9])
+def test_batches_cover_a_generation_in_order(make: Make, micro_batch: int) -> None:
+    hidden, tier = states(torch.float32), make(torch.float32)
+    tier.write(0, hidden)
+    tier.seal()
+    starts, parts = zip(*read_batches(tier, spans([(0, SAMPLES)], micro_batch)), strict=True)
+    assert list(starts) == list(range(0, SAMPLES, micro_batch))
+    assert torch.equal(torch.cat(parts), hidden)
+
+
+def generations(folder: Path, in_memory: bool = False) -> Generations:
+    return Generations(folder, "generation", SHAPE, torch.bfloat16, in_memory)
+
+
+def sealed(folder: Path, index: int = 3) -> str:
+    tier = generations(folder).new(index)
+    tier.write(0, states(torch.bfloat16))
+    return tier.seal()
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_another_process_reopens_a_sealed_generation(tmp_path: Path, in_memory: bool) -> None:
+    tier = generations(tmp_path, in_memory).new(3)
+    tier.write(0, states(torch.bfloat16))
+    reopened = generations(tmp_path, in_memory).reopen(3, tier.seal())
+    assert reopened is not None
+    assert torch.equal(reopened.read(0, SAMPLES), states(torch.bfloat16))
+
+
+def test_a_lost_damaged_or_foreign_generation_is_not_reopened(tmp_path: Path) -> None:
+    digest = sealed(tmp_path)
+    chunk = tmp_path / "generation-00003.zarr" / "c" / "2" / "0" / "0"
+    assert generations(tmp_path).reopen(3, "0" * 64) is None
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert generations(tmp_path).reopen(3, digest) is None
+    chunk.write_bytes(whole[:-2])
+    assert generations(tmp_path).reopen(3, digest) is None
+    chunk.unlink()  # zarr would read it as zeros
+    assert generations(tmp_path).reopen(3, digest) is None
+    assert generations(tmp_path / "elsewhere").reopen(3, digest) is None
+
+
+def test_reopening_discards_every_other_generation(tmp_path: Path) -> None:
+    digest = sealed(tmp_path, 3)
+    sealed(tmp_path, 4)
+    assert generations(tmp_path).reopen(3, digest) is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["generation-00003.zarr"]
+
+
+def test_a_full_disk_is_a_budget_error_that_says_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    tier = OnDisk(tmp_path / "g.zarr", *SHAPE, torch.float32)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(tier._array), "__setitem__", full)
+    tier.write(0, states(torch.float32))
+    with pytest.raises(BudgetError, match=r"No space left .* 240 bytes.*--scratch"):
+        tier.seal()

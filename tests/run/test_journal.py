@@ -1,0 +1,122 @@
+"""The journal: what it keeps, who may write, what it refuses."""
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamslr.errors import InputError, ResumeError
+from streamslr.io.shards import WrittenShard
+from streamslr.run.journal import JOURNAL_FILE, BlockRecord, Journal, JournalState, LayerRecord, read_journal
+
+
+def start(blocks: int = 2, micro_batch: int = 1, **changed: object) -> JournalState:
+    return JournalState(FINGERPRINT | changed, "text.txt", blocks, micro_batch)
+
+
+FINGERPRINT = {"model": "abc", "method": "3basil", "pattern": "2:4", "rank": 16, "tokens": "f00"}
+
+
+def block(index: int) -> BlockRecord:
+    layer = LayerRecord("m.q", (4, 8), "2:4", 0.5, 2, 0.1, 0.01, 40, 1.0, 100, 200, ("damping raised",))
+    shard = WrittenShard(f"model-block-{index:05d}.safetensors", "d" * 64, 123)
+    measured = {"solve": {"seconds": 1.5, "host_peak_bytes": 10}}
+    return BlockRecord(index, f"model.layers.{index}", shard, "e" * 64, (layer,), measured=measured)
+
+
+def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> None:
+    outside = WrittenShard("model-outside.safetensors", "a" * 64, 5)
+    with Journal(tmp_path, start(micro_batch=8)) as journal:
+        journal.commit_outside({"config.json": "c" * 64}, outside, "b" * 64, 8, {})
+        journal.commit_block(block(0), micro_batch=8)
+        written = journal.state
+    assert not written.complete
+    with Journal(tmp_path, start()) as journal:
+        assert journal.state == written
+        assert journal.state.micro_batch == 8, "the first start's choice stays"
+        journal.commit_block(block(1), 1)
+    state = read_journal(tmp_path)
+    assert state is not None
+    assert state.complete
+    assert state.blocks == (block(0), block(1))
+    assert state.shards == (outside, block(0).shard, block(1).shard)
+
+
+def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None:
+    Journal(tmp_path, start()).close()
+    with pytest.raises(ResumeError, match=r"pattern: '2:4' there, '4:8' now; rank: 16 there, 64 now"):
+        Journal(tmp_path, start(rank=64, pattern="4:8"))
+
+
+def _try_to_open(folder: Path, answer: Any) -> None:
+    try:
+        Journal(folder, start())
+        answer.put("opened")
+    except ResumeError as error:
+        answer.put(str(error))
+
+
+def test_a_second_process_is_refused_and_let_in_afterwards(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    for held, expected in ((True, "another process is writing"), (False, "opened")):
+        journal = Journal(tmp_path, start()) if held else None
+        process = context.Process(target=_try_to_open, args=(tmp_path, answer))
+        process.start()
+        assert expected in answer.get(timeout=30)
+        process.join()
+        if journal:
+            journal.close()
+
+
+def test_a_folder_with_somebodys_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(ResumeError, match=r"model.safetensors.*empty or new folder"):
+        Journal(tmp_path, start())
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_process_killed_while_it_claimed_the_folder_does_not_block_it(tmp_path: Path) -> None:
+    (tmp_path / f"{JOURNAL_FILE}.partial").write_text('{"form')
+    Journal(tmp_path, start()).close()
+    assert read_journal(tmp_path) is not None
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"format_version": 99}', '{"format_version": 2', '{"format_version": 2}']
+)
+def test_an_unreadable_or_newer_journal_is_refused_naming_it(tmp_path: Path, content: str) -> None:
+    (tmp_path / JOURNAL_FILE).write_text(content)
+    with pytest.raises(InputError, match=JOURNAL_FILE):
+        read_journal(tmp_path)
+
+
+def test_the_newer_version_is_named(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL_FILE).write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(InputError, match=r"format_version 99; streamslr .* reads 2"):
+        read_journal(tmp_path)
+
+
+def test_blocks_are_committed_in_order(tmp_path: Path) -> None:
+    with Journal(tmp_path, start(3)) as journal, pytest.raises(ValueError, match="block 1 committed"):
+        journal.commit_block(block(1), 1)
+
+
+def test_a_lost_shard_sends_the_run_back_to_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outside = WrittenShard("model-outside.safetensors", "a" * 64, 5)
+    with Journal(tmp_path, start(3)) as journal:
+        journal.commit_outside({}, outside, "b" * 64, 1, {})
+        for i in range(3):
+            journal.commit_block(block(i), 1)
+        for shard in journal.state.shards:
+            (tmp_path / shard.file).write_bytes(bytes(shard.nbytes))
+        journal.forget_lost_shards()
+        assert len(journal.state.blocks) == 3
+        (tmp_path / block(1).shard.file).write_bytes(b"short")
+        journal.forget_lost_shards()
+    assert "model-block-00001.safetensors is missing or not as it was written" in caplog.text
+    state = read_journal(tmp_path)
+    assert state is not None
+    assert [b.index for b in state.blocks] == [0]

@@ -1,0 +1,192 @@
+"""The plan: bytes that follow from shapes, what is refused, and the choices a run obeys."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamslr.config import RunConfig
+from streamslr.errors import BudgetError
+from streamslr.run.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
+from streamslr.solvers import find_method
+from streamslr.spec.allocation import allocate
+
+GB = 10**9
+
+
+def llama_70b() -> ModelShape:
+    h, ffn, kv = 8192, 28672, 1024
+    linears = {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h), "gate": (ffn, h), "up": (ffn, h), "down": (h, ffn)}
+    parameters = sum(o * d for o, d in linears.values()) + 2 * h
+    block = BlockShape(linears, {"q": h, "o": h, "gate": h, "down": ffn}, parameters, 2 * parameters)
+    outside = 2 * 128256 * h + h
+    return ModelShape((block,) * 80, h, outside, 2 * outside, 2)
+
+
+def plan(
+    model: ModelShape, host_mem: int = 10**12, device: str = "cuda", gpu_mem: int | None = None, **settings: object
+) -> Plan:
+    config = RunConfig(model="m", out=Path("out"), **settings)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    allocation = allocate(config, [block.linears for block in model.blocks])
+    solver = find_method(config.method).solver
+    return make_plan(config, model, allocation, solver, torch.device(device), dtype, GB, host_mem, gpu_mem)
+
+
+def phase(plan: Plan, name: str) -> object:
+    return next(p for p in plan.phases if p.name == name)
+
+
+def test_a_70b_model_fits_one_48_gb_card_and_a_modest_host() -> None:
+    made = plan(llama_70b(), host_mem=24 * GB)
+    made.require_memory(24 * GB, 45 * GB)
+    assert made.scratch_bytes == 4 * 128 * 2048 * 8192 * 2
+    assert plan(llama_70b(), match=False).scratch_bytes == made.scratch_bytes / 2
+
+
+def test_the_largest_terms_are_what_the_shapes_say() -> None:
+    made = plan(llama_70b())
+    block = 2 * llama_70b().blocks[0].parameters
+    grams = 4 * (3 * 8192**2 + 28672**2)
+    assert block + grams < phase(made, "grams").gpu_bytes < block + grams + 2 * GB
+    assert made.output_bytes == pytest.approx(0.5625 * made.source_bytes, rel=0.1)
+
+
+def test_depth_changes_totals_but_no_peak() -> None:
+    from dataclasses import replace
+
+    shallow = llama_70b()
+    deep = replace(shallow, blocks=shallow.blocks * 4)
+    assert plan(deep).gpu_bytes == plan(shallow).gpu_bytes
+    assert plan(deep).host_bytes == plan(shallow).host_bytes
+    assert plan(deep).flops == pytest.approx(4 * plan(shallow).flops)
+
+
+def test_hidden_states_stay_in_memory_only_where_they_fit() -> None:
+    roomy, tight = plan(llama_70b(), host_mem=10**11), plan(llama_70b(), host_mem=12 * GB)
+    assert roomy.in_memory
+    assert not tight.in_memory
+    assert phase(roomy, "propagate").host_bytes - phase(tight, "propagate").host_bytes == roomy.scratch_bytes
+
+
+def test_short_windows_pass_together_and_fewer_where_memory_is_short() -> None:
+    model = llama_70b()
+    generous = plan(model, device="cpu", seq_len=64, samples=64)
+    assert generous.micro_batch == 32
+    on_disk = plan(model, host_mem=17 * GB, device="cpu", seq_len=64, samples=64)
+    assert (on_disk.micro_batch, on_disk.in_memory) == (32, False)
+    needed = max(phase(on_disk, name).host_bytes for name in ("embed", "grams", "match", "propagate"))
+    assert plan(model, host_mem=needed - 1, device="cpu", seq_len=64, samples=64).micro_batch < 32
+
+
+@pytest.mark.parametrize(("host", "gpu", "flag"), [(GB // 2, None, "--host-mem"), (10**12, 4 * GB, "--gpu-mem")])
+def test_what_cannot_fit_is_refused_naming_phase_bytes_and_flag(host: int, gpu: int | None, flag: str) -> None:
+    with pytest.raises(BudgetError, match=rf"phase \w+.* needs \d.* GB of .* raise {flag}"):
+        plan(llama_70b(), host_mem=host).require_memory(host, gpu)
+
+
+def test_a_disk_without_room_is_refused_naming_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    class Full:
+        f_bavail, f_frsize = 1000, 4096
+
+    monkeypatch.setattr(os, "statvfs", lambda path: Full)
+    with pytest.raises(BudgetError, match=rf"{tmp_path} has 4.1 MB free; output 8\d.* GB and hidden states 17.2 GB"):
+        plan(llama_70b()).require_disk(tmp_path / "out" / "deep", tmp_path / "out" / "deep" / ".scratch", tmp_path)
+
+
+def test_what_lies_on_the_disk_already_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    class Room:
+        f_bavail, f_frsize = 1, 600
+
+    block = BlockShape({"a": (16, 16)}, {"a": 16}, 256, 512)
+    made = plan(ModelShape((block,), 16, 0, 0, 2), device="cpu", samples=2, seq_len=4, rank=0)
+    assert (made.scratch_bytes, made.output_bytes) == (2048, 288)
+    monkeypatch.setattr(os, "statvfs", lambda path: Room)
+    out, scratch = tmp_path / "out", tmp_path / "out" / ".scratch"
+    scratch.mkdir(parents=True)
+    with pytest.raises(BudgetError):
+        made.require_disk(out, scratch, tmp_path)
+    (scratch / "chunk").write_bytes(bytes(1736))
+    made.require_disk(out, scratch, tmp_path)
+
+
+def test_downloads_need_room_in_the_cache_and_less_when_they_are_evicted() -> None:
+    from dataclasses import replace
+
+    model = replace(llama_70b(), download_bytes=140 * GB, largest_shard_bytes=5 * GB)
+    assert plan(model).cache_bytes == 140 * GB
+    assert plan(model, evict_shards=True).cache_bytes == 20 * GB
+
+
+def test_attention_that_is_not_fused_is_planned_with_its_weights() -> None:
+    from dataclasses import replace
+
+    eager = replace(llama_70b(), eager_heads=64)
+    more = phase(plan(eager), "grams").gpu_bytes - phase(plan(llama_70b()), "grams").gpu_bytes
+    assert more >= 2 * 64 * 2048**2 * 4
+
+
+def test_a_70b_block_fits_24_gb_with_matching() -> None:
+    made = plan(llama_70b(), host_mem=24 * GB, gpu_mem=24 * GB)
+    made.require_memory(24 * GB, 24 * GB)
+    assert "match" in {p.name for p in made.phases}
+
+
+def test_a_tight_budget_moves_grams_away_first_and_then_cuts_the_solver_into_tiles() -> None:
+    generous = plan(llama_70b(), gpu_mem=45 * GB)
+    assert (generous.grams_at, generous.solver_room) == ("device", None)
+    grams = 4 * (3 * 8192**2 + 28672**2)
+    peak = generous.gpu_bytes
+    aside = plan(llama_70b(), gpu_mem=peak)  # of which a margin stays free
+    assert (aside.grams_at, aside.solver_room) == ("host", None)
+    assert peak - aside.gpu_bytes == grams - 4 * 28672**2
+    assert plan(llama_70b(), gpu_mem=peak, host_mem=generous.host_bytes - generous.scratch_bytes).grams_at == "disk"
+    tiled = plan(llama_70b(), gpu_mem=aside.gpu_bytes - GB)
+    assert tiled.solver_room is not None
+    assert tiled.grams_at == "host"
+    assert phase(tiled, "solve").gpu_bytes <= aside.gpu_bytes - GB
+
+
+def test_a_method_that_cannot_work_in_tiles_is_not_said_to() -> None:
+    made = plan(llama_70b(), gpu_mem=5 * GB, method="oats", match=False)
+    assert made.solver_room is None
+    with pytest.raises(BudgetError, match="phase"):
+        made.require_memory(10**12, 5 * GB)
+
+
+def test_matching_is_planned_for_what_may_change_and_not_for_dense_weights() -> None:
+    kept = 0.5 * sum(o * d for o, d in llama_70b().blocks[0].linears.values())
+    low_rank = 64 * sum(o + d for o, d in llama_70b().blocks[0].linears.values())
+    more = phase(plan(llama_70b()), "match").gpu_bytes - phase(plan(llama_70b()), "propagate").gpu_bytes
+    assert 20 * kept + 16 * low_rank < more < 20 * kept + 16 * low_rank + 4 * GB
+
+
+def test_a_run_that_goes_on_keeps_the_pieces_it_began_with() -> None:
+    config = RunConfig(model="m", out=Path("out"), seq_len=64)
+    allocation, device = allocate(config, [llama_70b().blocks[0].linears]), torch.device("cpu")
+    solver = find_method("3basil").solver
+    made = make_plan(config, llama_70b(), allocation, solver, device, torch.float32, GB, 10**12, None, Pieces(4, 10**9))
+    assert (made.micro_batch, made.solver_room) == (4, 10**9)
+
+
+def test_each_linear_counts_with_its_own_rank_and_pattern() -> None:
+    same, more = plan(llama_70b()), plan(llama_70b(), ranks="down=128")
+    assert more.output_bytes - same.output_bytes == 80 * 64 * (8192 + 28672) * 2
+    assert more.linears == "2:4 + rank 64–128"
+    shares = plan(llama_70b(), compression="50%", rank_ratio=0.25)
+    assert shares.kept_share == pytest.approx(0.5, abs=1e-4)
+    assert phase(shares, "match").gpu_bytes < phase(same, "match").gpu_bytes
+
+
+@settings(deadline=None)
+@given(st.integers(10**8, 10**11), st.integers(10**8, 10**11))
+def test_more_memory_never_cuts_smaller(low: int, more: int) -> None:
+    tight, roomy = (plan(llama_70b(), device="cpu", host_mem=b, seq_len=128) for b in (low, low + more))
+    assert tight.micro_batch <= roomy.micro_batch
+    assert roomy.solver_room is None or (tight.solver_room is not None and tight.solver_room <= roomy.solver_room)

@@ -1,0 +1,50 @@
+"""What the live display shows on a terminal."""
+
+import io
+import logging
+
+import torch
+from rich.console import Console
+
+from streamslr.run.progress import LiveDisplay, NoDisplay, Phases, format_duration
+
+
+def test_the_display_shows_blocks_phase_memory_eta_and_the_last_warnings() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=140)
+    log = logging.getLogger("streamslr")
+    with LiveDisplay(console, host_budget=16 * 10**9) as display:
+        display.blocks(3, 80, eta=4000)
+        display.phase(3, "solve", steps=7)
+        display.step(2, host_bytes=2 * 10**9)
+        for i in range(5):
+            log.warning("damping of layer %d raised", i)
+        with console.capture() as shown:
+            console.print(display._render())
+    text = shown.get()
+    assert "3/80" in text
+    assert "1 h 06 min left" in text
+    assert "block 3: solve" in text
+    assert "2/7" in text
+    assert "host 2.0 GB of 16.0 GB" in text
+    assert "layer 4 raised" in text
+    assert "layer 1 raised" not in text, "only the last three"
+    assert display not in log.handlers
+
+
+def test_a_phase_that_a_block_goes_through_twice_counts_twice_beside_what_was_planned() -> None:
+    with Phases(NoDisplay(), torch.device("cpu"), 1, 0, planned={"propagate": {"host_planned_bytes": 7}}) as phases:
+        with phases.phase("propagate", steps=1):
+            pass
+        once = phases.take()["propagate"]
+        with phases.phase("propagate", steps=1):
+            ballast = torch.ones(2**22)
+        with phases.phase("propagate", steps=1):
+            del ballast
+        twice = phases.take()["propagate"]
+    assert once.keys() == twice.keys() == {"seconds", "host_peak_bytes", "host_planned_bytes"}
+    assert twice["host_planned_bytes"] == 7
+    assert twice["host_peak_bytes"] > once["host_peak_bytes"], "the higher peak of both"
+
+
+def test_durations_read_as_people_say_them() -> None:
+    assert [format_duration(s) for s in (3.2, 75, 4000)] == ["3 s", "1 min 15 s", "1 h 06 min"]

@@ -1,0 +1,605 @@
+"""The main job end to end on tiny checkpoints: what is written, resume after a kill anywhere, refusals."""
+
+import gc
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import streamslr
+from streamslr.calibration.tokens import calibration_windows
+from streamslr.config import RunConfig
+from streamslr.errors import BudgetError, InputError, ResumeError
+from streamslr.io.packing import unpack
+from streamslr.model.blockwise import Skeleton
+from streamslr.model.checkpoint import open_checkpoint
+from streamslr.results.verify import verify
+from streamslr.run.context import Prepared, prepare
+from streamslr.run.journal import read_journal
+from streamslr.run.loop import run
+from streamslr.run.passes import Passes
+from streamslr.solvers.base import LayerProblem, SparseLowRank
+from streamslr.solvers.methods import BUILT_IN
+from streamslr.solvers.threebasil import ThreeBasil
+from streamslr.spec.pattern import parse_pattern
+from tests.support.killing import compress_in_child
+from tests.support.tiny_models import TEXT, tiny_checkpoint
+
+LAYERS = 3
+PARTS = ("values", "meta", "row_offsets", "U", "V")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", layers=LAYERS, shards=3)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 20)
+    return path
+
+
+@pytest.fixture
+def settings(model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": model,
+        "out": tmp_path / "out",
+        "calibration": text,
+        "samples": 6,
+        "seq_len": 16,
+        "rank": 4,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted run of the settings above writes."""
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    settings = {"calibration": text, "samples": 6, "seq_len": 16, "rank": 4, "device": "cpu"}
+    assert compress_in_child({"model": model, "out": out, **settings}) == 0
+    return content(out)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes; of the journal all but the measurements, which no two runs share."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    journal = json.loads(files["streamslr.json"])
+    for part in (journal, *journal["blocks"]):
+        part["measured"] = None
+    return files | {"streamslr.json": json.dumps(journal).encode()}
+
+
+def test_a_run_writes_a_sound_model_folder(settings: dict[str, Any]) -> None:
+    state = streamslr.compress(**settings)
+    out = settings["out"]
+    assert state.complete
+    assert verify(out).problems == ()
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "tokenizer.json", "model-outside.safetensors", "streamslr.json"} <= names
+    assert {f"model-block-{i:05d}.safetensors" for i in range(LAYERS)} <= names
+    assert not (out / ".scratch").exists()
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"] == {
+        "quant_method": "streamslr",
+        "format_version": 2,
+        "pattern": "2:4",
+        "rank": 4,
+    }
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index["lm_head.weight"] == "model-outside.safetensors"
+    assert index["model.layers.1.mlp.up_proj.meta"] == "model-block-00001.safetensors"
+
+
+def test_what_the_journal_says_of_a_layer_is_what_the_shard_holds(settings: dict[str, Any]) -> None:
+    state = streamslr.compress(**settings)
+    tensors = load_file(settings["out"] / "model-block-00002.safetensors")
+    (layer,) = (la for la in state.blocks[2].layers if la.name.endswith("mlp.down_proj"))
+    parts = {part: tensors[f"{layer.name}.{part}"] for part in ("values", "meta", "U", "V")}
+    assert layer.shape == (64, 128)
+    assert layer.density == (parts["values"] != 0).sum().item() / (64 * 128)
+    assert layer.rank == parts["U"].shape[1] == parts["V"].shape[0] == 4
+    assert layer.nbytes == sum(t.nbytes for t in parts.values())
+    assert parts["values"].dtype == torch.bfloat16
+    assert layer.error_after < layer.error_before
+
+
+def test_without_matching_all_but_the_linears_is_unchanged(settings: dict[str, Any], model: Path) -> None:
+    streamslr.compress(**settings, match=False)
+    source = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
+    written = {k: v for file in settings["out"].glob("*.safetensors") for k, v in load_file(file).items()}
+    kept = [name for name in source if name in written]
+    assert len(kept) == 2 * LAYERS + 3, "two norms a block, embedding, final norm, head"
+    assert all(torch.equal(source[name], written[name]) for name in kept)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%", "50%/row"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], pattern: str, rank: int) -> None:
+    state = streamslr.compress(**settings | {"pattern": pattern, "rank": rank})
+    assert verify(settings["out"]).problems == ()
+    checkpoint = open_checkpoint(str(settings["out"]))
+    for block in state.blocks:
+        for layer in block.layers:
+            assert layer.rank == rank
+            tensors = load_file(settings["out"] / block.shard.file)
+            assert (f"{layer.name}.U" in tensors) == (rank > 0)
+            if rank == 0:
+                weight = checkpoint.read([f"{layer.name}.weight"])[f"{layer.name}.weight"]
+                assert parse_pattern(pattern).check(weight != 0) is None
+
+
+@pytest.mark.parametrize(("method", "rank"), [("oats", 4), ("alps", 0)])
+def test_other_methods_stream_and_keep_their_folder(settings: dict[str, Any], method: str, rank: int) -> None:
+    state = streamslr.compress(**settings | {"method": method, "rank": rank, "pattern": "1:4"})
+    assert verify(settings["out"]).problems == ()
+    for block in state.blocks:
+        assert all(layer.error_after < layer.error_before for layer in block.layers), "better than plain pruning"
+    with pytest.raises(ResumeError, match=f"method: '{method}' there, '3basil' now"):
+        streamslr.compress(**settings | {"rank": rank, "pattern": "1:4"})
+
+
+DEAD = [3, 17]
+
+
+@pytest.fixture(scope="module")
+def model_with_dead_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One block, whose norms give nothing in the columns DEAD of q, k, v, gate and up."""
+    folder = tiny_checkpoint(
+        tmp_path_factory.mktemp("models") / "dead", layers=1, hidden=32, shards=1, dtype=torch.float32
+    )
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"model.layers.0.{name}.weight"][DEAD] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"), [*((method, "2:4") for method in BUILT_IN), ("3basil", "50%"), ("oats", "50%/row")]
+)
+def test_matching_after_any_method_lowers_the_loss_and_changes_no_support(
+    settings: dict[str, Any], model_with_dead_inputs: Path, method: str, pattern: str
+) -> None:
+    rank = 4 if BUILT_IN[method].low_rank else 0
+    settings |= {"model": model_with_dead_inputs, "method": method, "pattern": pattern, "rank": rank}
+    unmatched, matched = (settings["out"].with_name(name) for name in ("unmatched", "matched"))
+    streamslr.compress(**settings | {"out": unmatched, "match": False})
+    (block,) = streamslr.compress(**settings | {"out": matched, "match_epochs": 5}).blocks
+    assert verify(matched).problems == ()
+    assert block.matching is not None
+    assert block.matching.kept
+    assert block.matching.loss_after is not None
+    assert block.matching.loss_after < block.matching.loss_before
+    before, after = (load_file(folder / block.shard.file) for folder in (unmatched, matched))
+    assert before.keys() == after.keys()
+    for layer in block.layers:
+        solved, moved = (
+            {part: tensors[key] for part in PARTS if (key := f"{layer.name}.{part}") in tensors}
+            for tensors in (before, after)
+        )
+        assert {"U", "V"} & moved.keys() == ({"U", "V"} if rank else set())
+        S, refined = (unpack(parts, parse_pattern(pattern), layer.shape) for parts in (solved, moved))
+        assert torch.equal(refined != 0, S != 0)
+        assert parse_pattern(pattern).check(refined != 0) is None
+        assert not torch.equal(refined, S)
+        if not layer.name.endswith(("o_proj", "down_proj")):
+            assert not refined[:, DEAD].any()
+            assert not rank or not moved["V"][:, DEAD].any()
+
+
+def test_the_hidden_states_are_those_of_the_written_model(settings: dict[str, Any], unbroken: Any) -> None:
+    """Replay of finished blocks gives the digests that the run recorded, so what is written is what was run."""
+    assert compress_in_child(settings, die_at=15) == -9
+    state = read_journal(settings["out"])
+    assert state is not None
+    assert state.blocks
+    shutil.rmtree(settings["out"] / ".scratch")
+    assert compress_in_child(settings) == 0
+    assert content(settings["out"]) == unbroken
+
+
+def test_a_finished_run_starts_again_and_changes_nothing(settings: dict[str, Any]) -> None:
+    streamslr.compress(**settings)
+    before = content(settings["out"])
+    assert streamslr.compress(**settings).complete
+    assert content(settings["out"]) == before
+
+
+def test_killed_at_every_commit_point_the_same_line_goes_on_to_the_same_bytes(
+    settings: dict[str, Any], unbroken: dict[str, bytes]
+) -> None:
+    steps = 0
+    while compress_in_child(settings | {"out": settings["out"].with_name(f"out-{steps}")}, die_at=steps) == -9:
+        out = settings["out"].with_name(f"out-{steps}")
+        assert compress_in_child(settings | {"out": out}) == 0
+        assert content(out) == unbroken, f"killed at step {steps}"
+        steps += 1
+    assert steps >= 5 + 3 * LAYERS, "a shard, a journal record and an index a block, and the start"
+
+
+def test_killed_again_and_again_at_random_moments_a_run_still_ends_in_the_same_bytes(
+    settings: dict[str, Any], unbroken: dict[str, bytes]
+) -> None:
+    draw = random.Random(0)
+    kills = 0
+    while compress_in_child(settings, die_at=draw.randrange(2, 40) if kills < 8 else None, counting="work"):
+        kills += 1
+    assert kills
+    assert content(settings["out"]) == unbroken
+
+
+def test_a_lost_shard_is_made_again(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
+    assert compress_in_child(settings) == 0
+    (settings["out"] / "model-block-00001.safetensors").unlink()
+    assert compress_in_child(settings) == 0
+    assert content(settings["out"]) == unbroken
+
+
+def test_another_scratch_on_resume_leaves_nothing_behind(
+    settings: dict[str, Any], unbroken: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert compress_in_child(settings, die_at=13) == -9
+    assert compress_in_child(settings | {"scratch": tmp_path / "scratch"}) == 0
+    assert content(settings["out"]) == unbroken
+
+
+def test_grams_are_gone_before_the_block_passes_on(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan does not hold them in that phase; down_proj's is the largest tensor of all."""
+    from streamslr.calibration.grams import Gram
+
+    alive: list[int] = []
+    propagate = Passes.propagate
+
+    def watched(self: Passes, *args: Any) -> Any:
+        alive.append(sum(type(thing) is Gram for thing in gc.get_objects()))
+        return propagate(self, *args)
+
+    monkeypatch.setattr(Passes, "propagate", watched)
+    streamslr.compress(**settings)
+    assert alive == [0] * LAYERS
+
+
+def test_a_compressed_model_is_not_compressed_again(settings: dict[str, Any], tmp_path: Path) -> None:
+    streamslr.compress(**settings)
+    with pytest.raises(InputError, match="compressed already"):
+        streamslr.compress(**settings | {"model": settings["out"], "out": tmp_path / "again"})
+
+
+def test_the_same_text_under_another_name_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    compress_in_child(settings, die_at=13)
+    copy = shutil.copy(settings["calibration"], tmp_path / "copy.txt")
+    assert streamslr.compress(**settings | {"calibration": copy}).complete
+
+
+def test_changed_windows_are_named_before_memory_is_looked_at(settings: dict[str, Any]) -> None:
+    compress_in_child(settings, die_at=13)
+    with pytest.raises(ResumeError, match="seq_len: 16 there, 4096 now"):
+        streamslr.compress(**settings | {"seq_len": 4096, "host_mem": "1MB"})
+
+
+@pytest.mark.parametrize("host_mem", ["10GB", None])
+def test_the_tier_of_hidden_states_does_not_show_in_the_bytes(
+    settings: dict[str, Any], unbroken: dict[str, bytes], host_mem: str | None, tmp_path: Path
+) -> None:
+    assert compress_in_child(settings | {"host_mem": host_mem, "scratch": tmp_path / "scratch"}) == 0
+    assert content(settings["out"]) == unbroken
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rank": 8}, r"rank: 4 there, 8 now"),
+        ({"pattern": "1:4"}, r"pattern: '2:4' there, '1:4' now"),
+        ({"seed": 5}, r"seed: 0 there, 5 now"),
+        ({"samples": 5}, r"samples: 6 there, 5 now"),
+    ],
+)
+def test_changed_settings_are_refused_naming_both_values(
+    settings: dict[str, Any], change: dict[str, Any], named: str
+) -> None:
+    compress_in_child(settings, die_at=13)
+    with pytest.raises(ResumeError, match=named):
+        streamslr.compress(**settings | change)
+
+
+def test_another_model_or_text_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    compress_in_child(settings, die_at=13)
+    other = tiny_checkpoint(tmp_path / "other", layers=LAYERS, intermediate_size=192)
+    with pytest.raises(ResumeError, match="model: "):
+        streamslr.compress(**settings | {"model": other})
+    text = tmp_path / "text.txt"
+    text.write_text("Something else. " + TEXT * 20)
+    with pytest.raises(ResumeError, match="tokens: "):
+        streamslr.compress(**settings | {"calibration": text})
+
+
+def test_a_finished_block_is_kept_when_a_later_one_is_damaged(settings: dict[str, Any], tmp_path: Path) -> None:
+    broken = shutil.copytree(settings["model"], tmp_path / "broken")
+    for file in broken.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name == "model.layers.2.mlp.up_proj.weight":
+                tensors[name][3, 5] = float("nan")
+        save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"model.layers.2.mlp.up_proj.weight"):
+        streamslr.compress(**settings | {"model": broken})
+    state = read_journal(settings["out"])
+    assert state is not None
+    assert len(state.blocks) == 2
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "granitemoe"])
+def test_other_experts_are_refused_before_any_work(settings: dict[str, Any], tmp_path: Path, architecture: str) -> None:
+    model = tiny_checkpoint(tmp_path / "moe", architecture)
+    with pytest.raises(InputError, match="mixture of experts that cannot be taken apart"):
+        streamslr.compress(**settings | {"model": model})
+    assert not settings["out"].exists()
+
+
+def test_a_width_that_the_pattern_does_not_divide_is_refused_before_any_work(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"model.layers.0.self_attn.q_proj"):
+        streamslr.compress(**settings | {"pattern": "3:7"})
+    assert not settings["out"].exists()
+
+
+def test_a_budget_that_cannot_hold_is_refused_before_any_work(settings: dict[str, Any]) -> None:
+    with pytest.raises(
+        BudgetError, match=r"phase \w+.* needs .* of host memory, the budget is 1.0 MB; raise --host-mem"
+    ):
+        streamslr.compress(**settings | {"host_mem": "1MB"})
+    assert not settings["out"].exists()
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3", "opt", "gpt_neox", "cohere2", "bloom"])
+def test_other_architectures_compress_and_verify(settings: dict[str, Any], tmp_path: Path, architecture: str) -> None:
+    model = tiny_checkpoint(tmp_path / architecture, architecture, layers=2)
+    state = streamslr.compress(**settings | {"model": model})
+    assert state.complete
+    assert verify(settings["out"]).problems == ()
+    source, written = open_checkpoint(str(model)), open_checkpoint(str(settings["out"]))
+    assert set(written.tensors) == set(source.tensors)
+    Skeleton(written, torch.float32, torch.device("cpu")).load_block(1)
+
+
+def test_windows_longer_than_the_learned_positions_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "opt", "opt", layers=2, max_position_embeddings=32)
+    with pytest.raises(InputError, match="windows of 64 tokens"):
+        streamslr.compress(**settings | {"model": model, "samples": 2, "seq_len": 64})
+
+
+def test_tied_embeddings_are_written_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "tied", tie=True)
+    streamslr.compress(**settings | {"model": model})
+    assert "lm_head.weight" not in load_file(settings["out"] / "model-outside.safetensors")
+    assert verify(settings["out"]).problems == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_values_are_stored_in_the_models_dtype(settings: dict[str, Any], tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny_checkpoint(tmp_path / "m", dtype=dtype)
+    streamslr.compress(**settings | {"model": model})
+    tensors = load_file(settings["out"] / "model-block-00000.safetensors")
+    floats = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    assert floats == {dtype}
+
+
+def journal_losses(out: Path) -> list[tuple[float, float]]:
+    state = read_journal(out)
+    assert state is not None
+    return [(b.matching.loss_before, b.matching.loss_after) for b in state.blocks if b.matching]
+
+
+def test_matching_brings_each_block_nearer_to_the_dense_model(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"pattern": "1:4", "samples": 16, "match_epochs": 8}
+    streamslr.compress(**settings)
+    losses = journal_losses(settings["out"])
+    assert len(losses) == LAYERS
+    assert all(after < before for before, after in losses)
+    unmatched = settings | {"out": tmp_path / "unmatched", "match": False}
+    streamslr.compress(**unmatched)
+    assert journal_losses(unmatched["out"]) == []
+    tokenizer = open_checkpoint(str(settings["model"])).tokenizer()
+    ids = calibration_windows(tokenizer, settings["calibration"], samples=16, seq_len=16, seed=0).ids
+    dense, matched, plain = (
+        streamed_logits(folder, ids) for folder in (settings["model"], settings["out"], unmatched["out"])
+    )
+    assert (matched - dense).square().mean() < 0.9 * (plain - dense).square().mean()
+
+
+def streamed_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    skeleton = Skeleton(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
+    skeleton.load_outside()
+    with torch.no_grad():
+        hidden = skeleton.embed(ids)
+        for i in range(len(skeleton.block_names)):
+            skeleton.load_block(i)
+            hidden = skeleton.run_block(i, hidden)
+            skeleton.evict_block(i)
+        return skeleton.logits(ids, hidden)
+
+
+def test_norms_are_matched_too_and_what_is_outside_the_blocks_is_not(settings: dict[str, Any], model: Path) -> None:
+    streamslr.compress(**settings | {"pattern": "1:4"})
+    source = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
+    written = {k: v for file in settings["out"].glob("*.safetensors") for k, v in load_file(file).items()}
+    changed = {name for name in source if name in written and not torch.equal(source[name], written[name])}
+    assert changed == {
+        f"model.layers.{i}.{norm}.weight"
+        for i in range(LAYERS)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+
+
+def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = streamslr.compress(**settings | {"match_lr": 1e4})
+    assert [b.matching and b.matching.kept for b in state.blocks] == [False] * LAYERS
+    assert "model.layers.0: matching did not lower its loss" in caplog.text
+    unmatched = tmp_path / "unmatched"
+    streamslr.compress(**settings | {"out": unmatched, "match": False})
+    for shard in settings["out"].glob("*.safetensors"):
+        assert shard.read_bytes() == (unmatched / shard.name).read_bytes()
+    assert verify(settings["out"]).problems == ()
+
+
+def test_tiers_on_disk_do_not_show_in_the_bytes(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
+    job = prepare(RunConfig.of(**settings))
+    run(replace(job, plan=replace(job.plan, in_memory=False, grams_at="disk")))
+    assert content(settings["out"]) == unbroken
+
+
+def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Rank 0, because U·V makes a solve amplify rounding until other supports, as good, come out."""
+    settings |= {"rank": 0}
+    whole = streamslr.compress(**settings)
+    job = prepare(RunConfig.of(**settings | {"out": tmp_path / "pieces"}))
+    pieces = run(replace(job, plan=replace(job.plan, micro_batch=1, solver_room=0, in_memory=False, grams_at="disk")))
+    for a, b in zip(whole.blocks, pieces.blocks, strict=True):
+        assert [layer.error_after for layer in a.layers] == pytest.approx([la.error_after for la in b.layers], rel=0.05)
+        assert a.matching is not None
+        assert b.matching is not None
+        assert a.matching.loss_after == pytest.approx(b.matching.loss_after, rel=0.15)
+
+
+def test_a_pass_that_runs_out_of_memory_is_cut_once_and_says_so(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, run_block = streamslr.compress(**settings | {"out": settings["out"].with_name("whole")}), Skeleton.run_block
+
+    def small(self: Skeleton, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run_block(self, i, hidden)
+
+    monkeypatch.setattr(Skeleton, "run_block", small)
+    state = streamslr.compress(**settings)
+    assert (whole.micro_batch, state.micro_batch) == (6, 3)
+    assert caplog.text.count("phase grams ran out of memory") == 1
+    assert "once more with windows 3 at a time" in caplog.text
+    assert verify(settings["out"]).problems == ()
+    for a, b in zip(whole.blocks, state.blocks, strict=True):
+        assert a.matching is not None
+        assert b.matching is not None
+        assert a.matching.loss_before == pytest.approx(b.matching.loss_before, rel=0.2)
+
+
+def test_a_solve_that_runs_out_of_memory_is_done_in_tiles(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    solve = ThreeBasil.solve
+
+    def small(self: ThreeBasil, problem: LayerProblem) -> SparseLowRank:
+        if problem.room is None and problem.name.endswith("up_proj"):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+        return solve(self, problem)
+
+    monkeypatch.setattr(ThreeBasil, "solve", small)
+    streamslr.compress(**settings)
+    assert caplog.text.count("phase solve ran out of memory") == LAYERS
+    assert verify(settings["out"]).problems == ()
+
+
+def test_memory_that_runs_out_again_ends_the_run_and_keeps_finished_blocks(
+    settings: dict[str, Any], unbroken: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        run_block = Skeleton.run_block
+
+        def full(self: Skeleton, i: int, hidden: torch.Tensor) -> torch.Tensor:
+            if i == 1 and torch.is_grad_enabled():
+                raise MemoryError("the machine is full")
+            return run_block(self, i, hidden)
+
+        patch.setattr(Skeleton, "run_block", full)
+        with pytest.raises(BudgetError, match=r"memory ran out: .*full.* finished blocks are kept"):
+            streamslr.compress(**settings)
+    state = read_journal(settings["out"])
+    assert state is not None
+    assert len(state.blocks) == 1
+    streamslr.compress(**settings)
+    assert content(settings["out"]) == unbroken
+
+
+def test_a_host_budget_is_held_while_a_phase_runs(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = prepare(RunConfig.of(**settings | {"host_mem": "100GB"}))
+    with pytest.raises(BudgetError, match=r"holds .* of host memory, --host-mem is 1.0 MB"):
+        run(replace(job, host_mem=10**11, config=replace(job.config, host_mem=10**6)))
+
+
+@pytest.mark.parametrize("method", ["load_block", "embed"])
+def test_memory_that_runs_out_anywhere_is_no_traceback(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(Skeleton, method, full)
+    with pytest.raises(BudgetError, match=r"memory ran out: .*CUBLAS_STATUS_ALLOC_FAILED.* finished blocks are kept"):
+        streamslr.compress(**settings)
+
+
+@pytest.mark.parametrize("phase", ["match", "propagate"])
+def test_matching_and_propagation_are_cut_too(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, phase: str
+) -> None:
+    method, failed = getattr(Passes, phase), []
+
+    def once(self: Passes, *args: Any) -> Any:
+        if not failed:
+            failed.append(self.micro_batch)
+            method(self, *args)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return method(self, *args)
+
+    monkeypatch.setattr(Passes, phase, once)
+    state = streamslr.compress(**settings)
+    assert (failed, state.micro_batch) == ([6], 3)
+    assert f"phase {phase} ran out of memory (CUDA out of memory): once more with windows 3 at a time" in caplog.text
+    assert verify(settings["out"]).problems == ()
+
+
+def test_a_run_begun_under_a_tight_budget_goes_on_in_its_pieces_under_a_generous_one(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def tight(out: Path) -> Prepared:
+        job = prepare(RunConfig.of(**settings | {"out": out}))
+        return replace(job, plan=replace(job.plan, micro_batch=2, solver_room=0))
+
+    run(tight(tmp_path / "unbroken"))
+    broken = tight(settings["out"])
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(broken.skeleton, "evict_block", stop)  # block 0 is committed by then
+        run(broken)
+    streamslr.compress(**settings | {"host_mem": "100GB"})
+    assert content(settings["out"]) == content(tmp_path / "unbroken")
+
+
+def test_a_full_disk_under_the_gram_matrices_names_the_way_out(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def full(path: Path, data: Any) -> int:
+        if path.name.startswith("gram-"):
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    job = prepare(RunConfig.of(**settings))
+    with pytest.raises(BudgetError, match=r"Gram matrix of model.layers.0.* No space left .* --scratch"):
+        run(replace(job, plan=replace(job.plan, grams_at="disk")))

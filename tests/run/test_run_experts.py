@@ -1,0 +1,181 @@
+"""Mixtures of experts end to end: what is written, said, loaded, exported, trained and resumed; one expert starves."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.run.test_run import content
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import streamslr
+from streamslr.config import RunConfig
+from streamslr.errors import InputError
+from streamslr.finetune import finetune
+from streamslr.memory import free_host_memory
+from streamslr.model.checkpoint import open_checkpoint
+from streamslr.results.evaluate import evaluate
+from streamslr.results.export import export
+from streamslr.results.inspect import read_run, summary
+from streamslr.results.report import write_report
+from streamslr.results.verify import verify
+from streamslr.run.context import prepare
+from streamslr.runtime.loader import packed_modules
+from tests.support.compressed_folders import dense_model
+from tests.support.killing import compress_in_child
+from tests.support.tiny_models import TEXT, starved_checkpoint
+
+ARCHITECTURES = ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
+RUN: dict[str, Any] = {
+    "samples": 6,
+    "seq_len": 16,
+    "rank": 4,
+    "device": "cpu",
+    "method": "eora-sparsegpt",
+    "match_epochs": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 20)
+    return path
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return starved_checkpoint(tmp_path_factory.mktemp("models") / request.param, request.param, layers=2)
+
+
+@pytest.fixture(scope="module")
+def folder(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "slr"
+    streamslr.compress(model, out, calibration=text, **RUN)
+    return out
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A folder with the checkpoint and, beside it, what an uninterrupted run makes of it."""
+    made = tmp_path_factory.mktemp("mixtral")
+    starved_checkpoint(made / "model", "mixtral", layers=2)
+    assert compress_in_child({"model": made / "model", "out": made / "slr", "calibration": text, **RUN}) == 0
+    return made
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.inference_mode():
+        result: Tensor = model(torch.arange(2, 42).view(2, 20)).logits
+    return result
+
+
+def test_every_expert_is_packed_under_the_checkpoints_names_and_routers_stay(model: Path, folder: Path) -> None:
+    assert verify(folder).problems == ()
+    source, written = open_checkpoint(str(model)), open_checkpoint(str(folder))
+    assert set(written.tensors) == set(source.tensors)
+    layers = {layer.name for layer in read_run(folder).blocks[1].layers}
+    in_block = {name for name, info in source.tensors.items() if name.startswith("model.layers.1.")}
+    dense = {name.removesuffix(".weight") for name in in_block if len(source.tensors[name].shape) == 2} - layers
+    assert [name.rpartition(".")[2] for name in dense] == ["gate"], "the router alone"
+    (router,) = (f"{name}.weight" for name in dense)
+    assert torch.equal(source.read([router])[router], written.read([router])[router])
+
+
+def test_starved_experts_are_counted_and_said(folder: Path) -> None:
+    report = summary(folder, read_run(folder))
+    layers = [layer for layer in report["blocks"][1]["layers"] if ".experts." in layer["name"]]
+    rows = [layer["rows"] for layer in layers]
+    starved = [layer for layer in layers if ".experts.1." in layer["name"]]
+    assert len(layers) == 15
+    assert sum(rows) == 3 * 2 * 6 * 16, "each token in two experts"
+    assert [layer["rows"] for layer in starved] == [0, 0, 0]
+    for layer in starved:
+        assert layer["warnings"][0].startswith(f"{layer['name']}: 0 calibration tokens reached this expert")
+        assert layer["error_after"] < layer["error_before"], "solved in the Gram of all experts"
+    assert {layer["rows"] for layer in report["blocks"][1]["layers"] if "_attn" in layer["name"]} == {96}
+    assert all(layer["warnings"][0] in report["blocks"][1]["warnings"] for layer in starved)
+    write_report(folder, folder.parent / "report.html")
+    assert starved[0]["warnings"][0][-40:] in (folder.parent / "report.html").read_text().replace("&#x27;", "'")
+
+
+def test_matching_lowers_the_loss(folder: Path) -> None:
+    for block in read_run(folder).blocks:
+        assert block.matching is not None
+        assert block.matching.kept
+
+
+def test_the_loaded_model_is_the_dense_one_that_holds_s_plus_uv(folder: Path) -> None:
+    loaded = streamslr.load(folder, "cpu", dtype="float32")
+    layers = [layer for block in read_run(folder).blocks for layer in block.layers]
+    assert len(packed_modules(loaded)) == len(layers)
+    torch.testing.assert_close(logits(loaded), logits(dense_model(folder)), rtol=1e-4, atol=1e-4)
+    out = loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
+    expected = dense_model(folder).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
+    assert torch.equal(out, expected)
+
+
+def test_saved_by_transformers_it_loads_and_evaluates_again(folder: Path, text: Path, tmp_path: Path) -> None:
+    loaded = streamslr.load(folder, "cpu")
+    loaded.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(streamslr.load(tmp_path / "saved", "cpu")), logits(loaded))
+    shutil.copy(folder / "tokenizer.json", tmp_path / "saved")
+    shutil.copy(folder / "tokenizer_config.json", tmp_path / "saved")
+    figures = [
+        evaluate(str(f), text, 16, windows=4, device="cpu", free_memory=free_host_memory()).perplexity
+        for f in (folder, tmp_path / "saved")
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_the_dense_export_is_what_plain_transformers_loads(model: Path, folder: Path, tmp_path: Path) -> None:
+    export(folder, tmp_path / "dense", "dense", torch.float32)
+    assert set(open_checkpoint(str(tmp_path / "dense")).tensors) == set(open_checkpoint(str(model)).tensors)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(exported), logits(dense_model(folder)))
+
+
+def test_peft_is_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"experts\.0\.\w+ is an expert's: .* --to dense"):
+        export(folder, tmp_path / "peft", "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_u_and_v_of_experts_can_be_fine_tuned(mixtral: Path, text: Path, tmp_path: Path) -> None:
+    record = finetune(mixtral / "slr", text, tmp_path / "tuned", seq_len=32, batch=4, lr=0.05, steps=6, device="cpu")
+    assert record.loss_after < record.loss_before
+    assert verify(tmp_path / "tuned").problems == ()
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    before, after = (open_checkpoint(str(f)).read([name])[name] for f in (mixtral / "slr", tmp_path / "tuned"))
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("die_at", "counting", "lose_scratch"), [(13, "renames", False), (45, "work", True)])
+def test_killed_it_goes_on_to_the_same_bytes(
+    mixtral: Path, text: Path, tmp_path: Path, die_at: int, counting: str, lose_scratch: bool
+) -> None:
+    settings = {"model": mixtral / "model", "out": tmp_path / "slr", "calibration": text, **RUN}
+    assert compress_in_child(settings, die_at, counting) == -9
+    assert len(json.loads((tmp_path / "slr" / "streamslr.json").read_text())["blocks"]) == 1
+    if lose_scratch:  # the finished block is passed again, packed experts taken apart alike
+        shutil.rmtree(tmp_path / "slr" / ".scratch")
+    assert compress_in_child(settings) == 0
+    assert content(tmp_path / "slr") == content(mixtral / "slr")
+
+
+def test_the_plan_counts_the_grams_of_every_expert_and_what_they_share(mixtral: Path, text: Path) -> None:
+    job = prepare(RunConfig.of(model=mixtral / "model", out=mixtral / "other", calibration=text, **RUN))
+    (grams,) = (phase.host_bytes for phase in job.plan.phases if phase.name == "grams")
+    (load,) = (phase.host_bytes for phase in job.plan.phases if phase.name == "load")
+    assert grams - load > 4 * (2 * 64**2 + 5 * 64**2 + 5 * 128**2 + 128**2) - 2**17
+
+
+def test_outliers_of_experts_decide_their_blocks_shares(mixtral: Path, text: Path, tmp_path: Path) -> None:
+    settings = RUN | {"pattern": "50%", "owl": 0.1, "match": False}
+    state = streamslr.compress(mixtral / "model", tmp_path / "slr", calibration=text, **settings)
+    shares = [{layer.pattern for layer in block.layers} for block in state.blocks]
+    assert all(len(patterns) == 1 for patterns in shares) and shares[0] != shares[1]
+    assert verify(tmp_path / "slr").problems == ()

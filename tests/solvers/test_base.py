@@ -1,0 +1,82 @@
+"""The loss that solutions are judged by."""
+
+import pytest
+import torch
+
+from streamslr.solvers import relative_error
+from streamslr.solvers.base import SparseLowRank, damping_diagonal
+from tests import reference
+from tests.support.problems import made_problem
+
+
+def test_relative_error_is_the_reference_loss():
+    problem = made_problem()
+    approximation = problem.weight + 0.01 * torch.randn(48, 64)
+    error = relative_error(problem.weight, problem.gram, approximation)
+    assert error == pytest.approx(reference.loss(problem.weight, problem.gram, approximation), rel=1e-6)
+
+
+def test_relative_error_crosses_its_tiles_unchanged():
+    torch.manual_seed(0)
+    weight, approximation = torch.randn(1030, 1100), torch.randn(1030, 1100)
+    X = torch.randn(64, 1100)
+    gram = X.T @ X
+    added, _ = damping_diagonal(gram)
+    H = gram.double() + torch.diag(added.double())
+    R, W = (weight - approximation).double(), weight.double()
+    expected = ((R @ H) * R).sum() / ((W @ H) * W).sum()
+    assert relative_error(weight, gram, approximation) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_relative_error_leaves_its_arguments_alone():
+    problem = made_problem()
+    weight, gram = problem.weight.clone(), problem.gram.clone()
+    gram[0] = 0
+    gram[:, 0] = 0
+    before = gram.clone()
+    relative_error(weight, gram, torch.zeros_like(weight))
+    assert torch.equal(weight, problem.weight)
+    assert torch.equal(gram, before)
+
+
+def test_dead_inputs_count_in_neither_energy():
+    problem = made_problem()
+    gram = problem.gram.clone()
+    gram[5] = 0
+    gram[:, 5] = 0
+    approximation = problem.weight.clone()
+    approximation[:, 5] = 100
+    assert relative_error(problem.weight, gram, approximation) == 0
+    approximation[0, 0] = 0
+    assert relative_error(problem.weight, gram, approximation) == pytest.approx(
+        reference.loss(problem.weight, gram, approximation), rel=1e-6
+    )
+
+
+def test_nothing_and_everything():
+    problem = made_problem()
+    zero = torch.zeros_like(problem.weight)
+    assert relative_error(problem.weight, problem.gram, zero) == pytest.approx(1)
+    assert relative_error(problem.weight, problem.gram, problem.weight) == 0
+    assert relative_error(zero, problem.gram, zero) == 0
+    assert relative_error(zero, problem.gram, problem.weight) == float("inf")
+
+
+def test_damping_scales_with_the_gram_matrix():
+    gram = made_problem().gram
+    gram[3] = 0
+    gram[:, 3] = 0
+    added, dead = damping_diagonal(gram)
+    scaled, _ = damping_diagonal(1000 * gram)
+    assert dead.nonzero().flatten().tolist() == [3]
+    assert added[3] == scaled[3] == 1
+    live = ~dead
+    torch.testing.assert_close(scaled[live], 1000 * added[live])
+    torch.testing.assert_close(torch.diag(gram)[live] + added[live], reference.damped(gram).diag()[live].float())
+
+
+def test_dense_is_the_sum():
+    S, U, V = torch.randn(3, 4), torch.randn(3, 2), torch.randn(2, 4)
+    torch.testing.assert_close(SparseLowRank(S, U, V, 1).dense(), S + U @ V)
+    none = SparseLowRank(S, torch.zeros(3, 0), torch.zeros(0, 4), 1)
+    assert torch.equal(none.dense(), S)

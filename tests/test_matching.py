@@ -1,0 +1,379 @@
+"""What refining a block changes, what it must never change, and that it is the optimisation that it says it is."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from streamslr.match import matching
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from streamslr.calibration.hidden_states import Span
+from streamslr.io.packing import merge, pack, unpack
+from streamslr.matching import BlockWeights, CompressedBlock, Matching
+from streamslr.solvers import parse_pattern
+from tests import reference
+
+SETTINGS = Matching(epochs=4, batch=3, lr=0.1)
+SAMPLES, TOKENS, WIDTH = 7, 4, 16
+
+
+class GatedBlock(nn.Module):
+    """A norm, two linears that share its output, one with a bias, and a third after their product; residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.gate = nn.Linear(WIDTH, 24, bias=False)
+        self.up = nn.Linear(WIDTH, 24)
+        self.down = nn.Linear(24, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+class TwoLinears(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(WIDTH, 24, bias=False), nn.Linear(24, WIDTH, bias=False))
+
+
+@dataclass
+class Case:
+    """A block that was compressed to `weights`, and samples that it should map to `targets` [samples, T, h]."""
+
+    block: nn.Module
+    pattern: str
+    weights: BlockWeights
+    inputs: Tensor
+    targets: Tensor
+    served: list[Span] = field(default_factory=list)
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+    def batches(self, spans: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
+        self.served += spans
+        for start, stop in spans:
+            yield self.inputs[start:stop], self.targets[start:stop]
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        return {name: module for name, module in self.block.named_modules() if isinstance(module, nn.Linear)}
+
+    @torch.no_grad()
+    def refine(
+        self,
+        settings: Matching = SETTINGS,
+        micro_batch: int = 3,
+        run: Callable[[Tensor], Tensor] | None = None,
+        batches: Callable[[Sequence[Span]], Iterator[tuple[Tensor, Tensor]]] | None = None,
+    ) -> tuple[BlockWeights, tuple[float, ...]]:
+        """As `Passes.match` calls it."""
+        block, samples = self.compressed(), len(self.inputs)
+        return block.refine(self.weights, settings, run or self.run, batches or self.batches, samples, micro_batch)
+
+    def compressed(self) -> CompressedBlock:
+        patterns = dict.fromkeys(self.linears, parse_pattern(self.pattern))
+        return CompressedBlock(dict(self.block.named_parameters()), self.linears, patterns)
+
+    def sparse(self, weights: BlockWeights, name: str) -> Tensor:
+        """S [o, d] of a linear."""
+        return unpack(weights.packed[name], parse_pattern(self.pattern), tuple(self.linears[name].weight.shape))
+
+
+def made_case(
+    pattern: str = "2:4",
+    rank: int = 2,
+    block: Callable[[], nn.Module] = GatedBlock,
+    compute: torch.dtype = torch.float32,
+    linears: torch.dtype = torch.float32,
+    vectors: torch.dtype = torch.float32,
+    off: float = 0.3,
+    samples: int = SAMPLES,
+) -> Case:
+    """Random weights, of which S has groups that are not full; the targets come from a block whose kept values,
+    factors, norms and biases are `off` from these, so that matching can reach them. Dtypes: of the live block,
+    and of what is stored."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    live, teacher = block().requires_grad_(False), block().requires_grad_(False)
+    sparsity = parse_pattern(pattern)
+    packed, kept = {}, {}
+    for name, module in live.named_modules():
+        if isinstance(module, nn.Linear):
+            o, d = module.weight.shape
+            dense = normal(o, d)
+            S = dense * sparsity.project(dense) * (normal(o, d).abs() > 0.3) / d**0.5
+            U, V = (normal(o, rank) / d**0.5).to(linears), (0.5 * normal(rank, d)).to(linears)
+            packed[name] = pack(S, sparsity, linears) | ({"U": U, "V": V} if rank else {})
+            moved = S.to(linears).float() * (1 + off * normal(o, d))
+            moved += (U.float() * (1 + off * normal(o, rank))) @ (V.float() * (1 + off * normal(rank, d)))
+            teacher.get_parameter(f"{name}.weight").copy_(moved)
+    for name, parameter in live.named_parameters():
+        if parameter.dim() == 1:
+            kept[name] = (float("norm.weight" in name) + 0.1 * normal(len(parameter))).to(vectors)
+            teacher.get_parameter(name).copy_(kept[name].float() + 0.1 * off * normal(len(parameter)))
+    inputs = normal(samples, TOKENS, WIDTH)
+    targets = teacher(inputs)
+    return Case(live.to(compute), pattern, BlockWeights(packed, kept), inputs.to(compute), targets.to(compute))
+
+
+def every_tensor(weights: BlockWeights) -> dict[str, Tensor]:
+    parts = {f"{name}.{part}": t for name, parts in weights.packed.items() for part, t in parts.items()}
+    return parts | dict(weights.kept)
+
+
+def assert_same(one: BlockWeights, other: BlockWeights, tolerance: float = 0.0) -> None:
+    """tolerance: as a share of the largest number of each tensor."""
+    a, b = every_tensor(one), every_tensor(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert (a[name].double() - b[name].double()).abs().max() <= tolerance * b[name].double().abs().max(), name
+
+
+def assert_at_rest(case: Case) -> None:
+    """Nothing of the training is left in the live block."""
+    for name, parameter in case.block.named_parameters():
+        assert not parameter.requires_grad, name
+        assert parameter.grad is None, name
+        assert not parameter._post_accumulate_grad_hooks, name
+    for name, linear in case.linears.items():
+        assert "forward" not in vars(linear), name
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_refining_is_the_documented_optimisation(pattern, rank):
+    case = made_case(pattern, rank, off=1.0)
+    weights, curve = case.refine()
+    steps = [slice(*span) for span in case.served[3:]]  # as drawn; the first epoch only measured
+    start = made_case(pattern, rank, off=1.0)
+    start.compressed().place(start.weights)
+    factors = {
+        name: (
+            start.sparse(start.weights, name),
+            parts.get("U", torch.zeros(start.linears[name].out_features, 0)),
+            parts.get("V", torch.zeros(0, start.linears[name].in_features)),
+        )
+        for name, parts in start.weights.packed.items()
+    }
+    expected, expected_curve = reference.match(
+        start.block,
+        factors,
+        case.inputs,
+        case.targets,
+        [steps[:3], steps[3:6], steps[6:]],
+        0.1 * curve[0] ** 0.5,
+        0.3,
+        1 / 120,
+        0.2,
+    )
+    assert curve == pytest.approx(expected_curve, rel=1e-5)
+    found = {f"{name}.S": case.sparse(weights, name) for name in case.linears} | every_tensor(weights)
+    for name, tensor in expected.items():
+        if name.endswith(".S"):
+            tensor = tensor * (factors[name.removesuffix(".S")][0] != 0)
+        if tensor.numel():
+            torch.testing.assert_close(found[name].double(), tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("tile", [1 << 24, 40])
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%", "50%/row"])
+def test_what_was_pruned_stays_zero_and_everything_else_moves(monkeypatch, pattern, rank, tile):
+    monkeypatch.setattr(matching, "TILE", tile)
+    case = made_case(pattern, rank)
+    weights, _ = case.refine()
+    for name in case.linears:
+        before, after = case.sparse(case.weights, name), case.sparse(weights, name)
+        assert (before == 0).float().mean() > 0.5  # groups that are not full, so slots at value 0, are among them
+        assert not after[before == 0].any()
+        assert (after != before)[before != 0].all()
+        assert case.weights.packed[name].keys() == weights.packed[name].keys()
+        for part in weights.packed[name].keys() - {"values"}:
+            moved = weights.packed[name][part] != case.weights.packed[name][part]
+            assert moved.all() if part in ("U", "V") else not moved.any()
+    for name, vector in weights.kept.items():
+        assert (vector != case.weights.kept[name]).all()
+
+
+@pytest.mark.parametrize(
+    ("compute", "linears", "vectors"),
+    [
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float32, torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_the_block_computes_with_what_is_stored_in_the_dtypes_it_was_stored_in(compute, linears, vectors):
+    case = made_case(compute=compute, linears=linears, vectors=vectors)
+    case.weights.kept["rotary.table"] = torch.arange(3)  # a buffer: nothing to train
+    weights, _ = case.refine()
+    for name, linear in case.linears.items():
+        shape = (linear.out_features, linear.in_features)
+        assert torch.equal(linear.weight, merge(weights.packed[name], parse_pattern("2:4"), shape, compute))
+        assert {weights.packed[name][part].dtype for part in ("values", "U", "V")} == {linears}
+    for name in ("norm.weight", "norm.bias", "up.bias"):
+        assert weights.kept[name].dtype == vectors
+        assert torch.equal(case.block.get_parameter(name), weights.kept[name].to(compute))
+    assert torch.equal(weights.kept["rotary.table"], torch.arange(3))
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_without_steps_what_was_given_comes_back(compute):
+    case = made_case(compute=compute)
+    weights, curve = case.refine(replace(SETTINGS, epochs=1))
+    assert len(curve) == 1
+    assert_same(weights, case.weights)
+
+
+def test_the_curve_starts_at_the_relative_loss_and_falls():
+    case = made_case()
+    case.compressed().place(case.weights)
+    before = (case.block(case.inputs) - case.targets).square().sum() / case.targets.square().sum()
+    _, curve = case.refine(replace(SETTINGS, epochs=30))
+    after = (case.block(case.inputs) - case.targets).square().sum() / case.targets.square().sum()
+    assert curve[0] == pytest.approx(float(before), rel=1e-5)
+    assert len(curve) == 30
+    assert after < curve[-1] < 0.2 * curve[0]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_the_micro_batch_changes_rounding_alone(micro_batch):
+    pieces, pieces_curve = made_case().refine(micro_batch=micro_batch)
+    whole, whole_curve = made_case().refine(micro_batch=3)
+    assert_same(pieces, whole, tolerance=1e-4)
+    assert pieces_curve == pytest.approx(whole_curve, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [2, 7, 100])
+def test_an_epoch_takes_every_sample_once_whatever_the_batch(batch):
+    case = made_case()
+    case.refine(replace(SETTINGS, batch=batch), micro_batch=min(batch, 3))
+    epochs = [sample for span in case.served for sample in range(*span)]
+    for start in range(0, 4 * SAMPLES, SAMPLES):
+        assert sorted(epochs[start : start + SAMPLES]) == list(range(SAMPLES))
+
+
+def test_a_seed_decides_the_order_and_every_byte():
+    case, again, other = made_case(samples=12), made_case(samples=12), made_case(samples=12)
+    weights, curve = case.refine()
+    weights_again, curve_again = again.refine()
+    other.refine(replace(SETTINGS, seed=1))
+    assert_same(weights, weights_again)
+    assert curve == curve_again
+    assert case.served == again.served != other.served
+    assert case.served[4:8] != case.served[8:12]  # and each epoch has its own
+
+
+def test_rows_in_tiles_give_the_same(monkeypatch):
+    whole, _ = made_case().refine()
+    monkeypatch.setattr(matching, "TILE", 5 * WIDTH)  # 5 rows of 24, then 3 of 16
+    tiled, _ = made_case().refine()
+    assert_same(tiled, whole, tolerance=1e-4)
+
+
+def test_dense_weights_never_have_a_gradient():
+    case = made_case()
+    passes = 0
+
+    def run(x: Tensor) -> Tensor:
+        nonlocal passes
+        passes += 1
+        for linear in case.linears.values():
+            assert linear.weight.grad is None
+            assert not linear.weight.requires_grad
+        return case.block(x)
+
+    case.refine(run=run)
+    assert passes == 4 * 3
+    assert_at_rest(case)
+
+
+def test_no_tensor_of_a_dense_weights_size_is_made_by_a_step(monkeypatch):
+    """But for the weight that is there: gradients, moments and masters are of the kept values, U and V alone."""
+    monkeypatch.setattr(matching, "TILE", 4 * WIDTH)
+    case = made_case()
+    weights = [linear.weight for linear in case.linears.values()]
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            nonlocal largest
+            result = operator(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor) and all(tensor.data_ptr() != w.data_ptr() for w in weights):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    def batches(spans: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
+        for start, stop in spans:
+            with Watch():  # until the next batch is asked for: forward, backward and step
+                yield case.inputs[start:stop], case.targets[start:stop]
+
+    case.refine(replace(SETTINGS, batch=1), micro_batch=1, batches=batches)
+    assert largest == WIDTH * 24 // 2  # what 2:4 keeps
+
+
+@pytest.mark.parametrize(
+    ("number", "backward"),
+    [(3, False), (12, False), (12, True)],
+    ids=["while measuring", "in a forward pass", "in a backward pass"],
+)
+def test_after_an_error_a_rerun_starts_from_what_was_given(number, backward):
+    undisturbed, curve = made_case().refine(micro_batch=2)
+    case, passes = made_case(), 0
+
+    def fail(*_: Tensor) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    def run(x: Tensor) -> Tensor:
+        nonlocal passes
+        passes += 1
+        if passes == number:
+            if not backward:
+                fail()
+            x = x.clone().requires_grad_()
+            x.register_hook(fail)
+        return case.block(x)
+
+    before = {name: tensor.clone() for name, tensor in every_tensor(case.weights).items()}
+    with pytest.raises(torch.OutOfMemoryError):
+        case.refine(micro_batch=2, run=run)
+    assert_at_rest(case)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in every_tensor(case.weights).items())
+    again, curve_again = case.refine(micro_batch=2)
+    assert_same(again, undisturbed)
+    assert curve_again == curve
+    assert_at_rest(case)
+
+
+def test_a_bf16_block_learns_steps_below_the_resolution_of_bf16():
+    case = made_case(compute=torch.bfloat16, linears=torch.bfloat16, vectors=torch.bfloat16)
+    _, curve = case.refine(replace(SETTINGS, epochs=30, lr=0.02))
+    assert curve[-1] < 0.6 * curve[0]
+
+
+def test_a_block_of_linears_alone_learns():
+    case = made_case(block=TwoLinears, off=0.3)
+    weights, curve = case.refine(replace(SETTINGS, epochs=20))
+    assert curve[-1] < 0.5 * curve[0]
+    assert not weights.kept
+
+
+def test_values_of_dead_inputs_stay():
+    case = made_case(block=TwoLinears)
+    case.inputs[..., 3] = 0
+    weights, _ = case.refine()
+    before, after = case.weights.packed["0"], weights.packed["0"]
+    assert case.sparse(case.weights, "0")[:, 3].any()
+    assert torch.equal(case.sparse(weights, "0")[:, 3], case.sparse(case.weights, "0")[:, 3])
+    assert torch.equal(after["V"][:, 3], before["V"][:, 3])
+    assert not torch.equal(after["V"], before["V"])
