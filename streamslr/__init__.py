@@ -16,7 +16,7 @@ in the order that data walks them:
         hidden_states.py       one generation a block boundary: zarr on disk, memory, or both
         gram.py                inputs of each linear -> H, one per distinct input; experts with few tokens lean on all
     solve/                 (W, H) -> S, U, V
-        problem.py             the seam: LayerProblem, SparseLowRank, Solver, and their errors
+        problem.py             the seam: LinearProblem, SparseLowRank, Solver, and their errors
         pattern.py             n:m and unstructured sparsity: projection, validation, size
         threebasil.py          3BASiL in its fast form
         low_rank.py            U·V: the best fit of given rank in the metric, by subspace iteration
@@ -39,7 +39,7 @@ in the order that data walks them:
     prepare.py             all that is known before work begins, from headers alone
     journal.py             what is durably done: the one truth that resume believes
     progress.py            clock and memory of each phase, ETA, the live display
-    layer.py               one linear: solve, pack, put S + U·V in its place, say how good it is
+    solve_linear.py             one linear: solve, pack, put S + U·V in its place, say how good it is
     passes.py              the windows on their way through the blocks: embed, dense pass, matching, compressed pass
     run.py                 the block loop; reads as the algorithm
     results/               reads only what landed on disk
@@ -80,7 +80,7 @@ def compress(model: str | Path, out: str | Path, **settings: Any) -> "JournalSta
 
     The same as `streamslr run`: settings are the fields of `streamslr.config.RunConfig`, so the command's
     options with underscores (`seq_len=2048`, `pattern="2:4"`, `rank=64`, `calibration="text.txt"`); sizes may be
-    written like "45GB". Returns the journal, with a record a block (`.blocks[0].layers[0].error_after`).
+    written like "45GB". Returns the journal, with a record a block (`.blocks[0].linears[0].error`).
     Raises a streamslr.errors.StreamslrError for whatever a user can mend. Messages go to the logger "streamslr".
     """
     from streamslr.config import RunConfig

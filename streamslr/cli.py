@@ -142,7 +142,7 @@ def methods(as_json: bool) -> None:
 
 @main.command()
 @_folder_argument
-@click.option("--block", type=int, help="Show the layers of this block, counted from 0.")
+@click.option("--block", type=int, help="Show the linears of this block, counted from 0.")
 @click.option("--allocation", is_flag=True, help="Pattern and rank of each linear, as `run --allocation` reads them.")
 @_json_option
 def inspect(folder: Path, block: int | None, allocation: bool, as_json: bool) -> None:

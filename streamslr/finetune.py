@@ -82,7 +82,7 @@ def finetune(
     alone. On a GPU a bf16 folder computes in bf16 (autocast), everything else in float32.
 
     All work is in `out`.partial, which becomes `out` when it is whole; called again after an interruption, it goes on
-    from the last twentieth. `folder` stays as it is; `out` has its S byte for byte, and errors of layers as solved.
+    from the last twentieth. `folder` stays as it is; `out` has its S byte for byte, and errors of linears as solved.
     Raises InputError for an unfinished or damaged folder, rank 0 and too little text; ResumeError when `out` or its
     .partial holds something else; BudgetError when memory or disk are too small; StreamslrError when training diverges.
     """
@@ -111,7 +111,7 @@ def finetune(
     }
     stored = {name: info for block in state.blocks for name, info in shard_header(folder / block.shard.file).items()}
     with _claimed(out, settings) as work:
-        count = sum(layer.rank * sum(layer.shape) for block in state.blocks for layer in block.layers)
+        count = sum(linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears)
         _require_disk(work, sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES)
         model = load(folder, where)
         trained = _low_rank(model, state)
@@ -222,7 +222,7 @@ def _sound(folder: Path) -> JournalState:
     """The journal of a finished folder with something to train, every byte as it says. Raises InputError."""
     state = read_run(folder)
     state.require_complete(folder)
-    if not any(layer.rank for block in state.blocks for layer in block.layers):
+    if not any(linear.rank for block in state.blocks for linear in block.linears):
         raise InputError(f"{folder} has rank 0: there is no U·V to train; compress it with a --rank above 0")
     if problems := verify(folder).problems:
         file, problem = problems[0]
@@ -272,8 +272,8 @@ def _low_rank(model: PreTrainedModel, state: JournalState) -> dict[str, nn.Param
     """U and V by their stored names, from now on the only parameters with a gradient."""
     modules = packed_modules(model)
     trained: dict[str, nn.Parameter] = {}
-    layers = [layer.name for block in state.blocks for layer in block.layers if layer.rank]
-    for stored, name in names_in(model, layers, modules).items():
+    linears = [linear.name for block in state.blocks for linear in block.linears if linear.rank]
+    for stored, name in names_in(model, linears, modules).items():
         trained |= {f"{stored}.{part}": modules[name].get_parameter(part) for part in ("U", "V")}
     model.requires_grad_(False)
     for parameter in trained.values():

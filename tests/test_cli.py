@@ -133,8 +133,8 @@ def test_inspect_json_is_only_json_and_holds_every_layer(finished: Path) -> None
     whole = json.loads(call("inspect", finished, "--json").stdout)
     assert whole["complete"]
     assert [block["index"] for block in whole["blocks"]] == [0, 1, 2, 3]
-    layer = whole["blocks"][2]["layers"][0]
-    assert {"name", "shape", "pattern", "density", "rank", "error_before", "error_after", "iterations"} <= set(layer)
+    layer = whole["blocks"][2]["linears"][0]
+    assert {"name", "shape", "pattern", "density", "rank", "wanda_error", "error", "iterations"} <= set(layer)
     assert json.loads(call("inspect", finished, "--block", "2", "--json").stdout) == whole["blocks"][2]
 
 

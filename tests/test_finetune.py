@@ -172,7 +172,7 @@ def test_folders_that_are_unfinished_damaged_or_of_rank_0(folder: Path, text: Pa
         return copy
 
     def no_rank(state: Any) -> None:
-        for layer in (layer for block in state["blocks"] for layer in block["layers"]):
+        for layer in (layer for block in state["blocks"] for layer in block["linears"]):
             layer["rank"] = 0
 
     with pytest.raises(InputError, match="unfinished: 1 of 2"):

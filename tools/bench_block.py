@@ -284,7 +284,7 @@ def main(
             {
                 "phases": part,
                 "seconds": block_seconds,
-                "mean_error": sum(layer.error_after for layer in block.layers) / len(block.layers),
+                "mean_error": sum(linear.error for linear in block.linears) / len(block.linears),
             }
             for part, block_seconds, block in zip(parts[1:], seconds[1:], journal.blocks, strict=True)
         ],

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamslr.calibration.tokens import calibration_windows
 from streamslr.solvers import find_method, parse_pattern
-from streamslr.solvers.base import LayerProblem, relative_error
+from streamslr.solvers.base import LinearProblem, relative_error
 
 LINEARS = [(2, "up_proj"), (5, "up_proj"), (2, "down_proj"), (5, "down_proj")]
 RATIOS = (0.125, 0.25, 0.5, 1, 2, 4)
@@ -66,7 +66,7 @@ def main() -> None:
                 mine = mine[torch.randperm(len(mine), generator=draw)]
                 own, other = mine[:n].T @ mine[:n] / n, mine[n:].T @ mine[n:]
                 for column, w in enumerate(SHARES):
-                    problem = LayerProblem(name, linear.weight, w * own + (1 - w) * of_all, pattern, rank=16)
+                    problem = LinearProblem(name, linear.weight, w * own + (1 - w) * of_all, pattern, rank=16)
                     losses[column] += relative_error(linear.weight, other, solver.solve(problem).dense()) / LARGEST
             print(f"  n / d = {ratio:<6}" + "  ".join(f"{loss:.5f}" for loss in losses), flush=True)
 

@@ -5,9 +5,9 @@
     python tools/bench_solver.py --made 1024x1024 --pattern 2:4 --rank 64
     python tools/bench_solver.py --made 4096x14336 --pattern 2:4 --rank 64 --frontier --device cuda
 
-Every solver runs on the same (W, H), one after another layer by layer, in one process on the same device and
+Every solver runs on the same (W, H), one after another linear by linear, in one process on the same device and
 threads (--threads, 1 by default), so that other load on the machine falls on all of them alike. Ratios of time
-are between sums over layers; ratios of loss are means over layers. Loss is tr(R H Rᵀ) / tr(W H Wᵀ), H damped.
+are between sums over linears; ratios of loss are means over linears. Loss is tr(R H Rᵀ) / tr(W H Wᵀ), H damped.
 Of the device's peak: the solver's own FLOP/s over those of one large bfloat16 product timed in the same run.
 
 GRAMS holds H undamped under the name of the first linear of each group that shares an input (model.layers.0.
@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from streamslr.solvers import (
-    LayerProblem,
+    LinearProblem,
     SparseLowRank,
     SparsityPattern,
     ThreeBasil,
@@ -55,13 +55,13 @@ FRONTIER: Mapping[str, ThreeBasil] = {
 VARIANTS = {**FRONTIER, "float32": ThreeBasil(precision="float32"), "tiled": ThreeBasil(tile_rows=64)}
 
 
-def textbook(problem: LayerProblem) -> SparseLowRank:
+def textbook(problem: LinearProblem) -> SparseLowRank:
     """What the official code does, in plain torch (DESIGN section 3): the time that ours is held against.
 
     Full-size products each iteration, a randomized SVD each iteration in H^½ (`torch.svd_lowrank`), H^½ and
     H^-½ by a float64 eigen-decomposition, the inverse rebuilt in float64 from the eigenvectors every 10
     iterations, everything else float32; ρ from 0.1 as the support moves. The projection is the fastest at hand:
-    ours for n:m, kthvalue for a share of the layer, both faster than topk and scatter.
+    ours for n:m, kthvalue for a share of the linear, both faster than topk and scatter.
     """
     torch.manual_seed(problem.seed)
     pattern, rank = problem.pattern, problem.rank
@@ -125,7 +125,7 @@ def textbook(problem: LayerProblem) -> SparseLowRank:
     return SparseLowRank(D * pattern.project(D) / s, U, V / s, iterations)
 
 
-def layers_of(model: Path, grams: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+def linears_of(model: Path, grams: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(short name, W [o, d] float32, H [d, d]) of each linear that has a Gram matrix, in the model's order."""
     with safe_open(grams, "pt") as held:
         available = set(held.keys())
@@ -144,8 +144,8 @@ def layers_of(model: Path, grams: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
                 yield name.removeprefix("model.layers."), weights.get_tensor(key).float(), held.get_tensor(gram)
 
 
-def made_layer(o: int, d: int, device: str = "cpu", seed: int = 0) -> tuple[str, Tensor, Tensor]:
-    """A made (name, W [o, d], H [d, d]) with the structure of trained layers that random ones lack.
+def made_linear(o: int, d: int, device: str = "cpu", seed: int = 0) -> tuple[str, Tensor, Tensor]:
+    """A made (name, W [o, d], H [d, d]) with the structure of trained linears that random ones lack.
 
     Inputs: a spectrum that decays as 1/k, a mean, a few outlier channels, and fewer samples than would make H
     exact (4 d). Weights: a decaying spectrum of their own on top of noise, heavy tails.
@@ -180,7 +180,7 @@ def made_layer(o: int, d: int, device: str = "cpu", seed: int = 0) -> tuple[str,
 @click.option("--rank", default=16, show_default=True)
 @click.option("--variant", "variants", multiple=True, default=["default"], help=f"Of: {', '.join(VARIANTS)}.")
 @click.option("--frontier", is_flag=True, help=f"All of {', '.join(FRONTIER)}.")
-@click.option("--every", default=1, show_default=True, help="Only every n-th layer.")
+@click.option("--every", default=1, show_default=True, help="Only every n-th linear.")
 @click.option("--no-textbook", is_flag=True, help="Skip the slow reference.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -208,27 +208,27 @@ def main(
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise click.UsageError(f"unknown variant {', '.join(unknown)}; choose of {', '.join(VARIANTS)}")
     variants = tuple(FRONTIER) if frontier else variants
-    solvers: dict[str, Callable[[LayerProblem], SparseLowRank]] = {v: VARIANTS[v].solve for v in variants}
+    solvers: dict[str, Callable[[LinearProblem], SparseLowRank]] = {v: VARIANTS[v].solve for v in variants}
     if not no_textbook:
         solvers["textbook"] = textbook
     if model is not None and grams is not None:
-        layers: Iterator[tuple[str, Tensor, Tensor]] = layers_of(model, grams)
+        linears: Iterator[tuple[str, Tensor, Tensor]] = linears_of(model, grams)
     else:
-        layers = (made_layer(*(int(n) for n in shape.split("x")), device=device) for shape in made)
+        linears = (made_linear(*(int(n) for n in shape.split("x")), device=device) for shape in made)
 
     kept_pattern = parse_pattern(pattern)
     official_losses = _official_losses(official, pattern, rank) if official else {}
     rows = []
-    for index, (name, W, H) in enumerate(layers):
+    for index, (name, W, H) in enumerate(linears):
         if index % every == 0:
             W, H = W.to(device), H.to(device)
             rows.append(_measure(name, W, H, kept_pattern, rank, solvers, official_losses.get(name)))
             print(f"{name}: " + _line(rows[-1], list(solvers)), file=sys.stderr, flush=True)
     peak = product_flops(torch.device(device), torch.bfloat16)
     summary = {solver: _summary(rows, solver, peak) for solver in solvers}
-    _show(summary, f"{pattern} + {rank}, {len(rows)} layers, {threads} thread(s)")
+    _show(summary, f"{pattern} + {rank}, {len(rows)} linears, {threads} thread(s)")
     if plot:
-        _draw(summary, f"{pattern} + {rank}, {len(rows)} layers", plot)
+        _draw(summary, f"{pattern} + {rank}, {len(rows)} linears", plot)
     if out:
         command = " ".join(["python", "tools/bench_solver.py", *sys.argv[1:]])
         name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
@@ -240,7 +240,7 @@ def main(
             "pattern": pattern,
             "rank": rank,
         }
-        out.write_text(json.dumps({**record, "summary": summary, "layers": rows}, indent=1) + "\n")
+        out.write_text(json.dumps({**record, "summary": summary, "linears": rows}, indent=1) + "\n")
 
 
 def _official_losses(path: Path, pattern: str, rank: int) -> dict[str, float]:
@@ -258,12 +258,12 @@ def _measure(
     H: Tensor,
     pattern: SparsityPattern,
     rank: int,
-    solvers: Mapping[str, Callable[[LayerProblem], SparseLowRank]],
+    solvers: Mapping[str, Callable[[LinearProblem], SparseLowRank]],
     official_loss: float | None,
 ) -> dict[str, object]:
-    row: dict[str, object] = {"layer": name, "shape": list(W.shape), "official": official_loss}
+    row: dict[str, object] = {"linear": name, "shape": list(W.shape), "official": official_loss}
     for solver, solve in solvers.items():
-        problem = LayerProblem(name, W, H, pattern, rank)
+        problem = LinearProblem(name, W, H, pattern, rank)
         _wait_for(W)
         start = time.perf_counter()
         result = solve(problem)
@@ -286,7 +286,7 @@ def _wait_for(tensor: Tensor) -> None:
 
 
 def _summary(rows: list[dict], solver: str, peak: float) -> dict[str, float | None]:
-    """Means and sums over layers of one solver, and its ratios to the textbook and the official code."""
+    """Means and sums over linears of one solver, and its ratios to the textbook and the official code."""
     ours = [row[solver] for row in rows]
     seconds = sum(x["seconds"] for x in ours)
     summary: dict[str, float | None] = {
@@ -325,7 +325,7 @@ def _draw(summary: Mapping[str, Mapping[str, float | None]], title: str, to: Pat
     axes.margins(0.08)
     axes.set_xscale("log")
     axes.set_xlabel("time / textbook" if seconds == "time_to_textbook" else "seconds")
-    axes.set_ylabel("mean relative loss" if loss == "mean_loss" else f"loss / {against}, mean over layers")
+    axes.set_ylabel("mean relative loss" if loss == "mean_loss" else f"loss / {against}, mean over linears")
     axes.set_title(f"{title}: below and to the left is better")
     axes.grid(alpha=0.3)
     figure.savefig(to)

@@ -233,7 +233,7 @@ def measure(one: Combination, line: Sequence[str], folder: Path, threads: int) -
     return asdict(one) | {
         "linear_bytes": totals(state.blocks)["linear_bytes"],
         "dense_linear_bytes": totals(state.blocks)["dense_linear_bytes"],
-        "layer_error": totals(state.blocks)["error_after"],  # as solved
+        "linear_error": totals(state.blocks)["error"],  # as solved
         "block_losses": [[m.loss_before, m.loss_after] for m in matchings],
         "cpu_seconds": None if resumed else cpu,  # of this start alone they would say nothing
         "wall_seconds": None if resumed else wall,
@@ -317,7 +317,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     """The table, what was skipped, and how to read it."""
     dense, *others = record["rows"]
     head = ["method", "pattern + rank", "matched", "perplexity", "official", "bytes of linears", "of dense"]
-    head += ["layer error", "CPU s", "solve s", "match s", "official s", "peak memory"]
+    head += ["linear error", "CPU s", "solve s", "match s", "official s", "peak memory"]
     whole = format_bytes(others[0]["dense_linear_bytes"]) if others else ""
     known = [row["perplexity"] for row in _official(record) if row["method"] == "dense"]
     body = [["dense", "", "", f"{dense['perplexity']:.3f}", _mean(known, ".3f"), whole, "1", *[""] * 6]]
@@ -332,7 +332,7 @@ def markdown(record: Mapping[str, Any]) -> str:
                 _mean([row["perplexity"] for row in line.official], ".3f"),
                 format_bytes(first["linear_bytes"]),
                 f"{first['linear_bytes'] / first['dense_linear_bytes']:.3f}",
-                _mean(line.figures("layer_error"), ".4f"),
+                _mean(line.figures("linear_error"), ".4f"),
                 _mean(line.figures("cpu_seconds"), ".1f"),
                 _mean([seconds["solve"] for seconds in phases], ".1f"),
                 _mean([seconds["match"] for seconds in phases if "match" in seconds], ".1f"),
@@ -346,7 +346,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         "",
         f"{record['model']}, {settings['samples']} calibration windows of {settings['seq_len']} tokens, perplexity on "
         f"{settings['eval_windows']} windows, {settings['threads']} thread(s) on {settings['device']}. Several seeds: "
-        "mean ± standard deviation (seeds). Layer error: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, before matching, mean over "
+        "mean ± standard deviation (seeds). Linear error: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, before matching, mean over "
         "the linears. CPU s: user and system of the whole run"
         + (f", {record['startup_cpu_seconds']:.1f} of them start-up" if "startup_cpu_seconds" in record else "")
         + "; empty where the run was resumed. Solve and match s: wall.",

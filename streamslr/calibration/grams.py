@@ -106,7 +106,7 @@ def collect_grams(
     experts: linear -> its kind, of linears that only see the tokens routed to them; see `lean_on_all`.
     diagonal: of each Gram only that, [d], for far less work.
     Raises InputError when an input holds NaN or infinity, or when another linear did not see every token of every
-    window exactly once (shared layers).
+    window exactly once (shared linears).
     """
     grams: dict[str, Tensor] = {}
     unsound: dict[str, list[tuple[int, int, Tensor]]] = {}  # owner -> (first sample, b, not finite [rows]) of batches
@@ -134,7 +134,7 @@ def collect_grams(
     for name, seen in watch.rows.items():
         if seen != tokens and name not in experts:
             raise InputError(
-                f"{name} saw {seen} inputs where {tokens} tokens passed {block_name}; only layers that see each "
+                f"{name} saw {seen} inputs where {tokens} tokens passed {block_name}; only linears that see each "
                 "token once can be compressed"
             )
     for owner, parts in unsound.items():
@@ -170,7 +170,7 @@ def lean_on_all(grams: Mapping[str, Tensor], rows: Mapping[str, int], experts: M
 
         H = n_e · (w · H_e / n_e + (1 - w) · Σ H_e / Σ n_e),
 
-    and Σ H_e alone where no token came. For gate and up that sum is k times the Gram of the layer's own input, since
+    and Σ H_e alone where no token came. For gate and up that sum is k times the Gram of the linear's own input, since
     each token reaches k experts.
     """
     shared: dict[str, float] = {}

@@ -29,7 +29,7 @@ from streamslr.errors import InputError
 from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured
 
 _CHUNK = 1 << 22
-"""Elements of S worked on at once: bounds the temporaries at about 100 MB, whatever the layer."""
+"""Elements of S worked on at once: bounds the temporaries at about 100 MB, whatever the linear."""
 
 
 def pack(S: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ class PackedFormat:
     pattern: SparsityPattern | None
     """None: they differ, and the header of each shard says which linear has which."""
     rank: int
-    """The largest asked for; a small layer may have less."""
+    """The largest asked for; a small linear may have less."""
     format_version: int
 
 

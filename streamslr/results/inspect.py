@@ -10,7 +10,7 @@ from rich.table import Table
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
-from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LayerRecord, read_journal
+from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord, read_journal
 from streamslr.run.progress import PHASES
 from streamslr.spec.allocation import Target, in_words
 from streamslr.spec.pattern import parse_pattern
@@ -25,7 +25,7 @@ def read_run(folder: Path) -> JournalState:
 
 
 def summary(folder: Path, state: JournalState) -> dict[str, Any]:
-    """The whole of `inspect --json`: totals, and a record a block with its layers."""
+    """The whole of `inspect --json`: totals, and a record a block with its linears."""
     return {
         "folder": str(folder),
         "format_version": state.format_version,
@@ -53,7 +53,7 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
         "matching": asdict(block.matching) if block.matching else None,
         "warnings": warnings(block),
         "phases": phases(block.measured),
-        "layers": [asdict(layer) for layer in block.layers],
+        "linears": [asdict(linear) for linear in block.linears],
     }
 
 
@@ -79,26 +79,26 @@ def allocation(state: JournalState) -> dict[str, Any]:
     return dict(state.allocation)
 
 
-def becomes(layers: Iterable[LayerRecord]) -> str:
+def becomes(linears: Iterable[LinearRecord]) -> str:
     """Patterns and ranks of some linears: "2:4 + rank 64", "52%–68% + rank 4–17"."""
-    return in_words(Target(parse_pattern(layer.pattern), layer.rank) for layer in layers)
+    return in_words(Target(parse_pattern(linear.pattern), linear.rank) for linear in linears)
 
 
-def _layers(state: JournalState) -> list[LayerRecord]:
-    return [layer for block in state.blocks for layer in block.layers]
+def _linears(state: JournalState) -> list[LinearRecord]:
+    return [linear for block in state.blocks for linear in block.linears]
 
 
 def warnings(block: BlockRecord) -> list[str]:
     """Whatever was out of the ordinary in a block."""
-    found = [warning for layer in block.layers for warning in layer.warnings]
+    found = [warning for linear in block.linears for warning in linear.warnings]
     if block.matching and not block.matching.kept:
         found.append(f"matching did not lower the loss of {block.name}; it is as it was solved")
     return found
 
 
-def short_name(layer: LayerRecord, block: BlockRecord) -> str:
-    """A layer's name within its block: self_attn.q_proj."""
-    return layer.name.partition(f".{block.index}.")[2] or layer.name
+def short_name(linear: LinearRecord, block: BlockRecord) -> str:
+    """A linear's name within its block: self_attn.q_proj."""
+    return linear.name.partition(f".{block.index}.")[2] or linear.name
 
 
 def phases(measured: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -118,19 +118,19 @@ def _matched(block: BlockRecord) -> str:
 
 def totals(blocks: Sequence[BlockRecord]) -> dict[str, Any]:
     """Means and sums over every linear of some blocks; {} where there are none."""
-    layers = [layer for block in blocks for layer in block.layers]
-    if not layers:
+    linears = [linear for block in blocks for linear in block.linears]
+    if not linears:
         return {}
-    dense = sum(layer.dense_nbytes for layer in layers)
+    dense = sum(linear.dense_nbytes for linear in linears)
     return {
-        "error_before": sum(layer.error_before for layer in layers) / len(layers),
-        "error_after": sum(layer.error_after for layer in layers) / len(layers),
-        "iterations": sum(layer.iterations for layer in layers),
+        "wanda_error": sum(linear.wanda_error for linear in linears) / len(linears),
+        "error": sum(linear.error for linear in linears) / len(linears),
+        "iterations": sum(linear.iterations for linear in linears),
         "seconds": round(sum(_seconds(block) for block in blocks), 3),
-        "linear_bytes": sum(layer.nbytes for layer in layers),
+        "linear_bytes": sum(linear.nbytes for linear in linears),
         "dense_linear_bytes": dense,
-        "ratio": sum(layer.nbytes for layer in layers) / dense,
-        "bits_per_weight": 8 * sum(layer.nbytes for layer in layers) / sum(prod(layer.shape) for layer in layers),
+        "ratio": sum(linear.nbytes for linear in linears) / dense,
+        "bits_per_weight": 8 * sum(linear.nbytes for linear in linears) / sum(prod(linear.shape) for linear in linears),
     }
 
 
@@ -141,11 +141,11 @@ def _seconds(block: BlockRecord) -> float:
 def run_table(folder: Path, state: JournalState) -> Table:
     """A row a block."""
     done, total = len(state.blocks), state.blocks_total
-    mixed = len({(layer.pattern, layer.rank) for layer in _layers(state)}) > 1
+    mixed = len({(linear.pattern, linear.rank) for linear in _linears(state)}) > 1
     table = Table(
         title=f"{folder}: {how(state)}, {done} of {total} blocks"
         + ("" if state.complete else " (unfinished: the same `streamslr run` line goes on)"),
-        caption="errors: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, mean over layers; pruned: by Wanda, without U·V; "
+        caption="errors: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, mean over linears; pruned: by Wanda, without U·V; "
         "matching: ‖f̂(X) − T‖² / ‖T‖² of the block before and after"
         + "".join(
             f"\nthen fine-tuned on {record.data}, {record.steps} steps: "
@@ -155,7 +155,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
     )
     for name in (
         "block",
-        "layers",
+        "linears",
         *(["becomes"] if mixed else []),
         "pruned",
         "S + U·V",
@@ -171,10 +171,10 @@ def run_table(folder: Path, state: JournalState) -> Table:
         row = block_summary(folder, block)
         table.add_row(
             str(block.index),
-            str(len(block.layers)),
-            *([becomes(block.layers)] if mixed else []),
-            f"{row['error_before']:.3g}",
-            f"{row['error_after']:.3g}",
+            str(len(block.linears)),
+            *([becomes(block.linears)] if mixed else []),
+            f"{row['wanda_error']:.3g}",
+            f"{row['error']:.3g}",
             _matched(block),
             f"{row['seconds']:.1f}",
             format_bytes(block.shard.nbytes),
@@ -187,10 +187,10 @@ def run_table(folder: Path, state: JournalState) -> Table:
         table.add_section()
         table.add_row(
             "all",
-            str(sum(len(block.layers) for block in state.blocks)),
-            *([becomes(_layers(state))] if mixed else []),
-            f"{of_all['error_before']:.3g}",
-            f"{of_all['error_after']:.3g}",
+            str(sum(len(block.linears) for block in state.blocks)),
+            *([becomes(_linears(state))] if mixed else []),
+            f"{of_all['wanda_error']:.3g}",
+            f"{of_all['error']:.3g}",
             "",
             f"{of_all['seconds']:.1f}",
             format_bytes(sum(block.shard.nbytes for block in state.blocks)),
@@ -200,7 +200,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
 
 
 def block_table(folder: Path, block: BlockRecord) -> Table:
-    """A row a layer."""
+    """A row a linear."""
     table = Table(
         title=f"{folder / block.shard.file}  {block.name}  sha256 {block.shard.sha256[:12]}  "
         f"{format_bytes(block.shard.nbytes)}",
@@ -208,23 +208,23 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
         + "  ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in phases(block.measured).items()),
     )
     columns = ("shape", "pattern", "density", "rank", "pruned", "S + U·V", "iterations", "bytes", "of dense")
-    table.add_column("layer", no_wrap=True)
+    table.add_column("linear", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("warnings")
-    for layer in block.layers:
+    for linear in block.linears:
         table.add_row(
-            short_name(layer, block),
-            f"{layer.shape[0]}×{layer.shape[1]}",
-            layer.pattern,
-            f"{layer.density:.4f}",
-            str(layer.rank),
-            f"{layer.error_before:.3g}",
-            f"{layer.error_after:.3g}",
-            str(layer.iterations),
-            format_bytes(layer.nbytes),
-            f"{layer.nbytes / layer.dense_nbytes:.3f}",
-            "; ".join(layer.warnings),
+            short_name(linear, block),
+            f"{linear.shape[0]}×{linear.shape[1]}",
+            linear.pattern,
+            f"{linear.density:.4f}",
+            str(linear.rank),
+            f"{linear.wanda_error:.3g}",
+            f"{linear.error:.3g}",
+            str(linear.iterations),
+            format_bytes(linear.nbytes),
+            f"{linear.nbytes / linear.dense_nbytes:.3f}",
+            "; ".join(linear.warnings),
         )
     return table
 

@@ -15,7 +15,7 @@ from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.io.shards import write_file
 from streamslr.results.inspect import becomes, how, phases, read_run, short_name, totals, warnings
-from streamslr.run.journal import BlockRecord, JournalState, LayerRecord
+from streamslr.run.journal import BlockRecord, JournalState, LinearRecord
 from streamslr.run.progress import PHASES, format_duration
 
 REPORT_FILE = "report.html"
@@ -109,13 +109,13 @@ def _key_figures(state: JournalState) -> str:
     sizes = _bytes_of_parts(state)
     before = sizes["dense linears"] + sizes["everything else"]
     after = sizes["S"] + sizes["U·V"] + sizes["everything else"]
-    dense_bits = 8 * of_all["dense_linear_bytes"] / sum(math.prod(layer.shape) for layer in _layers(state.blocks))
+    dense_bits = 8 * of_all["dense_linear_bytes"] / sum(math.prod(linear.shape) for linear in _linears(state.blocks))
     seconds = sum(reading["seconds"] for _, _, reading in _readings(state))
     found = sum(len(warnings(block)) for block in state.blocks)
     shown = [
         ("bits a weight", f"{of_all['bits_per_weight']:.2f}", f"linears of the blocks; dense {dense_bits:.0f}"),
         ("size", format_bytes(after), f"of {format_bytes(before)}, {after / before:.0%}"),
-        ("mean error", f"{of_all['error_after']:.3g}", f"pruning alone {of_all['error_before']:.3g}"),
+        ("mean error", f"{of_all['error']:.3g}", f"pruning alone {of_all['wanda_error']:.3g}"),
         ("time", format_duration(seconds), f"{seconds / len(state.blocks):.3g} s a block"),
         *(
             (f"{place} memory", format_bytes(peak), f"at most, {format_bytes(budget)} allowed" if budget else "at most")
@@ -136,7 +136,7 @@ def _texts(state: JournalState) -> Iterable[tuple[tuple[str, ...], str, str]]:
         "Error of each linear",
         "The share of a linear's output on the calibration text that S + U·V misses, "
         "tr(R H Rᵀ) / tr(W H Wᵀ), as solved, before matching. Look for a row or a column that stands out: that "
-        "kind of layer, or that block, is the hard one. Below, each block's mean beside what plain pruning "
+        "kind of linear, or that block, is the hard one. Below, each block's mean beside what plain pruning "
         "(the same pattern without U·V, by Wanda's score) would have cost.",
     )
     if state.fingerprint.get("match"):
@@ -213,7 +213,7 @@ def _settings(folder: Path, state: JournalState) -> str:
         "identity": fixed.pop("model", ""),  # hub:ID@commit, or a digest of the folder's headers
         "pattern of S": fixed.pop("pattern", ""),
         "rank of U·V": fixed.pop("rank", ""),
-        "linears became": becomes(_layers(state.blocks)) if len(state.allocation or ()) > 1 and state.blocks else "",
+        "linears became": becomes(_linears(state.blocks)) if len(state.allocation or ()) > 1 and state.blocks else "",
         "calibration": windows,
         "digest of its tokens": fixed.pop("tokens", ""),
         "matching": matching,
@@ -236,8 +236,8 @@ def _settings(folder: Path, state: JournalState) -> str:
 # Data
 
 
-def _layers(blocks: Iterable[BlockRecord]) -> list[LayerRecord]:
-    return [layer for block in blocks for layer in block.layers]
+def _linears(blocks: Iterable[BlockRecord]) -> list[LinearRecord]:
+    return [linear for block in blocks for linear in block.linears]
 
 
 def _readings(state: JournalState) -> list[tuple[int | None, str, Any]]:
@@ -261,13 +261,15 @@ def _peaks(state: JournalState) -> dict[str, tuple[int, int]]:
 
 def _bytes_of_parts(state: JournalState) -> dict[str, int]:
     """Of the finished blocks and what is outside the blocks, in their shards."""
-    layers = _layers(state.blocks)
-    low_rank = sum(layer.rank * sum(layer.shape) * layer.dense_nbytes // math.prod(layer.shape) for layer in layers)
-    packed = sum(layer.nbytes for layer in layers)
+    linears = _linears(state.blocks)
+    low_rank = sum(
+        linear.rank * sum(linear.shape) * linear.dense_nbytes // math.prod(linear.shape) for linear in linears
+    )
+    packed = sum(linear.nbytes for linear in linears)
     return {
         "S": packed - low_rank,
         "U·V": low_rank,
-        "dense linears": sum(layer.dense_nbytes for layer in layers),
+        "dense linears": sum(linear.dense_nbytes for linear in linears),
         "everything else": sum(shard.nbytes for shard in state.shards) - packed,
     }
 
@@ -303,21 +305,21 @@ def _block_axis(blocks: Sequence[BlockRecord]) -> Figure:
 
 
 def _error_map(blocks: Sequence[BlockRecord]) -> Figure:
-    """A row a kind of layer, a column a block; the first row is the mean over a block's layers."""
-    names = list(dict.fromkeys(short_name(layer, block) for block in blocks for layer in block.layers))
+    """A row a kind of linear, a column a block; the first row is the mean over a block's linears."""
+    names = list(dict.fromkeys(short_name(linear, block) for block in blocks for linear in block.linears))
     cells: list[list[float | None]] = []
     hover: list[list[str]] = []
     for name in names:
-        found = [next((a for a in block.layers if short_name(a, block) == name), None) for block in blocks]
-        cells.append([None if layer is None else _log(layer.error_after) for layer in found])
-        hover.append(["" if layer is None else _describe(layer) for layer in found])
+        found = [next((a for a in block.linears if short_name(a, block) == name), None) for block in blocks]
+        cells.append([None if linear is None else _log(linear.error) for linear in found])
+        hover.append(["" if linear is None else _describe(linear) for linear in found])
     means = [totals([block]) for block in blocks]
-    cells.insert(0, [_log(mean["error_after"]) for mean in means])
+    cells.insert(0, [_log(mean["error"]) for mean in means])
     hover.insert(
         0,
         [
-            f"<b>{_marked(block.name)}</b>, mean of its {len(block.layers)} linears<br>"
-            f"error {mean['error_after']:.3g}, pruning alone {mean['error_before']:.3g}"
+            f"<b>{_marked(block.name)}</b>, mean of its {len(block.linears)} linears<br>"
+            f"error {mean['error']:.3g}, pruning alone {mean['wanda_error']:.3g}"
             for block, mean in zip(blocks, means, strict=True)
         ],
     )
@@ -349,15 +351,15 @@ def _error_map(blocks: Sequence[BlockRecord]) -> Figure:
     return {"data": [trace], "layout": _layout(110 + 26 * len(cells), "block", "", **axes)}
 
 
-def _describe(layer: LayerRecord) -> str:
+def _describe(linear: LinearRecord) -> str:
     """One linear, as the heat map says it on hover."""
     rows = [
-        f"<b>{_marked(layer.name)}</b>",
-        f"error {layer.error_after:.3g}, pruning alone {layer.error_before:.3g}",
-        f"{layer.shape[0]} × {layer.shape[1]}, {_marked(layer.pattern)} + rank {layer.rank}",
-        f"{layer.iterations} iterations, {format_bytes(layer.nbytes)} of {format_bytes(layer.dense_nbytes)}",
+        f"<b>{_marked(linear.name)}</b>",
+        f"error {linear.error:.3g}, pruning alone {linear.wanda_error:.3g}",
+        f"{linear.shape[0]} × {linear.shape[1]}, {_marked(linear.pattern)} + rank {linear.rank}",
+        f"{linear.iterations} iterations, {format_bytes(linear.nbytes)} of {format_bytes(linear.dense_nbytes)}",
     ]
-    for warning in layer.warnings:
+    for warning in linear.warnings:
         rows += [_marked(line) for line in textwrap.wrap("! " + warning, 60)]
     return "<br>".join(rows)
 
@@ -389,7 +391,7 @@ def _block_errors(blocks: Sequence[BlockRecord]) -> Figure:
             "line": {"color": colour},
             "hovertemplate": "block %{x}: %{y:.3g}",
         }
-        for name, key, colour in (("pruning alone", "error_before", _BEFORE), ("S + U·V", "error_after", _AFTER))
+        for name, key, colour in (("pruning alone", "wanda_error", _BEFORE), ("S + U·V", "error", _AFTER))
     ]
     return {
         "data": traces,
@@ -398,7 +400,7 @@ def _block_errors(blocks: Sequence[BlockRecord]) -> Figure:
             "block",
             "mean error",
             xaxis=_block_axis(blocks),
-            yaxis=_log_axis(mean[key] for mean in means for key in ("error_before", "error_after")),
+            yaxis=_log_axis(mean[key] for mean in means for key in ("wanda_error", "error")),
         ),
     }
 

@@ -13,7 +13,7 @@ from streamslr.io.packing import check_packed
 from streamslr.io.shards import INDEX_FILE, WrittenShard, file_sha256, packed_linears
 from streamslr.results.inspect import read_run
 from streamslr.results.report import REPORT_FILE
-from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LayerRecord
+from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
 _PACKED_PARTS = ("values", "meta", "row_offsets", "U", "V")  # what check_packed looks at
@@ -71,10 +71,10 @@ def _check_shard(path: Path, shard: WrittenShard, block: BlockRecord | None) -> 
             names = list(file.keys())
             metadata = file.metadata()
             linears = packed_linears(metadata)
-            recorded = {layer.name for layer in block.layers} if block else set()
+            recorded = {linear.name for linear in block.linears} if block else set()
             problems += [f"{name} has no record in the journal" for name in sorted(linears.keys() - recorded)]
-            for layer in block.layers if block else ():
-                problems += _check_layer(layer, linears, names, file.get_tensor)
+            for linear in block.linears if block else ():
+                problems += _check_linear(linear, linears, names, file.get_tensor)
             packed = {f"{name}.{part}" for name in linears for part in _PACKED_PARTS}
             for name in names:
                 if name not in packed and not torch.isfinite(file.get_tensor(name)).all():
@@ -84,25 +84,25 @@ def _check_shard(path: Path, shard: WrittenShard, block: BlockRecord | None) -> 
     return names, problems
 
 
-def _check_layer(
-    layer: LayerRecord,
+def _check_linear(
+    linear: LinearRecord,
     linears: Mapping[str, tuple[SparsityPattern, tuple[int, int]]],
     names: Iterable[str],
     read: Callable[[str], torch.Tensor],
 ) -> Iterator[str]:
     """What is wrong with one packed linear."""
-    pattern = parse_pattern(layer.pattern)
-    if linears.get(layer.name) != (pattern, layer.shape):
-        yield f"{layer.name} is not there as {layer.pattern} of {layer.shape[0]}×{layer.shape[1]}"
+    pattern = parse_pattern(linear.pattern)
+    if linears.get(linear.name) != (pattern, linear.shape):
+        yield f"{linear.name} is not there as {linear.pattern} of {linear.shape[0]}×{linear.shape[1]}"
         return
-    prefix = f"{layer.name}."
+    prefix = f"{linear.name}."
     parts = {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
     packed = {part: tensor for part, tensor in parts.items() if part in _PACKED_PARTS}
-    yield from (f"{layer.name}: {problem}" for problem in check_packed(packed, pattern, layer.shape))
-    o, d = layer.shape
-    for part, shape in (("U", (o, layer.rank)), ("V", (layer.rank, d))):
+    yield from (f"{linear.name}: {problem}" for problem in check_packed(packed, pattern, linear.shape))
+    o, d = linear.shape
+    for part, shape in (("U", (o, linear.rank)), ("V", (linear.rank, d))):
         there = tuple(parts[part].shape) if part in parts else None
-        if layer.rank and there != shape:
+        if linear.rank and there != shape:
             yield f"{prefix}{part} has shape {there}, the journal says {shape}"
 
 

@@ -26,7 +26,7 @@ from streamslr.model.blockwise import Skeleton
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.run.journal import read_journal, refuse_changed_settings
 from streamslr.run.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
-from streamslr.solvers.base import LayerProblem
+from streamslr.solvers.base import LinearProblem
 from streamslr.solvers.methods import Method, find_method
 from streamslr.spec.allocation import (
     DEFAULT_RANK,
@@ -94,10 +94,10 @@ class Prepared:
         following = self.skeleton.block_tensors[i + 1 : i + 2]
         return following[0] if following else ()
 
-    def problem(self, name: str, weight: Tensor, gram: Tensor, room: int | None) -> LayerProblem:
-        """The layer [o, d] as the solver takes it, in float32."""
+    def problem(self, name: str, weight: Tensor, gram: Tensor, room: int | None) -> LinearProblem:
+        """The linear [o, d] as the solver takes it, in float32."""
         target = self.allocation[name]
-        return LayerProblem(name, weight.detach().float(), gram, target.pattern, target.rank, self.config.seed, room)
+        return LinearProblem(name, weight.detach().float(), gram, target.pattern, target.rank, self.config.seed, room)
 
     def less_room(self, name: str, linear: nn.Linear, room: int | None) -> int | None:
         """What the solver takes where it has half the room it takes with `room`; None where it cannot do with less."""

@@ -19,7 +19,7 @@ log = logging.getLogger("streamslr")
 
 
 @dataclass(frozen=True)
-class LayerRecord:
+class LinearRecord:
     """How one linear W [o, d] became S + U·V. Errors are tr(R H Rᵀ) / tr(W H Wᵀ), R as stored, H damped."""
 
     name: str
@@ -27,8 +27,8 @@ class LayerRecord:
     pattern: str
     density: float  # of S, counted
     rank: int
-    error_before: float  # plain pruning: the solver's first projection, without U·V (Wanda's)
-    error_after: float
+    wanda_error: float  # plain pruning: the solver's first projection, without U·V (Wanda's)
+    error: float
     iterations: int
     damping: float
     nbytes: int  # of values, meta, U and V together
@@ -57,7 +57,7 @@ class BlockRecord:
     name: str
     shard: WrittenShard
     hidden_states: str  # digest of the generation that leaves this block
-    layers: tuple[LayerRecord, ...]  # as solved, before matching
+    linears: tuple[LinearRecord, ...]  # as solved, before matching
     targets: str | None = None  # digest of what should have left it, which the next block goes on from
     matching: MatchRecord | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -154,15 +154,15 @@ def _state(data: dict[str, Any]) -> JournalState:
 
 
 def _block(data: dict[str, Any]) -> BlockRecord:
-    layers = tuple(
-        LayerRecord(**layer | {"shape": tuple(layer["shape"]), "warnings": tuple(layer["warnings"])})
-        for layer in data["layers"]
+    linears = tuple(
+        LinearRecord(**linear | {"shape": tuple(linear["shape"]), "warnings": tuple(linear["warnings"])})
+        for linear in data["linears"]
     )
     matching = data.get("matching")
     if matching:
         matching = MatchRecord(**matching | {"curve": tuple(matching["curve"])})
     shard = WrittenShard(**data["shard"])
-    return BlockRecord(**data | {"shard": shard, "layers": layers, "matching": matching})
+    return BlockRecord(**data | {"shard": shard, "linears": linears, "matching": matching})
 
 
 class Journal:

@@ -26,10 +26,10 @@ from streamslr.matching import BlockWeights, CompressedBlock
 from streamslr.memory import held_to_gpu_budget, why_out_of_memory
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import Prepared
-from streamslr.run.journal import BlockRecord, Journal, JournalState, LayerRecord, MatchRecord
+from streamslr.run.journal import BlockRecord, Journal, JournalState, LinearRecord, MatchRecord
 from streamslr.run.passes import Passes, Streams
 from streamslr.run.progress import Display, NoDisplay, Phases
-from streamslr.run.solve_linear import compress_layer
+from streamslr.run.solve_linear import compress_linear
 from streamslr.solvers.base import Solver
 from streamslr.spec.allocation import Allocation, allocate, as_json, common_pattern, from_json, in_words
 
@@ -164,7 +164,7 @@ class Compression:
         linears = {linear: skeleton.linear(linear) for linear in skeleton.linears[i]}
         grams, targets = passes.retried("grams", lambda: passes.collect(i, linears, streams))
         with self.phases.phase("solve", steps=len(linears), block=i) as step:
-            packed, layers = self.solve_block(linears, grams, step)
+            packed, solved_linears = self.solve_block(linears, grams, step)
         weights = solved = BlockWeights(packed, skeleton.as_stored(i))
         patterns = {linear: job.allocation[linear].pattern for linear in linears}
         block = CompressedBlock(skeleton.parameters(i), linears, patterns)
@@ -186,7 +186,7 @@ class Compression:
         with self.phases.phase("commit", steps=1, block=i):
             digest, of_targets = upcoming.seal()
         matching = MatchRecord(curve[0], finite(loss), loss < curve[0], tuple(map(finite, curve))) if targets else None
-        record = BlockRecord(i, name, shard, digest, tuple(layers), of_targets, matching, self.phases.take())
+        record = BlockRecord(i, name, shard, digest, tuple(solved_linears), of_targets, matching, self.phases.take())
         self.journal.commit_block(record, passes.micro_batch)
         write_index(job.config.out, self.journal.state.shards)
         streams.drop()
@@ -203,28 +203,28 @@ class Compression:
 
     def solve_block(
         self, linears: Mapping[str, nn.Linear], grams: list[Gram], step: Callable[[int], None]
-    ) -> tuple[dict[str, Mapping[str, Tensor]], list[LayerRecord]]:
+    ) -> tuple[dict[str, Mapping[str, Tensor]], list[LinearRecord]]:
         """S + U·V in the place of every weight; what to store of each, and its record. Empties `grams`."""
         packed: dict[str, Mapping[str, Tensor]] = {}
-        layers = []
+        records = []
         waiting = set_aside(grams, self.job.plan.grams_at, self.job.scratch)
         while waiting:
             gram = waiting.pop(0)()  # freed once its linears are solved
             matrix = gram.matrix.to(self.job.device)
             for name in gram.linears:
-                packed[name], layer = self.solve_layer(name, linears[name], matrix)
-                layers.append(replace(layer, rows=gram.rows, warnings=(*gram.warnings(name), *layer.warnings)))
+                packed[name], record = self.solve_linear(name, linears[name], matrix)
+                records.append(replace(record, rows=gram.rows, warnings=(*gram.warnings(name), *record.warnings)))
                 step(1)
             del gram, matrix
-        return packed, layers
+        return packed, records
 
-    def solve_layer(self, name: str, linear: nn.Linear, gram: Tensor) -> tuple[Mapping[str, Tensor], LayerRecord]:
+    def solve_linear(self, name: str, linear: nn.Linear, gram: Tensor) -> tuple[Mapping[str, Tensor], LinearRecord]:
         """One linear solved in its place; where memory runs out, once more in tiles of half as many rows."""
         job, room = self.job, self.job.plan.solver_room
         dtype = job.skeleton.stored_dtype(f"{name}.weight")
 
-        def work() -> tuple[Mapping[str, Tensor], LayerRecord]:
-            return compress_layer(job.problem(name, linear.weight, gram, room), linear, self.solver, dtype)
+        def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
+            return compress_linear(job.problem(name, linear.weight, gram, room), linear, self.solver, dtype)
 
         def cut() -> str | None:
             nonlocal room

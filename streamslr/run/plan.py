@@ -430,6 +430,6 @@ class _Needs:
 
 
 def _activation_bytes(linears: Iterable[tuple[int, int]], batch_tokens: int, h: int, c: int) -> int:
-    """Of a pass without gradients: the residual stream and its norms, and three tensors of the widest layer."""
+    """Of a pass without gradients: the residual stream and its norms, and three tensors of the widest linear."""
     widest = max(max(shape) for shape in linears)
     return batch_tokens * c * (6 * h + 3 * widest)

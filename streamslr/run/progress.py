@@ -118,7 +118,7 @@ class Phases:
         self._display.blocks(self._done, self._total, eta)
         seconds = sum(m["seconds"] for m in record.measured.values())
         peak = max(m["host_peak_bytes"] for m in record.measured.values())
-        errors = [layer.error_after for layer in record.layers]
+        errors = [linear.error for linear in record.linears]
         matched = ""
         if record.matching:
             matched = f" block loss {record.matching.loss_before:.3g}"
@@ -129,7 +129,7 @@ class Phases:
             self._total,
             record.name,
             sum(errors) / len(errors),
-            sum(layer.error_before for layer in record.layers) / len(errors),
+            sum(linear.wanda_error for linear in record.linears) / len(errors),
             matched,
             seconds,
             format_bytes(peak),

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from streamslr.errors import InputError, StreamslrError
 from streamslr.io.packing import merge, pack
-from streamslr.run.journal import LayerRecord
-from streamslr.solvers.base import LayerProblem, Solver, SparseLowRank, pruning_error, relative_error
+from streamslr.run.journal import LinearRecord
+from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, pruning_error, relative_error
 
 log = logging.getLogger("streamslr")
 
 
 @torch.no_grad()
-def compress_layer(
-    problem: LayerProblem, linear: nn.Linear, solver: Solver, dtype: torch.dtype
-) -> tuple[Mapping[str, Tensor], LayerRecord]:
+def compress_linear(
+    problem: LinearProblem, linear: nn.Linear, solver: Solver, dtype: torch.dtype
+) -> tuple[Mapping[str, Tensor], LinearRecord]:
     """What to store of the linear, values and factors in `dtype`, and its record; its weight is replaced.
 
     Errors are those of what is stored, rounding included. Raises InputError when a factor overflows `dtype`,
@@ -44,14 +44,14 @@ def compress_layer(
     merged = merge(tensors, pattern, shape, linear.weight.dtype)
     for warning in warnings:
         log.warning("%s", warning)
-    record = LayerRecord(
+    record = LinearRecord(
         name=problem.name,
         shape=shape,
         pattern=str(pattern),
         density=density,
         rank=rank,
-        error_before=pruned,
-        error_after=relative_error(weight, problem.gram, merged),
+        wanda_error=pruned,
+        error=relative_error(weight, problem.gram, merged),
         iterations=iterations,
         damping=damping,
         nbytes=sum(t.nbytes for t in tensors.values()),
@@ -62,7 +62,7 @@ def compress_layer(
     return tensors, record
 
 
-def _require_shapes(problem: LayerProblem, solution: SparseLowRank) -> None:
+def _require_shapes(problem: LinearProblem, solution: SparseLowRank) -> None:
     """Raises ValueError for S, U, V that are no solution [o, d], [o, r], [r, d] of the rank asked for."""
     (o, d), shapes = problem.weight.shape, [tuple(part.shape) for part in (solution.S, solution.U, solution.V)]
     r = shapes[1][-1]

@@ -1,12 +1,12 @@
-"""(W, H) -> S, U, V: one layer's compression, a method a file."""
+"""(W, H) -> S, U, V: one linear's compression, a method a file."""
 
-from streamslr.solvers.base import LayerProblem, Solver, SparseLowRank, relative_error
+from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, relative_error
 from streamslr.solvers.methods import Method, all_methods, find_method
 from streamslr.solvers.threebasil import ThreeBasil
 from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows, parse_pattern
 
 __all__ = [
-    "LayerProblem",
+    "LinearProblem",
     "Method",
     "NofM",
     "Solver",

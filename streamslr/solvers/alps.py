@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from streamslr.solvers.scaled import ScaledLayer
+from streamslr.solvers.scaled import ScaledLinear
 from streamslr.solvers.threebasil import ThreeBasil, solve_bytes, solve_flops
 
 
@@ -16,21 +16,21 @@ class Alps:
     Differences from the paper are therefore that class's: ρ grows in stages instead of by how far the support moved,
     and inputs are scaled by Optimal Brain Surgeon's saliency. The values are then refitted by the paper's
     preconditioned conjugate gradients (its algorithm 2), every row at its own step size, `cg_iterations` as in the
-    official code. Its preconditioner is the diagonal of H, which is I in the scale of the layer.
+    official code. Its preconditioner is the diagonal of H, which is I in the scale of the linear.
     """
 
     admm: ThreeBasil = field(default_factory=ThreeBasil)
     cg_iterations: int = 10
     full_gram = True
 
-    def prepare(self, layer: ScaledLayer) -> Callable[[Tensor], Tensor]:
-        problem, G = layer.problem, layer.G
+    def prepare(self, linear: ScaledLinear) -> Callable[[Tensor], Tensor]:
+        problem, G = linear.problem, linear.G
         assert G is not None
 
         def prune(T: Tensor) -> Tensor:
-            solved = self.admm.solve(replace(problem, weight=T / layer.scale, rank=0, room=None))
-            layer.warnings.extend(warning for warning in solved.warnings if warning not in layer.warnings)
-            S = solved.S.mul_(layer.scale)
+            solved = self.admm.solve(replace(problem, weight=T / linear.scale, rank=0, room=None))
+            linear.warnings.extend(warning for warning in solved.warnings if warning not in linear.warnings)
+            S = solved.S.mul_(linear.scale)
             refit_(S, T, G, self.cg_iterations)
             return S
 

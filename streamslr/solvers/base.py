@@ -1,4 +1,4 @@
-"""The seam between a layer and a method: the problem, its solution, and how good a solution is."""
+"""The seam between a linear and a method: the problem, its solution, and how good a solution is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ _TILE = 1024
 
 
 @dataclass(frozen=True)
-class LayerProblem:
+class LinearProblem:
     """Replace `weight` by S + U·V so that outputs on inputs with Gram matrix `gram` change least.
 
-    name: the layer, for messages. weight: [o, d] float32. gram: [d, d] float32, Xᵀ X over all calibration
+    name: the linear, for messages. weight: [o, d] float32. gram: [d, d] float32, Xᵀ X over all calibration
     rows, undamped. rank: columns of U; 0 for pure sparsity. seed: of the solver's random start. room: bytes the
     solver may take beside weight and gram, where it can do with less; None: as many as it likes.
     """
@@ -39,7 +39,7 @@ class SparseLowRank:
     """weight ≈ S + U·V: S [o, d] with exact zeros off the pattern's support, U [o, r], V [r, d], all float32.
 
     damping: the multiplier that was finally used on the damping; above 1 a factorization had failed.
-    warnings: what the user should know about this layer, a sentence each.
+    warnings: what the user should know about this linear, a sentence each.
     """
 
     S: Tensor
@@ -58,8 +58,8 @@ class SparseLowRank:
 class Solver(Protocol):
     """A method: tensors in, tensors out, on the device of the problem's tensors, which stay as they are."""
 
-    def solve(self, problem: LayerProblem) -> SparseLowRank:
-        """Raises InputError, naming the layer, when the problem cannot be solved."""
+    def solve(self, problem: LinearProblem) -> SparseLowRank:
+        """Raises InputError, naming the linear, when the problem cannot be solved."""
         ...
 
     def peak_bytes(
@@ -67,7 +67,7 @@ class Solver(Protocol):
     ) -> int:
         """The most that one solve of a weight [o, d] takes beside its weight and Gram matrix, its S included.
 
-        room: what it should do with if it can (LayerProblem.room). by_row, of the pattern; gpu: where it runs.
+        room: what it should do with if it can (LinearProblem.room). by_row, of the pattern; gpu: where it runs.
         """
         ...
 
@@ -90,7 +90,7 @@ def damping_diagonal(gram: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Ten
     return torch.where(dead, 1 - diagonal, added), dead
 
 
-def validated(problem: LayerProblem) -> tuple[int, list[str]]:
+def validated(problem: LinearProblem) -> tuple[int, list[str]]:
     """The rank to use, at most min(o, d), and the warnings so far. Raises InputError for a problem without solution."""
     name, (o, d) = problem.name, problem.weight.shape
     if tuple(problem.gram.shape) != (d, d):
@@ -115,7 +115,7 @@ def validated(problem: LayerProblem) -> tuple[int, list[str]]:
     return rank, []
 
 
-def unchanged(problem: LayerProblem, rank: int, warnings: list[str]) -> SparseLowRank:
+def unchanged(problem: LinearProblem, rank: int, warnings: list[str]) -> SparseLowRank:
     """The solution for a weight that is in the pattern already, all zeros included: itself."""
     o, d = problem.weight.shape
     U, V = problem.weight.new_zeros(o, rank), problem.weight.new_zeros(rank, d)
@@ -139,7 +139,7 @@ def relative_error(weight: Tensor, gram: Tensor, approximation: Tensor) -> float
     return _relative(weight, gram, lambda rows: approximation[rows].float())
 
 
-def pruning_error(problem: LayerProblem) -> float:
+def pruning_error(problem: LinearProblem) -> float:
     """The relative error of plain pruning by |W_ij|·‖X_j‖ (Wanda, arXiv 2306.11695): what solving must beat."""
     added, _ = damping_diagonal(problem.gram)
     scale = (problem.gram.diagonal() + added).sqrt()

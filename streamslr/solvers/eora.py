@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from streamslr.solvers.base import LayerProblem, SparseLowRank
+from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.low_rank import LowRankFit
-from streamslr.solvers.scaled import Pruner, ScaledLayer, layer_bytes, solve_scaled
+from streamslr.solvers.scaled import Pruner, ScaledLinear, scaled_bytes, solve_scaled
 
 
 @dataclass(frozen=True)
@@ -19,21 +19,21 @@ class Eora:
 
     pruner: Pruner
 
-    def solve(self, problem: LayerProblem) -> SparseLowRank:
-        """Raises InputError, naming the layer, for a problem that has no solution."""
+    def solve(self, problem: LinearProblem) -> SparseLowRank:
+        """Raises InputError, naming the linear, for a problem that has no solution."""
 
-        def work(layer: ScaledLayer) -> tuple[Tensor, Tensor, Tensor, int]:
-            S = self.pruner.prepare(layer)(layer.W)
-            fit = LowRankFit(S, layer.rank, layer.times, problem.seed)
-            return S, *fit.fit(layer.W - S), 1
+        def work(linear: ScaledLinear) -> tuple[Tensor, Tensor, Tensor, int]:
+            S = self.pruner.prepare(linear)(linear.W)
+            fit = LowRankFit(S, linear.rank, linear.times, problem.seed)
+            return S, *fit.fit(linear.W - S), 1
 
         return solve_scaled(problem, work, full_gram=True)
 
     def peak_bytes(
         self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        layer = layer_bytes(o, d, rank, full_gram=True, gpu=gpu)
-        return layer + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+        linear = scaled_bytes(o, d, rank, full_gram=True, gpu=gpu)
+        return linear + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
 
     def flops(self, o: int, d: int, rank: int) -> float:
         return self.pruner.prune_flops(o, d) + 8 * (4 * o * d + 2 * d * d) * rank

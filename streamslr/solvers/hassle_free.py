@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamslr.solvers.base import LayerProblem, SparseLowRank
+from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.low_rank import LowRankFit
-from streamslr.solvers.scaled import Pruner, ScaledLayer, layer_bytes, solve_scaled
+from streamslr.solvers.scaled import Pruner, ScaledLinear, scaled_bytes, solve_scaled
 
 # Of subspace iteration between two prunings: W − S moves little, and the fit goes on from the last one.
 _WARM_STEPS = 2
@@ -28,17 +28,17 @@ class HassleFree:
     pruner: Pruner
     iterations: int = 24
 
-    def solve(self, problem: LayerProblem) -> SparseLowRank:
-        """Raises InputError, naming the layer, for a problem that has no solution."""
+    def solve(self, problem: LinearProblem) -> SparseLowRank:
+        """Raises InputError, naming the linear, for a problem that has no solution."""
 
-        def work(layer: ScaledLayer) -> tuple[Tensor, Tensor, Tensor, int]:
-            W = layer.W
+        def work(linear: ScaledLinear) -> tuple[Tensor, Tensor, Tensor, int]:
+            W = linear.W
             # a turn need not settle: the next goes on from it
-            prune = self.pruner.prepare(replace(layer, warnings=[]) if layer.rank else layer)
-            fit = LowRankFit(W, layer.rank, layer.times, problem.seed)
+            prune = self.pruner.prepare(replace(linear, warnings=[]) if linear.rank else linear)
+            fit = LowRankFit(W, linear.rank, linear.times, problem.seed)
             S = prune(W)
             U, V = fit.fit(W - S)
-            if not layer.rank:
+            if not linear.rank:
                 return S, U, V, 1
             T = torch.addmm(W, U, V, alpha=-1)
             for _ in range(self.iterations - 1):
@@ -54,8 +54,8 @@ class HassleFree:
     def peak_bytes(
         self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        layer = layer_bytes(o, d, rank, full_gram=True, gpu=gpu)
-        return layer + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+        linear = scaled_bytes(o, d, rank, full_gram=True, gpu=gpu)
+        return linear + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
 
     def flops(self, o: int, d: int, rank: int) -> float:
         turn = self.pruner.prune_flops(o, d) + 2 * (4 * o * d + 2 * d * d) * rank

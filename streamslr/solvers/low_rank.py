@@ -12,7 +12,7 @@ COLD_STEPS = 8
 
 
 class LowRankFit:
-    """argmin over rank-r U·V of tr((E − UV) G (E − UV)ᵀ), for one E [o, d] after another of the same layer.
+    """argmin over rank-r U·V of tr((E − UV) G (E − UV)ᵀ), for one E [o, d] after another of the same linear.
 
     The optimum is U Uᵀ E, the columns of U the top eigenvectors of E G Eᵀ. Subspace iteration finds them, each fit
     from where the last one ended, with a Rayleigh-Ritz step at the end. times: G @ y for y [d, k].

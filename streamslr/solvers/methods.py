@@ -120,7 +120,7 @@ def all_methods() -> list[Method]:
 def methods_table(methods: list[Method]) -> Table:
     """A row a method."""
     table = Table(
-        caption="Gram: of a layer's inputs, all of it or the diagonal; n:m keeps n of m, p% zeroes a share of a layer, "
+        caption="Gram: of a linear's inputs, all of it or the diagonal; n:m keeps n of m, p% zeroes a share of a linear, "
         "p%/row of each row"
     )
     rows = [method.as_dict() for method in methods]

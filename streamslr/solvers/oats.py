@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamslr.solvers.base import LayerProblem, SparseLowRank
+from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.low_rank import LowRankFit
-from streamslr.solvers.scaled import ScaledLayer, layer_bytes, solve_scaled
+from streamslr.solvers.scaled import ScaledLinear, scaled_bytes, solve_scaled
 
 # Of subspace iteration between two thresholdings: W − S moves little, and the fit goes on from the last one.
 _WARM_STEPS = 2
@@ -25,16 +25,16 @@ class Oats:
 
     iterations: int = 40
 
-    def solve(self, problem: LayerProblem) -> SparseLowRank:
-        """Raises InputError, naming the layer, for a problem that has no solution."""
+    def solve(self, problem: LinearProblem) -> SparseLowRank:
+        """Raises InputError, naming the linear, for a problem that has no solution."""
 
-        def work(layer: ScaledLayer) -> tuple[Tensor, Tensor, Tensor, int]:
-            W, pattern = layer.W, problem.pattern
-            fit = LowRankFit(W, layer.rank, layer.times, problem.seed)
+        def work(linear: ScaledLinear) -> tuple[Tensor, Tensor, Tensor, int]:
+            W, pattern = linear.W, problem.pattern
+            fit = LowRankFit(W, linear.rank, linear.times, problem.seed)
             U, V = fit.fit(W)
             E = torch.addmm(W, U, V, alpha=-1)
             S = E.mul_(pattern.project(E))
-            if not layer.rank:
+            if not linear.rank:
                 return S, U, V, 1
             for _ in range(self.iterations - 1):
                 U, V = fit.fit(W - S, _WARM_STEPS)
@@ -47,7 +47,7 @@ class Oats:
     def peak_bytes(
         self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        return layer_bytes(o, d, rank, full_gram=False, gpu=gpu) + 4 * o * d + 10 * o * d
+        return scaled_bytes(o, d, rank, full_gram=False, gpu=gpu) + 4 * o * d + 10 * o * d
 
     def flops(self, o: int, d: int, rank: int) -> float:
         return self.iterations * (14.0 * o * d * rank + 20 * o * d)

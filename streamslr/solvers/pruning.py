@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from streamslr.solvers.base import LayerProblem, SparseLowRank
-from streamslr.solvers.scaled import Pruner, ScaledLayer, layer_bytes, solve_scaled
+from streamslr.solvers.base import LinearProblem, SparseLowRank
+from streamslr.solvers.scaled import Pruner, ScaledLinear, scaled_bytes, solve_scaled
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Magnitude:
 
     full_gram = False
 
-    def prepare(self, layer: ScaledLayer) -> Callable[[Tensor], Tensor]:
-        pattern, scale = layer.problem.pattern, layer.scale
+    def prepare(self, linear: ScaledLinear) -> Callable[[Tensor], Tensor]:
+        pattern, scale = linear.problem.pattern, linear.scale
         return lambda T: T * pattern.project(T / scale)
 
     def prune_bytes(self, o: int, d: int, *, by_row: bool, gpu: bool) -> int:
@@ -30,14 +30,14 @@ class Magnitude:
 class Wanda:
     """Keeps the largest |W_ij|·‖X_j‖ (arXiv 2306.11695, equation 1), ‖X_j‖ undamped.
 
-    The pattern says what is compared: groups of m, rows for p%/row, as in the paper, or the layer for p%.
+    The pattern says what is compared: groups of m, rows for p%/row, as in the paper, or the linear for p%.
     """
 
     full_gram = False
 
-    def prepare(self, layer: ScaledLayer) -> Callable[[Tensor], Tensor]:
-        pattern = layer.problem.pattern
-        per_scale = layer.problem.gram.diagonal().clamp_min(0).sqrt() / layer.scale  # [d]
+    def prepare(self, linear: ScaledLinear) -> Callable[[Tensor], Tensor]:
+        pattern = linear.problem.pattern
+        per_scale = linear.problem.gram.diagonal().clamp_min(0).sqrt() / linear.scale  # [d]
         return lambda T: T * pattern.project(T * per_scale)
 
     prune_bytes = Magnitude.prune_bytes
@@ -50,12 +50,12 @@ class Pruned:
 
     pruner: Pruner
 
-    def solve(self, problem: LayerProblem) -> SparseLowRank:
-        """Raises InputError, naming the layer, for a problem that has no solution."""
+    def solve(self, problem: LinearProblem) -> SparseLowRank:
+        """Raises InputError, naming the linear, for a problem that has no solution."""
 
-        def work(layer: ScaledLayer) -> tuple[Tensor, Tensor, Tensor, int]:
-            W = layer.W
-            S = self.pruner.prepare(layer)(W)
+        def work(linear: ScaledLinear) -> tuple[Tensor, Tensor, Tensor, int]:
+            W = linear.W
+            S = self.pruner.prepare(linear)(W)
             return S, W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1]), 1
 
         return solve_scaled(problem, work, self.pruner.full_gram)
@@ -63,8 +63,8 @@ class Pruned:
     def peak_bytes(
         self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        layer = layer_bytes(o, d, 0, full_gram=self.pruner.full_gram, gpu=gpu)
-        return layer + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+        linear = scaled_bytes(o, d, 0, full_gram=self.pruner.full_gram, gpu=gpu)
+        return linear + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
 
     def flops(self, o: int, d: int, rank: int) -> float:
         return self.pruner.prune_flops(o, d)

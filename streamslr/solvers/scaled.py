@@ -1,4 +1,4 @@
-"""A layer in units of its inputs' energy, where most methods work, and the way back."""
+"""A linear in units of its inputs' energy, where most methods work, and the way back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError, StreamslrError
-from streamslr.solvers.base import LayerProblem, SparseLowRank, damping_diagonal, finite, unchanged, validated
+from streamslr.solvers.base import LinearProblem, SparseLowRank, damping_diagonal, finite, unchanged, validated
 from streamslr.solvers.low_rank import balanced
 
 # A Gram matrix that still has no Cholesky factor with this much damping is no Gram matrix.
@@ -16,14 +16,14 @@ _DAMPING_LIMIT = 1e6
 
 
 @dataclass(frozen=True)
-class ScaledLayer:
+class ScaledLinear:
     """W·diag(s) and G = diag(1/s) H diag(1/s), H the damped Gram matrix, s_j = H_jj^½: G has a unit diagonal.
 
     W [o, d], zero in the columns of dead inputs. G [d, d], or None where the diagonal is all that was asked for.
     scale [d]: s. dead [d]: bool. warnings: what the user should know, a sentence each; whoever solves adds to it.
     """
 
-    problem: LayerProblem
+    problem: LinearProblem
     rank: int
     W: Tensor
     G: Tensor | None
@@ -45,10 +45,10 @@ class Pruner(Protocol):
         """Whether it needs G; else the diagonal does."""
         ...
 
-    def prepare(self, layer: ScaledLayer) -> Callable[[Tensor], Tensor]:
-        """T [o, d] -> S [o, d] in the pattern, near T in the metric, both scaled as the layer; T stays as it is.
+    def prepare(self, linear: ScaledLinear) -> Callable[[Tensor], Tensor]:
+        """T [o, d] -> S [o, d] in the pattern, near T in the metric, both scaled as the linear; T stays as it is.
 
-        What all targets of a layer share, such as a factorization, is computed here, once.
+        What all targets of a linear share, such as a factorization, is computed here, once.
         """
         ...
 
@@ -62,32 +62,32 @@ class Pruner(Protocol):
 
 
 def solve_scaled(
-    problem: LayerProblem,
-    solve: Callable[[ScaledLayer], tuple[Tensor, Tensor, Tensor, int]],
+    problem: LinearProblem,
+    solve: Callable[[ScaledLinear], tuple[Tensor, Tensor, Tensor, int]],
     full_gram: bool,
 ) -> SparseLowRank:
     """What is the same for each method: checks before, scale, S, U, V and iterations by `solve`, and back."""
     rank, warnings = validated(problem)
     if problem.pattern.check(problem.weight != 0) is None:
         return unchanged(problem, rank, warnings)
-    layer = _scaled(problem, rank, full_gram, warnings)
-    if layer.damping > 1:
+    linear = _scaled(problem, rank, full_gram, warnings)
+    if linear.damping > 1:
         warnings.append(
-            f"{problem.name}: the Gram matrix had no Cholesky factor; its damping was raised {layer.damping:g} times"
+            f"{problem.name}: the Gram matrix had no Cholesky factor; its damping was raised {linear.damping:g} times"
         )
-    S, U, V, iterations = solve(layer)
-    S.div_(layer.scale)
-    S[:, layer.dead] = 0
-    V = V / layer.scale
-    V[:, layer.dead] = 0
+    S, U, V, iterations = solve(linear)
+    S.div_(linear.scale)
+    S[:, linear.dead] = 0
+    V = V / linear.scale
+    V[:, linear.dead] = 0
     U, V = balanced(U, V)
     if not (finite(S) and finite(U) and finite(V)):
         raise StreamslrError(f"{problem.name}: values overflowed; report this as a bug, or scale the checkpoint")
-    return SparseLowRank(S, U, V, iterations, layer.damping, tuple(warnings))
+    return SparseLowRank(S, U, V, iterations, linear.damping, tuple(warnings))
 
 
-def _scaled(problem: LayerProblem, rank: int, full_gram: bool, warnings: list[str]) -> ScaledLayer:
-    """The layer, its damping raised tenfold until G has a Cholesky factor, where G is asked for."""
+def _scaled(problem: LinearProblem, rank: int, full_gram: bool, warnings: list[str]) -> ScaledLinear:
+    """The linear, its damping raised tenfold until G has a Cholesky factor, where G is asked for."""
     multiplier = 1.0
     while multiplier <= _DAMPING_LIMIT:
         added, dead = damping_diagonal(problem.gram, multiplier)
@@ -99,7 +99,7 @@ def _scaled(problem: LayerProblem, rank: int, full_gram: bool, warnings: list[st
         if G is None or not int(torch.linalg.cholesky_ex(G).info):
             W = problem.weight * scale
             W[:, dead] = 0
-            return ScaledLayer(problem, rank, W, G, scale, dead, multiplier, warnings)
+            return ScaledLinear(problem, rank, W, G, scale, dead, multiplier, warnings)
         multiplier *= 10
     raise InputError(
         f"{problem.name}: its Gram matrix is not positive semidefinite, even with {_DAMPING_LIMIT:g} times the "
@@ -107,7 +107,7 @@ def _scaled(problem: LayerProblem, rank: int, full_gram: bool, warnings: list[st
     )
 
 
-def layer_bytes(o: int, d: int, rank: int, *, full_gram: bool, gpu: bool) -> int:
-    """What the scaled layer takes, G while it is checked, and where there is a low-rank part E and its factors."""
+def scaled_bytes(o: int, d: int, rank: int, *, full_gram: bool, gpu: bool) -> int:
+    """What the scaled linear takes, G while it is checked, and where there is a low-rank part E and its factors."""
     low_rank = 4 * o * d + 4 * 10 * (o + d) * (rank + 8) if rank else 0
     return 4 * o * d + 4 * d * d * full_gram * (3 if gpu else 2) + low_rank + 64 * (o + d)

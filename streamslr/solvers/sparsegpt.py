@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import StreamslrError
-from streamslr.solvers.scaled import ScaledLayer
+from streamslr.solvers.scaled import ScaledLinear
 from streamslr.spec.pattern import largest_of_rows
 
 
@@ -25,10 +25,10 @@ class SparseGPT:
     block: int = 128
     full_gram = True
 
-    def prepare(self, layer: ScaledLayer) -> Callable[[Tensor], Tensor]:
-        assert layer.G is not None
-        R = _factor_of_inverse(layer.G, layer.problem.name)  # [d, d]
-        pattern, inverse = layer.problem.pattern, (1 / R.diagonal())[:, None]
+    def prepare(self, linear: ScaledLinear) -> Callable[[Tensor], Tensor]:
+        assert linear.G is not None
+        R = _factor_of_inverse(linear.G, linear.problem.name)  # [d, d]
+        pattern, inverse = linear.problem.pattern, (1 / R.diagonal())[:, None]
         R.mul_(inverse)  # a unit diagonal: what column j loses is then what each row of R spreads
 
         def prune(T: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError, StreamslrError
-from streamslr.solvers.base import LayerProblem, SparseLowRank, damping_diagonal, finite, unchanged, validated
+from streamslr.solvers.base import LinearProblem, SparseLowRank, damping_diagonal, finite, unchanged, validated
 from streamslr.solvers.low_rank import balanced
 
 # Elements of a slice of the elementwise passes: on the CPU five float32 slices stay in a 2 MiB cache; on a GPU
@@ -28,7 +28,7 @@ _CHECK_EVERY = 5
 
 @dataclass(frozen=True)
 class ThreeBasil:
-    """Sparse plus low rank by ADMM in two blocks, (S, U·V) and D, in the metric of the layer's inputs.
+    """Sparse plus low rank by ADMM in two blocks, (S, U·V) and D, in the metric of the linear's inputs.
 
     Per iteration, with D the projection of S + Y on the pattern, G the scaled Gram matrix, M = ρ (G + ρI)⁻¹:
     U·V is the best rank-r fit of W − D + Y in the metric G M; S = E + (D − Y − E) M for E = W − UV; then D and Y.
@@ -42,7 +42,7 @@ class ThreeBasil:
       R = W − D + Y − UV; one warm subspace step an iteration fits it as well as two.
     - U·V starts as the best fit of W alone (from a random start: 0.55 and 0.86).
     - Inputs are scaled by s_j = [H⁻¹]_jj^-½, the saliency of Optimal Brain Surgeon, where the paper takes
-      H_jj^½ (0.53 and 0.87). ρ then means the same in every layer and pattern: supports settle between
+      H_jj^½ (0.53 and 0.87). ρ then means the same in every linear and pattern: supports settle between
       ρ = 1 and 3.
 
     rho_start, rho_growth, stage_iterations: ρ in units of that saliency, its factor between stages, and how
@@ -66,8 +66,8 @@ class ThreeBasil:
     precision: str = "auto"
     tile_rows: int | None = None
 
-    def solve(self, problem: LayerProblem) -> SparseLowRank:
-        """Raises InputError, naming the layer, for a problem that has no solution (shapes, NaN, no Gram)."""
+    def solve(self, problem: LinearProblem) -> SparseLowRank:
+        """Raises InputError, naming the linear, for a problem that has no solution (shapes, NaN, no Gram)."""
         if self.tile_rows is not None and self.tile_rows < 1:
             raise InputError(f"tile_rows {self.tile_rows} must be at least 1; use None for all rows at once")
         rank, warnings = validated(problem)
@@ -96,7 +96,7 @@ class ThreeBasil:
         return solve_bytes(o, d, rank, tile, by_row=by_row, gpu=gpu)
 
     def flops(self, o: int, d: int, rank: int) -> float:
-        """Of a typical layer: means of 220 to 280 iterations were seen on the reference model."""
+        """Of a typical linear: means of 220 to 280 iterations were seen on the reference model."""
         return float(solve_flops(o, d, rank, 250))
 
     def _iterate(self, state: "_Admm") -> bool:
@@ -115,7 +115,7 @@ class ThreeBasil:
                 state.set_inverse(rho)
         return False
 
-    def _tile_rows(self, problem: LayerProblem, rank: int) -> int | None:
+    def _tile_rows(self, problem: LinearProblem, rank: int) -> int | None:
         if self.tile_rows is not None or problem.room is None:
             return self.tile_rows
         o, d = problem.weight.shape
@@ -219,10 +219,10 @@ class _Tile:
     """t rows of W, transposed like all of the state; X, input, C and D are memory that the tiles share."""
 
     rows: slice
-    X: Tensor  # [d, t] T = Y − D + W between steps where the tile is the whole layer; T − B Uᵀ within one
+    X: Tensor  # [d, t] T = Y − D + W between steps where the tile is the whole linear; T − B Uᵀ within one
     input: Tensor  # [d, t] X in the precision of the products
     C: Tensor  # [d, t] the product (T − B Uᵀ) M, in that precision
-    held: Tensor  # [d, t] W where the tile is the whole layer, else D − Y, from step to step
+    held: Tensor  # [d, t] W where the tile is the whole linear, else D − Y, from step to step
     slices: list["_Slice"]
 
 
@@ -232,7 +232,7 @@ class _Slice(NamedTuple):
     X: Tensor  # [k, t] as are all but the last
     input: Tensor
     C: Tensor
-    D: Tensor  # the projection; stays where the tile is the whole layer, else scratch
+    D: Tensor  # the projection; stays where the tile is the whole linear, else scratch
     held: Tensor
     support: Tensor | None  # bool, where D does not stay to tell
     scale: Tensor  # [k, 1]
@@ -246,7 +246,7 @@ class _Admm:
     """
 
     def __init__(
-        self, problem: LayerProblem, metric: _Metric, rank: int, low: torch.dtype, tile_rows: int | None = None
+        self, problem: LinearProblem, metric: _Metric, rank: int, low: torch.dtype, tile_rows: int | None = None
     ) -> None:
         self.name, self.pattern, self.metric, self.low = problem.name, problem.pattern, metric, low
         self.iterations = 0
@@ -422,7 +422,7 @@ class _Admm:
             self.B = rest_times(self.U)
 
 
-def _metric(problem: LayerProblem) -> _Metric:
+def _metric(problem: LinearProblem) -> _Metric:
     """The metric, its damping raised tenfold until the Gram matrix has a Cholesky factor."""
     multiplier = 1.0
     while multiplier <= _DAMPING_LIMIT:

@@ -25,7 +25,7 @@ class Marker(Protocol):
     def mark_(self, magnitudes: Tensor, rows: slice = slice(None)) -> Tensor:
         """Overwrites `magnitudes` [t, k], k a multiple of `group`, with 1 where they stay and 0 elsewhere.
 
-        rows: which t rows of the layer these are.
+        rows: which t rows of the linear these are.
         """
         ...
 
@@ -63,7 +63,7 @@ class SparsityPattern(Protocol):
         ...
 
     def require_fits(self, name: str, shape: tuple[int, int]) -> None:
-        """Raises InputError, naming the layer, when a weight of `shape` (o, d) cannot have this pattern."""
+        """Raises InputError, naming the linear, when a weight of `shape` (o, d) cannot have this pattern."""
         ...
 
     def meta_width(self, d: int) -> int:
@@ -184,7 +184,7 @@ class _Share:
 
 @dataclass(frozen=True)
 class Unstructured(_Share):
-    """Zeroes the share `sparsity` of a whole layer's weights, wherever they are smallest."""
+    """Zeroes the share `sparsity` of a whole linear's weights, wherever they are smallest."""
 
     @property
     def by_row(self) -> bool:
@@ -233,7 +233,7 @@ class Unstructured(_Share):
         return None
 
     def packed_bits(self, o: int, d: int, value_bits: int) -> int:
-        # Row offsets are int64 [o + 1]: a layer may hold more than 2^31 values.
+        # Row offsets are int64 [o + 1]: a linear may hold more than 2^31 values.
         return self.kept(o, d) * value_bits + o * self.meta_width(d) * 8 + (o + 1) * 64
 
 
@@ -284,7 +284,7 @@ class UnstructuredRows(_Share):
 
 
 def parse_pattern(text: str) -> SparsityPattern:
-    """The pattern that `text` names: "2:4" keeps 2 of every 4, "50%" zeroes half of each layer, "50%/row" of each row.
+    """The pattern that `text` names: "2:4" keeps 2 of every 4, "50%" zeroes half of each linear, "50%/row" of each row.
 
     Raises InputError for anything else.
     """
@@ -294,7 +294,7 @@ def parse_pattern(text: str) -> SparsityPattern:
         return (UnstructuredRows if match[2] else Unstructured)(float(match[1]) / 100)
     raise InputError(
         f'pattern {text!r} is not known; write n:m to keep n of every m weights ("2:4"), or the share to zero, of a '
-        f'layer ("50%") or of each of its rows ("50%/row")'
+        f'linear ("50%") or of each of its rows ("50%/row")'
     )
 
 
@@ -343,19 +343,19 @@ class _Groups:
 
 
 class _Levels:
-    """Marks by a level, one for the whole layer or one a row, that follows the count from one pass to the next.
+    """Marks by a level, one for the whole linear or one a row, that follows the count from one pass to the next.
 
     A selection costs more than the rest of an iteration. Scaling the level by (share marked / share wanted) is close
     to Newton's step for bell-shaped weights of which half stay. Of fewer it goes too far (from 80 % sparsity on more
     than twice as far, and would swing for ever): where too many turn to too few or back, the step is halved, but to no
-    less than a quarter, for it must follow weights that move. Loss of 3BASiL on made layers at 90 %/row without U·V:
+    less than a quarter, for it must follow weights that move. Loss of 3BASiL on made linears at 90 %/row without U·V:
     0.117, where the step stays whole 0.118, and where it may shrink to nothing 0.138 (at 50 %/row 0.008, 0.008, 0.028).
     """
 
     group = 1
 
     def __init__(self, level: Tensor, wanted: int) -> None:
-        """level: [1] for the layer, or [o]. wanted: how many should be marked by each."""
+        """level: [1] for the linear, or [o]. wanted: how many should be marked by each."""
         self.wanted = wanted
         self.least = 1e-6 * level.mean()  # from 0, the level of a row of zeros, none could rise
         self.level = level.clamp(min=self.least)

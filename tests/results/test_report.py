@@ -69,14 +69,14 @@ def deep(state: JournalState) -> JournalState:
         name = f"{HOSTILE}.{i}"
         layers = [
             dataclasses.replace(a, name=a.name.replace(block.name, name), warnings=(f"damping {HOSTILE}",))
-            for a in block.layers
+            for a in block.linears
         ]
         assert block.matching
         matching = dataclasses.replace(block.matching, kept=i != 3, loss_after=None if i == 3 else 0.001)
         on_gpu = {"gpu_peak_bytes": 3 * 10**9, "gpu_planned_bytes": 4 * 10**9, "gpu_budget_bytes": 5 * 10**9}
         measured = {phase: {**reading, **on_gpu} for phase, reading in block.measured.items()}
         blocks.append(
-            dataclasses.replace(block, index=i, name=name, layers=tuple(layers), matching=matching, measured=measured)
+            dataclasses.replace(block, index=i, name=name, linears=tuple(linears), matching=matching, measured=measured)
         )
     return dataclasses.replace(state, blocks=tuple(blocks), blocks_total=80, model=HOSTILE, calibration=HOSTILE)
 
@@ -86,10 +86,10 @@ def test_the_figures_hold_what_the_journal_says(state: JournalState) -> None:
     assert drawn.keys() == ALWAYS | MATCHED
     (errors,) = drawn["errors"]["data"]
     for column, block in enumerate(state.blocks):
-        for layer in block.layers:
-            row = errors["y"].index(layer.name.removeprefix(f"{block.name}."))
-            assert errors["z"][row][column] == math.log10(layer.error_after)
-            for told in (layer.name, f"{layer.error_after:.3g}", f"{layer.error_before:.3g}", f"{layer.iterations} "):
+        for linear in block.linears:
+            row = errors["y"].index(linear.name.removeprefix(f"{block.name}."))
+            assert errors["z"][row][column] == math.log10(linear.error)
+            for told in (linear.name, f"{linear.error:.3g}", f"{linear.wanda_error:.3g}", f"{linear.iterations} "):
                 assert told in errors["hovertext"][row][column]
     for block, curve in zip(state.blocks, drawn["curves"]["data"], strict=False):
         assert block.matching
@@ -121,9 +121,9 @@ def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: 
 def test_sizes_are_those_of_the_shards(state: JournalState) -> None:
     parts = {trace["name"]: trace["x"][0] * 1e6 for trace in figures(state)["sizes"]["data"]}
     assert parts["S"] + parts["U·V"] + parts["everything else"] == pytest.approx(sum(s.nbytes for s in state.shards))
-    assert parts["U·V"] == sum(2 * layer.rank * sum(layer.shape) for block in state.blocks for layer in block.layers), (
-        "bf16"
-    )
+    assert parts["U·V"] == sum(
+        2 * linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears
+    ), "bf16"
 
 
 def test_every_figure_is_one_that_plotly_knows(state: JournalState) -> None:
@@ -150,7 +150,7 @@ def test_an_unfinished_run_says_so(made: Path, state: JournalState) -> None:
 
 def test_every_warning_is_listed(made: Path, state: JournalState) -> None:
     text = page(made, deep(state)).split("<h2>Warnings", 1)[1].split("</ul>")[0]
-    layers = sum(len(block.layers) for block in state.blocks)
+    layers = sum(len(block.linears) for block in state.blocks)
     assert text.count("<li>") == 40 * layers + 1
     assert text.count("matching did not lower the loss") == 1
 
@@ -245,7 +245,7 @@ def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, made: 
     assert seen["memory"] == 2 * 6 + 2
     assert seen["lines"] == 2
     layer = state.blocks[0].layers[0]
-    assert f"{layer.name}error {layer.error_after:.3g}, pruning alone {layer.error_before:.3g}" in seen["hover"]
+    assert f"{linear.name}error {linear.error:.3g}, pruning alone {linear.wanda_error:.3g}" in seen["hover"]
 
 
 @needs_chromium

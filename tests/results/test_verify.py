@@ -147,7 +147,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_a_layer_without_a_record_is_found(folder: Path) -> None:
     journal = json.loads((folder / "streamslr.json").read_text())
-    dropped = journal["blocks"][0]["layers"].pop()
+    dropped = journal["blocks"][0]["linears"].pop()
     (folder / "streamslr.json").write_text(json.dumps(journal))
     assert f"{dropped['name']} has no record in the journal" in problems(folder)
 

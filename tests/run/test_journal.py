@@ -9,7 +9,7 @@ import pytest
 
 from streamslr.errors import InputError, ResumeError
 from streamslr.io.shards import WrittenShard
-from streamslr.run.journal import JOURNAL_FILE, BlockRecord, Journal, JournalState, LayerRecord, read_journal
+from streamslr.run.journal import JOURNAL_FILE, BlockRecord, Journal, JournalState, LinearRecord, read_journal
 
 
 def start(blocks: int = 2, micro_batch: int = 1, **changed: object) -> JournalState:
@@ -20,7 +20,7 @@ FINGERPRINT = {"model": "abc", "method": "3basil", "pattern": "2:4", "rank": 16,
 
 
 def block(index: int) -> BlockRecord:
-    layer = LayerRecord("m.q", (4, 8), "2:4", 0.5, 2, 0.1, 0.01, 40, 1.0, 100, 200, ("damping raised",))
+    layer = LinearRecord("m.q", (4, 8), "2:4", 0.5, 2, 0.1, 0.01, 40, 1.0, 100, 200, ("damping raised",))
     shard = WrittenShard(f"model-block-{index:05d}.safetensors", "d" * 64, 123)
     measured = {"solve": {"seconds": 1.5, "host_peak_bytes": 10}}
     return BlockRecord(index, f"model.layers.{index}", shard, "e" * 64, (layer,), measured=measured)

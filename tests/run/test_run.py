@@ -24,7 +24,7 @@ from streamslr.run.context import Prepared, prepare
 from streamslr.run.journal import read_journal
 from streamslr.run.loop import run
 from streamslr.run.passes import Passes
-from streamslr.solvers.base import LayerProblem, SparseLowRank
+from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.methods import BUILT_IN
 from streamslr.solvers.threebasil import ThreeBasil
 from streamslr.spec.pattern import parse_pattern
@@ -103,13 +103,13 @@ def test_what_the_journal_says_of_a_layer_is_what_the_shard_holds(settings: dict
     state = streamslr.compress(**settings)
     tensors = load_file(settings["out"] / "model-block-00002.safetensors")
     (layer,) = (la for la in state.blocks[2].layers if la.name.endswith("mlp.down_proj"))
-    parts = {part: tensors[f"{layer.name}.{part}"] for part in ("values", "meta", "U", "V")}
-    assert layer.shape == (64, 128)
-    assert layer.density == (parts["values"] != 0).sum().item() / (64 * 128)
-    assert layer.rank == parts["U"].shape[1] == parts["V"].shape[0] == 4
-    assert layer.nbytes == sum(t.nbytes for t in parts.values())
+    parts = {part: tensors[f"{linear.name}.{part}"] for part in ("values", "meta", "U", "V")}
+    assert linear.shape == (64, 128)
+    assert linear.density == (parts["values"] != 0).sum().item() / (64 * 128)
+    assert linear.rank == parts["U"].shape[1] == parts["V"].shape[0] == 4
+    assert linear.nbytes == sum(t.nbytes for t in parts.values())
     assert parts["values"].dtype == torch.bfloat16
-    assert layer.error_after < layer.error_before
+    assert linear.error < linear.wanda_error
 
 
 def test_without_matching_all_but_the_linears_is_unchanged(settings: dict[str, Any], model: Path) -> None:
@@ -128,12 +128,12 @@ def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], patter
     assert verify(settings["out"]).problems == ()
     checkpoint = open_checkpoint(str(settings["out"]))
     for block in state.blocks:
-        for layer in block.layers:
-            assert layer.rank == rank
+        for linear in block.linears:
+            assert linear.rank == rank
             tensors = load_file(settings["out"] / block.shard.file)
-            assert (f"{layer.name}.U" in tensors) == (rank > 0)
+            assert (f"{linear.name}.U" in tensors) == (rank > 0)
             if rank == 0:
-                weight = checkpoint.read([f"{layer.name}.weight"])[f"{layer.name}.weight"]
+                weight = checkpoint.read([f"{linear.name}.weight"])[f"{linear.name}.weight"]
                 assert parse_pattern(pattern).check(weight != 0) is None
 
 
@@ -142,7 +142,7 @@ def test_other_methods_stream_and_keep_their_folder(settings: dict[str, Any], me
     state = streamslr.compress(**settings | {"method": method, "rank": rank, "pattern": "1:4"})
     assert verify(settings["out"]).problems == ()
     for block in state.blocks:
-        assert all(layer.error_after < layer.error_before for layer in block.layers), "better than plain pruning"
+        assert all(linear.error < linear.wanda_error for linear in block.linears), "better than plain pruning"
     with pytest.raises(ResumeError, match=f"method: '{method}' there, '3basil' now"):
         streamslr.compress(**settings | {"rank": rank, "pattern": "1:4"})
 
@@ -181,17 +181,17 @@ def test_matching_after_any_method_lowers_the_loss_and_changes_no_support(
     assert block.matching.loss_after < block.matching.loss_before
     before, after = (load_file(folder / block.shard.file) for folder in (unmatched, matched))
     assert before.keys() == after.keys()
-    for layer in block.layers:
+    for linear in block.linears:
         solved, moved = (
-            {part: tensors[key] for part in PARTS if (key := f"{layer.name}.{part}") in tensors}
+            {part: tensors[key] for part in PARTS if (key := f"{linear.name}.{part}") in tensors}
             for tensors in (before, after)
         )
         assert {"U", "V"} & moved.keys() == ({"U", "V"} if rank else set())
-        S, refined = (unpack(parts, parse_pattern(pattern), layer.shape) for parts in (solved, moved))
+        S, refined = (unpack(parts, parse_pattern(pattern), linear.shape) for parts in (solved, moved))
         assert torch.equal(refined != 0, S != 0)
         assert parse_pattern(pattern).check(refined != 0) is None
         assert not torch.equal(refined, S)
-        if not layer.name.endswith(("o_proj", "down_proj")):
+        if not linear.name.endswith(("o_proj", "down_proj")):
             assert not refined[:, DEAD].any()
             assert not rank or not moved["V"][:, DEAD].any()
 
@@ -466,7 +466,7 @@ def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dic
     job = prepare(RunConfig.of(**settings | {"out": tmp_path / "pieces"}))
     pieces = run(replace(job, plan=replace(job.plan, micro_batch=1, solver_room=0, in_memory=False, grams_at="disk")))
     for a, b in zip(whole.blocks, pieces.blocks, strict=True):
-        assert [layer.error_after for layer in a.layers] == pytest.approx([la.error_after for la in b.layers], rel=0.05)
+        assert [linear.error for layer in a.layers] == pytest.approx([la.error for la in b.layers], rel=0.05)
         assert a.matching is not None
         assert b.matching is not None
         assert a.matching.loss_after == pytest.approx(b.matching.loss_after, rel=0.15)
@@ -499,7 +499,7 @@ def test_a_solve_that_runs_out_of_memory_is_done_in_tiles(
 ) -> None:
     solve = ThreeBasil.solve
 
-    def small(self: ThreeBasil, problem: LayerProblem) -> SparseLowRank:
+    def small(self: ThreeBasil, problem: LinearProblem) -> SparseLowRank:
         if problem.room is None and problem.name.endswith("up_proj"):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
         return solve(self, problem)

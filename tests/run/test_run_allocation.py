@@ -99,19 +99,22 @@ def test_blocks_with_more_outliers_keep_more_and_all_together_what_was_asked_for
     assert state.outliers is not None
     assert state.outliers[0] > state.outliers[2] > state.outliers[1]
     kept = [
-        sum(layer.density * layer.shape[0] * layer.shape[1] + layer.rank * sum(layer.shape) for layer in block.layers)
+        sum(
+            linear.density * linear.shape[0] * linear.shape[1] + linear.rank * sum(linear.shape)
+            for linear in block.linears
+        )
         for block in state.blocks
     ]
     assert kept[0] > kept[2] > kept[1]
-    dense = sum(layer.shape[0] * layer.shape[1] for block in state.blocks for layer in block.layers)
-    ranks = sum(sum(layer.shape) for block in state.blocks for layer in block.layers)  # each rounded down
+    dense = sum(linear.shape[0] * linear.shape[1] for block in state.blocks for linear in block.linears)
+    ranks = sum(sum(linear.shape) for block in state.blocks for linear in block.linears)  # each rounded down
     assert 0.4 * dense - ranks < sum(kept) <= 0.4 * dense + 1
 
 
 def test_each_linear_becomes_what_the_file_says(by_name: Path) -> None:
     state = state_of(by_name)
     assert verify(by_name).problems == ()
-    became = {layer.name: (layer.pattern, layer.rank) for block in state.blocks for layer in block.layers}
+    became = {linear.name: (linear.pattern, linear.rank) for block in state.blocks for linear in block.linears}
     assert became["model.layers.0.self_attn.q_proj"] == ("4:8", 0)
     assert became["model.layers.0.self_attn.k_proj"] == ("4:8", 6)
     assert became["model.layers.0.mlp.down_proj"] == ("2:4", 6)
@@ -233,7 +236,7 @@ def test_the_plan_holds_whatever_the_survey_finds(settings: dict[str, Any], matc
     after = prepare(RunConfig.of(**settings | OWL, match=match)).plan
     for phase, before in zip(after.phases, job.plan.phases, strict=True):
         assert phase.flops <= before.flops, phase.name
-    written = sum(layer.nbytes for block in state.blocks for layer in block.layers)
+    written = sum(linear.nbytes for block in state.blocks for linear in block.linears)
     assert written <= after.output_bytes <= job.plan.output_bytes
     survey = state.measured["survey"]
     assert survey["host_peak_bytes"] <= survey["host_planned_bytes"]
@@ -241,5 +244,5 @@ def test_the_plan_holds_whatever_the_survey_finds(settings: dict[str, Any], matc
 
 def test_n_of_m_varies_by_block(settings: dict[str, Any]) -> None:
     state = streamslr.compress(**settings, pattern="4:8", rank=2, owl=0.13, owl_outlier=3.0, match=False)
-    assert [{layer.pattern for layer in block.layers} for block in state.blocks] == [{"5:8"}, {"3:8"}, {"4:8"}]
+    assert [{linear.pattern for linear in block.linears} for block in state.blocks] == [{"5:8"}, {"3:8"}, {"4:8"}]
     assert verify(settings["out"]).problems == ()

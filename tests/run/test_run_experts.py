@@ -77,7 +77,7 @@ def test_every_expert_is_packed_under_the_checkpoints_names_and_routers_stay(mod
     assert verify(folder).problems == ()
     source, written = open_checkpoint(str(model)), open_checkpoint(str(folder))
     assert set(written.tensors) == set(source.tensors)
-    layers = {layer.name for layer in read_run(folder).blocks[1].layers}
+    layers = {linear.name for layer in read_run(folder).blocks[1].layers}
     in_block = {name for name, info in source.tensors.items() if name.startswith("model.layers.1.")}
     dense = {name.removesuffix(".weight") for name in in_block if len(source.tensors[name].shape) == 2} - layers
     assert [name.rpartition(".")[2] for name in dense] == ["gate"], "the router alone"
@@ -87,7 +87,7 @@ def test_every_expert_is_packed_under_the_checkpoints_names_and_routers_stay(mod
 
 def test_starved_experts_are_counted_and_said(folder: Path) -> None:
     report = summary(folder, read_run(folder))
-    layers = [layer for layer in report["blocks"][1]["layers"] if ".experts." in layer["name"]]
+    layers = [layer for layer in report["blocks"][1]["linears"] if ".experts." in layer["name"]]
     rows = [layer["rows"] for layer in layers]
     starved = [layer for layer in layers if ".experts.1." in layer["name"]]
     assert len(layers) == 15
@@ -95,8 +95,8 @@ def test_starved_experts_are_counted_and_said(folder: Path) -> None:
     assert [layer["rows"] for layer in starved] == [0, 0, 0]
     for layer in starved:
         assert layer["warnings"][0].startswith(f"{layer['name']}: 0 calibration tokens reached this expert")
-        assert layer["error_after"] < layer["error_before"], "solved in the Gram of all experts"
-    assert {layer["rows"] for layer in report["blocks"][1]["layers"] if "_attn" in layer["name"]} == {96}
+        assert layer["error"] < layer["wanda_error"], "solved in the Gram of all experts"
+    assert {layer["rows"] for layer in report["blocks"][1]["linears"] if "_attn" in layer["name"]} == {96}
     assert all(layer["warnings"][0] in report["blocks"][1]["warnings"] for layer in starved)
     write_report(folder, folder.parent / "report.html")
     assert starved[0]["warnings"][0][-40:] in (folder.parent / "report.html").read_text().replace("&#x27;", "'")
@@ -110,7 +110,7 @@ def test_matching_lowers_the_loss(folder: Path) -> None:
 
 def test_the_loaded_model_is_the_dense_one_that_holds_s_plus_uv(folder: Path) -> None:
     loaded = streamslr.load(folder, "cpu", dtype="float32")
-    layers = [layer for block in read_run(folder).blocks for layer in block.layers]
+    layers = [layer for block in read_run(folder).blocks for linear in block.linears]
     assert len(packed_modules(loaded)) == len(layers)
     torch.testing.assert_close(logits(loaded), logits(dense_model(folder)), rtol=1e-4, atol=1e-4)
     out = loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
@@ -176,6 +176,6 @@ def test_the_plan_counts_the_grams_of_every_expert_and_what_they_share(mixtral: 
 def test_outliers_of_experts_decide_their_blocks_shares(mixtral: Path, text: Path, tmp_path: Path) -> None:
     settings = RUN | {"pattern": "50%", "owl": 0.1, "match": False}
     state = streamslr.compress(mixtral / "model", tmp_path / "slr", calibration=text, **settings)
-    shares = [{layer.pattern for layer in block.layers} for block in state.blocks]
+    shares = [{linear.pattern for linear in block.linears} for block in state.blocks]
     assert all(len(patterns) == 1 for patterns in shares) and shares[0] != shares[1]
     assert verify(tmp_path / "slr").problems == ()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import StreamslrError
-from streamslr.run.solve_linear import compress_layer
-from streamslr.solvers import LayerProblem, SparseLowRank
+from streamslr.run.solve_linear import compress_linear
+from streamslr.solvers import LinearProblem, SparseLowRank
 from tests.support.problems import made_problem
 
 
@@ -20,7 +20,7 @@ class Returns:
     U: Tensor
     V: Tensor
 
-    def solve(self, problem: LayerProblem) -> SparseLowRank:
+    def solve(self, problem: LinearProblem) -> SparseLowRank:
         return SparseLowRank(self.S, self.U, self.V, 1)
 
     def peak_bytes(
@@ -45,11 +45,11 @@ def test_what_is_no_solution_is_refused_naming_layer_and_solver(S, U, V, says):
     problem = made_problem()
     solver = Returns(torch.ones(S), torch.ones(U), torch.ones(V))
     with pytest.raises(StreamslrError, match=rf"{problem.name}: Returns returned what is no solution: .*{says}"):
-        compress_layer(problem, nn.Linear(64, 48), solver, torch.bfloat16)
+        compress_linear(problem, nn.Linear(64, 48), solver, torch.bfloat16)
 
 
 def test_so_are_values_that_are_not_finite():
     problem = made_problem()
     S = torch.full((48, 64), float("nan"))
     with pytest.raises(StreamslrError, match=r"S\[0, 0\] is nan"):
-        compress_layer(problem, nn.Linear(64, 48), Returns(S, torch.ones(48, 0), torch.ones(0, 64)), torch.bfloat16)
+        compress_linear(problem, nn.Linear(64, 48), Returns(S, torch.ones(48, 0), torch.ones(0, 64)), torch.bfloat16)

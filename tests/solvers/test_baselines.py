@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from streamslr.solvers import LayerProblem, find_method, parse_pattern
+from streamslr.solvers import LinearProblem, find_method, parse_pattern
 from streamslr.solvers.alps import Alps, refit_
 from streamslr.solvers.hassle_free import HassleFree
 from streamslr.solvers.low_rank import LowRankFit
@@ -19,7 +19,7 @@ from tests.support.problems import error, made_problem
 PATTERNS = ["2:4", "1:4", "3:8", "50%", "70%/row"]
 
 
-def doubles(problem: LayerProblem) -> tuple[torch.Tensor, torch.Tensor]:
+def doubles(problem: LinearProblem) -> tuple[torch.Tensor, torch.Tensor]:
     return problem.weight.double(), reference.damped(problem.gram)
 
 

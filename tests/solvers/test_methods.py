@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from streamslr.errors import InputError
-from streamslr.solvers import LayerProblem, SparseLowRank, all_methods, find_method, parse_pattern
+from streamslr.solvers import LinearProblem, SparseLowRank, all_methods, find_method, parse_pattern
 from streamslr.solvers.methods import BUILT_IN, ENTRY_POINTS, Method
 from tests import reference
 from tests.support.problems import allocated_peak, assert_valid, error, made_problem
@@ -18,11 +18,11 @@ LOW_RANK = [name for name, method in BUILT_IN.items() if method.low_rank]
 FULL_GRAM = [name for name, method in BUILT_IN.items() if not method.diagonal_only]
 
 
-def problem_for(name: str, o: int = 48, d: int = 64, pattern: str = "2:4", rank: int = 4) -> LayerProblem:
+def problem_for(name: str, o: int = 48, d: int = 64, pattern: str = "2:4", rank: int = 4) -> LinearProblem:
     return made_problem(o, d, pattern, rank if BUILT_IN[name].low_rank else 0)
 
 
-def solved(name: str, problem: LayerProblem) -> SparseLowRank:
+def solved(name: str, problem: LinearProblem) -> SparseLowRank:
     result = find_method(name).solver.solve(problem)
     assert_valid(problem, result)
     return result
@@ -61,7 +61,7 @@ def test_a_pattern_that_the_method_cannot_do_is_refused():
 class Halve:
     """What another package would write."""
 
-    def solve(self, problem: LayerProblem) -> SparseLowRank:
+    def solve(self, problem: LinearProblem) -> SparseLowRank:
         W = problem.weight
         return SparseLowRank(W * problem.pattern.project(W) / 2, W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1]), 1)
 
@@ -257,7 +257,7 @@ def test_extreme_shapes(name, o, d):
     torch.manual_seed(0)
     X = torch.randn(50, d)
     rank = 2 if BUILT_IN[name].low_rank else 0
-    problem = LayerProblem("odd", torch.randn(o, d), X.T @ X, parse_pattern("2:4"), rank)
+    problem = LinearProblem("odd", torch.randn(o, d), X.T @ X, parse_pattern("2:4"), rank)
     assert error(problem, solved(name, problem)) < 0.4
 
 
@@ -278,7 +278,7 @@ def test_a_solve_takes_no_more_than_it_says(name, o, d, pattern):
     torch.manual_seed(0)
     X = torch.randn(2 * d, d)
     rank = 16 if BUILT_IN[name].low_rank else 0
-    problem = LayerProblem("made", torch.randn(o, d), X.T @ X, parse_pattern(pattern), rank)
+    problem = LinearProblem("made", torch.randn(o, d), X.T @ X, parse_pattern(pattern), rank)
     solver = BUILT_IN[name].solver
     if name.startswith(("hassle-free", "oats")):  # a turn is like another
         solver = dataclasses.replace(solver, iterations=2)
@@ -294,6 +294,6 @@ def test_nor_does_it_where_weights_tie_and_groups_are_long(name, pattern):
     X = torch.randn(1024, 512)
     X[:, :384] = 0
     weight = torch.randn(768, 512).bfloat16().float()
-    problem = LayerProblem("made", weight, X.T @ X, parse_pattern(pattern), 0)
+    problem = LinearProblem("made", weight, X.T @ X, parse_pattern(pattern), 0)
     solver = BUILT_IN[name].solver
     assert allocated_peak(solver, problem) <= solver.peak_bytes(768, 512, 0, by_row=problem.pattern.by_row)

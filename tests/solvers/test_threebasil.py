@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamslr.errors import InputError
-from streamslr.solvers import LayerProblem, ThreeBasil, parse_pattern, relative_error
+from streamslr.solvers import LinearProblem, ThreeBasil, parse_pattern, relative_error
 from streamslr.solvers.low_rank import balanced
 from streamslr.solvers.threebasil import _Admm, _inverse_, _metric, solve_bytes, solve_flops, tile_rows_for
 from tests import reference
@@ -283,7 +283,7 @@ def test_tiles_of_no_rows_are_refused():
 def test_planned_memory_is_what_a_solve_takes(o, d, tile_rows, pattern, precision):
     torch.manual_seed(0)
     X = torch.randn(2 * d, d)
-    problem = LayerProblem("made", torch.randn(o, d), X.T @ X, parse_pattern(pattern), 16)
+    problem = LinearProblem("made", torch.randn(o, d), X.T @ X, parse_pattern(pattern), 16)
     peak = allocated_peak(ThreeBasil(precision=precision, tile_rows=tile_rows, max_iterations=6), problem)
     planned = solve_bytes(o, d, 16, tile_rows, by_row=problem.pattern.by_row)
     planned -= min(32 << 20, 4 * d * ((tile_rows or o) + d))  # libraries pack into memory of their own
@@ -464,7 +464,7 @@ def test_shapes_that_do_not_fit_are_refused_by_layer():
 def test_extreme_shapes(o, d):
     torch.manual_seed(0)
     X = torch.randn(50, d)
-    problem = LayerProblem("odd", torch.randn(o, d), X.T @ X, parse_pattern("2:4"), 2)
+    problem = LinearProblem("odd", torch.randn(o, d), X.T @ X, parse_pattern("2:4"), 2)
     result = ThreeBasil().solve(problem)
     assert_valid(problem, result)
     assert error(problem, result) < 0.3

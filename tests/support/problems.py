@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from streamslr.solvers import LayerProblem, Solver, SparseLowRank, parse_pattern, relative_error
+from streamslr.solvers import LinearProblem, Solver, SparseLowRank, parse_pattern, relative_error
 
 
-def made_problem(o: int = 48, d: int = 64, pattern: str = "2:4", rank: int = 4, seed: int = 0) -> LayerProblem:
+def made_problem(o: int = 48, d: int = 64, pattern: str = "2:4", rank: int = 4, seed: int = 0) -> LinearProblem:
     """Correlated inputs with outlier channels, weights with a decaying spectrum."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -22,10 +22,10 @@ def made_problem(o: int = 48, d: int = 64, pattern: str = "2:4", rank: int = 4, 
     X = ((normal(6 * d, d) * spectrum) @ basis.T + 0.1) * channels
     low = normal(o, 6) @ torch.diag(torch.tensor([3.0, 2.0, 1.5, 1.0, 0.7, 0.5])) @ normal(6, d)
     W = 0.02 * (low / 3 + normal(o, d) * torch.exp(0.3 * normal(o, d)))
-    return LayerProblem(f"layers.{seed}.made", W, X.T @ X / len(X), parse_pattern(pattern), rank, seed)
+    return LinearProblem(f"layers.{seed}.made", W, X.T @ X / len(X), parse_pattern(pattern), rank, seed)
 
 
-def assert_valid(problem: LayerProblem, result: SparseLowRank) -> None:
+def assert_valid(problem: LinearProblem, result: SparseLowRank) -> None:
     o, d = problem.weight.shape
     rank = min(problem.rank, o, d)
     assert result.S.shape == (o, d)
@@ -38,11 +38,11 @@ def assert_valid(problem: LayerProblem, result: SparseLowRank) -> None:
     assert problem.pattern.check(result.S != 0) is None
 
 
-def error(problem: LayerProblem, result: SparseLowRank) -> float:
+def error(problem: LinearProblem, result: SparseLowRank) -> float:
     return relative_error(problem.weight, problem.gram, result.dense())
 
 
-def allocated_peak(solver: Solver, problem: LayerProblem) -> int:
+def allocated_peak(solver: Solver, problem: LinearProblem) -> int:
     """The most bytes that tensors of one solve take together."""
     return peak_of(lambda: solver.solve(problem))
 
