@@ -9,7 +9,7 @@ in the order that data walks them:
     source/                a checkpoint (folder or hub id) -> one live block
         places.py              where files are: a folder, or a hub repository fetched file by file
         checkpoint.py          tensors known from headers, read when asked for, dense or packed
-        skeleton.py            the model on the meta device; its blocks, their call, one materialised at a time
+        blockwise.py            the model on the meta device; its blocks, their call, one materialised at a time
         experts.py             fused experts taken apart into linears, named as on disk
     calibrate/             text -> hidden states -> Gram matrices
         tokens.py              seeded, hashed windows of token ids

@@ -35,7 +35,7 @@ _PROBE = (2, 5)
 """Batch and length of the pass that finds out how blocks are called: small, and no size of any model."""
 
 
-class Skeleton:
+class BlockwiseModel:
     """A causal language model of which only one block, and what is outside the blocks, is ever in memory.
 
     Everything is found in the model itself, by running it with its blocks replaced by recorders; nothing

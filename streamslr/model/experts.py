@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# As in skeleton.py: undocumented, what `from_pretrained` itself renames and fuses with.
+# As in blockwise.py: undocumented, what `from_pretrained` itself renames and fuses with.
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,

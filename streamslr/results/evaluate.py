@@ -12,7 +12,7 @@ from torch import Tensor
 from streamslr.calibration.hidden_states import HiddenStates, InMemory, OnDisk, read_batches, spans
 from streamslr.calibration.tokens import text_windows
 from streamslr.errors import InputError
-from streamslr.model.blockwise import Skeleton
+from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import pick_device
 from streamslr.run.plan import BATCH_TOKENS
@@ -58,11 +58,11 @@ def evaluate(
     """
     checkpoint = open_checkpoint(model, revision)
     where, dtype = pick_device(device)
-    skeleton = Skeleton(checkpoint, dtype, where)
+    blockwise = BlockwiseModel(checkpoint, dtype, where)
     ids = text_windows(checkpoint.tokenizer(), text, seq_len, windows)  # [n, T]
     micro_batch = max(1, BATCH_TOKENS // seq_len)
     batches = spans([(0, len(ids))], micro_batch)
-    hidden_size = skeleton.hidden_size
+    hidden_size = blockwise.hidden_size
     generation_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize
     in_memory = 2 * generation_bytes <= _MEMORY_SHARE * free_memory
 
@@ -76,27 +76,27 @@ def evaluate(
             return OnDisk(Path(folder) / f"{index}.zarr", len(ids), seq_len, hidden_size, dtype)
 
         hidden = new(0)
-        skeleton.load_outside()
+        blockwise.load_outside()
         for start in range(0, len(ids), micro_batch):
-            hidden.write(start, skeleton.embed(ids[start : start + micro_batch].to(where)))
-        skeleton.evict_outside()
+            hidden.write(start, blockwise.embed(ids[start : start + micro_batch].to(where)))
+        blockwise.evict_outside()
         hidden.seal()
-        for i in range(len(skeleton.block_names)):
-            skeleton.load_block(i)
+        for i in range(len(blockwise.block_names)):
+            blockwise.load_block(i)
             upcoming = new(i + 1)
             for start, x in read_batches(hidden, batches):
-                upcoming.write(start, skeleton.run_block(i, x.to(where)))
+                upcoming.write(start, blockwise.run_block(i, x.to(where)))
             upcoming.seal()
-            skeleton.evict_block(i)
+            blockwise.evict_block(i)
             hidden.drop()
             hidden = upcoming
-            step(i + 1, len(skeleton.block_names))
-        skeleton.load_outside()
+            step(i + 1, len(blockwise.block_names))
+        blockwise.load_outside()
         nll = 0.0
         for start, x in read_batches(hidden, batches):
             batch = ids[start : start + micro_batch].to(where)
-            nll += _negative_log_likelihood(skeleton.logits(batch, x.to(where)), batch)
-        skeleton.evict_outside()
+            nll += _negative_log_likelihood(blockwise.logits(batch, x.to(where)), batch)
+        blockwise.evict_outside()
         hidden.drop()
     tokens = len(ids) * (seq_len - 1)
     nll /= tokens

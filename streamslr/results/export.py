@@ -31,7 +31,7 @@ from streamslr.io.shards import (
     write_shard,
 )
 from streamslr.memory import keep_no_freed_memory
-from streamslr.model.blockwise import Skeleton
+from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import TensorInfo, open_checkpoint, shard_header
 from streamslr.model.sources import CONFIG_FILE
 from streamslr.results.inspect import read_run
@@ -177,8 +177,8 @@ class _Source:
 
     def expert(self) -> str | None:
         """The first linear of an expert, where there are any."""
-        skeleton = Skeleton(self._checkpoint, torch.float32, torch.device("cpu"))
-        return next((linear for linears in skeleton.experts for linear in linears), None)
+        blockwise = BlockwiseModel(self._checkpoint, torch.float32, torch.device("cpu"))
+        return next((linear for linears in blockwise.experts for linear in linears), None)
 
     def weights(self, file: str, low_rank: bool, dtype: torch.dtype | None) -> tuple[TensorSource, ...]:
         """What the dense model has in the place of this shard: S + U·V [o, d] or S alone, and all else as it is."""

@@ -1,4 +1,4 @@
-"""All that is known before work begins: checkpoint, skeleton, pattern, device, budgets, and the plan they give."""
+"""All that is known before work begins: checkpoint, blockwise, pattern, device, budgets, and the plan they give."""
 
 import hashlib
 import logging
@@ -22,7 +22,7 @@ from streamslr.config import RunConfig
 from streamslr.errors import InputError
 from streamslr.io.shards import read_quantization_config
 from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
-from streamslr.model.blockwise import Skeleton
+from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.run.journal import read_journal, refuse_changed_settings
 from streamslr.run.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
@@ -49,7 +49,7 @@ class Prepared:
 
     config: RunConfig
     checkpoint: Checkpoint
-    skeleton: Skeleton
+    blockwise: BlockwiseModel
     allocation: Allocation  # with --owl, before its survey: each linear at its densest
     method: Method
     device: torch.device
@@ -86,12 +86,12 @@ class Prepared:
 
     def stream(self, name: str) -> Generations:
         """Where the hidden states that enter each block lie, or the targets of matching."""
-        shape = (self.config.samples, self.config.seq_len, self.skeleton.hidden_size)
+        shape = (self.config.samples, self.config.seq_len, self.blockwise.hidden_size)
         return Generations(self.scratch, name, shape, self.dtype, self.plan.in_memory)
 
     def upcoming_tensors(self, i: int) -> tuple[str, ...]:
         """What the block after block i is made of; nothing after the last."""
-        following = self.skeleton.block_tensors[i + 1 : i + 2]
+        following = self.blockwise.block_tensors[i + 1 : i + 2]
         return following[0] if following else ()
 
     def problem(self, name: str, weight: Tensor, gram: Tensor, room: int | None) -> LinearProblem:
@@ -128,17 +128,17 @@ def prepare(config: RunConfig) -> Prepared:
         torch.linalg.cholesky(torch.eye(8, device=device) @ torch.eye(8, device=device))
     baseline = uss()
     checkpoint = open_checkpoint(config.model, config.revision, config.evict_shards)
-    skeleton = Skeleton(checkpoint, dtype, device)
+    blockwise = BlockwiseModel(checkpoint, dtype, device)
     if read_quantization_config(checkpoint.config) is not None:
         raise InputError(f"{config.model} is compressed already; give the model that it was made from")
-    skeleton.compressible()
+    blockwise.compressible()
     positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if positions and config.seq_len > positions:
         log.warning(
             "--seq-len %d is more than the %d positions %s was made for", config.seq_len, positions, config.model
         )
     before = read_journal(config.out)
-    allocation: Allocation = allocate(config, skeleton.linears)
+    allocation: Allocation = allocate(config, blockwise.linears)
     for target in dict.fromkeys(allocation.values()):
         method.require(target.pattern, target.rank)
     host_mem = free_host_memory() if config.host_mem is None else config.host_mem
@@ -160,10 +160,10 @@ def prepare(config: RunConfig) -> Prepared:
     if before:
         refuse_changed_settings(config.out, before.fingerprint, fingerprint)
         if config.owl is not None and before.allocation:
-            allocation = from_json(before.allocation, skeleton.linears)
+            allocation = from_json(before.allocation, blockwise.linears)
     plan = make_plan(
         config,
-        _model_shape(skeleton),
+        _model_shape(blockwise),
         allocation,
         method.solver,
         device,
@@ -174,11 +174,11 @@ def prepare(config: RunConfig) -> Prepared:
         Pieces(before.micro_batch, before.solver_room) if before else None,
     )
     if config.owl is not None and not (before and before.allocation):
-        mean = allocate(replace(config, owl=None, owl_outlier=None), skeleton.linears)
+        mean = allocate(replace(config, owl=None, owl_outlier=None), blockwise.linears)
         around = f"{in_words(mean.values())} on average, blocks by their outliers (a survey of them comes first)"
-        plan = replace(plan, linears=around, kept_share=kept_share(mean, skeleton.linears))
+        plan = replace(plan, linears=around, kept_share=kept_share(mean, blockwise.linears))
     return Prepared(
-        config, checkpoint, skeleton, allocation, method, device, dtype, host_mem, gpu_mem, plan, fingerprint
+        config, checkpoint, blockwise, allocation, method, device, dtype, host_mem, gpu_mem, plan, fingerprint
     )
 
 
@@ -190,33 +190,33 @@ def pick_device(name: str | None) -> tuple[torch.device, torch.dtype]:
     return device, torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _model_shape(skeleton: Skeleton) -> ModelShape:
-    tensors = skeleton.checkpoint.tensors
+def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
+    tensors = blockwise.checkpoint.tensors
     blocks = []
-    for i, linears in enumerate(skeleton.linears):
-        modules = {name: skeleton.linear(name) for name in linears}
-        infos = [tensors[key] for key in skeleton.block_tensors[i]]
-        groups = input_groups(modules, partial(skeleton.run_on_meta, i))
+    for i, linears in enumerate(blockwise.linears):
+        modules = {name: blockwise.linear(name) for name in linears}
+        infos = [tensors[key] for key in blockwise.block_tensors[i]]
+        groups = input_groups(modules, partial(blockwise.run_on_meta, i))
         blocks.append(
             BlockShape(
                 linears=linears,
                 grams={group[0]: modules[group[0]].in_features for group in groups},
                 parameters=sum(prod(info.shape) for info in infos),
                 source_bytes=sum(info.nbytes for info in infos),
-                routing={name: skeleton.routing(name) for name in skeleton.experts[i]},
+                routing={name: blockwise.routing(name) for name in blockwise.experts[i]},
             )
         )
-    outside = [tensors[key] for key in skeleton.outside_tensors]
+    outside = [tensors[key] for key in blockwise.outside_tensors]
     per_shard: dict[str, int] = {}
     for info in tensors.values():
         per_shard[info.shard] = per_shard.get(info.shard, 0) + info.nbytes
     return ModelShape(
         blocks=tuple(blocks),
-        hidden_size=skeleton.hidden_size,
+        hidden_size=blockwise.hidden_size,
         outside_parameters=sum(prod(info.shape) for info in outside),
         outside_bytes=sum(info.nbytes for info in outside),
-        eager_heads=skeleton.eager_heads,
-        value_bytes=max(skeleton.stored_dtype(f"{name}.weight").itemsize for name in skeleton.linears[0]),
-        download_bytes=skeleton.checkpoint.download_bytes,
+        eager_heads=blockwise.eager_heads,
+        value_bytes=max(blockwise.stored_dtype(f"{name}.weight").itemsize for name in blockwise.linears[0]),
+        download_bytes=blockwise.checkpoint.download_bytes,
         largest_shard_bytes=max(per_shard.values()),
     )

@@ -46,7 +46,7 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
     calibration = calibration_windows(
         job.checkpoint.tokenizer(), config.calibration, config.samples, config.seq_len, config.seed
     )
-    blocks = len(job.skeleton.block_names)
+    blocks = len(job.blockwise.block_names)
     start = JournalState(
         {**job.fingerprint, "tokens": calibration.digest},
         calibration.source,
@@ -82,23 +82,23 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
 def surveyed(job: Prepared, journal: Journal, phases: Phases, passes: Passes) -> Allocation:
     """What each linear becomes by OWL: of the journal, or by one dense pass over all blocks, which is noted there."""
     if journal.state.allocation is None:
-        skeleton, outliers = job.skeleton, []
-        log.info("counting the outliers of %d blocks, which decide their sparsity", len(skeleton.block_names))
+        blockwise, outliers = job.blockwise, []
+        log.info("counting the outliers of %d blocks, which decide their sparsity", len(blockwise.block_names))
         hidden = passes.retried("embed", partial(passes.embed, targets=False)).hidden
-        for i in range(len(skeleton.block_names)):
+        for i in range(len(blockwise.block_names)):
             upcoming, share = passes.retried("survey", partial(passes.survey, i, hidden))
             outliers.append(share)
             hidden.drop()
             hidden = upcoming
-            skeleton.evict_block(i)
-            job.checkpoint.release(skeleton.block_tensors[i])
+            blockwise.evict_block(i)
+            job.checkpoint.release(blockwise.block_tensors[i])
         hidden.drop()
-        allocation = allocate(job.config, skeleton.linears, outliers)
-        for name, linears in zip(skeleton.block_names, skeleton.linears, strict=True):
+        allocation = allocate(job.config, blockwise.linears, outliers)
+        for name, linears in zip(blockwise.block_names, blockwise.linears, strict=True):
             log.info("%s becomes %s", name, in_words(allocation[linear] for linear in linears))
         journal.commit_survey(outliers, as_json(allocation), passes.micro_batch, phases.take())
     assert journal.state.allocation is not None
-    return from_json(journal.state.allocation, job.skeleton.linears)
+    return from_json(journal.state.allocation, job.blockwise.linears)
 
 
 @dataclass(frozen=True)
@@ -112,17 +112,17 @@ class Compression:
     solver: Solver
 
     def run(self) -> JournalState:
-        out, skeleton = self.job.config.out, self.job.skeleton
+        out, blockwise = self.job.config.out, self.job.blockwise
         self.journal.forget_lost_shards()
         state = self.journal.state
         discard_uncommitted(out, state.shards)
         write_index(out, state.shards)
         if not state.complete:
             streams = self.begin() if state.outside is None else self.resume()
-            for done in (skeleton.outside_tensors, *skeleton.block_tensors[: len(state.blocks)]):
+            for done in (blockwise.outside_tensors, *blockwise.block_tensors[: len(state.blocks)]):
                 self.job.checkpoint.release(done)
             for i in range(len(state.blocks), state.blocks_total):
-                streams = self.compress_block(i, skeleton.block_names[i], streams)
+                streams = self.compress_block(i, blockwise.block_names[i], streams)
         self.job.remove_scratch()
         return self.journal.state
 
@@ -132,7 +132,7 @@ class Compression:
         with self.phases.phase("outside", steps=1):
             rank = max(target.rank for target in job.allocation.values())
             description = write_description(out, job.checkpoint, common_pattern(job.allocation), rank)
-            outside = write_outside(out, job.checkpoint, job.skeleton.outside_tensors)
+            outside = write_outside(out, job.checkpoint, job.blockwise.outside_tensors)
         streams = self.passes.retried("embed", self.passes.embed)
         digest = streams.hidden.seal()
         self.journal.commit_outside(description, outside, digest, self.passes.micro_batch, self.phases.take())
@@ -156,18 +156,18 @@ class Compression:
 
     def compress_block(self, i: int, name: str, streams: Streams) -> Streams:
         """Block i of the checkpoint -> its shard and a journal record; what enters the next block."""
-        job, skeleton, passes = self.job, self.job.skeleton, self.passes
+        job, blockwise, passes = self.job, self.job.blockwise, self.passes
         self.phases.take()
         with self.phases.phase("load", steps=1, block=i):
-            skeleton.load_block(i)
+            blockwise.load_block(i)
             job.checkpoint.prefetch(job.upcoming_tensors(i))
-        linears = {linear: skeleton.linear(linear) for linear in skeleton.linears[i]}
+        linears = {linear: blockwise.linear(linear) for linear in blockwise.linears[i]}
         grams, targets = passes.retried("grams", lambda: passes.collect(i, linears, streams))
         with self.phases.phase("solve", steps=len(linears), block=i) as step:
             packed, solved_linears = self.solve_block(linears, grams, step)
-        weights = solved = BlockWeights(packed, skeleton.as_stored(i))
+        weights = solved = BlockWeights(packed, blockwise.as_stored(i))
         patterns = {linear: job.allocation[linear].pattern for linear in linears}
-        block = CompressedBlock(skeleton.parameters(i), linears, patterns)
+        block = CompressedBlock(blockwise.parameters(i), linears, patterns)
         curve: tuple[float, ...] = ()
         if targets:
             match = partial(passes.match, i, block, solved, streams.hidden, targets)
@@ -190,14 +190,14 @@ class Compression:
         self.journal.commit_block(record, passes.micro_batch)
         write_index(job.config.out, self.journal.state.shards)
         streams.drop()
-        skeleton.evict_block(i)
-        job.checkpoint.release(skeleton.block_tensors[i])
+        blockwise.evict_block(i)
+        job.checkpoint.release(blockwise.block_tensors[i])
         self.phases.committed(record)
         return upcoming
 
     def write(self, i: int, weights: BlockWeights) -> WrittenShard:
         """Block i's shard."""
-        job, shapes = self.job, self.job.skeleton.linears[i]
+        job, shapes = self.job, self.job.blockwise.linears[i]
         patterns = {linear: job.allocation[linear].pattern for linear in shapes}
         return write_block(job.config.out, i, patterns, weights.packed, shapes, weights.kept)
 
@@ -221,7 +221,7 @@ class Compression:
     def solve_linear(self, name: str, linear: nn.Linear, gram: Tensor) -> tuple[Mapping[str, Tensor], LinearRecord]:
         """One linear solved in its place; where memory runs out, once more in tiles of half as many rows."""
         job, room = self.job, self.job.plan.solver_room
-        dtype = job.skeleton.stored_dtype(f"{name}.weight")
+        dtype = job.blockwise.stored_dtype(f"{name}.weight")
 
         def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
             return compress_linear(job.problem(name, linear.weight, gram, room), linear, self.solver, dtype)

@@ -54,14 +54,14 @@ class Passes:
 
     def embed(self, targets: bool = True) -> Streams:
         """Generation 0, twice where blocks are matched (and targets are wanted)."""
-        skeleton = self.job.skeleton
+        blockwise = self.job.blockwise
         names = ("hidden", "targets") if targets and self.job.config.match else ("hidden",)
         with self.phases.phase("embed", steps=len(self.ids)) as step, ExitStack() as stack:
             streams = [stack.enter_context(self._new(name, 0)) for name in names]
-            stack.callback(skeleton.evict_outside)
-            skeleton.load_outside()
+            stack.callback(blockwise.evict_outside)
+            blockwise.load_outside()
             for start, stop in self._spans():
-                hidden = skeleton.embed(self.ids[start:stop].to(self.job.device))
+                hidden = blockwise.embed(self.ids[start:stop].to(self.job.device))
                 for stream in streams:
                     stream.write(start, hidden)
                 step(stop - start)
@@ -77,42 +77,42 @@ class Passes:
 
     def replay(self, blocks: int, finished: Checkpoint) -> Streams:
         """Generation `blocks`, from the embeddings on: the finished blocks, and for targets the dense ones."""
-        skeleton = self.job.skeleton
+        blockwise = self.job.blockwise
         streams = self.embed()
         for i in range(blocks):
             targets = None
             if streams.targets:
-                skeleton.load_block(i)
+                blockwise.load_block(i)
                 with (
                     self.phases.phase("targets", steps=len(self.ids), block=i) as step,
                     self._teaching(i, streams.targets) as (targets, teach),
                 ):
                     for _, x in self._batches(streams.hidden, step):
                         teach(x)
-            skeleton.load_block(i, finished)
+            blockwise.load_block(i, finished)
             upcoming = Streams(self.propagate(i, streams.hidden, None)[0], targets)
-            skeleton.evict_block(i)
+            blockwise.evict_block(i)
             streams.drop()
             streams = upcoming
         return streams
 
     def survey(self, i: int, hidden: HiddenStates) -> tuple[HiddenStates, float]:
         """Dense block i: generation i + 1 of the dense model, and the share of the block's outliers (OWL)."""
-        skeleton, passed = self.job.skeleton, 0
+        blockwise, passed = self.job.blockwise, 0
         with self.phases.phase("survey", steps=len(self.ids), block=i) as step, self._new("hidden", i + 1) as upcoming:
-            skeleton.load_block(i)
+            blockwise.load_block(i)
             self.job.checkpoint.prefetch(self.job.upcoming_tensors(i))
-            linears = {name: skeleton.linear(name) for name in skeleton.linears[i]}
+            linears = {name: blockwise.linear(name) for name in blockwise.linears[i]}
 
             def run(x: Tensor) -> Tensor:
                 nonlocal passed
-                output = skeleton.run_block(i, x)
+                output = blockwise.run_block(i, x)
                 upcoming.write(passed, output)
                 passed += len(x)
                 return output
 
             batches = self._batches(hidden, step)
-            seen = collect_grams(skeleton.block_names[i], linears, run, batches, skeleton.experts[i], diagonal=True)
+            seen = collect_grams(blockwise.block_names[i], linears, run, batches, blockwise.experts[i], diagonal=True)
             # per token, since experts see different numbers of them; one that saw none has no outliers
             energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in seen]
             scored = [(linears[name].weight, energy) for names, energy in energies for name in names]
@@ -122,12 +122,12 @@ class Passes:
         self, i: int, linears: Mapping[str, nn.Linear], streams: Streams
     ) -> tuple[list[Gram], HiddenStates | None]:
         """The dense pass: Gram matrices of block i, and the targets of what leaves it."""
-        skeleton = self.job.skeleton
-        collected = partial(collect_grams, skeleton.block_names[i], linears, experts=skeleton.experts[i])
+        blockwise = self.job.blockwise
+        collected = partial(collect_grams, blockwise.block_names[i], linears, experts=blockwise.experts[i])
         with self.phases.phase("grams", steps=len(self.ids), block=i) as step:
             batches = self._batches(streams.hidden, step)
             if not streams.targets:
-                return collected(partial(skeleton.run_block, i), batches), None
+                return collected(partial(blockwise.run_block, i), batches), None
             with self._teaching(i, streams.targets) as (targets, teach):
                 return collected(teach, batches), targets
 
@@ -144,7 +144,7 @@ class Passes:
                 for _, x in self._batches(hidden, step, wanted):
                     yield x, next(outputs)[1]
 
-            run = partial(self.job.skeleton.run_block, i)
+            run = partial(self.job.blockwise.run_block, i)
             micro_batch = min(self.micro_batch, settings.batch)
             refined = block.refine(solved, settings, run, batches, len(self.ids), micro_batch)
         release_memory(self.job.device)  # Adam's first step in a process leaves masters and moments in a cycle
@@ -159,7 +159,7 @@ class Passes:
         ):
             outputs = self._batches(targets) if targets else None
             for start, x in self._batches(hidden, step):
-                output = self.job.skeleton.run_block(i, x)
+                output = self.job.blockwise.run_block(i, x)
                 upcoming.write(start, output)
                 if outputs:
                     loss.add(output, next(outputs)[1])
@@ -209,7 +209,7 @@ class Passes:
 
             def teach(x: Tensor) -> Tensor:
                 start, target = next(targets)
-                output = self.job.skeleton.run_block(i, x)
+                output = self.job.blockwise.run_block(i, x)
                 upcoming.write(start, output + recover * (target - x))
                 return output
 

@@ -1,4 +1,4 @@
-"""Skeleton: block by block gives the whole model's bits, one block at a time; what cannot be taken apart is refused."""
+"""BlockwiseModel: block by block gives the whole model's bits, one block at a time; what cannot be taken apart is refused."""
 
 import gc
 import json
@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from streamslr.errors import InputError
-from streamslr.model.blockwise import Skeleton
+from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from tests.support.tiny_models import VOCABULARY, tiny_checkpoint, tiny_config, tiny_model
 
@@ -35,22 +35,22 @@ def token_ids(batch: int = 3, length: int = T, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def skeleton_of(folder: Path, dtype: torch.dtype = torch.float32) -> Skeleton:
-    return Skeleton(open_checkpoint(str(folder)), dtype, CPU)
+def blockwise_of(folder: Path, dtype: torch.dtype = torch.float32) -> BlockwiseModel:
+    return BlockwiseModel(open_checkpoint(str(folder)), dtype, CPU)
 
 
 @torch.no_grad()
-def streamed_logits(skeleton: Skeleton, ids: Tensor) -> Tensor:
-    skeleton.load_outside()
-    hidden = skeleton.embed(ids)
-    skeleton.evict_outside()
-    for i in range(len(skeleton.block_names)):
-        skeleton.load_block(i)
-        hidden = skeleton.run_block(i, hidden)
-        skeleton.evict_block(i)
-    skeleton.load_outside()
-    logits = skeleton.logits(ids, hidden)
-    skeleton.evict_outside()
+def streamed_logits(blockwise: BlockwiseModel, ids: Tensor) -> Tensor:
+    blockwise.load_outside()
+    hidden = blockwise.embed(ids)
+    blockwise.evict_outside()
+    for i in range(len(blockwise.block_names)):
+        blockwise.load_block(i)
+        hidden = blockwise.run_block(i, hidden)
+        blockwise.evict_block(i)
+    blockwise.load_outside()
+    logits = blockwise.logits(ids, hidden)
+    blockwise.evict_outside()
     return logits
 
 
@@ -61,13 +61,13 @@ def whole_logits(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) 
     return logits
 
 
-def live_blocks(skeleton: Skeleton) -> set[int | None]:
+def live_blocks(blockwise: BlockwiseModel) -> set[int | None]:
     """The blocks with any parameter in memory; None stands for what is outside them."""
-    model = skeleton._model
+    model = blockwise._model
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.is_meta]
     blocks: set[int | None] = set()
     for name in names:
-        inside = [i for i, block in enumerate(skeleton.block_names) if name.startswith(block + ".")]
+        inside = [i for i, block in enumerate(blockwise.block_names) if name.startswith(block + ".")]
         blocks.add(inside[0] if inside else None)
     return blocks
 
@@ -84,7 +84,7 @@ EXPERTS = ["mixtral", "qwen3_moe", "ernie4_5_moe", "deepseek_v2", "deepseek_v3"]
 def test_streamed_logits_are_the_whole_models(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     folder = tiny_checkpoint(tmp_path / "m", architecture, shards=3)
     assert len(list(folder.glob("*.safetensors"))) >= 2
-    logits = streamed_logits(skeleton_of(folder, dtype), token_ids())
+    logits = streamed_logits(blockwise_of(folder, dtype), token_ids())
     assert logits.shape == (3, T, VOCABULARY)
     assert logits.dtype == dtype
     assert logits.isfinite().all()
@@ -100,30 +100,30 @@ def test_the_sliding_window_matters_in_these_tests(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt", "bloom"])
 def test_tied_embeddings(tmp_path: Path, architecture: str) -> None:
     folder = tiny_checkpoint(tmp_path / "m", architecture, tie=True)
-    skeleton = skeleton_of(folder)
-    assert torch.equal(streamed_logits(skeleton, token_ids()), whole_logits(folder, token_ids()))
-    assert live_blocks(skeleton) == set()
+    blockwise = blockwise_of(folder)
+    assert torch.equal(streamed_logits(blockwise, token_ids()), whole_logits(folder, token_ids()))
+    assert live_blocks(blockwise) == set()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_checkpoints_in_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = tiny_checkpoint(tmp_path / "m", dtype=dtype, shards=1)
-    assert torch.equal(streamed_logits(skeleton_of(folder), token_ids()), whole_logits(folder, token_ids()))
+    assert torch.equal(streamed_logits(blockwise_of(folder), token_ids()), whole_logits(folder, token_ids()))
 
 
 def test_parameters_that_stay_in_float32(tmp_path: Path) -> None:
     """Ernie keeps its routers in float32 whatever the compute dtype."""
     folder = tiny_checkpoint(tmp_path / "m", "ernie4_5_moe", dtype=torch.float32)
-    skeleton = skeleton_of(folder, torch.bfloat16)
+    blockwise = blockwise_of(folder, torch.bfloat16)
     for _ in range(2):
-        logits = streamed_logits(skeleton, token_ids())
+        logits = streamed_logits(blockwise, token_ids())
         assert torch.equal(logits, whole_logits(folder, token_ids(), torch.bfloat16))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "falcon"])
 def test_a_model_of_one_block(tmp_path: Path, architecture: str) -> None:
     folder = tiny_checkpoint(tmp_path / "m", architecture, layers=1)
-    assert torch.equal(streamed_logits(skeleton_of(folder), token_ids()), whole_logits(folder, token_ids()))
+    assert torch.equal(streamed_logits(blockwise_of(folder), token_ids()), whole_logits(folder, token_ids()))
 
 
 def test_keys_as_the_bare_model_saves_them(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_keys_as_the_bare_model_saves_them(tmp_path: Path) -> None:
     model = tiny_model(tiny_config("bloom", tie_word_embeddings=True))
     model.base_model.save_pretrained(tmp_path / "m")
     assert not any("transformer" in key for key in open_checkpoint(str(tmp_path / "m")).tensors)
-    logits = streamed_logits(skeleton_of(tmp_path / "m"), token_ids())
+    logits = streamed_logits(blockwise_of(tmp_path / "m"), token_ids())
     assert torch.equal(logits, whole_logits(tmp_path / "m", token_ids()))
 
 
@@ -143,20 +143,20 @@ def test_tensors_that_no_parameter_takes_are_no_obstacle(tmp_path: Path) -> None
         "some.counter": torch.tensor([3]),
     }
     save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
-    skeleton = skeleton_of(folder)
-    assert torch.equal(streamed_logits(skeleton, token_ids()), whole_logits(folder, token_ids()))
+    blockwise = blockwise_of(folder)
+    assert torch.equal(streamed_logits(blockwise, token_ids()), whole_logits(folder, token_ids()))
     # every key is somewhere, so that all of a shard can be released and copied
-    assert "model.layers.1.self_attn.rotary_emb.inv_freq" in skeleton.block_tensors[1]
-    assert {"model.layers.7.mlp.up_proj.weight", "some.counter"} <= set(skeleton.outside_tensors)
+    assert "model.layers.1.self_attn.rotary_emb.inv_freq" in blockwise.block_tensors[1]
+    assert {"model.layers.7.mlp.up_proj.weight", "some.counter"} <= set(blockwise.outside_tensors)
 
 
 def test_every_key_is_in_one_place(tmp_path: Path) -> None:
     for architecture in ("llama", "qwen3_moe"):
         folder = tiny_checkpoint(tmp_path / architecture, architecture)
-        skeleton = skeleton_of(folder)
-        keys = [key for block in skeleton.block_tensors for key in block] + list(skeleton.outside_tensors)
+        blockwise = blockwise_of(folder)
+        keys = [key for block in blockwise.block_tensors for key in block] + list(blockwise.outside_tensors)
         assert sorted(keys) == sorted(open_checkpoint(str(folder)).tensors)
-        assert sorted({key for keys in skeleton.sources.values() for key in keys}) == sorted(keys)
+        assert sorted({key for keys in blockwise.sources.values() for key in keys}) == sorted(keys)
 
 
 # How blocks are called
@@ -165,7 +165,7 @@ def test_every_key_is_in_one_place(tmp_path: Path) -> None:
 def test_batches_of_any_shape_without_embedding_them_first(tmp_path: Path) -> None:
     """After a resume hidden states come from disk, and the outside weights are not there."""
     folder = tiny_checkpoint(tmp_path / "m", "gemma2")
-    first, second = skeleton_of(folder), skeleton_of(folder)
+    first, second = blockwise_of(folder), blockwise_of(folder)
     for batch, length in ((3, T), (1, T), (2, 30)):
         first.load_outside()
         hidden = first.embed(token_ids(batch, length))
@@ -180,8 +180,8 @@ def test_batches_of_any_shape_without_embedding_them_first(tmp_path: Path) -> No
 
 def test_masks_are_shared_between_blocks_not_copied(tmp_path: Path) -> None:
     """Gemma 2 alternates two kinds of attention: two masks for a shape, whatever the depth."""
-    skeleton = skeleton_of(tiny_checkpoint(tmp_path / "m", "gemma2", layers=8))
-    calls = skeleton._calls_for((2, 64))
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", "gemma2", layers=8))
+    calls = blockwise._calls_for((2, 64))
     tensors = {
         id(value) for call in calls for _, value in call.values() if isinstance(value, Tensor) and value.dim() == 4
     }
@@ -190,37 +190,37 @@ def test_masks_are_shared_between_blocks_not_copied(tmp_path: Path) -> None:
 
 
 def test_gradients_flow_through_a_block_when_asked_for(tmp_path: Path) -> None:
-    skeleton = skeleton_of(tiny_checkpoint(tmp_path / "m"))
-    skeleton.load_block(0)
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m"))
+    blockwise.load_block(0)
     hidden = torch.randn(2, 5, 64)
-    assert not skeleton.run_block(0, hidden).requires_grad
-    linear = skeleton.linear("model.layers.0.mlp.down_proj")
+    assert not blockwise.run_block(0, hidden).requires_grad
+    linear = blockwise.linear("model.layers.0.mlp.down_proj")
     linear.weight.requires_grad_(True)
-    skeleton.run_block(0, hidden).sum().backward()
+    blockwise.run_block(0, hidden).sum().backward()
     assert linear.weight.grad is not None
     assert linear.weight.grad.abs().sum() > 0
 
 
 def test_changed_weights_and_hooks_take_part(tmp_path: Path) -> None:
-    skeleton = skeleton_of(tiny_checkpoint(tmp_path / "m"))
-    block = skeleton.load_block(1)
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m"))
+    block = blockwise.load_block(1)
     inputs = []
-    linear = skeleton.linear("model.layers.1.mlp.up_proj")
+    linear = blockwise.linear("model.layers.1.mlp.up_proj")
     linear.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
-    before = skeleton.run_block(1, torch.ones(1, 4, 64))
+    before = blockwise.run_block(1, torch.ones(1, 4, 64))
     linear.weight.data = torch.zeros_like(linear.weight)
-    after = skeleton.run_block(1, torch.ones(1, 4, 64))
+    after = blockwise.run_block(1, torch.ones(1, 4, 64))
     assert len(inputs) == 2
     assert not torch.equal(before, after)
-    skeleton.load_block(1)
-    assert torch.equal(skeleton.run_block(1, torch.ones(1, 4, 64)), before)
-    assert block is skeleton.load_block(1)
+    blockwise.load_block(1)
+    assert torch.equal(blockwise.run_block(1, torch.ones(1, 4, 64)), before)
+    assert block is blockwise.load_block(1)
 
 
 def test_linears_by_name_and_shape(tmp_path: Path) -> None:
-    skeleton = skeleton_of(tiny_checkpoint(tmp_path / "m"))
-    assert skeleton.block_names == ("model.layers.0", "model.layers.1", "model.layers.2")
-    assert skeleton.linears[1] == {
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m"))
+    assert blockwise.block_names == ("model.layers.0", "model.layers.1", "model.layers.2")
+    assert blockwise.linears[1] == {
         "model.layers.1.self_attn.q_proj": (64, 64),
         "model.layers.1.self_attn.k_proj": (32, 64),
         "model.layers.1.self_attn.v_proj": (32, 64),
@@ -230,16 +230,16 @@ def test_linears_by_name_and_shape(tmp_path: Path) -> None:
         "model.layers.1.mlp.down_proj": (64, 128),
     }
     with pytest.raises(KeyError, match="not a linear"):
-        skeleton.linear("model.layers.1.mlp")
+        blockwise.linear("model.layers.1.mlp")
 
 
 def test_a_block_without_its_linears_as_the_checkpoint_stores_it(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "m", "qwen2", dtype=torch.bfloat16)
-    skeleton = skeleton_of(folder)
-    skeleton.load_block(1)
-    skeleton.linear("model.layers.1.self_attn.q_proj").weight.data.zero_()
+    blockwise = blockwise_of(folder)
+    blockwise.load_block(1)
+    blockwise.linear("model.layers.1.self_attn.q_proj").weight.data.zero_()
     stored = {key: t for path in folder.glob("*.safetensors") for key, t in load_file(path).items()}
-    kept = skeleton.as_stored(1)
+    kept = blockwise.as_stored(1)
     assert sorted(name.removeprefix("model.layers.1.") for name in kept) == [
         "input_layernorm.weight",
         "post_attention_layernorm.weight",
@@ -248,20 +248,20 @@ def test_a_block_without_its_linears_as_the_checkpoint_stores_it(tmp_path: Path)
         "self_attn.v_proj.bias",
     ]
     assert all(torch.equal(tensor, stored[name]) for name, tensor in kept.items())
-    assert skeleton.stored_dtype("model.layers.1.self_attn.q_proj.weight") == torch.bfloat16
+    assert blockwise.stored_dtype("model.layers.1.self_attn.q_proj.weight") == torch.bfloat16
 
 
 @pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS])
 def test_shapes_are_seen_without_weights(tmp_path: Path, architecture: str) -> None:
-    skeleton = skeleton_of(tiny_checkpoint(tmp_path / "m", architecture))
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", architecture))
     seen: dict[str, int] = {}
-    for name in skeleton.linears[2]:
-        skeleton.linear(name).register_forward_pre_hook(
+    for name in blockwise.linears[2]:
+        blockwise.linear(name).register_forward_pre_hook(
             lambda module, args, name=name: seen.update({name: args[0].shape[-1]})
         )
-    skeleton.run_on_meta(2)
-    assert seen == {name: d for name, (_, d) in skeleton.linears[2].items()}
-    assert live_blocks(skeleton) == set()
+    blockwise.run_on_meta(2)
+    assert seen == {name: d for name, (_, d) in blockwise.linears[2].items()}
+    assert live_blocks(blockwise) == set()
 
 
 # Memory
@@ -269,27 +269,27 @@ def test_shapes_are_seen_without_weights(tmp_path: Path, architecture: str) -> N
 
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "mixtral"])
 def test_at_most_one_block_is_live(tmp_path: Path, architecture: str) -> None:
-    skeleton = skeleton_of(tiny_checkpoint(tmp_path / "m", architecture))
-    assert live_blocks(skeleton) == set()
-    skeleton.load_outside()
-    assert live_blocks(skeleton) == {None}
-    skeleton.embed(token_ids())
-    skeleton.evict_outside()
-    assert live_blocks(skeleton) == set()
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", architecture))
+    assert live_blocks(blockwise) == set()
+    blockwise.load_outside()
+    assert live_blocks(blockwise) == {None}
+    blockwise.embed(token_ids())
+    blockwise.evict_outside()
+    assert live_blocks(blockwise) == set()
     for i in range(3):
-        skeleton.load_block(i)
-        assert live_blocks(skeleton) == {i}
+        blockwise.load_block(i)
+        assert live_blocks(blockwise) == {i}
         with pytest.raises(RuntimeError, match=rf"evict_block\({i}\)"):
-            skeleton.load_block((i + 1) % 3)
-        skeleton.evict_block(i)
-        assert live_blocks(skeleton) == set()
+            blockwise.load_block((i + 1) % 3)
+        blockwise.evict_block(i)
+        assert live_blocks(blockwise) == set()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_evicted_block_leaves_no_mapping_and_no_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
     """Neither views of the mapped shards nor copies survive, without waiting for the garbage collector."""
     folder = tiny_checkpoint(tmp_path / "m", dtype=torch.bfloat16)
-    skeleton = skeleton_of(folder, dtype)
+    blockwise = blockwise_of(folder, dtype)
 
     def held() -> int:
         return sum(
@@ -301,13 +301,13 @@ def test_an_evicted_block_leaves_no_mapping_and_no_tensor(tmp_path: Path, dtype:
     gc.disable()
     try:
         for i in range(2):
-            skeleton.load_block(i)
+            blockwise.load_block(i)
             assert held() > before
-            skeleton.evict_block(i)
+            blockwise.evict_block(i)
             assert held() == before
             assert str(folder) not in Path("/proc/self/maps").read_text()
-        skeleton.load_outside()
-        skeleton.evict_outside()
+        blockwise.load_outside()
+        blockwise.evict_outside()
         assert held() == before
         assert str(folder) not in Path("/proc/self/maps").read_text()
     finally:
@@ -315,20 +315,20 @@ def test_an_evicted_block_leaves_no_mapping_and_no_tensor(tmp_path: Path, dtype:
 
 
 def test_misuse_is_told(tmp_path: Path) -> None:
-    skeleton = skeleton_of(tiny_checkpoint(tmp_path / "m"))
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m"))
     with pytest.raises(RuntimeError, match=r"load_outside\(\) first"):
-        skeleton.embed(token_ids())
+        blockwise.embed(token_ids())
     with pytest.raises(RuntimeError, match=r"load_outside\(\) first"):
-        skeleton.logits(token_ids(), torch.zeros(3, T, 64))
+        blockwise.logits(token_ids(), torch.zeros(3, T, 64))
     with pytest.raises(RuntimeError, match=r"load_block\(1\) first"):
-        skeleton.run_block(1, torch.zeros(3, T, 64))
+        blockwise.run_block(1, torch.zeros(3, T, 64))
 
 
 def test_transformers_settings_are_left_as_they_were(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tiny_checkpoint(tmp_path / "m")
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     capfd.readouterr()
-    streamed_logits(skeleton_of(folder), token_ids())
+    streamed_logits(blockwise_of(folder), token_ids())
     assert capfd.readouterr() == ("", "")
     assert before == (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled())
 
@@ -350,7 +350,7 @@ def rewrite(folder: Path, change: dict[str, Tensor | None]) -> None:
 def test_missing_parameters_are_named_before_loading(single: Path) -> None:
     rewrite(single, {f"model.layers.{i}.mlp.up_proj.weight": None for i in (1, 2)})
     with pytest.raises(InputError) as caught:
-        skeleton_of(single)
+        blockwise_of(single)
     assert "lacks 2 of the 30 parameters" in str(caught.value)
     assert "model.layers.1.mlp.up_proj.weight" in str(caught.value)
     assert "2 of 3 blocks" in str(caught.value)
@@ -359,7 +359,7 @@ def test_missing_parameters_are_named_before_loading(single: Path) -> None:
 def test_wrong_shapes_are_named_before_loading(single: Path) -> None:
     rewrite(single, {"model.layers.1.mlp.up_proj.weight": torch.rand(64, 128)})
     with pytest.raises(InputError) as caught:
-        skeleton_of(single)
+        blockwise_of(single)
     assert "model.layers.1.mlp.up_proj.weight in model.safetensors is [64, 128]" in str(caught.value)
     assert "[128, 64]" in str(caught.value)
 
@@ -369,7 +369,7 @@ def test_integers_for_a_parameter_are_named_before_loading(tmp_path: Path) -> No
     name = "gpt_neox.layers.0.attention.dense.bias"
     rewrite(folder, {name: load_file(folder / "model.safetensors")[name].to(torch.int32)})
     with pytest.raises(InputError, match=rf"{name} in model\.safetensors is torch\.int32"):
-        skeleton_of(folder)
+        blockwise_of(folder)
 
 
 def test_values_that_are_not_finite(single: Path) -> None:
@@ -377,40 +377,40 @@ def test_values_that_are_not_finite(single: Path) -> None:
     weight = load_file(single / "model.safetensors")[name]
     weight[3, 4], weight[5, 6] = float("nan"), float("-inf")
     rewrite(single, {name: weight, "model.norm.weight": torch.full((64,), float("inf"))})
-    skeleton = skeleton_of(single)
-    skeleton.load_block(0)
-    skeleton.evict_block(0)
+    blockwise = blockwise_of(single)
+    blockwise.load_block(0)
+    blockwise.evict_block(0)
     with pytest.raises(InputError) as caught:
-        skeleton.load_block(1)
+        blockwise.load_block(1)
     assert f"{name} in model.safetensors has 2 of 8192 values" in str(caught.value)
     with pytest.raises(InputError, match=r"model\.norm\.weight in model\.safetensors has 64 of 64 values"):
-        skeleton.load_outside()
+        blockwise.load_outside()
 
 
 def test_values_that_overflow_the_compute_dtype(single: Path) -> None:
     rewrite(single, {"model.layers.0.mlp.up_proj.weight": torch.full((128, 64), 1e6)})
     with pytest.raises(InputError, match=r"up_proj\.weight .*8192 of 8192 .* as torch\.float16"):
-        skeleton_of(single, torch.float16).load_block(0)
+        blockwise_of(single, torch.float16).load_block(0)
 
 
 def test_a_block_from_another_checkpoint(tmp_path: Path) -> None:
-    """As the replay of finished blocks takes them: the skeleton's own weights are not touched."""
+    """As the replay of finished blocks takes them: the blockwise's own weights are not touched."""
     a = tiny_checkpoint(tmp_path / "a", seed=0)
     b = tiny_checkpoint(tmp_path / "b", seed=1)
     hidden = torch.randn(2, 5, 64)
-    skeleton, other = skeleton_of(a), skeleton_of(b)
-    skeleton.load_block(1, open_checkpoint(str(b)))
+    blockwise, other = blockwise_of(a), blockwise_of(b)
+    blockwise.load_block(1, open_checkpoint(str(b)))
     other.load_block(1)
-    assert torch.equal(skeleton.run_block(1, hidden), other.run_block(1, hidden))
-    skeleton.load_block(1)
-    assert not torch.equal(skeleton.run_block(1, hidden), other.run_block(1, hidden))
+    assert torch.equal(blockwise.run_block(1, hidden), other.run_block(1, hidden))
+    blockwise.load_block(1)
+    assert not torch.equal(blockwise.run_block(1, hidden), other.run_block(1, hidden))
 
 
 def test_a_block_that_another_checkpoint_lacks(tmp_path: Path) -> None:
     a = tiny_checkpoint(tmp_path / "a")
     b = tiny_checkpoint(tmp_path / "b", layers=1)
     with pytest.raises(InputError, match=r"b lacks 9 of 9 parameters .* model\.layers\.1\."):
-        skeleton_of(a).load_block(1, open_checkpoint(str(b)))
+        blockwise_of(a).load_block(1, open_checkpoint(str(b)))
 
 
 # Models that cannot be compressed, or not even be taken apart
@@ -418,7 +418,7 @@ def test_a_block_that_another_checkpoint_lacks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS, "olmoe", "qwen2_moe", "glm4_moe"])
 def test_what_can_be_compressed(tmp_path: Path, architecture: str) -> None:
-    skeleton_of(tiny_checkpoint(tmp_path / "m", architecture)).compressible()
+    blockwise_of(tiny_checkpoint(tmp_path / "m", architecture)).compressible()
 
 
 @pytest.mark.parametrize(
@@ -430,9 +430,9 @@ def test_what_can_be_compressed(tmp_path: Path, architecture: str) -> None:
     ],
 )
 def test_what_cannot_be_compressed(tmp_path: Path, architecture: str, words: str) -> None:
-    skeleton = skeleton_of(tiny_checkpoint(tmp_path / "m", architecture))
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", architecture))
     with pytest.raises(InputError) as caught:
-        skeleton.compressible()
+        blockwise.compressible()
     assert words in str(caught.value)
     assert "can be evaluated, but not compressed" in str(caught.value)
 
@@ -441,7 +441,7 @@ def test_gemma3n_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint(tmp_path / "m", "gemma3n_text")))
     shutil.rmtree(tmp_path / "m")
     with pytest.raises(InputError, match=r"Gemma3nForCausalLM\) cannot be taken block by block"):
-        Skeleton(checkpoint, torch.float32, CPU)
+        BlockwiseModel(checkpoint, torch.float32, CPU)
 
 
 def test_gemma4_is_refused(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_gemma4_is_refused(tmp_path: Path) -> None:
     )
     tiny_model(config).save_pretrained(tmp_path / "m")
     with pytest.raises(InputError, match=r"blocks share state: block 0 is handed .* as 'shared_kv_states'"):
-        skeleton_of(tmp_path / "m")
+        blockwise_of(tmp_path / "m")
 
 
 def test_models_that_are_no_decoders(tmp_path: Path) -> None:
@@ -458,7 +458,7 @@ def test_models_that_are_no_decoders(tmp_path: Path) -> None:
     config = {"model_type": "t5", "d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 64}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="builds no causal language model from a T5Config"):
-        skeleton_of(folder)
+        blockwise_of(folder)
 
 
 class OddConfig(LlamaConfig):
@@ -531,27 +531,27 @@ def odd_checkpoint(folder: Path, oddity: str) -> Checkpoint:
 def test_blocks_that_are_no_chain(odd: None, tmp_path: Path, oddity: str, words: str) -> None:
     checkpoint = odd_checkpoint(tmp_path / "m", oddity)
     with pytest.raises(InputError) as caught:
-        Skeleton(checkpoint, torch.float32, CPU)
+        BlockwiseModel(checkpoint, torch.float32, CPU)
     assert words in str(caught.value)
 
 
 def test_values_that_depend_on_tokens_are_found_when_embedding(odd: None, tmp_path: Path) -> None:
-    skeleton = Skeleton(odd_checkpoint(tmp_path / "m", "token values"), torch.float32, CPU)
-    skeleton.load_outside()
+    blockwise = BlockwiseModel(odd_checkpoint(tmp_path / "m", "token values"), torch.float32, CPU)
+    blockwise.load_outside()
     with pytest.raises(InputError, match="hands block 0 the value 'bias', which depends on the tokens"):
-        skeleton.embed(token_ids())
+        blockwise.embed(token_ids())
 
 
 def test_an_ordinary_registered_model_is_taken(odd: None, tmp_path: Path) -> None:
-    skeleton = Skeleton(odd_checkpoint(tmp_path / "m", ""), torch.float32, CPU)
-    skeleton.compressible()
-    assert torch.equal(streamed_logits(skeleton, token_ids()), whole_logits(tmp_path / "m", token_ids()))
+    blockwise = BlockwiseModel(odd_checkpoint(tmp_path / "m", ""), torch.float32, CPU)
+    blockwise.compressible()
+    assert torch.equal(streamed_logits(blockwise, token_ids()), whole_logits(tmp_path / "m", token_ids()))
 
 
 def test_blocks_without_linears_are_not_compressible(odd: None, tmp_path: Path) -> None:
-    skeleton = Skeleton(odd_checkpoint(tmp_path / "m", "no linears"), torch.float32, CPU)
+    blockwise = BlockwiseModel(odd_checkpoint(tmp_path / "m", "no linears"), torch.float32, CPU)
     with pytest.raises(InputError, match=r"model\.layers\.0 holds no linear layer"):
-        skeleton.compressible()
+        blockwise.compressible()
 
 
 def test_blocks_that_share_weights_are_not_compressible(odd: None, tmp_path: Path) -> None:
@@ -559,4 +559,4 @@ def test_blocks_that_share_weights_are_not_compressible(odd: None, tmp_path: Pat
     config = tmp_path / "m/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"oddity": "shared weights"}))
     with pytest.raises(InputError, match=r"layers\.0\.mlp.* and model\.layers\.2\.mlp.* are one parameter"):
-        skeleton_of(tmp_path / "m").compressible()
+        blockwise_of(tmp_path / "m").compressible()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from streamslr.model.blockwise import Skeleton
+from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.experts import Experts, unfuse
 from tests.support.tiny_models import starved_checkpoint, tiny_checkpoint, tiny_config, tiny_model
@@ -73,34 +73,34 @@ def test_hooks_meet_every_expert_on_meta_and_where_it_has_no_token() -> None:
 
 
 def test_names_are_the_checkpoints_own_and_routers_are_not_among_them(tmp_path: Path) -> None:
-    skeleton = Skeleton(
+    blockwise = BlockwiseModel(
         open_checkpoint(str(tiny_checkpoint(tmp_path / "m", "mixtral"))), torch.float32, torch.device("cpu")
     )
     experts = [f"model.layers.1.block_sparse_moe.experts.{e}.{name}" for e in range(4) for name in ("w1", "w3", "w2")]
     attention = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
-    assert set(skeleton.linears[1]) == {*attention, *experts}
-    assert set(skeleton.experts[1]) == set(experts)
-    assert skeleton.experts[1][experts[0]] == skeleton.experts[1][experts[3]] != skeleton.experts[1][experts[1]]
-    skeleton.load_block(1)
-    assert "model.layers.1.block_sparse_moe.gate.weight" in skeleton.as_stored(1)
-    assert not any("gate" in name for name in skeleton.parameters(1)), "matching must not move a router"
+    assert set(blockwise.linears[1]) == {*attention, *experts}
+    assert set(blockwise.experts[1]) == set(experts)
+    assert blockwise.experts[1][experts[0]] == blockwise.experts[1][experts[3]] != blockwise.experts[1][experts[1]]
+    blockwise.load_block(1)
+    assert "model.layers.1.block_sparse_moe.gate.weight" in blockwise.as_stored(1)
+    assert not any("gate" in name for name in blockwise.parameters(1)), "matching must not move a router"
 
 
 def test_shared_experts_and_dense_blocks_see_every_token(tmp_path: Path) -> None:
     folder = starved_checkpoint(tmp_path / "m", "deepseek_v3", layers=2)
-    skeleton = Skeleton(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
-    assert not skeleton.experts[0]
-    assert len(skeleton.experts[1]) == 5 * 3
-    assert "model.layers.1.mlp.shared_experts.up_proj" in skeleton.linears[1].keys() - skeleton.experts[1].keys()
-    assert not any(name.endswith("mlp.gate") for name in skeleton.linears[1])
+    blockwise = BlockwiseModel(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
+    assert not blockwise.experts[0]
+    assert len(blockwise.experts[1]) == 5 * 3
+    assert "model.layers.1.mlp.shared_experts.up_proj" in blockwise.linears[1].keys() - blockwise.experts[1].keys()
+    assert not any(name.endswith("mlp.gate") for name in blockwise.linears[1])
 
 
 def test_the_gate_of_shared_experts_stays_dense(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "m", "qwen2_moe", num_experts=4, moe_intermediate_size=64)
-    skeleton = Skeleton(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
-    skeleton.compressible()
-    assert "model.layers.0.mlp.shared_expert.up_proj" in skeleton.linears[0]
-    assert "model.layers.0.mlp.shared_expert_gate" not in skeleton.linears[0]
+    blockwise = BlockwiseModel(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
+    blockwise.compressible()
+    assert "model.layers.0.mlp.shared_expert.up_proj" in blockwise.linears[0]
+    assert "model.layers.0.mlp.shared_expert_gate" not in blockwise.linears[0]
 
 
 def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file, save_file
 
 from streamslr.errors import HubError, InputError, StreamslrError
-from streamslr.model.blockwise import Skeleton
+from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from tests.support.hub_server import Hub, serve_hub
 from tests.support.tiny_models import TEXT, tiny_checkpoint
@@ -63,7 +63,7 @@ def test_headers_alone_are_read_at_first(hub: Hub, made: Path) -> None:
     assert checkpoint.identity == f"hub:org/llama@{commit}"
     assert checkpoint.tensors == open_checkpoint(str(made)).tensors
     assert hub.downloads(".safetensors") == []
-    Skeleton(checkpoint, torch.float32, torch.device("cpu")).compressible()
+    BlockwiseModel(checkpoint, torch.float32, torch.device("cpu")).compressible()
     assert hub.downloads(".safetensors") == []
     assert not cached("*.safetensors")
 
@@ -86,16 +86,16 @@ def test_blocks_stream_from_the_hub_as_from_a_folder(hub: Hub, made: Path) -> No
 
     def logits(model: str) -> torch.Tensor:
         checkpoint = open_checkpoint(model, evict=True)
-        skeleton = Skeleton(checkpoint, torch.float32, torch.device("cpu"))
-        skeleton.load_outside()
-        hidden = skeleton.embed(ids)
-        for i, names in enumerate(skeleton.block_tensors):
-            skeleton.load_block(i)
-            checkpoint.prefetch(skeleton.block_tensors[min(i + 1, len(skeleton.block_tensors) - 1)])
-            hidden = skeleton.run_block(i, hidden)
-            skeleton.evict_block(i)
+        blockwise = BlockwiseModel(checkpoint, torch.float32, torch.device("cpu"))
+        blockwise.load_outside()
+        hidden = blockwise.embed(ids)
+        for i, names in enumerate(blockwise.block_tensors):
+            blockwise.load_block(i)
+            checkpoint.prefetch(blockwise.block_tensors[min(i + 1, len(blockwise.block_tensors) - 1)])
+            hidden = blockwise.run_block(i, hidden)
+            blockwise.evict_block(i)
             checkpoint.release(names)
-        return skeleton.logits(ids, hidden)
+        return blockwise.logits(ids, hidden)
 
     assert torch.equal(logits("org/llama"), logits(str(made)))
 

@@ -17,7 +17,7 @@ from streamslr.calibration.tokens import calibration_windows
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError, InputError, ResumeError
 from streamslr.io.packing import unpack
-from streamslr.model.blockwise import Skeleton
+from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.verify import verify
 from streamslr.run.context import Prepared, prepare
@@ -368,7 +368,7 @@ def test_other_architectures_compress_and_verify(settings: dict[str, Any], tmp_p
     assert verify(settings["out"]).problems == ()
     source, written = open_checkpoint(str(model)), open_checkpoint(str(settings["out"]))
     assert set(written.tensors) == set(source.tensors)
-    Skeleton(written, torch.float32, torch.device("cpu")).load_block(1)
+    BlockwiseModel(written, torch.float32, torch.device("cpu")).load_block(1)
 
 
 def test_windows_longer_than_the_learned_positions_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -417,15 +417,15 @@ def test_matching_brings_each_block_nearer_to_the_dense_model(settings: dict[str
 
 
 def streamed_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    skeleton = Skeleton(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
-    skeleton.load_outside()
+    blockwise = BlockwiseModel(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
+    blockwise.load_outside()
     with torch.no_grad():
-        hidden = skeleton.embed(ids)
-        for i in range(len(skeleton.block_names)):
-            skeleton.load_block(i)
-            hidden = skeleton.run_block(i, hidden)
-            skeleton.evict_block(i)
-        return skeleton.logits(ids, hidden)
+        hidden = blockwise.embed(ids)
+        for i in range(len(blockwise.block_names)):
+            blockwise.load_block(i)
+            hidden = blockwise.run_block(i, hidden)
+            blockwise.evict_block(i)
+        return blockwise.logits(ids, hidden)
 
 
 def test_norms_are_matched_too_and_what_is_outside_the_blocks_is_not(settings: dict[str, Any], model: Path) -> None:
@@ -475,14 +475,14 @@ def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dic
 def test_a_pass_that_runs_out_of_memory_is_cut_once_and_says_so(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole, run_block = streamslr.compress(**settings | {"out": settings["out"].with_name("whole")}), Skeleton.run_block
+    whole, run_block = streamslr.compress(**settings | {"out": settings["out"].with_name("whole")}), BlockwiseModel.run_block
 
-    def small(self: Skeleton, i: int, hidden: torch.Tensor) -> torch.Tensor:
+    def small(self: BlockwiseModel, i: int, hidden: torch.Tensor) -> torch.Tensor:
         if len(hidden) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return run_block(self, i, hidden)
 
-    monkeypatch.setattr(Skeleton, "run_block", small)
+    monkeypatch.setattr(BlockwiseModel, "run_block", small)
     state = streamslr.compress(**settings)
     assert (whole.micro_batch, state.micro_batch) == (6, 3)
     assert caplog.text.count("phase grams ran out of memory") == 1
@@ -514,14 +514,14 @@ def test_memory_that_runs_out_again_ends_the_run_and_keeps_finished_blocks(
     settings: dict[str, Any], unbroken: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        run_block = Skeleton.run_block
+        run_block = BlockwiseModel.run_block
 
-        def full(self: Skeleton, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        def full(self: BlockwiseModel, i: int, hidden: torch.Tensor) -> torch.Tensor:
             if i == 1 and torch.is_grad_enabled():
                 raise MemoryError("the machine is full")
             return run_block(self, i, hidden)
 
-        patch.setattr(Skeleton, "run_block", full)
+        patch.setattr(BlockwiseModel, "run_block", full)
         with pytest.raises(BudgetError, match=r"memory ran out: .*full.* finished blocks are kept"):
             streamslr.compress(**settings)
     state = read_journal(settings["out"])
@@ -544,7 +544,7 @@ def test_memory_that_runs_out_anywhere_is_no_traceback(
     def full(*_: Any) -> None:
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
-    monkeypatch.setattr(Skeleton, method, full)
+    monkeypatch.setattr(BlockwiseModel, method, full)
     with pytest.raises(BudgetError, match=r"memory ran out: .*CUBLAS_STATUS_ALLOC_FAILED.* finished blocks are kept"):
         streamslr.compress(**settings)
 
@@ -583,7 +583,7 @@ def test_a_run_begun_under_a_tight_budget_goes_on_in_its_pieces_under_a_generous
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(broken.skeleton, "evict_block", stop)  # block 0 is committed by then
+        patch.setattr(broken.blockwise, "evict_block", stop)  # block 0 is committed by then
         run(broken)
     streamslr.compress(**settings | {"host_mem": "100GB"})
     assert content(settings["out"]) == content(tmp_path / "unbroken")

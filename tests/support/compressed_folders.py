@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from streamslr.io.folder import write_block, write_description, write_index, write_outside
 from streamslr.io.packing import pack
-from streamslr.model.blockwise import Skeleton
+from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.spec.pattern import parse_pattern
 from tests.support.tiny_models import tiny_checkpoint
@@ -25,21 +25,21 @@ def compressed_folder(
     """folder/slr, of a tiny model in folder/dense; `blocks`: only so many are done. `model`: of tiny_checkpoint."""
     checkpoint = open_checkpoint(str(tiny_checkpoint(folder / "dense", architecture, **model)))
     parsed = parse_pattern(pattern)
-    skeleton = Skeleton(checkpoint, torch.float32, torch.device("cpu"))
+    blockwise = BlockwiseModel(checkpoint, torch.float32, torch.device("cpu"))
     out = folder / "slr"
     out.mkdir()
     write_description(out, checkpoint, parsed, rank)
-    shards = [write_outside(out, checkpoint, skeleton.outside_tensors)]
+    shards = [write_outside(out, checkpoint, blockwise.outside_tensors)]
     generator = torch.Generator().manual_seed(0)
-    for i, names in enumerate(skeleton.block_tensors[:blocks]):
+    for i, names in enumerate(blockwise.block_tensors[:blocks]):
         tensors, packed = checkpoint.read(names), {}
-        for linear, (o, d) in skeleton.linears[i].items():
+        for linear, (o, d) in blockwise.linears[i].items():
             W = tensors.pop(f"{linear}.weight")
             packed[linear] = pack(W * parsed.project(W.float()), parsed, W.dtype)
             if rank:
                 U, V = torch.randn(o, rank, generator=generator), torch.randn(rank, d, generator=generator)
                 packed[linear] |= {"U": (U / 8).to(W.dtype), "V": (V / 8).to(W.dtype)}
-        shards.append(write_block(out, i, dict.fromkeys(packed, parsed), packed, skeleton.linears[i], tensors))
+        shards.append(write_block(out, i, dict.fromkeys(packed, parsed), packed, blockwise.linears[i], tensors))
     write_index(out, shards)
     return out
 

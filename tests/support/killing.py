@@ -80,7 +80,7 @@ def _die_after(owner: type, name: str, calls: int) -> None:
 def _child(settings: dict[str, Any], die_at: int | None, counting: str) -> None:
     import streamslr
     from streamslr.calibration.hidden_states import OnDisk
-    from streamslr.model.blockwise import Skeleton
+    from streamslr.model.blockwise import BlockwiseModel
     from streamslr.solvers.threebasil import ThreeBasil
 
     steps = 0
@@ -104,7 +104,7 @@ def _child(settings: dict[str, Any], die_at: int | None, counting: str) -> None:
 
     points = {
         "renames": [(Path, "replace")],
-        "work": [(OnDisk, "_store"), (Skeleton, "run_block"), (ThreeBasil, "solve"), (os, "fsync")],
+        "work": [(OnDisk, "_store"), (BlockwiseModel, "run_block"), (ThreeBasil, "solve"), (os, "fsync")],
     }
     for owner, name in points[counting]:
         watched(owner, name)
