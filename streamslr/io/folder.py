@@ -35,7 +35,7 @@ def write_description(
     config.pop("_name_or_path", None)  # where the model lay here says nothing there
     config["quantization_config"] = quantization_config(pattern, rank)
     digests = {"config.json": write_json(folder / "config.json", config)}
-    for path in checkpoint.companions():
+    for path in checkpoint.auxiliary_files():
         digests[path.name] = write_file(folder / path.name, path.read_bytes())
     return digests
 

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from streamslr.errors import InputError, StreamslrError
 from streamslr.io.packing import merge
 from streamslr.io.shards import DTYPE_NAMES, INDEX_FILE, packed_linears, read_quantization_config
-from streamslr.model.sources import CONFIG_FILE, Folder, Place, find_place, first_line
+from streamslr.model.sources import CONFIG_FILE, LocalFolder, ModelSource, find_source, first_line
 from streamslr.spec.pattern import SparsityPattern
 
 SINGLE_FILE = "model.safetensors"
@@ -88,7 +88,7 @@ class Checkpoint(Protocol):
         cache if this process downloaded it; a later `read` fetches it again."""
         ...
 
-    def companions(self) -> list[Path]:
+    def auxiliary_files(self) -> list[Path]:
         """The files that travel with config and weights: tokenizer, generation config, licence."""
         ...
 
@@ -102,12 +102,12 @@ def open_checkpoint(model: str, revision: str | None = None, evict: bool = False
     revision: branch, tag or commit on the hub, resolved once. evict: see `Checkpoint.release`.
     Raises InputError for files that cannot be used, HubError where the hub cannot be reached or refuses.
     """
-    return _OpenCheckpoint(model, find_place(model, revision), evict)
+    return _OpenCheckpoint(model, find_source(model, revision), evict)
 
 
 def shard_header(path: Path) -> dict[str, TensorInfo]:
     """What a safetensors file holds, as stored; InputError for a truncated or damaged one."""
-    return _read_header(Folder(path.parent), path.name).tensors
+    return _read_header(LocalFolder(path.parent), path.name).tensors
 
 
 @dataclass(frozen=True)
@@ -120,25 +120,25 @@ class _Header:
 
 
 class _OpenCheckpoint:
-    """The Checkpoint of any place: which shard holds what, and which of them are still needed."""
+    """The Checkpoint of any source: which shard holds what, and which of them are still needed."""
 
-    def __init__(self, model: str, place: Place, evict: bool) -> None:
+    def __init__(self, model: str, source: ModelSource, evict: bool) -> None:
         self.model = model
-        self._place = place
+        self._source = source
         self._evict = evict
-        raw_config = _config_bytes(place)
-        self.config = _parse_config(raw_config, place)
-        shards, weight_map = _shard_names(place)
+        raw_config = _config_bytes(source)
+        self.config = _parse_config(raw_config, source)
+        shards, weight_map = _shard_names(source)
         with ThreadPoolExecutor(8) as pool:  # on the hub a header costs a round trip or two
-            headers = list(pool.map(lambda shard: _read_header(place, shard), shards))
+            headers = list(pool.map(lambda shard: _read_header(source, shard), shards))
         self._headers = dict(zip(shards, headers, strict=True))
-        self.identity = place.pinned or _digest(raw_config, self._headers)
-        stored = _stored_tensors(place, self._headers, weight_map)
+        self.identity = source.pinned or _digest(raw_config, self._headers)
+        stored = _stored_tensors(source, self._headers, weight_map)
         self._packed: dict[str, tuple[SparsityPattern, tuple[int, int], tuple[str, ...]]] = {}
         if read_quantization_config(self.config) is not None:
             stored = self._unpacked(stored)
         self.tensors: Mapping[str, TensorInfo] = stored
-        _refuse_quantized_weights(place, self.tensors)
+        _refuse_quantized_weights(source, self.tensors)
         self._done: set[str] = set()
         self._lock = threading.Lock()  # guards _done
 
@@ -153,13 +153,13 @@ class _OpenCheckpoint:
                     continue  # `save_pretrained` names every linear in every shard
                 if elsewhere:
                     raise InputError(
-                        f"{self._place.label} has {linear}.{parts[0]} in {shard} and {linear}.{elsewhere[0]} in "
+                        f"{self._source.label} has {linear}.{parts[0]} in {shard} and {linear}.{elsewhere[0]} in "
                         f"another shard, where only `streamslr.load` can put them together; save the model again "
                         f"with a larger max_shard_size"
                     )
                 if not {"values", "meta"} <= set(parts):
                     raise InputError(
-                        f"{shard} in {self._place.label} names the packed linear {linear}, but holds only "
+                        f"{shard} in {self._source.label} names the packed linear {linear}, but holds only "
                         f"{parts or 'nothing'} of it; `streamslr verify` tells more"
                     )
                 for part in parts:
@@ -171,12 +171,12 @@ class _OpenCheckpoint:
 
     @property
     def download_bytes(self) -> int:
-        return sum(header.size for shard, header in self._headers.items() if self._place.here(shard) is None)
+        return sum(header.size for shard, header in self._headers.items() if self._source.local_path(shard) is None)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         tensors = {}
         for shard, wanted in self._by_shard(names, done=False).items():
-            path = self._place.fetch(shard)
+            path = self._source.fetch(shard)
             size = self._headers[shard].size
             if path.stat().st_size != size:
                 raise InputError(
@@ -203,7 +203,7 @@ class _OpenCheckpoint:
     def prefetch(self, names: Iterable[str]) -> None:
         missing = []
         for shard, wanted in self._by_shard(names, done=False).items():
-            path = self._place.here(shard)
+            path = self._source.local_path(shard)
             if path is None:
                 missing.append(shard)
             else:
@@ -215,7 +215,7 @@ class _OpenCheckpoint:
     def _fetch_ahead(self, shards: list[str]) -> None:
         for shard in shards:
             try:
-                self._place.fetch(shard)
+                self._source.fetch(shard)
             except StreamslrError as error:  # `read` will try again, and raise it where someone listens
                 log.info("fetching %s ahead failed: %s", shard, error)
                 return
@@ -228,21 +228,21 @@ class _OpenCheckpoint:
             with self._lock:
                 finished = all(name in self._done for name, info in self.tensors.items() if info.shard == shard)
             if finished:
-                self._place.evict(shard)
+                self._source.evict(shard)
 
-    def companions(self) -> list[Path]:
-        return [self._place.fetch(name) for name in sorted(self._place.files) if _travels(name)]
+    def auxiliary_files(self) -> list[Path]:
+        return [self._source.fetch(name) for name in sorted(self._source.files) if _is_auxiliary(name)]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        self.companions()
-        folder = self._place.fetch(CONFIG_FILE).parent
+        self.auxiliary_files()
+        folder = self._source.fetch(CONFIG_FILE).parent
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the files are the user's: whatever they trip over, it is the tokenizer
             raise InputError(
-                f"{self._place.label} holds no tokenizer that transformers can load ({first_line(error)}); "
+                f"{self._source.label} holds no tokenizer that transformers can load ({first_line(error)}); "
                 f"put the model's tokenizer files beside its config.json"
             ) from error
         return tokenizer
@@ -252,7 +252,7 @@ class _OpenCheckpoint:
         wanted: dict[str, list[str]] = {}
         for name in names:
             if name not in self.tensors:
-                raise InputError(f"{self._place.label} holds no tensor {name}")
+                raise InputError(f"{self._source.label} holds no tensor {name}")
             wanted.setdefault(self.tensors[name].shard, []).append(name)
         flat = {name for group in wanted.values() for name in group}
         with self._lock:
@@ -271,90 +271,90 @@ class _OpenCheckpoint:
                 yield name
 
 
-def _config_bytes(place: Place) -> bytes:
-    if CONFIG_FILE not in place.files:
-        raise place.lacks(CONFIG_FILE, ", so nothing says what architecture it is")
-    return place.fetch(CONFIG_FILE).read_bytes()
+def _config_bytes(source: ModelSource) -> bytes:
+    if CONFIG_FILE not in source.files:
+        raise source.missing_file_error(CONFIG_FILE, ", so nothing says what architecture it is")
+    return source.fetch(CONFIG_FILE).read_bytes()
 
 
-def _parse_config(raw: bytes, place: Place) -> PretrainedConfig:
+def _parse_config(raw: bytes, source: ModelSource) -> PretrainedConfig:
     try:
         config = json.loads(raw)
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except ValueError as error:
-        raise InputError(f"config.json of {place.label} is not JSON ({error}); download it again") from error
+        raise InputError(f"config.json of {source.label} is not JSON ({error}); download it again") from error
     quantization = config.get("quantization_config") or config.get("compression_config") or {}
     method = quantization.get("quant_method", "an unnamed method")
     if quantization and method != "streamslr":
         raise InputError(
-            f"{place.label} is already quantized ({method}); give the original model in bf16, fp16 or fp32"
+            f"{source.label} is already quantized ({method}); give the original model in bf16, fp16 or fp32"
         )
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in config:
             raise InputError(
-                f"{place.label} (model_type {model_type!r}) brings its own modelling code, which streamslr "
+                f"{source.label} (model_type {model_type!r}) brings its own modelling code, which streamslr "
                 f"does not run; use a model whose architecture is part of transformers"
             )
         raise InputError(
-            f"transformers does not know model_type {model_type!r} of {place.label}; update transformers, or "
+            f"transformers does not know model_type {model_type!r} of {source.label}; update transformers, or "
             f"check config.json"
         )
     try:
         # From the file again: AutoConfig also knows what older versions of transformers wrote.
         parsed: PretrainedConfig = AutoConfig.from_pretrained(
-            str(place.fetch(CONFIG_FILE).parent), trust_remote_code=False, local_files_only=True
+            str(source.fetch(CONFIG_FILE).parent), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # the values are the user's, and each architecture checks its own in its own way
         raise InputError(
-            f"transformers cannot use config.json of {place.label} (model_type {model_type!r}): "
+            f"transformers cannot use config.json of {source.label} (model_type {model_type!r}): "
             f"{first_line(error)}; download it again, or update transformers"
         ) from error
     return parsed
 
 
-def _shard_names(place: Place) -> tuple[list[str], Mapping[str, str]]:
+def _shard_names(source: ModelSource) -> tuple[list[str], Mapping[str, str]]:
     """The safetensors files, and the index's tensor name -> file (empty for a single file)."""
-    if SINGLE_FILE in place.files:
+    if SINGLE_FILE in source.files:
         return [SINGLE_FILE], {}
-    if INDEX_FILE not in place.files:
-        raise _no_weights(place)
+    if INDEX_FILE not in source.files:
+        raise _no_weights(source)
     try:
-        weight_map = json.loads(place.fetch(INDEX_FILE).read_bytes())["weight_map"]
+        weight_map = json.loads(source.fetch(INDEX_FILE).read_bytes())["weight_map"]
         shards = sorted(set(weight_map.values()))
         if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
             raise ValueError(f"its files are {shards[:3]}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{INDEX_FILE} of {place.label} has no usable weight_map ({error!r}); download it again"
+            f"{INDEX_FILE} of {source.label} has no usable weight_map ({error!r}); download it again"
         ) from error
-    missing = [shard for shard in shards if shard not in place.files]
+    missing = [shard for shard in shards if shard not in source.files]
     if missing:
         others = f" (and {len(missing) - 1} more of {len(shards)} shards)" if len(missing) > 1 else ""
-        raise place.lacks(missing[0], f"{others}, which {INDEX_FILE} names")
+        raise source.missing_file_error(missing[0], f"{others}, which {INDEX_FILE} names")
     return shards, weight_map
 
 
-def _no_weights(place: Place) -> StreamslrError:
-    pickled = sorted(name for name in place.files if name.endswith((".bin", ".pt", ".pth")))
+def _no_weights(source: ModelSource) -> StreamslrError:
+    pickled = sorted(name for name in source.files if name.endswith((".bin", ".pt", ".pth")))
     if pickled:
         return InputError(
-            f"{place.label} holds PyTorch pickles ({pickled[0]}), not safetensors; convert it once: "
+            f"{source.label} holds PyTorch pickles ({pickled[0]}), not safetensors; convert it once: "
             f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
-    others = sorted(name for name in place.files if name.endswith((".safetensors", ".gguf")))
+    others = sorted(name for name in source.files if name.endswith((".safetensors", ".gguf")))
     found = f"; {others[0]} is not a name that transformers loads" if others else ""
-    return place.lacks(SINGLE_FILE, f" and no {INDEX_FILE}{found}")
+    return source.missing_file_error(SINGLE_FILE, f" and no {INDEX_FILE}{found}")
 
 
-def _read_header(place: Place, name: str) -> _Header:
+def _read_header(source: ModelSource, name: str) -> _Header:
     """The header of one shard, checked against itself and against the file's size."""
 
     def damaged(what: str) -> InputError:
-        return InputError(f"{name} in {place.label}: {what}; copy or download the file again")
+        return InputError(f"{name} in {source.label}: {what}; copy or download the file again")
 
-    start, size = place.start_of(name, _HEADER_GUESS)
+    start, size = source.read_start(name, _HEADER_GUESS)
     length = int.from_bytes(start[:8], "little")
     if size < 8:
         raise damaged(f"{size} bytes are no safetensors file")
@@ -363,7 +363,7 @@ def _read_header(place: Place, name: str) -> _Header:
     if length > size - 8:
         raise damaged(f"truncated: {size} bytes, of which the header alone takes {length + 8}")
     if len(start) < 8 + length:
-        start, _ = place.start_of(name, 8 + length)
+        start, _ = source.read_start(name, 8 + length)
     raw = start[8 : 8 + length]
     tensors: dict[str, TensorInfo] = {}
     ranges: dict[str, tuple[int, int]] = {}
@@ -375,7 +375,7 @@ def _read_header(place: Place, name: str) -> _Header:
             first, end = entry["data_offsets"]
             if entry["dtype"] not in _DTYPES:
                 raise InputError(
-                    f"{key} in {name} of {place.label} has dtype {entry['dtype']}, which streamslr cannot "
+                    f"{key} in {name} of {source.label} has dtype {entry['dtype']}, which streamslr cannot "
                     f"read; give the original model in bf16, fp16 or fp32"
                 )
             dtype = _DTYPES[entry["dtype"]]
@@ -394,31 +394,31 @@ def _read_header(place: Place, name: str) -> _Header:
 
 
 def _stored_tensors(
-    place: Place, headers: Mapping[str, _Header], weight_map: Mapping[str, str]
+    source: ModelSource, headers: Mapping[str, _Header], weight_map: Mapping[str, str]
 ) -> dict[str, TensorInfo]:
     """Every tensor of every shard; the index decides where two shards hold the same name."""
     stored = {name: info for header in headers.values() for name, info in header.tensors.items()}
     absent = [name for name, shard in weight_map.items() if name not in headers[shard].tensors]
     if absent:
         raise InputError(
-            f"{INDEX_FILE} of {place.label} places {absent[0]} in {weight_map[absent[0]]}, which does "
+            f"{INDEX_FILE} of {source.label} places {absent[0]} in {weight_map[absent[0]]}, which does "
             f"not hold it ({len(absent)} such tensors): "
             f"index and shards are of different models; download both again"
         )
     return stored | {name: headers[shard].tensors[name] for name, shard in weight_map.items()}
 
 
-def _refuse_quantized_weights(place: Place, tensors: Mapping[str, TensorInfo]) -> None:
+def _refuse_quantized_weights(source: ModelSource, tensors: Mapping[str, TensorInfo]) -> None:
     """Some quantized checkpoints say nothing in config.json; their weights' dtype does."""
     odd = [info for name, info in tensors.items() if name.endswith(".weight") and info.dtype not in _WEIGHT_DTYPES]
     if odd:
         raise InputError(
-            f"{odd[0].name} in {odd[0].shard} of {place.label} is {DTYPE_NAMES[odd[0].dtype]} "
+            f"{odd[0].name} in {odd[0].shard} of {source.label} is {DTYPE_NAMES[odd[0].dtype]} "
             f"({len(odd)} such weights); give the original model in bf16, fp16 or fp32"
         )
 
 
-def _travels(name: str) -> bool:
+def _is_auxiliary(name: str) -> bool:
     """Whether a file belongs beside the weights in a copy of the model."""
     if name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
         return True

@@ -25,8 +25,8 @@ CONFIG_FILE = "config.json"
 log = logging.getLogger("streamslr")
 
 
-class Place(Protocol):
-    """Where a model's files are: `Folder` or `HubRepo`."""
+class ModelSource(Protocol):
+    """Where a model's files are: `LocalFolder` or `HubRepo`."""
 
     label: str  # for messages
     pinned: str | None  # what names the files' content for good; None where they may change
@@ -36,11 +36,11 @@ class Place(Protocol):
         """Names of the files, without those in subfolders."""
         ...
 
-    def start_of(self, name: str, nbytes: int) -> tuple[bytes, int]:
+    def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
         """Up to the first `nbytes` of a file, and its whole size."""
         ...
 
-    def here(self, name: str) -> Path | None:
+    def local_path(self, name: str) -> Path | None:
         """The file's path if it can be read without the network."""
         ...
 
@@ -50,18 +50,18 @@ class Place(Protocol):
         """Deletes the file if this process downloaded it."""
         ...
 
-    def lacks(self, name: str, why: str) -> StreamslrError:
+    def missing_file_error(self, name: str, why: str) -> StreamslrError:
         """The error for a file that should be there and is not."""
         ...
 
 
-def find_place(model: str, revision: str | None) -> Place:
+def find_source(model: str, revision: str | None) -> ModelSource:
     """The folder `model`, or the hub repository of that id at one commit; errors as `open_checkpoint`."""
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
             raise InputError(f"{model} is a folder: --revision {revision} is only for models on the hub")
-        return Folder(path)
+        return LocalFolder(path)
     if path.is_file():
         raise InputError(f"{model} is a file; give the folder that holds it and its config.json")
     try:
@@ -75,7 +75,7 @@ def find_place(model: str, revision: str | None) -> Place:
     return HubRepo(model, revision)
 
 
-class Folder:
+class LocalFolder:
     """A model folder on this machine."""
 
     def __init__(self, path: Path) -> None:
@@ -87,14 +87,14 @@ class Folder:
         except OSError as error:
             raise InputError(f"cannot read the folder {path}: {error.strerror}") from error
 
-    def start_of(self, name: str, nbytes: int) -> tuple[bytes, int]:
+    def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
         try:
             with (self.path / name).open("rb") as file:
                 return file.read(nbytes), os.fstat(file.fileno()).st_size
         except OSError as error:
             raise InputError(f"cannot read {self.path / name}: {error.strerror}") from error
 
-    def here(self, name: str) -> Path | None:
+    def local_path(self, name: str) -> Path | None:
         return self.path / name
 
     def fetch(self, name: str) -> Path:
@@ -103,7 +103,7 @@ class Folder:
     def evict(self, name: str) -> None:
         """The user's own files are never deleted."""
 
-    def lacks(self, name: str, why: str) -> StreamslrError:
+    def missing_file_error(self, name: str, why: str) -> StreamslrError:
         links = " (a broken link)" if (self.path / name).is_symlink() else ""
         return InputError(f"{self.path} has no {name}{links}{why}; copy or download it into the folder")
 
@@ -133,10 +133,10 @@ class HubRepo:
         self.label = f"{repo} at {self.commit[:12]}"
         self.pinned: str | None = f"hub:{repo}@{self.commit}"
 
-    def start_of(self, name: str, nbytes: int) -> tuple[bytes, int]:
-        path = self.here(name)
+    def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
+        path = self.local_path(name)
         if path is not None:
-            return Folder(path.parent).start_of(name, nbytes)
+            return LocalFolder(path.parent).read_start(name, nbytes)
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self._api.endpoint)
         headers = build_hf_headers() | {"Range": f"bytes=0-{nbytes - 1}", "Accept-Encoding": "identity"}
         start = bytearray()
@@ -155,13 +155,13 @@ class HubRepo:
                     break
         return bytes(start[:nbytes]), size
 
-    def here(self, name: str) -> Path | None:
+    def local_path(self, name: str) -> Path | None:
         path = try_to_load_from_cache(self.repo, name, revision=self.commit)
         return Path(path) if isinstance(path, str) else None
 
     def fetch(self, name: str) -> Path:
         with self._fetching.setdefault(name, threading.Lock()):
-            path = self.here(name)
+            path = self.local_path(name)
             if path is None:
                 with self._errors(name):
                     path = Path(self._api.hf_hub_download(self.repo, name, revision=self.commit))
@@ -170,7 +170,7 @@ class HubRepo:
 
     def evict(self, name: str) -> None:
         with self._fetching.setdefault(name, threading.Lock()):
-            path = self.here(name)
+            path = self.local_path(name)
             if name not in self._downloaded or path is None:
                 return
             self._downloaded.discard(name)
@@ -189,7 +189,7 @@ class HubRepo:
             if path.exists():
                 log.warning("could not delete %s, which this run downloaded and no longer needs", path)
 
-    def lacks(self, name: str, why: str) -> StreamslrError:
+    def missing_file_error(self, name: str, why: str) -> StreamslrError:
         if constants.is_offline_mode():
             return self._offline(name)
         return InputError(f"{self.label} has no {name}{why}; choose another revision or model")
@@ -222,7 +222,7 @@ class HubRepo:
                 f"{endpoint}/{self.repo}/commits"
             ) from error
         except hub_errors.RemoteEntryNotFoundError as error:
-            raise self.lacks(name, "") from error
+            raise self.missing_file_error(name, "") from error
         except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
             if constants.is_offline_mode():
                 raise self._offline(name) from error

@@ -133,7 +133,7 @@ def export(
         if to == "peft":
             modules = {name.removesuffix(".weight") for name in index["weight_map"] if name.endswith(".weight")}
             write_json(out / "adapter/adapter_config.json", _adapter_config(out / model, ranks, modules))
-        for name, content in source.companions():
+        for name, content in source.auxiliary_files():
             write_file(out / model / name, content)
         write_json(out / model / INDEX_FILE, index)
         write_json(out / model / CONFIG_FILE, source.config(dtype))
@@ -205,9 +205,9 @@ class _Source:
             if f"{linear}.{part}" in self._stored[file]
         )
 
-    def companions(self) -> list[tuple[str, bytes]]:
+    def auxiliary_files(self) -> list[tuple[str, bytes]]:
         """Tokenizer, generation config, licence."""
-        return [(path.name, path.read_bytes()) for path in self._checkpoint.companions()]
+        return [(path.name, path.read_bytes()) for path in self._checkpoint.auxiliary_files()]
 
     def config(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """config.json of the same model, nothing compressed."""

@@ -117,7 +117,7 @@ def test_a_file_that_changes_after_opening_is_refused(folder: Path) -> None:
         checkpoint.read(["model.norm.weight"])
 
 
-# Identity, companions, tokenizer
+# Identity, auxiliary_files, tokenizer
 
 
 def test_identity_is_of_content_not_of_place(made: Path, folder: Path) -> None:
@@ -137,7 +137,7 @@ def test_identity_changes_with_sizes_headers_and_config(made: Path, folder: Path
 def test_companions_are_what_travels(folder: Path) -> None:
     for name in ("README.md", "LICENSE.txt", "chat_template.jinja", "tokenizer.model", "training.log"):
         (folder / name).write_text("x")
-    names = {path.name for path in open_checkpoint(str(folder)).companions()}
+    names = {path.name for path in open_checkpoint(str(folder)).auxiliary_files()}
     assert names == {
         "tokenizer.json",
         "tokenizer_config.json",
@@ -353,5 +353,5 @@ def test_no_network_for_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("socket.socket.connect", forbidden)
     checkpoint = open_checkpoint(str(folder))
     checkpoint.tokenizer()
-    checkpoint.companions()
+    checkpoint.auxiliary_files()
     assert AutoModelForCausalLM.from_config(checkpoint.config)

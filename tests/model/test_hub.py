@@ -170,9 +170,9 @@ def test_tokenizer_and_companions(hub: Hub, made: Path) -> None:
     checkpoint = open_checkpoint("org/llama")
     tokenizer = checkpoint.tokenizer()
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
-    names = [path.name for path in checkpoint.companions()]
+    names = [path.name for path in checkpoint.auxiliary_files()]
     assert names == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-    assert all(path.read_bytes() == (made / path.name).read_bytes() for path in checkpoint.companions())
+    assert all(path.read_bytes() == (made / path.name).read_bytes() for path in checkpoint.auxiliary_files())
     assert hub.downloads(".safetensors") == []
 
 
@@ -320,7 +320,7 @@ def test_offline_with_and_without_a_cache(hub: Hub, made: Path, monkeypatch: pyt
     hub.add("org/llama", made)
     online = open_checkpoint("org/llama")
     online.read(online.tensors)
-    online.companions()
+    online.auxiliary_files()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     requests = len(hub.requests)
     offline = open_checkpoint("org/llama")
