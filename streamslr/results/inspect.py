@@ -12,7 +12,7 @@ from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord, read_journal
 from streamslr.run.progress import PHASES
-from streamslr.spec.allocation import Target, in_words
+from streamslr.spec.allocation import LinearSpec, in_words
 from streamslr.spec.pattern import parse_pattern
 
 
@@ -81,7 +81,7 @@ def allocation(state: JournalState) -> dict[str, Any]:
 
 def becomes(linears: Iterable[LinearRecord]) -> str:
     """Patterns and ranks of some linears: "2:4 + rank 64", "52%–68% + rank 4–17"."""
-    return in_words(Target(parse_pattern(linear.pattern), linear.rank) for linear in linears)
+    return in_words(LinearSpec(parse_pattern(linear.pattern), linear.rank) for linear in linears)
 
 
 def _linears(state: JournalState) -> list[LinearRecord]:

@@ -96,14 +96,14 @@ class Prepared:
 
     def problem(self, name: str, weight: Tensor, gram: Tensor, room: int | None) -> LinearProblem:
         """The linear [o, d] as the solver takes it, in float32."""
-        target = self.allocation[name]
-        return LinearProblem(name, weight.detach().float(), gram, target.pattern, target.rank, self.config.seed, room)
+        spec = self.allocation[name]
+        return LinearProblem(name, weight.detach().float(), gram, spec.pattern, spec.rank, self.config.seed, room)
 
     def less_room(self, name: str, linear: nn.Linear, room: int | None) -> int | None:
         """What the solver takes where it has half the room it takes with `room`; None where it cannot do with less."""
-        target, gpu = self.allocation[name], self.device.type == "cuda"
+        spec, gpu = self.allocation[name], self.device.type == "cuda"
         o, d = linear.out_features, linear.in_features
-        takes = partial(self.method.solver.peak_bytes, o, d, target.rank, by_row=target.pattern.by_row, gpu=gpu)
+        takes = partial(self.method.solver.peak_bytes, o, d, spec.rank, by_row=spec.pattern.by_row, gpu=gpu)
         now = takes(room)
         less = takes(now // 2)
         return less if less < now else None
@@ -139,8 +139,8 @@ def prepare(config: RunConfig) -> Prepared:
         )
     before = read_journal(config.out)
     allocation: Allocation = allocate(config, blockwise.linears)
-    for target in dict.fromkeys(allocation.values()):
-        method.require(target.pattern, target.rank)
+    for spec in dict.fromkeys(allocation.values()):
+        method.require(spec.pattern, spec.rank)
     host_mem = free_host_memory() if config.host_mem is None else config.host_mem
     gpu_mem = None
     if device.type == "cuda":

@@ -130,7 +130,7 @@ class Compression:
         """All before block 0: the folder's description, the tensors outside the blocks, generation 0."""
         job, out = self.job, self.job.config.out
         with self.phases.phase("outside", steps=1):
-            rank = max(target.rank for target in job.allocation.values())
+            rank = max(spec.rank for spec in job.allocation.values())
             description = write_description(out, job.checkpoint, common_pattern(job.allocation), rank)
             outside = write_outside(out, job.checkpoint, job.blockwise.outside_tensors)
         streams = self.passes.retried("embed", self.passes.embed)

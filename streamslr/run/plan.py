@@ -335,9 +335,9 @@ class _Needs:
         dense = sum(o * d for o, d in block.linears.values())
         packed = 0
         for name, (o, d) in block.linears.items():
-            target = self.allocation[name]
-            low_rank = min(target.rank, o, d) * (o + d) * value_bytes
-            packed += target.pattern.packed_bits(o, d, 8 * value_bytes) // 8 + low_rank
+            spec = self.allocation[name]
+            low_rank = min(spec.rank, o, d) * (o + d) * value_bytes
+            packed += spec.pattern.packed_bits(o, d, 8 * value_bytes) // 8 + low_rank
         return packed + (block.parameters - dense) * value_bytes
 
     def phases(self, micro_batch: int, grams_at: str, room: int | None) -> tuple[Phase, ...]:
@@ -409,16 +409,16 @@ class _Needs:
         """The most that one solve takes, or what is made of its result after it."""
         gpu, most = self.device.type == "cuda", 0
         for name, (o, d) in (linear for b in self.model.blocks for linear in b.linears.items()):
-            target = self.allocation[name]
-            solve = self.solver.peak_bytes(o, d, target.rank, room, by_row=target.pattern.by_row, gpu=gpu)
+            spec = self.allocation[name]
+            solve = self.solver.peak_bytes(o, d, spec.rank, room, by_row=spec.pattern.by_row, gpu=gpu)
             most = max(most, solve, 8 * o * d)
         return most
 
     def training(self, block: BlockShape, tokens: int) -> int:
         """Masters, gradients and moments in float32, where the kept values are, activations of a micro-batch."""
-        targets = [(self.allocation[name], o, d) for name, (o, d) in block.linears.items()]
-        kept = sum(round(target.pattern.density * o * d) for target, o, d in targets)
-        low_rank = sum(min(target.rank, o, d) * (o + d) for target, o, d in targets)
+        specs = [(self.allocation[name], o, d) for name, (o, d) in block.linears.items()]
+        kept = sum(round(spec.pattern.density * o * d) for spec, o, d in specs)
+        low_rank = sum(min(spec.rank, o, d) * (o + d) for spec, o, d in specs)
         vectors = block.parameters - sum(o * d for o, d in block.linears.values())
         widest = max(o * d for o, d in block.linears.values())
         inputs = sum(block.share(name) * d for name, d in block.grams.items())

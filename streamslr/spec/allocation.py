@@ -27,7 +27,7 @@ SCORED_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Target:
+class LinearSpec:
     """What a linear is to become: the pattern of S, and the rank of U·V (0: none)."""
 
     pattern: SparsityPattern
@@ -42,13 +42,13 @@ class Target:
 Linears = Mapping[str, tuple[int, int]]
 """Name of each linear of a block -> its weight's shape (o, d)."""
 
-Allocation = Mapping[str, Target]
+Allocation = Mapping[str, LinearSpec]
 """Name of every linear of a model -> what it is to become."""
 
 
 def allocate(
     config: RunConfig, blocks: Sequence[Linears], outliers: Sequence[float] | None = None
-) -> dict[str, Target]:
+) -> dict[str, LinearSpec]:
     """What every linear of `blocks` is to become.
 
     outliers: the `outlier_share` of each block, from which --owl follows; while it is not known (None), every block
@@ -60,24 +60,24 @@ def allocate(
     if config.owl is not None:
         sizes = [sum(o * d for o, d in linears.values()) for linears in blocks]
         shares = by_outliers(shares[0], config.owl, outliers, sizes)
-    targets = {
-        name: _target(config, share, shape)
+    specs = {
+        name: _linear_spec(config, share, shape)
         for share, linears in zip(shares, blocks, strict=True)
         for name, shape in linears.items()
     }
     for pattern, entry in _by_name(config).items():
-        named = [name for name in targets if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
+        named = [name for name in specs if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
         if not named:
-            last = sorted({name.rpartition(".")[2] for name in targets})
+            last = sorted({name.rpartition(".")[2] for name in specs})
             raise InputError(
                 f"no linear is named {pattern!r}; there are {', '.join(last)}, each by its whole name, like "
-                f"{next(iter(targets))}, or the end of it, with * and ? as in a shell"
+                f"{next(iter(specs))}, or the end of it, with * and ? as in a shell"
             )
-        targets |= {name: replace(targets[name], **entry) for name in named}
+        specs |= {name: replace(specs[name], **entry) for name in named}
     for linears in blocks:
         for name, shape in linears.items():
-            targets[name].pattern.require_fits(name, shape)
-    return targets
+            specs[name].pattern.require_fits(name, shape)
+    return specs
 
 
 def share_of_all(config: RunConfig) -> SparsityPattern:
@@ -156,30 +156,30 @@ def as_json(allocation: Allocation) -> dict[str, dict[str, Any]]:
     """As --allocation reads it, and the journal keeps it: an entry a linear, or one for all where they are alike."""
     if len(alike := set(allocation.values())) == 1:
         allocation = {"*": alike.pop()}
-    return {name: {"pattern": str(target.pattern), "rank": target.rank} for name, target in allocation.items()}
+    return {name: {"pattern": str(spec.pattern), "rank": spec.rank} for name, spec in allocation.items()}
 
 
-def from_json(entries: Mapping[str, Mapping[str, Any]], blocks: Iterable[Linears]) -> dict[str, Target]:
+def from_json(entries: Mapping[str, Mapping[str, Any]], blocks: Iterable[Linears]) -> dict[str, LinearSpec]:
     """What `as_json` wrote, for every linear."""
-    targets = {name: Target(parse_pattern(entry["pattern"]), entry["rank"]) for name, entry in entries.items()}
-    return {name: targets.get(name) or targets["*"] for linears in blocks for name in linears}
+    specs = {name: LinearSpec(parse_pattern(entry["pattern"]), entry["rank"]) for name, entry in entries.items()}
+    return {name: specs.get(name) or specs["*"] for linears in blocks for name in linears}
 
 
 def common_pattern(allocation: Allocation) -> SparsityPattern | None:
     """The pattern of all linears, None where they differ."""
-    patterns = {target.pattern for target in allocation.values()}
+    patterns = {spec.pattern for spec in allocation.values()}
     return next(iter(patterns)) if len(patterns) == 1 else None
 
 
 def kept_share(allocation: Allocation, blocks: Iterable[Linears]) -> float:
     """The share of all linears' parameters that S, U and V keep."""
     shapes = [(allocation[name], shape) for linears in blocks for name, shape in linears.items()]
-    return sum(target.kept(shape) for target, shape in shapes) / sum(o * d for _, (o, d) in shapes)
+    return sum(spec.kept(shape) for spec, shape in shapes) / sum(o * d for _, (o, d) in shapes)
 
 
-def in_words(targets: Iterable[Target]) -> str:
+def in_words(specs: Iterable[LinearSpec]) -> str:
     """Patterns and ranks for a table: "2:4 + rank 64", "52%–68% + rank 4–17"."""
-    chosen = set(targets)
+    chosen = set(specs)
     patterns = [_short(pattern) for pattern in sorted({t.pattern for t in chosen}, key=lambda p: (-p.density, str(p)))]
     ranks = [str(rank) for rank in sorted({t.rank for t in chosen})]
     return " + rank ".join("–".join(dict.fromkeys((some[0], some[-1]))) for some in (patterns, ranks))
@@ -196,14 +196,14 @@ def file_digest(path: Path | None) -> str | None:
     return None if path is None else hashlib.sha256(json.dumps(_read(path)).encode()).hexdigest()
 
 
-def _target(config: RunConfig, share: SparsityPattern, shape: tuple[int, int]) -> Target:
+def _linear_spec(config: RunConfig, share: SparsityPattern, shape: tuple[int, int]) -> LinearSpec:
     """One linear of a block that keeps `share`.
 
     By share of parameters (OATS, arXiv 2409.13652): of the (1 - ρ)·od that stay at compression ρ, U and V take the
     share κ, so r = ⌊κ(1 - ρ)·od/(o + d)⌋, and S the rest, so its sparsity is ρ + κ - ρκ.
     """
     if config.rank_ratio is None:
-        return Target(share, DEFAULT_RANK if config.rank is None else config.rank)
+        return LinearSpec(share, DEFAULT_RANK if config.rank is None else config.rank)
     ratio = config.rank_ratio
     kept, pattern = share.density, share
     if config.compression:
@@ -211,7 +211,7 @@ def _target(config: RunConfig, share: SparsityPattern, shape: tuple[int, int]) -
     else:  # S alone has the pattern's density
         kept /= 1 - ratio
     o, d = shape
-    return Target(pattern, floor(ratio * kept * o * d / (o + d) + 1e-9))  # 16 may come out as 15.999…
+    return LinearSpec(pattern, floor(ratio * kept * o * d / (o + d) + 1e-9))  # 16 may come out as 15.999…
 
 
 def _at_density(pattern: SparsityPattern, density: float) -> SparsityPattern:
@@ -221,7 +221,7 @@ def _at_density(pattern: SparsityPattern, density: float) -> SparsityPattern:
 
 
 def _by_name(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """What --allocation, then --ranks say: pattern of names -> fields of a Target."""
+    """What --allocation, then --ranks say: pattern of names -> fields of a LinearSpec."""
     entries = _read(config.allocation) if config.allocation else {}
     found: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():

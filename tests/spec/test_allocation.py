@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from streamslr.config import RunConfig
 from streamslr.errors import InputError
 from streamslr.spec.allocation import (
-    Target,
+    LinearSpec,
     allocate,
     as_json,
     by_outliers,
@@ -32,13 +32,13 @@ BLOCK = {"self_attn.q_proj": (64, 64), "mlp.up_proj": (128, 64), "mlp.down_proj"
 BLOCKS = [{f"model.layers.{i}.{name}": shape for name, shape in BLOCK.items()} for i in range(3)]
 
 
-def allocated(blocks: Sequence[dict[str, tuple[int, int]]] = BLOCKS, **settings: Any) -> dict[str, Target]:
+def allocated(blocks: Sequence[dict[str, tuple[int, int]]] = BLOCKS, **settings: Any) -> dict[str, LinearSpec]:
     return allocate(RunConfig(model="m", out=Path("o"), **settings), blocks)
 
 
 def test_by_itself_every_linear_is_2_4_and_64() -> None:
-    assert set(allocated().values()) == {Target(NofM(2, 4), 64)}
-    assert set(allocated(pattern="30%", rank=3).values()) == {Target(Unstructured(0.3), 3)}
+    assert set(allocated().values()) == {LinearSpec(NofM(2, 4), 64)}
+    assert set(allocated(pattern="30%", rank=3).values()) == {LinearSpec(Unstructured(0.3), 3)}
 
 
 @pytest.mark.parametrize(
@@ -54,29 +54,29 @@ def test_by_itself_every_linear_is_2_4_and_64() -> None:
 def test_shares_of_parameters_are_those_of_oats(
     shape: tuple[int, int], compression: str, ratio: float, pattern: str, rank: int
 ) -> None:
-    (target,) = set(allocated([{"a": shape}], compression=compression, rank_ratio=ratio).values())
-    assert target == Target(parse_pattern(pattern), rank)
+    (spec,) = set(allocated([{"a": shape}], compression=compression, rank_ratio=ratio).values())
+    assert spec == LinearSpec(parse_pattern(pattern), rank)
 
 
 @given(st.integers(16, 4096), st.integers(16, 4096), st.integers(5, 95), st.integers(0, 90))
 def test_s_u_and_v_together_keep_what_is_asked_for(o: int, d: int, compression: int, ratio: int) -> None:
-    (target,) = allocated([{"a": (o, d)}], compression=f"{compression}%", rank_ratio=ratio / 100).values()
+    (spec,) = allocated([{"a": (o, d)}], compression=f"{compression}%", rank_ratio=ratio / 100).values()
     wanted = (1 - compression / 100) * o * d
-    assert wanted - (o + d) - 1 < target.kept((o, d)) <= wanted + 1, "a rank is whole"
+    assert wanted - (o + d) - 1 < spec.kept((o, d)) <= wanted + 1, "a rank is whole"
     exact = Fraction(ratio, 100) * Fraction(100 - compression, 100) * Fraction(o * d, o + d)
-    assert target.rank == floor(exact)
+    assert spec.rank == floor(exact)
 
 
 def test_shares_and_outliers_can_be_of_each_row() -> None:
-    (target,) = set(allocated([{"a": (256, 256)}], compression="60%/row", rank_ratio=0.25).values())
-    assert target == Target(parse_pattern("70%/row"), 12)
+    (spec,) = set(allocated([{"a": (256, 256)}], compression="60%/row", rank_ratio=0.25).values())
+    assert spec == LinearSpec(parse_pattern("70%/row"), 12)
     patterns = by_outliers(parse_pattern("70%/row"), 0.08, [0.05, 0.01, 0.03], [1, 1, 1])
     assert [str(pattern) for pattern in patterns] == ["62%/row", "78%/row", "70%/row"]
 
 
 def test_a_rank_ratio_goes_with_any_pattern() -> None:
-    (target,) = set(allocated([{"a": (256, 256)}], pattern="2:4", rank_ratio=0.2).values())
-    assert target == Target(NofM(2, 4), 16)  # S keeps 32,768 of 65,536; a fifth of all that is kept is 8192 = 16 · 512
+    (spec,) = set(allocated([{"a": (256, 256)}], pattern="2:4", rank_ratio=0.2).values())
+    assert spec == LinearSpec(NofM(2, 4), 16)  # S keeps 32,768 of 65,536; a fifth of all that is kept is 8192 = 16 · 512
 
 
 # By outliers
@@ -168,8 +168,8 @@ def test_outliers_are_counted_as_the_paper_defines_them(times: float) -> None:
 
 
 def test_ranks_by_name_go_over_the_rank_of_all() -> None:
-    targets = allocated(ranks="q_proj=8, mlp.*=16,model.layers.2.mlp.up_proj=0", rank=4)
-    assert {name: target.rank for name, target in targets.items()} == {
+    specs = allocated(ranks="q_proj=8, mlp.*=16,model.layers.2.mlp.up_proj=0", rank=4)
+    assert {name: spec.rank for name, spec in specs.items()} == {
         **{f"model.layers.{i}.self_attn.q_proj": 8 for i in range(3)},
         **{f"model.layers.{i}.mlp.{part}_proj": 16 for i in range(3) for part in ("up", "down")},
         "model.layers.2.mlp.up_proj": 0,
@@ -186,18 +186,18 @@ def test_a_file_says_pattern_rank_or_both_and_later_names_win(tmp_path: Path) ->
         tmp_path / "a.json",
         {"*.mlp.*": {"pattern": "4:8"}, "layers.1.*": {"pattern": "40%", "rank": 2}, "down_proj": {"rank": 7}},
     )
-    targets = allocated(allocation=file, rank=4)
-    assert str(targets["model.layers.0.self_attn.q_proj"].pattern) == "2:4"
-    assert targets["model.layers.0.mlp.up_proj"] == Target(NofM(4, 8), 4)
-    assert targets["model.layers.1.mlp.up_proj"] == Target(Unstructured(0.4), 2)
-    assert targets["model.layers.1.mlp.down_proj"] == Target(Unstructured(0.4), 7)
+    specs = allocated(allocation=file, rank=4)
+    assert str(specs["model.layers.0.self_attn.q_proj"].pattern) == "2:4"
+    assert specs["model.layers.0.mlp.up_proj"] == LinearSpec(NofM(4, 8), 4)
+    assert specs["model.layers.1.mlp.up_proj"] == LinearSpec(Unstructured(0.4), 2)
+    assert specs["model.layers.1.mlp.down_proj"] == LinearSpec(Unstructured(0.4), 7)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     config = RunConfig(model="m", out=Path("o"), compression="61%", rank_ratio=0.3, owl=0.08)
-    targets = allocate(config, BLOCKS, [0.01, 0.034, 0.02])
-    assert from_json(json.loads(json.dumps(as_json(targets))), BLOCKS) == targets
-    assert allocated(allocation=write(tmp_path / "a.json", as_json(targets))) == targets
+    specs = allocate(config, BLOCKS, [0.01, 0.034, 0.02])
+    assert from_json(json.loads(json.dumps(as_json(specs))), BLOCKS) == specs
+    assert allocated(allocation=write(tmp_path / "a.json", as_json(specs))) == specs
     alike = allocated()
     assert as_json(alike) == {"*": {"pattern": "2:4", "rank": 64}}
     assert from_json(as_json(alike), BLOCKS) == alike
@@ -234,6 +234,6 @@ def test_a_group_pattern_is_no_share_of_parameters() -> None:
 
 
 def test_words() -> None:
-    assert in_words([Target(NofM(2, 4), 64)] * 2) == "2:4 + rank 64"
-    mixed = [Target(Unstructured(0.747073), 7), Target(Unstructured(0.64), 22), Target(Unstructured(0.7), 10)]
+    assert in_words([LinearSpec(NofM(2, 4), 64)] * 2) == "2:4 + rank 64"
+    mixed = [LinearSpec(Unstructured(0.747073), 7), LinearSpec(Unstructured(0.64), 22), LinearSpec(Unstructured(0.7), 10)]
     assert in_words(mixed) == "64%–74.71% + rank 7–22"
