@@ -123,7 +123,7 @@ def plan(as_json: bool, **settings: Any) -> None:
             _print_json(job.plan.as_dict() | {"host_budget_bytes": job.host_mem, "gpu_budget_bytes": job.gpu_mem})
         else:
             _console().print(job.plan.table(job.host_mem, job.gpu_mem))
-        job.require_room()
+        job.require_fit()
 
 
 @main.command()

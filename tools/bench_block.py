@@ -274,7 +274,7 @@ def main(
         "micro_batch": job.plan.micro_batch,
         "in_memory": job.plan.in_memory,
         "grams_at": job.plan.grams_at,
-        "solver_room": job.plan.solver_room,
+        "solver_workspace": job.plan.solver_workspace,
         "baseline_bytes": baseline,
         "host_budget_bytes": job.host_mem,
         "gpu_budget_bytes": job.gpu_mem,

@@ -94,21 +94,21 @@ class Prepared:
         following = self.blockwise.block_tensors[i + 1 : i + 2]
         return following[0] if following else ()
 
-    def problem(self, name: str, weight: Tensor, gram: Tensor, room: int | None) -> LinearProblem:
+    def problem(self, name: str, weight: Tensor, gram: Tensor, workspace: int | None) -> LinearProblem:
         """The linear [o, d] as the solver takes it, in float32."""
         spec = self.allocation[name]
-        return LinearProblem(name, weight.detach().float(), gram, spec.pattern, spec.rank, self.config.seed, room)
+        return LinearProblem(name, weight.detach().float(), gram, spec.pattern, spec.rank, self.config.seed, workspace)
 
-    def less_room(self, name: str, linear: nn.Linear, room: int | None) -> int | None:
-        """What the solver takes where it has half the room it takes with `room`; None where it cannot do with less."""
+    def smaller_workspace(self, name: str, linear: nn.Linear, workspace: int | None) -> int | None:
+        """The smaller workspace that the solver takes when given half of what it takes now; None if it cannot."""
         spec, gpu = self.allocation[name], self.device.type == "cuda"
         o, d = linear.out_features, linear.in_features
         takes = partial(self.method.solver.peak_bytes, o, d, spec.rank, by_row=spec.pattern.by_row, gpu=gpu)
-        now = takes(room)
+        now = takes(workspace)
         less = takes(now // 2)
         return less if less < now else None
 
-    def require_room(self) -> None:
+    def require_fit(self) -> None:
         """Raises BudgetError when the plan does not fit memory or disk."""
         self.plan.require_memory(self.host_mem, self.gpu_mem)
         self.plan.require_disk(self.config.out, self.scratch, Path(constants.HF_HUB_CACHE))
@@ -171,7 +171,7 @@ def prepare(config: RunConfig) -> Prepared:
         baseline,
         host_mem,
         gpu_mem,
-        Pieces(before.micro_batch, before.solver_room) if before else None,
+        Pieces(before.micro_batch, before.solver_workspace) if before else None,
     )
     if config.owl is not None and not (before and before.allocation):
         mean = allocate(replace(config, owl=None, owl_outlier=None), blockwise.linears)

@@ -88,7 +88,7 @@ class JournalState:
     calibration: str  # what a person would call the text; its tokens are in the fingerprint
     blocks_total: int
     micro_batch: int  # windows that pass together
-    solver_room: int | None = None  # bytes of one solve, where the budget is tight; both decide last bits
+    solver_workspace: int | None = None  # bytes of one solve, where the budget is tight; both decide last bits
     description: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer …: file -> sha256
     outside: WrittenShard | None = None
     hidden_states: str | None = None  # digest of the generation that enters block 0

@@ -41,7 +41,7 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
 
     Raises a StreamslrError for whatever a user can mend; every block that was committed stays.
     """
-    job.require_room()
+    job.require_fit()
     config = job.config
     calibration = calibration_windows(
         job.checkpoint.tokenizer(), config.calibration, config.samples, config.seq_len, config.seed
@@ -52,7 +52,7 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
         calibration.source,
         blocks,
         job.plan.micro_batch,
-        job.plan.solver_room,
+        job.plan.solver_workspace,
         model=job.model_name,
         made_with=job.made_with,
         allocation=None if job.config.owl is not None else as_json(job.allocation),
@@ -220,16 +220,16 @@ class Compression:
 
     def solve_linear(self, name: str, linear: nn.Linear, gram: Tensor) -> tuple[Mapping[str, Tensor], LinearRecord]:
         """One linear solved in its place; where memory runs out, once more in tiles of half as many rows."""
-        job, room = self.job, self.job.plan.solver_room
+        job, workspace = self.job, self.job.plan.solver_workspace
         dtype = job.blockwise.stored_dtype(f"{name}.weight")
 
         def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
-            return compress_linear(job.problem(name, linear.weight, gram, room), linear, self.solver, dtype)
+            return compress_linear(job.problem(name, linear.weight, gram, workspace), linear, self.solver, dtype)
 
         def cut() -> str | None:
-            nonlocal room
-            room = job.less_room(name, linear, room)
-            return None if room is None else f"the rows of {name} in smaller tiles, {format_bytes(room)}"
+            nonlocal workspace
+            workspace = job.smaller_workspace(name, linear, workspace)
+            return None if workspace is None else f"the rows of {name} in smaller tiles, {format_bytes(workspace)}"
 
         return self.passes.retried("solve", work, cut)
 

@@ -112,14 +112,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. It obeys micro_batch to solver_room; the rest is for people and for refusals."""
+    """What a run will take. It obeys micro_batch to solver_workspace; the rest is for people and for refusals."""
 
     device: str
     blocks: int
     micro_batch: int  # windows that pass a block together
     in_memory: bool  # hidden states are kept in host memory beside the scratch folder
     grams_at: str  # where Gram matrices wait to be solved: "device", "host" or "disk"
-    solver_room: int | None  # bytes that one solve may take where all it likes does not fit: it works in tiles
+    solver_workspace: int | None  # bytes that one solve may take where all it likes does not fit: it works in tiles
     phases: tuple[Phase, ...]
     scratch_bytes: int
     output_bytes: int
@@ -144,7 +144,7 @@ class Plan:
             budget += f", gpu budget {format_bytes(gpu_mem)}"
         tier = "memory and disk" if self.in_memory else "disk"
         means = "" if self.grams_at == "device" else f", Gram matrices wait on {self.grams_at}"
-        means += "" if self.solver_room is None else ", the solver works in tiles"
+        means += "" if self.solver_workspace is None else ", the solver works in tiles"
         table = Table(
             min_width=76,
             title=f"plan: {self.blocks} blocks on {self.device}, {self.micro_batch} windows at a time, {budget}",
@@ -200,7 +200,7 @@ class Plan:
                 )
 
     def require_disk(self, out: Path, scratch: Path, cache: Path) -> None:
-        """Raises BudgetError when a file system lacks room for what is still to come to it."""
+        """Raises BudgetError when a file system lacks space for what is still to come to it."""
         needs = [
             (out, "output", self.output_bytes - _size(out, "*.safetensors"), "give --out on another disk"),
             (scratch, "hidden states", self.scratch_bytes - _size(scratch, "**/*"), "give --scratch on another disk"),
@@ -235,7 +235,7 @@ class Pieces:
     """What may be cut smaller to fit a budget. It decides last bits, so a run keeps what it started with."""
 
     micro_batch: int
-    solver_room: int | None
+    solver_workspace: int | None
 
 
 def make_plan(
@@ -268,17 +268,17 @@ def make_plan(
     micro_batch = pieces.micro_batch if pieces else max(1, min(config.samples, BATCH_TOKENS // config.seq_len))
     while not pieces and micro_batch > 1 and not fits(needs.phases(micro_batch, "device", None), _BATCH_PHASES):
         micro_batch //= 2
-    room = pieces.solver_room if pieces else None
+    workspace = pieces.solver_workspace if pieces else None
     tiers = ("device", "disk") if device.type == "cpu" else ("device", "host", "disk")
-    solving = {tier: needs.phases(micro_batch, tier, room) for tier in tiers}
+    solving = {tier: needs.phases(micro_batch, tier, workspace) for tier in tiers}
     whole = [tier for tier in tiers if fits(solving[tier], ("solve",))]
     aside = [tier for tier in tiers[1:] if fits(solving[tier], ("solve",), near=device.type == "cpu")]
     grams_at = (whole or aside or ["disk"])[0]
     if not whole and not pieces and budget is not None:
-        room = max(0, budget - needs.beside_solver(grams_at) - (needs.fixed if device.type == "cpu" else 0))
-        if needs.solving(room) == needs.solving(None):  # most methods cannot do with less
-            room = None
-    phases = needs.phases(micro_batch, grams_at, room)
+        workspace = max(0, budget - needs.beside_solver(grams_at) - (needs.fixed if device.type == "cpu" else 0))
+        if needs.solving(workspace) == needs.solving(None):  # most methods cannot do with less
+            workspace = None
+    phases = needs.phases(micro_batch, grams_at, workspace)
     generations = (4 if config.match else 2) * config.samples * config.seq_len * model.hidden_size * dtype.itemsize
     # half of what is left stays free: a budget filled to the brim helps nobody
     in_memory = generations <= (host_mem - max(p.host_bytes for p in phases)) // 2
@@ -292,7 +292,7 @@ def make_plan(
         micro_batch=micro_batch,
         in_memory=in_memory,
         grams_at=grams_at,
-        solver_room=room,
+        solver_workspace=workspace,
         phases=phases,
         scratch_bytes=generations + (needs.grams if grams_at == "disk" else 0),
         output_bytes=model.outside_bytes + sum(needs.packed_bytes(block) for block in model.blocks),
@@ -340,7 +340,7 @@ class _Needs:
             packed += spec.pattern.packed_bits(o, d, 8 * value_bytes) // 8 + low_rank
         return packed + (block.parameters - dense) * value_bytes
 
-    def phases(self, micro_batch: int, grams_at: str, room: int | None) -> tuple[Phase, ...]:
+    def phases(self, micro_batch: int, grams_at: str, workspace: int | None) -> tuple[Phase, ...]:
         config, model, c, h = self.config, self.model, self.c, self.model.hidden_size
         tokens, batch_tokens = config.samples * config.seq_len, micro_batch * config.seq_len
         activations = max(
@@ -373,7 +373,7 @@ class _Needs:
             ),
             (
                 "solve",
-                self.beside_solver(grams_at) + self.solving(room),
+                self.beside_solver(grams_at) + self.solving(workspace),
                 self.grams if grams_at == "host" else 0,
                 solving,
             ),
@@ -405,12 +405,12 @@ class _Needs:
         weight = 0 if self.c == 4 else max(4 * o * d for b in self.model.blocks for o, d in b.linears.values())
         return self.block + grams + self.packed + weight
 
-    def solving(self, room: int | None) -> int:
+    def solving(self, workspace: int | None) -> int:
         """The most that one solve takes, or what is made of its result after it."""
         gpu, most = self.device.type == "cuda", 0
         for name, (o, d) in (linear for b in self.model.blocks for linear in b.linears.items()):
             spec = self.allocation[name]
-            solve = self.solver.peak_bytes(o, d, spec.rank, room, by_row=spec.pattern.by_row, gpu=gpu)
+            solve = self.solver.peak_bytes(o, d, spec.rank, workspace, by_row=spec.pattern.by_row, gpu=gpu)
             most = max(most, solve, 8 * o * d)
         return most
 

@@ -28,7 +28,7 @@ class Alps:
         assert G is not None
 
         def prune(T: Tensor) -> Tensor:
-            solved = self.admm.solve(replace(problem, weight=T / linear.scale, rank=0, room=None))
+            solved = self.admm.solve(replace(problem, weight=T / linear.scale, rank=0, workspace=None))
             linear.warnings.extend(warning for warning in solved.warnings if warning not in linear.warnings)
             S = solved.S.mul_(linear.scale)
             refit_(S, T, G, self.cg_iterations)

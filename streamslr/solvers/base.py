@@ -21,7 +21,7 @@ class LinearProblem:
     """Replace `weight` by S + U·V so that outputs on inputs with Gram matrix `gram` change least.
 
     name: the linear, for messages. weight: [o, d] float32. gram: [d, d] float32, Xᵀ X over all calibration
-    rows, undamped. rank: columns of U; 0 for pure sparsity. seed: of the solver's random start. room: bytes the
+    rows, undamped. rank: columns of U; 0 for pure sparsity. seed: of the solver's random start. workspace: bytes the
     solver may take beside weight and gram, where it can do with less; None: as many as it likes.
     """
 
@@ -31,7 +31,7 @@ class LinearProblem:
     pattern: SparsityPattern
     rank: int
     seed: int = 0
-    room: int | None = None
+    workspace: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Solver(Protocol):
         ...
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
         """The most that one solve of a weight [o, d] takes beside its weight and Gram matrix, its S included.
 
-        room: what it should do with if it can (LinearProblem.room). by_row, of the pattern; gpu: where it runs.
+        workspace: what it should do with if it can (LinearProblem.workspace). by_row, of the pattern; gpu: where it runs.
         """
         ...
 

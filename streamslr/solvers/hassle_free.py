@@ -52,7 +52,7 @@ class HassleFree:
         return solve_scaled(problem, work, full_gram=True)
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
         linear = scaled_bytes(o, d, rank, full_gram=True, gpu=gpu)
         return linear + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)

@@ -45,7 +45,7 @@ class Oats:
         return solve_scaled(problem, work, full_gram=False)
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
         return scaled_bytes(o, d, rank, full_gram=False, gpu=gpu) + 4 * o * d + 10 * o * d
 

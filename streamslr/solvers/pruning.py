@@ -61,7 +61,7 @@ class Pruned:
         return solve_scaled(problem, work, self.pruner.full_gram)
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
         linear = scaled_bytes(o, d, 0, full_gram=self.pruner.full_gram, gpu=gpu)
         return linear + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)

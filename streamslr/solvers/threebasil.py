@@ -87,12 +87,12 @@ class ThreeBasil:
         return SparseLowRank(S, U, V, state.iterations, metric.damping, tuple(warnings))
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        """`solve_bytes` of the tiles that the solver takes for this room."""
+        """`solve_bytes` of the tiles that the solver takes for this workspace."""
         tile = self.tile_rows
-        if tile is None and room is not None:
-            tile = tile_rows_for(o, d, rank, room, by_row=by_row, gpu=gpu)
+        if tile is None and workspace is not None:
+            tile = tile_rows_for(o, d, rank, workspace, by_row=by_row, gpu=gpu)
         return solve_bytes(o, d, rank, tile, by_row=by_row, gpu=gpu)
 
     def flops(self, o: int, d: int, rank: int) -> float:
@@ -116,11 +116,11 @@ class ThreeBasil:
         return False
 
     def _tile_rows(self, problem: LinearProblem, rank: int) -> int | None:
-        if self.tile_rows is not None or problem.room is None:
+        if self.tile_rows is not None or problem.workspace is None:
             return self.tile_rows
         o, d = problem.weight.shape
         gpu = problem.weight.device.type == "cuda"
-        return tile_rows_for(o, d, rank, problem.room, by_row=problem.pattern.by_row, gpu=gpu)
+        return tile_rows_for(o, d, rank, problem.workspace, by_row=problem.pattern.by_row, gpu=gpu)
 
     def _low_precision(self, device: torch.device) -> bool:
         if self.precision not in ("auto", "bfloat16", "float32"):
@@ -160,18 +160,18 @@ def tile_rows_for(
     o: int,
     d: int,
     rank: int,
-    room: int,
+    workspace: int,
     *,
     by_row: bool = False,
     gpu: bool = False,
 ) -> int | None:
-    """The most rows a tile, a multiple of 64, with which one solve takes at most `room` bytes; None for all.
+    """The most rows a tile, a multiple of 64, with which one solve takes at most `workspace` bytes; None for all.
 
     64 also where that still takes more: compare with `solve_bytes`, whose other arguments these are.
     """
 
     def fits(tile_rows: int | None) -> bool:
-        return solve_bytes(o, d, rank, tile_rows, by_row=by_row, gpu=gpu) <= room
+        return solve_bytes(o, d, rank, tile_rows, by_row=by_row, gpu=gpu) <= workspace
 
     if fits(None) or o <= SMALLEST_TILE:
         return None
@@ -271,8 +271,8 @@ class _Admm:
                 torch.neg(part.D, out=part.X)
                 self._lay_down(part)
         self.marker.settle()
-        self.room = torch.empty(d, d, device=self.weight.device)
-        self.M = self.room  # ρ (G + ρI)⁻¹, after set_inverse
+        self.buffer = torch.empty(d, d, device=self.weight.device)
+        self.M = self.buffer  # ρ (G + ρI)⁻¹, after set_inverse
 
     def _tiles(self, tile_rows: int) -> list[_Tile]:
         """Tiles over the store, each in slices that are small enough for the cache."""
@@ -314,13 +314,13 @@ class _Admm:
         return part.D if part.support is None else torch.mul(part.held, part.support, out=part.D)
 
     def set_inverse(self, rho: float) -> None:
-        inverse = self.metric.inverse(rho, self.room)
+        inverse = self.metric.inverse(rho, self.buffer)
         if inverse is None:  # G has a factor, so G + ρI has one
             raise StreamslrError(f"{self.name}: G + {rho:g}·I lost its Cholesky factor; report this as a bug")
         if self.low == torch.float32:
             self.M = inverse
         else:  # into the front of its own memory, behind the rows that are still to be read
-            self.M = self.room.view(self.low).view(-1)[: inverse.numel()].view_as(inverse)
+            self.M = self.buffer.view(self.low).view(-1)[: inverse.numel()].view_as(inverse)
             for rows in range(0, len(inverse), 64):
                 self.M[rows : rows + 64] = inverse[rows : rows + 64].to(self.low)
 
@@ -379,7 +379,7 @@ class _Admm:
         """S [o, d] exactly in the pattern, and U [o, r], V [r, d] fitted to it, in the problem's own scale."""
         S, scale, dead = self._sums(), self.metric.scale, self.metric.dead
         together = [tile.rows for tile in self.tiles] if self.pattern.by_row else [slice(None)]
-        del self.tiles, self.room, self.M
+        del self.tiles, self.buffer, self.M
         for rows in together:
             S[rows].masked_fill_(self.pattern.project(S[rows]).logical_not_(), 0)
         S.div_(scale)

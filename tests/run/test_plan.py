@@ -140,22 +140,22 @@ def test_a_70b_block_fits_24_gb_with_matching() -> None:
 
 def test_a_tight_budget_moves_grams_away_first_and_then_cuts_the_solver_into_tiles() -> None:
     generous = plan(llama_70b(), gpu_mem=45 * GB)
-    assert (generous.grams_at, generous.solver_room) == ("device", None)
+    assert (generous.grams_at, generous.solver_workspace) == ("device", None)
     grams = 4 * (3 * 8192**2 + 28672**2)
     peak = generous.gpu_bytes
     aside = plan(llama_70b(), gpu_mem=peak)  # of which a margin stays free
-    assert (aside.grams_at, aside.solver_room) == ("host", None)
+    assert (aside.grams_at, aside.solver_workspace) == ("host", None)
     assert peak - aside.gpu_bytes == grams - 4 * 28672**2
     assert plan(llama_70b(), gpu_mem=peak, host_mem=generous.host_bytes - generous.scratch_bytes).grams_at == "disk"
     tiled = plan(llama_70b(), gpu_mem=aside.gpu_bytes - GB)
-    assert tiled.solver_room is not None
+    assert tiled.solver_workspace is not None
     assert tiled.grams_at == "host"
     assert phase(tiled, "solve").gpu_bytes <= aside.gpu_bytes - GB
 
 
 def test_a_method_that_cannot_work_in_tiles_is_not_said_to() -> None:
     made = plan(llama_70b(), gpu_mem=5 * GB, method="oats", match=False)
-    assert made.solver_room is None
+    assert made.solver_workspace is None
     with pytest.raises(BudgetError, match="phase"):
         made.require_memory(10**12, 5 * GB)
 
@@ -172,7 +172,7 @@ def test_a_run_that_goes_on_keeps_the_pieces_it_began_with() -> None:
     allocation, device = allocate(config, [llama_70b().blocks[0].linears]), torch.device("cpu")
     solver = find_method("3basil").solver
     made = make_plan(config, llama_70b(), allocation, solver, device, torch.float32, GB, 10**12, None, Pieces(4, 10**9))
-    assert (made.micro_batch, made.solver_room) == (4, 10**9)
+    assert (made.micro_batch, made.solver_workspace) == (4, 10**9)
 
 
 def test_each_linear_counts_with_its_own_rank_and_pattern() -> None:
@@ -189,4 +189,6 @@ def test_each_linear_counts_with_its_own_rank_and_pattern() -> None:
 def test_more_memory_never_cuts_smaller(low: int, more: int) -> None:
     tight, roomy = (plan(llama_70b(), device="cpu", host_mem=b, seq_len=128) for b in (low, low + more))
     assert tight.micro_batch <= roomy.micro_batch
-    assert roomy.solver_room is None or (tight.solver_room is not None and tight.solver_room <= roomy.solver_room)
+    assert roomy.solver_workspace is None or (
+        tight.solver_workspace is not None and tight.solver_workspace <= roomy.solver_workspace
+    )

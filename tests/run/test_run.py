@@ -464,7 +464,9 @@ def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dic
     settings |= {"rank": 0}
     whole = streamslr.compress(**settings)
     job = prepare(RunConfig.of(**settings | {"out": tmp_path / "pieces"}))
-    pieces = run(replace(job, plan=replace(job.plan, micro_batch=1, solver_room=0, in_memory=False, grams_at="disk")))
+    pieces = run(
+        replace(job, plan=replace(job.plan, micro_batch=1, solver_workspace=0, in_memory=False, grams_at="disk"))
+    )
     for a, b in zip(whole.blocks, pieces.blocks, strict=True):
         assert [linear.error for layer in a.layers] == pytest.approx([la.error for la in b.layers], rel=0.05)
         assert a.matching is not None
@@ -475,7 +477,10 @@ def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dic
 def test_a_pass_that_runs_out_of_memory_is_cut_once_and_says_so(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole, run_block = streamslr.compress(**settings | {"out": settings["out"].with_name("whole")}), BlockwiseModel.run_block
+    whole, run_block = (
+        streamslr.compress(**settings | {"out": settings["out"].with_name("whole")}),
+        BlockwiseModel.run_block,
+    )
 
     def small(self: BlockwiseModel, i: int, hidden: torch.Tensor) -> torch.Tensor:
         if len(hidden) > 3:
@@ -500,7 +505,7 @@ def test_a_solve_that_runs_out_of_memory_is_done_in_tiles(
     solve = ThreeBasil.solve
 
     def small(self: ThreeBasil, problem: LinearProblem) -> SparseLowRank:
-        if problem.room is None and problem.name.endswith("up_proj"):
+        if problem.workspace is None and problem.name.endswith("up_proj"):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
         return solve(self, problem)
 
@@ -574,7 +579,7 @@ def test_a_run_begun_under_a_tight_budget_goes_on_in_its_pieces_under_a_generous
 ) -> None:
     def tight(out: Path) -> Prepared:
         job = prepare(RunConfig.of(**settings | {"out": out}))
-        return replace(job, plan=replace(job.plan, micro_batch=2, solver_room=0))
+        return replace(job, plan=replace(job.plan, micro_batch=2, solver_workspace=0))
 
     run(tight(tmp_path / "unbroken"))
     broken = tight(settings["out"])

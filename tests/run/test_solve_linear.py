@@ -24,7 +24,7 @@ class Returns:
         return SparseLowRank(self.S, self.U, self.V, 1)
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
         return 0
 

@@ -66,7 +66,7 @@ class Halve:
         return SparseLowRank(W * problem.pattern.project(W) / 2, W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1]), 1)
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, room: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
         return 18 * o * d
 

@@ -309,17 +309,17 @@ def test_plan_figures_grow_with_what_they_count():
 )
 def test_the_largest_tile_that_fits_is_chosen(o, d, rank, share, by_row, gpu):
     how = {"by_row": by_row, "gpu": gpu}
-    room = int(share * solve_bytes(o, d, rank, **how))
-    tile = tile_rows_for(o, d, rank, room, **how)
+    workspace = int(share * solve_bytes(o, d, rank, **how))
+    tile = tile_rows_for(o, d, rank, workspace, **how)
     if tile is None:
-        assert solve_bytes(o, d, rank, **how) <= room or o <= 64
+        assert solve_bytes(o, d, rank, **how) <= workspace or o <= 64
         return
     assert tile % 64 == 0
     assert 64 <= tile < o
-    assert solve_bytes(o, d, rank, **how) > room
-    assert tile == 64 or solve_bytes(o, d, rank, tile, **how) <= room
-    assert tile + 64 >= o or solve_bytes(o, d, rank, tile + 64, **how) > room
-    less = tile_rows_for(o, d, rank, room * 9 // 10, **how)
+    assert solve_bytes(o, d, rank, **how) > workspace
+    assert tile == 64 or solve_bytes(o, d, rank, tile, **how) <= workspace
+    assert tile + 64 >= o or solve_bytes(o, d, rank, tile + 64, **how) > workspace
+    less = tile_rows_for(o, d, rank, workspace * 9 // 10, **how)
     assert less is not None
     assert less <= tile
 

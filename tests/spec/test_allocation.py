@@ -76,7 +76,9 @@ def test_shares_and_outliers_can_be_of_each_row() -> None:
 
 def test_a_rank_ratio_goes_with_any_pattern() -> None:
     (spec,) = set(allocated([{"a": (256, 256)}], pattern="2:4", rank_ratio=0.2).values())
-    assert spec == LinearSpec(NofM(2, 4), 16)  # S keeps 32,768 of 65,536; a fifth of all that is kept is 8192 = 16 · 512
+    assert spec == LinearSpec(
+        NofM(2, 4), 16
+    )  # S keeps 32,768 of 65,536; a fifth of all that is kept is 8192 = 16 · 512
 
 
 # By outliers
@@ -235,5 +237,9 @@ def test_a_group_pattern_is_no_share_of_parameters() -> None:
 
 def test_words() -> None:
     assert in_words([LinearSpec(NofM(2, 4), 64)] * 2) == "2:4 + rank 64"
-    mixed = [LinearSpec(Unstructured(0.747073), 7), LinearSpec(Unstructured(0.64), 22), LinearSpec(Unstructured(0.7), 10)]
+    mixed = [
+        LinearSpec(Unstructured(0.747073), 7),
+        LinearSpec(Unstructured(0.64), 22),
+        LinearSpec(Unstructured(0.7), 10),
+    ]
     assert in_words(mixed) == "64%–74.71% + rank 7–22"
