@@ -172,8 +172,8 @@ def test_folders_that_are_unfinished_damaged_or_of_rank_0(folder: Path, text: Pa
         return copy
 
     def no_rank(state: Any) -> None:
-        for layer in (layer for block in state["blocks"] for layer in block["linears"]):
-            layer["rank"] = 0
+        for linear in (linear for block in state["blocks"] for linear in block["linears"]):
+            linear["rank"] = 0
 
     with pytest.raises(InputError, match="unfinished: 1 of 2"):
         finetune(journal(lambda state: state["blocks"].pop()), text, tmp_path / "out", **SETTINGS)

@@ -185,7 +185,11 @@ class Compression:
         upcoming = Streams(hidden, targets)
         with self.phases.phase("commit", steps=1, block=i):
             digest, of_targets = upcoming.seal()
-        matching = MatchRecord(curve[0], finite(loss), loss < curve[0], tuple(map(finite, curve))) if targets else None
+        matching = (
+            MatchRecord(curve[0], finite_or_none(loss), loss < curve[0], tuple(map(finite_or_none, curve)))
+            if targets
+            else None
+        )
         record = BlockRecord(i, name, shard, digest, tuple(solved_linears), of_targets, matching, self.phases.take())
         self.journal.commit_block(record, passes.micro_batch)
         write_index(job.config.out, self.journal.state.shards)
@@ -234,6 +238,6 @@ class Compression:
         return self.passes.retried("solve", work, cut)
 
 
-def finite(loss: float) -> float | None:
+def finite_or_none(loss: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return loss if math.isfinite(loss) else None

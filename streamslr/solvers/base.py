@@ -90,7 +90,7 @@ def damping_diagonal(gram: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Ten
     return torch.where(dead, 1 - diagonal, added), dead
 
 
-def validated(problem: LinearProblem) -> tuple[int, list[str]]:
+def validate(problem: LinearProblem) -> tuple[int, list[str]]:
     """The rank to use, at most min(o, d), and the warnings so far. Raises InputError for a problem without solution."""
     name, (o, d) = problem.name, problem.weight.shape
     if tuple(problem.gram.shape) != (d, d):
@@ -98,7 +98,7 @@ def validated(problem: LinearProblem) -> tuple[int, list[str]]:
         raise InputError(f"{name}: the weight is {o}×{d}, so its Gram matrix must be {d}×{d}, not {shape}")
     problem.pattern.require_fits(name, (o, d))
     for what, tensor in (("weight", problem.weight), ("Gram matrix", problem.gram)):
-        if not finite(tensor):
+        if not is_finite(tensor):
             count = int((~tensor.isfinite()).sum())
             raise InputError(
                 f"{name}: {count} of {tensor.numel()} values of its {what} are NaN or infinite; check the "
@@ -115,14 +115,14 @@ def validated(problem: LinearProblem) -> tuple[int, list[str]]:
     return rank, []
 
 
-def unchanged(problem: LinearProblem, rank: int, warnings: list[str]) -> SparseLowRank:
+def keep_weight(problem: LinearProblem, rank: int, warnings: list[str]) -> SparseLowRank:
     """The solution for a weight that is in the pattern already, all zeros included: itself."""
     o, d = problem.weight.shape
     U, V = problem.weight.new_zeros(o, rank), problem.weight.new_zeros(rank, d)
     return SparseLowRank(problem.weight.clone(), U, V, 0, 1.0, tuple(warnings))
 
 
-def finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Without a mask as large as the tensor."""
     if not tensor.numel():
         return True

@@ -38,7 +38,7 @@ class LowRankFit:
         return self.basis @ turn, (K @ turn).t()
 
 
-def balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+def balance_factors(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """The same U·V with UᵀU = V Vᵀ, diagonal, largest first: no factor outgrows the other in bfloat16.
 
     U [o, r] must be orthonormal. Directions of no energy become zero.

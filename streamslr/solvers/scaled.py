@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError, StreamslrError
-from streamslr.solvers.base import LinearProblem, SparseLowRank, damping_diagonal, finite, unchanged, validated
-from streamslr.solvers.low_rank import balanced
+from streamslr.solvers.base import LinearProblem, SparseLowRank, damping_diagonal, is_finite, keep_weight, validate
+from streamslr.solvers.low_rank import balance_factors
 
 # A Gram matrix that still has no Cholesky factor with this much damping is no Gram matrix.
 _DAMPING_LIMIT = 1e6
@@ -67,9 +67,9 @@ def solve_scaled(
     full_gram: bool,
 ) -> SparseLowRank:
     """What is the same for each method: checks before, scale, S, U, V and iterations by `solve`, and back."""
-    rank, warnings = validated(problem)
+    rank, warnings = validate(problem)
     if problem.pattern.check(problem.weight != 0) is None:
-        return unchanged(problem, rank, warnings)
+        return keep_weight(problem, rank, warnings)
     linear = _scaled(problem, rank, full_gram, warnings)
     if linear.damping > 1:
         warnings.append(
@@ -80,8 +80,8 @@ def solve_scaled(
     S[:, linear.dead] = 0
     V = V / linear.scale
     V[:, linear.dead] = 0
-    U, V = balanced(U, V)
-    if not (finite(S) and finite(U) and finite(V)):
+    U, V = balance_factors(U, V)
+    if not (is_finite(S) and is_finite(U) and is_finite(V)):
         raise StreamslrError(f"{problem.name}: values overflowed; report this as a bug, or scale the checkpoint")
     return SparseLowRank(S, U, V, iterations, linear.damping, tuple(warnings))
 

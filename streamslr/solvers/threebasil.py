@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError, StreamslrError
-from streamslr.solvers.base import LinearProblem, SparseLowRank, damping_diagonal, finite, unchanged, validated
-from streamslr.solvers.low_rank import balanced
+from streamslr.solvers.base import LinearProblem, SparseLowRank, damping_diagonal, is_finite, keep_weight, validate
+from streamslr.solvers.low_rank import balance_factors
 
 # Elements of a slice of the elementwise passes: on the CPU five float32 slices stay in a 2 MiB cache; on a GPU
 # they fill the device, and the temporaries of the projection stay small (size chosen, not measured).
@@ -70,9 +70,9 @@ class ThreeBasil:
         """Raises InputError, naming the linear, for a problem that has no solution (shapes, NaN, no Gram)."""
         if self.tile_rows is not None and self.tile_rows < 1:
             raise InputError(f"tile_rows {self.tile_rows} must be at least 1; use None for all rows at once")
-        rank, warnings = validated(problem)
+        rank, warnings = validate(problem)
         if problem.pattern.check(problem.weight != 0) is None:
-            return unchanged(problem, rank, warnings)
+            return keep_weight(problem, rank, warnings)
         metric = _metric(problem)
         if metric.damping > 1:
             warnings.append(
@@ -387,8 +387,8 @@ class _Admm:
         self._fit(S)
         V = (self.B / scale[:, None]).t()
         V[:, dead] = 0
-        U, V = balanced(self.U, V)
-        if not (finite(S) and finite(U) and finite(V)):
+        U, V = balance_factors(self.U, V)
+        if not (is_finite(S) and is_finite(U) and is_finite(V)):
             raise StreamslrError(f"{self.name}: the iteration diverged; try precision float32 or a lower momentum")
         return S, U, V
 

@@ -67,7 +67,7 @@ def deep(state: JournalState) -> JournalState:
     for i in range(80):
         block = state.blocks[i % 2]
         name = f"{HOSTILE}.{i}"
-        layers = [
+        linears = [
             dataclasses.replace(a, name=a.name.replace(block.name, name), warnings=(f"damping {HOSTILE}",))
             for a in block.linears
         ]
@@ -150,8 +150,8 @@ def test_an_unfinished_run_says_so(made: Path, state: JournalState) -> None:
 
 def test_every_warning_is_listed(made: Path, state: JournalState) -> None:
     text = page(made, deep(state)).split("<h2>Warnings", 1)[1].split("</ul>")[0]
-    layers = sum(len(block.linears) for block in state.blocks)
-    assert text.count("<li>") == 40 * layers + 1
+    linears = sum(len(block.linears) for block in state.blocks)
+    assert text.count("<li>") == 40 * linears + 1
     assert text.count("matching did not lower the loss") == 1
 
 
@@ -244,7 +244,7 @@ def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, made: 
     assert seen["bars"] == 2 * 6, "six phases of two blocks"
     assert seen["memory"] == 2 * 6 + 2
     assert seen["lines"] == 2
-    layer = state.blocks[0].layers[0]
+    linear = state.blocks[0].linears[0]
     assert f"{linear.name}error {linear.error:.3g}, pruning alone {linear.wanda_error:.3g}" in seen["hover"]
 
 

@@ -20,10 +20,10 @@ FINGERPRINT = {"model": "abc", "method": "3basil", "pattern": "2:4", "rank": 16,
 
 
 def block(index: int) -> BlockRecord:
-    layer = LinearRecord("m.q", (4, 8), "2:4", 0.5, 2, 0.1, 0.01, 40, 1.0, 100, 200, ("damping raised",))
+    linear = LinearRecord("m.q", (4, 8), "2:4", 0.5, 2, 0.1, 0.01, 40, 1.0, 100, 200, ("damping raised",))
     shard = WrittenShard(f"model-block-{index:05d}.safetensors", "d" * 64, 123)
     measured = {"solve": {"seconds": 1.5, "host_peak_bytes": 10}}
-    return BlockRecord(index, f"model.layers.{index}", shard, "e" * 64, (layer,), measured=measured)
+    return BlockRecord(index, f"model.layers.{index}", shard, "e" * 64, (linear,), measured=measured)
 
 
 def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def test_the_display_shows_blocks_phase_memory_eta_and_the_last_warnings() -> No
         display.phase(3, "solve", steps=7)
         display.step(2, host_bytes=2 * 10**9)
         for i in range(5):
-            log.warning("damping of layer %d raised", i)
+            log.warning("damping of linear %d raised", i)
         with console.capture() as shown:
             console.print(display._render())
     text = shown.get()
@@ -26,8 +26,8 @@ def test_the_display_shows_blocks_phase_memory_eta_and_the_last_warnings() -> No
     assert "block 3: solve" in text
     assert "2/7" in text
     assert "host 2.0 GB of 16.0 GB" in text
-    assert "layer 4 raised" in text
-    assert "layer 1 raised" not in text, "only the last three"
+    assert "linear 4 raised" in text
+    assert "linear 1 raised" not in text, "only the last three"
     assert display not in log.handlers
 
 

@@ -102,7 +102,7 @@ def test_a_run_writes_a_sound_model_folder(settings: dict[str, Any]) -> None:
 def test_what_the_journal_says_of_a_layer_is_what_the_shard_holds(settings: dict[str, Any]) -> None:
     state = streamslr.compress(**settings)
     tensors = load_file(settings["out"] / "model-block-00002.safetensors")
-    (layer,) = (la for la in state.blocks[2].layers if la.name.endswith("mlp.down_proj"))
+    (linear,) = (la for la in state.blocks[2].linears if la.name.endswith("mlp.down_proj"))
     parts = {part: tensors[f"{linear.name}.{part}"] for part in ("values", "meta", "U", "V")}
     assert linear.shape == (64, 128)
     assert linear.density == (parts["values"] != 0).sum().item() / (64 * 128)
@@ -468,7 +468,7 @@ def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dic
         replace(job, plan=replace(job.plan, micro_batch=1, solver_workspace=0, in_memory=False, grams_at="disk"))
     )
     for a, b in zip(whole.blocks, pieces.blocks, strict=True):
-        assert [linear.error for layer in a.layers] == pytest.approx([la.error for la in b.layers], rel=0.05)
+        assert [linear.error for linear in a.linears] == pytest.approx([la.error for la in b.linears], rel=0.05)
         assert a.matching is not None
         assert b.matching is not None
         assert a.matching.loss_after == pytest.approx(b.matching.loss_after, rel=0.15)

@@ -9,7 +9,6 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.run.test_run import content
 from transformers import AutoModelForCausalLM
 
 import streamslr
@@ -27,6 +26,7 @@ from streamslr.run.journal import JournalState, read_journal
 from streamslr.run.loop import run
 from streamslr.run.passes import Passes
 from streamslr.spec.pattern import NofM
+from tests.run.test_run import content
 from tests.support.compressed_folders import dense_model
 from tests.support.killing import compress_in_child
 from tests.support.tiny_models import TEXT, tiny_checkpoint

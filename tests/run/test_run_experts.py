@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.run.test_run import content
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -24,6 +23,7 @@ from streamslr.results.report import write_report
 from streamslr.results.verify import verify
 from streamslr.run.context import prepare
 from streamslr.runtime.loader import packed_modules
+from tests.run.test_run import content
 from tests.support.compressed_folders import dense_model
 from tests.support.killing import compress_in_child
 from tests.support.tiny_models import TEXT, starved_checkpoint
@@ -77,9 +77,9 @@ def test_every_expert_is_packed_under_the_checkpoints_names_and_routers_stay(mod
     assert verify(folder).problems == ()
     source, written = open_checkpoint(str(model)), open_checkpoint(str(folder))
     assert set(written.tensors) == set(source.tensors)
-    layers = {linear.name for layer in read_run(folder).blocks[1].layers}
+    linears = {linear.name for linear in read_run(folder).blocks[1].linears}
     in_block = {name for name, info in source.tensors.items() if name.startswith("model.layers.1.")}
-    dense = {name.removesuffix(".weight") for name in in_block if len(source.tensors[name].shape) == 2} - layers
+    dense = {name.removesuffix(".weight") for name in in_block if len(source.tensors[name].shape) == 2} - linears
     assert [name.rpartition(".")[2] for name in dense] == ["gate"], "the router alone"
     (router,) = (f"{name}.weight" for name in dense)
     assert torch.equal(source.read([router])[router], written.read([router])[router])
@@ -87,17 +87,17 @@ def test_every_expert_is_packed_under_the_checkpoints_names_and_routers_stay(mod
 
 def test_starved_experts_are_counted_and_said(folder: Path) -> None:
     report = summary(folder, read_run(folder))
-    layers = [layer for layer in report["blocks"][1]["linears"] if ".experts." in layer["name"]]
-    rows = [layer["rows"] for layer in layers]
-    starved = [layer for layer in layers if ".experts.1." in layer["name"]]
-    assert len(layers) == 15
+    linears = [linear for linear in report["blocks"][1]["linears"] if ".experts." in linear["name"]]
+    rows = [linear["rows"] for linear in linears]
+    starved = [linear for linear in linears if ".experts.1." in linear["name"]]
+    assert len(linears) == 15
     assert sum(rows) == 3 * 2 * 6 * 16, "each token in two experts"
-    assert [layer["rows"] for layer in starved] == [0, 0, 0]
-    for layer in starved:
-        assert layer["warnings"][0].startswith(f"{layer['name']}: 0 calibration tokens reached this expert")
-        assert layer["error"] < layer["wanda_error"], "solved in the Gram of all experts"
-    assert {layer["rows"] for layer in report["blocks"][1]["linears"] if "_attn" in layer["name"]} == {96}
-    assert all(layer["warnings"][0] in report["blocks"][1]["warnings"] for layer in starved)
+    assert [linear["rows"] for linear in starved] == [0, 0, 0]
+    for linear in starved:
+        assert linear["warnings"][0].startswith(f"{linear['name']}: 0 calibration tokens reached this expert")
+        assert linear["error"] < linear["wanda_error"], "solved in the Gram of all experts"
+    assert {linear["rows"] for linear in report["blocks"][1]["linears"] if "_attn" in linear["name"]} == {96}
+    assert all(linear["warnings"][0] in report["blocks"][1]["warnings"] for linear in starved)
     write_report(folder, folder.parent / "report.html")
     assert starved[0]["warnings"][0][-40:] in (folder.parent / "report.html").read_text().replace("&#x27;", "'")
 
@@ -110,8 +110,8 @@ def test_matching_lowers_the_loss(folder: Path) -> None:
 
 def test_the_loaded_model_is_the_dense_one_that_holds_s_plus_uv(folder: Path) -> None:
     loaded = streamslr.load(folder, "cpu", dtype="float32")
-    layers = [layer for block in read_run(folder).blocks for linear in block.linears]
-    assert len(packed_modules(loaded)) == len(layers)
+    linears = [linear for block in read_run(folder).blocks for linear in block.linears]
+    assert len(packed_modules(loaded)) == len(linears)
     torch.testing.assert_close(logits(loaded), logits(dense_model(folder)), rtol=1e-4, atol=1e-4)
     out = loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
     expected = dense_model(folder).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)

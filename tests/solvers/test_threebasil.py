@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streamslr.errors import InputError
 from streamslr.solvers import LinearProblem, ThreeBasil, parse_pattern, relative_error
-from streamslr.solvers.low_rank import balanced
+from streamslr.solvers.low_rank import balance_factors
 from streamslr.solvers.threebasil import _Admm, _inverse_, _metric, solve_bytes, solve_flops, tile_rows_for
 from tests import reference
 from tests.support.problems import allocated_peak, assert_valid, error, made_problem
@@ -153,7 +153,7 @@ def test_balancing_changes_no_product_and_survives_zero_directions():
     U = torch.linalg.qr(torch.randn(9, 3)).Q
     V = torch.randn(3, 7)
     V[2] = 0
-    left, right = balanced(U, V)
+    left, right = balance_factors(U, V)
     torch.testing.assert_close(left @ right, U @ V)
     assert all(part.isfinite().all() for part in (left, right))
 
