@@ -49,7 +49,7 @@ class Gram:
         )
 
 
-def set_aside(grams: list[Gram], place: str, folder: Path) -> list[Callable[[], Gram]]:
+def offload_grams(grams: list[Gram], place: str, folder: Path) -> list[Callable[[], Gram]]:
     """The Grams in `place`, "device" (where they are), "host" or "disk" (a file each in `folder`); empties `grams`.
 
     Each is to be had once, by calling. Raises BudgetError when the disk is full.

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from streamslr.calibration.grams import Gram, set_aside
+from streamslr.calibration.grams import Gram, offload_grams
 from streamslr.calibration.tokens import calibration_windows
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError
@@ -84,9 +84,9 @@ def surveyed(job: Prepared, journal: Journal, phases: Phases, passes: Passes) ->
     if journal.state.allocation is None:
         blockwise, outliers = job.blockwise, []
         log.info("counting the outliers of %d blocks, which decide their sparsity", len(blockwise.block_names))
-        hidden = passes.retried("embed", partial(passes.embed, targets=False)).hidden
+        hidden = passes.retry_on_oom("embed", partial(passes.embed, targets=False)).hidden
         for i in range(len(blockwise.block_names)):
-            upcoming, share = passes.retried("survey", partial(passes.survey, i, hidden))
+            upcoming, share = passes.retry_on_oom("survey", partial(passes.survey, i, hidden))
             outliers.append(share)
             hidden.drop()
             hidden = upcoming
@@ -133,7 +133,7 @@ class Compression:
             rank = max(spec.rank for spec in job.allocation.values())
             description = write_description(out, job.checkpoint, common_pattern(job.allocation), rank)
             outside = write_outside(out, job.checkpoint, job.blockwise.outside_tensors)
-        streams = self.passes.retried("embed", self.passes.embed)
+        streams = self.passes.retry_on_oom("embed", self.passes.embed)
         digest = streams.hidden.seal()
         self.journal.commit_outside(description, outside, digest, self.passes.micro_batch, self.phases.take())
         write_index(out, self.journal.state.shards)
@@ -162,7 +162,7 @@ class Compression:
             blockwise.load_block(i)
             job.checkpoint.prefetch(job.upcoming_tensors(i))
         linears = {linear: blockwise.linear(linear) for linear in blockwise.linears[i]}
-        grams, targets = passes.retried("grams", lambda: passes.collect(i, linears, streams))
+        grams, targets = passes.retry_on_oom("grams", lambda: passes.collect(i, linears, streams))
         with self.phases.phase("solve", steps=len(linears), block=i) as step:
             packed, solved_linears = self.solve_block(linears, grams, step)
         weights = solved = BlockWeights(packed, blockwise.as_stored(i))
@@ -171,16 +171,16 @@ class Compression:
         curve: tuple[float, ...] = ()
         if targets:
             match = partial(passes.match, i, block, solved, streams.hidden, targets)
-            weights, curve = passes.retried("match", match, partial(passes.halve, job.config.match_batch))
+            weights, curve = passes.retry_on_oom("match", match, partial(passes.halve_micro_batch, job.config.match_batch))
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
             writing = writer.submit(self.write, i, weights)
-            hidden, loss = passes.retried("propagate", lambda: passes.propagate(i, streams.hidden, targets))
+            hidden, loss = passes.retry_on_oom("propagate", lambda: passes.propagate(i, streams.hidden, targets))
             if targets and not loss < curve[0]:
                 log.warning("%s: matching did not lower its loss of %.3g (%.3g); kept as solved", name, curve[0], loss)
                 block.place(solved)
                 writing = writer.submit(self.write, i, solved)
                 hidden.drop()
-                hidden, _ = passes.retried("propagate", lambda: passes.propagate(i, streams.hidden, targets))
+                hidden, _ = passes.retry_on_oom("propagate", lambda: passes.propagate(i, streams.hidden, targets))
             shard = writing.result()
         upcoming = Streams(hidden, targets)
         with self.phases.phase("commit", steps=1, block=i):
@@ -211,9 +211,9 @@ class Compression:
         """S + U·V in the place of every weight; what to store of each, and its record. Empties `grams`."""
         packed: dict[str, Mapping[str, Tensor]] = {}
         records = []
-        waiting = set_aside(grams, self.job.plan.grams_at, self.job.scratch)
-        while waiting:
-            gram = waiting.pop(0)()  # freed once its linears are solved
+        offloaded = offload_grams(grams, self.job.plan.grams_at, self.job.scratch)
+        while offloaded:
+            gram = offloaded.pop(0)()  # freed once its linears are solved
             matrix = gram.matrix.to(self.job.device)
             for name in gram.linears:
                 packed[name], record = self.solve_linear(name, linears[name], matrix)
@@ -230,12 +230,12 @@ class Compression:
         def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
             return compress_linear(job.problem(name, linear.weight, gram, workspace), linear, self.solver, dtype)
 
-        def cut() -> str | None:
+        def shrink() -> str | None:
             nonlocal workspace
             workspace = job.smaller_workspace(name, linear, workspace)
             return None if workspace is None else f"the rows of {name} in smaller tiles, {format_bytes(workspace)}"
 
-        return self.passes.retried("solve", work, cut)
+        return self.passes.retry_on_oom("solve", work, shrink)
 
 
 def finite_or_none(loss: float) -> float | None:

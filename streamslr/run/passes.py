@@ -165,10 +165,10 @@ class Passes:
                     loss.add(output, next(outputs)[1])
         return upcoming, loss.relative
 
-    def retried(self, phase: str, work: Callable[[], T], cut: Callable[[], str | None] | None = None) -> T:
+    def retry_on_oom(self, phase: str, work: Callable[[], T], shrink: Callable[[], str | None] | None = None) -> T:
         """What `work` returns; where memory runs out in it, what it returns once more, cut smaller.
 
-        cut: makes the next attempt smaller and says how, or None where that cannot be; by itself it halves the
+        shrink: makes the next attempt smaller and says how, or None where that cannot be; by itself it halves the
         micro-batch. Raises MemoryError where nothing can be cut, and whatever the second attempt raises.
         """
         try:
@@ -177,13 +177,13 @@ class Passes:
             why = why_out_of_memory(error)
         # After the except clause, because the traceback holds what the phase had allocated.
         release_memory(self.job.device)
-        smaller = (cut or self.halve)()
+        smaller = (shrink or self.halve_micro_batch)()
         if smaller is None:
             raise MemoryError(f"phase {phase}, as small as it can be: {why}")
         log.warning("phase %s ran out of memory (%s): once more with %s", phase, why, smaller)
         return work()
 
-    def halve(self, at_most: int | None = None) -> str | None:
+    def halve_micro_batch(self, at_most: int | None = None) -> str | None:
         """Half the micro-batch, or half of `at_most` where no more passed at a time."""
         passing = min(self.micro_batch, at_most or self.micro_batch)
         if passing == 1:
