@@ -84,10 +84,10 @@ def compress(model: str | Path, out: str | Path, **settings: Any) -> "JournalSta
     Raises a streamslr.errors.StreamslrError for whatever a user can mend. Messages go to the logger "streamslr".
     """
     from streamslr.config import RunConfig
-    from streamslr.run.context import prepare
+    from streamslr.run.context import open_run
     from streamslr.run.loop import run
 
-    return run(prepare(RunConfig.of(model=model, out=out, **settings)))
+    return run(open_run(RunConfig.of(model=model, out=out, **settings)))
 
 
 def load(

@@ -92,16 +92,16 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
         with _logging(quiet, log_file) as console:
             _quiet_libraries()
             from streamslr.results.inspect import run_table
-            from streamslr.run.context import prepare
+            from streamslr.run.context import open_run
             from streamslr.run.loop import run as compress
             from streamslr.run.progress import LiveDisplay
 
-            job = prepare(config)
+            context = open_run(config)
             if not quiet:
-                console.print(job.plan.table(job.host_mem, job.gpu_mem))
+                console.print(context.plan.table(context.host_mem, context.gpu_mem))
             live = not quiet and console.is_terminal
-            with LiveDisplay(console, job.host_mem) if live else nullcontext() as display:
-                state = compress(job, display)
+            with LiveDisplay(console, context.host_mem) if live else nullcontext() as display:
+                state = compress(context, display)
             if not quiet:
                 console.print(run_table(config.out, state))
 
@@ -116,14 +116,16 @@ def plan(as_json: bool, **settings: Any) -> None:
         out = settings["out"] or Path(f"{Path(settings['model']).name}-slr")
         config = RunConfig(**settings | {"out": out})
         _quiet_libraries()
-        from streamslr.run.context import prepare
+        from streamslr.run.context import open_run
 
-        job = prepare(config)
+        context = open_run(config)
         if as_json:
-            _print_json(job.plan.as_dict() | {"host_budget_bytes": job.host_mem, "gpu_budget_bytes": job.gpu_mem})
+            _print_json(
+                context.plan.as_dict() | {"host_budget_bytes": context.host_mem, "gpu_budget_bytes": context.gpu_mem}
+            )
         else:
-            _console().print(job.plan.table(job.host_mem, job.gpu_mem))
-        job.require_fit()
+            _console().print(context.plan.table(context.host_mem, context.gpu_mem))
+        context.require_fit()
 
 
 @main.command()

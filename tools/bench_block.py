@@ -52,7 +52,7 @@ from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import StreamslrError
 from streamslr.io.shards import DTYPE_NAMES
 from streamslr.memory import uss
-from streamslr.run.context import prepare
+from streamslr.run.context import open_run
 from streamslr.run.loop import run
 from streamslr.run.plan import Phase, Plan
 from streamslr.run.progress import NoDisplay
@@ -251,33 +251,33 @@ def main(
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
                 maker.submit(make, folder, shape, blocks, config.samples * config.seq_len, seed).result()
             baseline, start = uss(), time.monotonic()
-            job = prepare(config)
-            console.print(job.plan.table(job.host_mem, job.gpu_mem))
-            journal = run(job, Lines())
+            context = open_run(config)
+            console.print(context.plan.table(context.host_mem, context.gpu_mem))
+            journal = run(context, Lines())
         except StreamslrError as error:
             raise SystemExit(str(error)) from error
         wall = time.monotonic() - start
 
-    dtypes = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}[job.device.type]
-    products = {DTYPE_NAMES[dtype]: product_flops(job.device, dtype) for dtype in dtypes}
-    parts = [held_against(job.plan, m, products) for m in (journal.measured, *(b.measured for b in journal.blocks))]
+    dtypes = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}[context.device.type]
+    products = {DTYPE_NAMES[dtype]: product_flops(context.device, dtype) for dtype in dtypes}
+    parts = [held_against(context.plan, m, products) for m in (journal.measured, *(b.measured for b in journal.blocks))]
     seconds = [sum(row["seconds"] for row in part.values()) for part in parts]
     hours = shape.blocks * seconds[-1] / 3600
     record = {
         "command": " ".join(["python", *sys.argv]),
         "commit": known_commit or commit(),
-        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "shape": {"name": name, **asdict(shape)},
         "settings": settings,
-        "micro_batch": job.plan.micro_batch,
-        "in_memory": job.plan.in_memory,
-        "grams_at": job.plan.grams_at,
-        "solver_workspace": job.plan.solver_workspace,
+        "micro_batch": context.plan.micro_batch,
+        "in_memory": context.plan.in_memory,
+        "grams_at": context.plan.grams_at,
+        "solver_workspace": context.plan.solver_workspace,
         "baseline_bytes": baseline,
-        "host_budget_bytes": job.host_mem,
-        "gpu_budget_bytes": job.gpu_mem,
+        "host_budget_bytes": context.host_mem,
+        "gpu_budget_bytes": context.gpu_mem,
         "product_flops_per_second": products,
         "outside": parts[0],
         "blocks": [

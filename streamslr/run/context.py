@@ -44,7 +44,7 @@ log = logging.getLogger("streamslr")
 
 
 @dataclass(frozen=True)
-class Prepared:
+class RunContext:
     """A run that could start: everything opened from headers alone, nothing downloaded or written."""
 
     config: RunConfig
@@ -119,7 +119,7 @@ class Prepared:
         shutil.rmtree(self.config.out / ".scratch", ignore_errors=True)
 
 
-def prepare(config: RunConfig) -> Prepared:
+def open_run(config: RunConfig) -> RunContext:
     """Open the model and plan the run. Raises InputError for whatever headers can show to be wrong."""
     keep_no_freed_memory()
     share, method = share_of_all(config), find_method(config.method)
@@ -177,7 +177,7 @@ def prepare(config: RunConfig) -> Prepared:
         mean = allocate(replace(config, owl=None, owl_outlier=None), blockwise.linears)
         around = f"{in_words(mean.values())} on average, blocks by their outliers (a survey of them comes first)"
         plan = replace(plan, linears=around, kept_share=kept_share(mean, blockwise.linears))
-    return Prepared(
+    return RunContext(
         config, checkpoint, blockwise, allocation, method, device, dtype, host_mem, gpu_mem, plan, fingerprint
     )
 

@@ -25,7 +25,7 @@ from streamslr.io.shards import WrittenShard
 from streamslr.matching import BlockWeights, CompressedBlock
 from streamslr.memory import held_to_gpu_budget, why_out_of_memory
 from streamslr.model.checkpoint import open_checkpoint
-from streamslr.run.context import Prepared
+from streamslr.run.context import RunContext
 from streamslr.run.journal import BlockRecord, Journal, JournalState, LinearRecord, MatchRecord
 from streamslr.run.passes import Passes, Streams
 from streamslr.run.progress import Display, NoDisplay, Phases
@@ -36,42 +36,42 @@ from streamslr.spec.allocation import Allocation, allocate, as_json, common_patt
 log = logging.getLogger("streamslr")
 
 
-def run(job: Prepared, display: Display | None = None) -> JournalState:
-    """Compress job.config.model into job.config.out, or go on where an earlier call stopped.
+def run(context: RunContext, display: Display | None = None) -> JournalState:
+    """Compress context.config.model into context.config.out, or go on where an earlier call stopped.
 
     Raises a StreamslrError for whatever a user can mend; every block that was committed stays.
     """
-    job.require_fit()
-    config = job.config
+    context.require_fit()
+    config = context.config
     calibration = calibration_windows(
-        job.checkpoint.tokenizer(), config.calibration, config.samples, config.seq_len, config.seed
+        context.checkpoint.tokenizer(), config.calibration, config.samples, config.seq_len, config.seed
     )
-    blocks = len(job.blockwise.block_names)
+    blocks = len(context.blockwise.block_names)
     start = JournalState(
-        {**job.fingerprint, "tokens": calibration.digest},
+        {**context.fingerprint, "tokens": calibration.digest},
         calibration.source,
         blocks,
-        job.plan.micro_batch,
-        job.plan.solver_workspace,
-        model=job.model_name,
-        made_with=job.made_with,
-        allocation=None if job.config.owl is not None else as_json(job.allocation),
+        context.plan.micro_batch,
+        context.plan.solver_workspace,
+        model=context.model_name,
+        made_with=context.made_with,
+        allocation=None if context.config.owl is not None else as_json(context.allocation),
     )
-    planned = job.plan.memory(job.host_mem, job.gpu_mem)
+    planned = context.plan.memory(context.host_mem, context.gpu_mem)
     with Journal(config.out, start) as journal:
         done = len(journal.state.blocks)
         if done:
             log.info("%s: %d of %d blocks are done, going on", config.out, done, blocks)
         with (
-            Phases(display or NoDisplay(), job.device, blocks, done, config.host_mem, planned) as phases,
-            held_to_gpu_budget(job.device, job.gpu_mem),
+            Phases(display or NoDisplay(), context.device, blocks, done, config.host_mem, planned) as phases,
+            held_to_gpu_budget(context.device, context.gpu_mem),
             torch.no_grad(),
         ):
-            passes = Passes(job, calibration.ids, phases, journal.state.micro_batch)
+            passes = Passes(context, calibration.ids, phases, journal.state.micro_batch)
             try:
-                if job.config.owl is not None:
-                    job = replace(job, allocation=surveyed(job, journal, phases, passes))
-                return Compression(job, journal, phases, passes, job.method.solver).run()
+                if context.config.owl is not None:
+                    context = replace(context, allocation=surveyed(context, journal, phases, passes))
+                return Compression(context, journal, phases, passes, context.method.solver).run()
             except (MemoryError, RuntimeError) as error:
                 raise BudgetError(
                     f"memory ran out: {why_out_of_memory(error)}. Free some or raise the budget, then start the same "
@@ -79,10 +79,10 @@ def run(job: Prepared, display: Display | None = None) -> JournalState:
                 ) from error
 
 
-def surveyed(job: Prepared, journal: Journal, phases: Phases, passes: Passes) -> Allocation:
+def surveyed(context: RunContext, journal: Journal, phases: Phases, passes: Passes) -> Allocation:
     """What each linear becomes by OWL: of the journal, or by one dense pass over all blocks, which is noted there."""
     if journal.state.allocation is None:
-        blockwise, outliers = job.blockwise, []
+        blockwise, outliers = context.blockwise, []
         log.info("counting the outliers of %d blocks, which decide their sparsity", len(blockwise.block_names))
         hidden = passes.retry_on_oom("embed", partial(passes.embed, targets=False)).hidden
         for i in range(len(blockwise.block_names)):
@@ -91,28 +91,28 @@ def surveyed(job: Prepared, journal: Journal, phases: Phases, passes: Passes) ->
             hidden.drop()
             hidden = upcoming
             blockwise.evict_block(i)
-            job.checkpoint.release(blockwise.block_tensors[i])
+            context.checkpoint.release(blockwise.block_tensors[i])
         hidden.drop()
-        allocation = allocate(job.config, blockwise.linears, outliers)
+        allocation = allocate(context.config, blockwise.linears, outliers)
         for name, linears in zip(blockwise.block_names, blockwise.linears, strict=True):
             log.info("%s becomes %s", name, in_words(allocation[linear] for linear in linears))
         journal.commit_survey(outliers, as_json(allocation), passes.micro_batch, phases.take())
     assert journal.state.allocation is not None
-    return from_json(journal.state.allocation, job.blockwise.linears)
+    return from_json(journal.state.allocation, context.blockwise.linears)
 
 
 @dataclass(frozen=True)
 class Compression:
     """One process's work on a run: what `run` opened, and the algorithm."""
 
-    job: Prepared
+    context: RunContext
     journal: Journal
     phases: Phases
     passes: Passes
     solver: Solver
 
     def run(self) -> JournalState:
-        out, blockwise = self.job.config.out, self.job.blockwise
+        out, blockwise = self.context.config.out, self.context.blockwise
         self.journal.forget_lost_shards()
         state = self.journal.state
         discard_uncommitted(out, state.shards)
@@ -120,19 +120,19 @@ class Compression:
         if not state.complete:
             streams = self.begin() if state.outside is None else self.resume()
             for done in (blockwise.outside_tensors, *blockwise.block_tensors[: len(state.blocks)]):
-                self.job.checkpoint.release(done)
+                self.context.checkpoint.release(done)
             for i in range(len(state.blocks), state.blocks_total):
                 streams = self.compress_block(i, blockwise.block_names[i], streams)
-        self.job.remove_scratch()
+        self.context.remove_scratch()
         return self.journal.state
 
     def begin(self) -> Streams:
         """All before block 0: the folder's description, the tensors outside the blocks, generation 0."""
-        job, out = self.job, self.job.config.out
+        context, out = self.context, self.context.config.out
         with self.phases.phase("outside", steps=1):
-            rank = max(spec.rank for spec in job.allocation.values())
-            description = write_description(out, job.checkpoint, common_pattern(job.allocation), rank)
-            outside = write_outside(out, job.checkpoint, job.blockwise.outside_tensors)
+            rank = max(spec.rank for spec in context.allocation.values())
+            description = write_description(out, context.checkpoint, common_pattern(context.allocation), rank)
+            outside = write_outside(out, context.checkpoint, context.blockwise.outside_tensors)
         streams = self.passes.retry_on_oom("embed", self.passes.embed)
         digest = streams.hidden.seal()
         self.journal.commit_outside(description, outside, digest, self.passes.micro_batch, self.phases.take())
@@ -148,30 +148,32 @@ class Compression:
             digests = (state.blocks[-1].hidden_states, state.blocks[-1].targets)
         if streams := self.passes.reopen(done, digests):
             return streams
-        log.warning("hidden states in %s are lost; passing %d finished blocks again", self.job.scratch, done)
-        streams = self.passes.replay(done, open_checkpoint(str(self.job.config.out)))
+        log.warning("hidden states in %s are lost; passing %d finished blocks again", self.context.scratch, done)
+        streams = self.passes.replay(done, open_checkpoint(str(self.context.config.out)))
         if any(new not in (None, old) for new, old in zip(streams.seal(), digests, strict=True)):
             log.warning("replayed hidden states differ in their last bits: another machine, torch build or micro-batch")
         return streams
 
     def compress_block(self, i: int, name: str, streams: Streams) -> Streams:
         """Block i of the checkpoint -> its shard and a journal record; what enters the next block."""
-        job, blockwise, passes = self.job, self.job.blockwise, self.passes
+        context, blockwise, passes = self.context, self.context.blockwise, self.passes
         self.phases.take()
         with self.phases.phase("load", steps=1, block=i):
             blockwise.load_block(i)
-            job.checkpoint.prefetch(job.upcoming_tensors(i))
+            context.checkpoint.prefetch(context.upcoming_tensors(i))
         linears = {linear: blockwise.linear(linear) for linear in blockwise.linears[i]}
         grams, targets = passes.retry_on_oom("grams", lambda: passes.collect(i, linears, streams))
         with self.phases.phase("solve", steps=len(linears), block=i) as step:
             packed, solved_linears = self.solve_block(linears, grams, step)
         weights = solved = BlockWeights(packed, blockwise.as_stored(i))
-        patterns = {linear: job.allocation[linear].pattern for linear in linears}
+        patterns = {linear: context.allocation[linear].pattern for linear in linears}
         block = CompressedBlock(blockwise.parameters(i), linears, patterns)
         curve: tuple[float, ...] = ()
         if targets:
             match = partial(passes.match, i, block, solved, streams.hidden, targets)
-            weights, curve = passes.retry_on_oom("match", match, partial(passes.halve_micro_batch, job.config.match_batch))
+            weights, curve = passes.retry_on_oom(
+                "match", match, partial(passes.halve_micro_batch, context.config.match_batch)
+            )
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
             writing = writer.submit(self.write, i, weights)
             hidden, loss = passes.retry_on_oom("propagate", lambda: passes.propagate(i, streams.hidden, targets))
@@ -192,18 +194,18 @@ class Compression:
         )
         record = BlockRecord(i, name, shard, digest, tuple(solved_linears), of_targets, matching, self.phases.take())
         self.journal.commit_block(record, passes.micro_batch)
-        write_index(job.config.out, self.journal.state.shards)
+        write_index(context.config.out, self.journal.state.shards)
         streams.drop()
         blockwise.evict_block(i)
-        job.checkpoint.release(blockwise.block_tensors[i])
+        context.checkpoint.release(blockwise.block_tensors[i])
         self.phases.committed(record)
         return upcoming
 
     def write(self, i: int, weights: BlockWeights) -> WrittenShard:
         """Block i's shard."""
-        job, shapes = self.job, self.job.blockwise.linears[i]
-        patterns = {linear: job.allocation[linear].pattern for linear in shapes}
-        return write_block(job.config.out, i, patterns, weights.packed, shapes, weights.kept)
+        context, shapes = self.context, self.context.blockwise.linears[i]
+        patterns = {linear: context.allocation[linear].pattern for linear in shapes}
+        return write_block(context.config.out, i, patterns, weights.packed, shapes, weights.kept)
 
     def solve_block(
         self, linears: Mapping[str, nn.Linear], grams: list[Gram], step: Callable[[int], None]
@@ -211,10 +213,10 @@ class Compression:
         """S + U·V in the place of every weight; what to store of each, and its record. Empties `grams`."""
         packed: dict[str, Mapping[str, Tensor]] = {}
         records = []
-        offloaded = offload_grams(grams, self.job.plan.grams_at, self.job.scratch)
+        offloaded = offload_grams(grams, self.context.plan.grams_at, self.context.scratch)
         while offloaded:
             gram = offloaded.pop(0)()  # freed once its linears are solved
-            matrix = gram.matrix.to(self.job.device)
+            matrix = gram.matrix.to(self.context.device)
             for name in gram.linears:
                 packed[name], record = self.solve_linear(name, linears[name], matrix)
                 records.append(replace(record, rows=gram.rows, warnings=(*gram.warnings(name), *record.warnings)))
@@ -224,15 +226,15 @@ class Compression:
 
     def solve_linear(self, name: str, linear: nn.Linear, gram: Tensor) -> tuple[Mapping[str, Tensor], LinearRecord]:
         """One linear solved in its place; where memory runs out, once more in tiles of half as many rows."""
-        job, workspace = self.job, self.job.plan.solver_workspace
-        dtype = job.blockwise.stored_dtype(f"{name}.weight")
+        context, workspace = self.context, self.context.plan.solver_workspace
+        dtype = context.blockwise.stored_dtype(f"{name}.weight")
 
         def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
-            return compress_linear(job.problem(name, linear.weight, gram, workspace), linear, self.solver, dtype)
+            return compress_linear(context.problem(name, linear.weight, gram, workspace), linear, self.solver, dtype)
 
         def shrink() -> str | None:
             nonlocal workspace
-            workspace = job.smaller_workspace(name, linear, workspace)
+            workspace = context.smaller_workspace(name, linear, workspace)
             return None if workspace is None else f"the rows of {name} in smaller tiles, {format_bytes(workspace)}"
 
         return self.passes.retry_on_oom("solve", work, shrink)

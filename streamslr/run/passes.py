@@ -14,7 +14,7 @@ from streamslr.calibration.hidden_states import HiddenStates, Span, read_batches
 from streamslr.matching import BlockWeights, CompressedBlock, Loss, Matching
 from streamslr.memory import release_memory, why_out_of_memory
 from streamslr.model.checkpoint import Checkpoint
-from streamslr.run.context import Prepared
+from streamslr.run.context import RunContext
 from streamslr.run.progress import Phases
 from streamslr.spec.allocation import OUTLIER, outlier_share
 
@@ -48,20 +48,20 @@ class Streams:
 class Passes:
     """Passes of all windows through a live block, `micro_batch` at a time; half as many once memory ran out."""
 
-    def __init__(self, job: Prepared, ids: Tensor, phases: Phases, micro_batch: int) -> None:
+    def __init__(self, context: RunContext, ids: Tensor, phases: Phases, micro_batch: int) -> None:
         """ids: the windows, [samples, T] int64."""
-        self.job, self.ids, self.phases, self.micro_batch = job, ids, phases, micro_batch
+        self.context, self.ids, self.phases, self.micro_batch = context, ids, phases, micro_batch
 
     def embed(self, targets: bool = True) -> Streams:
         """Generation 0, twice where blocks are matched (and targets are wanted)."""
-        blockwise = self.job.blockwise
-        names = ("hidden", "targets") if targets and self.job.config.match else ("hidden",)
+        blockwise = self.context.blockwise
+        names = ("hidden", "targets") if targets and self.context.config.match else ("hidden",)
         with self.phases.phase("embed", steps=len(self.ids)) as step, ExitStack() as stack:
             streams = [stack.enter_context(self._new(name, 0)) for name in names]
             stack.callback(blockwise.evict_outside)
             blockwise.load_outside()
             for start, stop in self._spans():
-                hidden = blockwise.embed(self.ids[start:stop].to(self.job.device))
+                hidden = blockwise.embed(self.ids[start:stop].to(self.context.device))
                 for stream in streams:
                     stream.write(start, hidden)
                 step(stop - start)
@@ -69,15 +69,15 @@ class Passes:
 
     def reopen(self, index: int, digests: tuple[str | None, str | None]) -> Streams | None:
         """Generation `index` as an earlier process sealed it; None where any of it is lost."""
-        hidden = self.job.stream("hidden").reopen(index, digests[0] or "")
-        if not self.job.config.match:
+        hidden = self.context.stream("hidden").reopen(index, digests[0] or "")
+        if not self.context.config.match:
             return Streams(hidden, None) if hidden else None
-        targets = self.job.stream("targets").reopen(index, digests[1] or "")
+        targets = self.context.stream("targets").reopen(index, digests[1] or "")
         return Streams(hidden, targets) if hidden and targets else None
 
     def replay(self, blocks: int, finished: Checkpoint) -> Streams:
         """Generation `blocks`, from the embeddings on: the finished blocks, and for targets the dense ones."""
-        blockwise = self.job.blockwise
+        blockwise = self.context.blockwise
         streams = self.embed()
         for i in range(blocks):
             targets = None
@@ -98,10 +98,10 @@ class Passes:
 
     def survey(self, i: int, hidden: HiddenStates) -> tuple[HiddenStates, float]:
         """Dense block i: generation i + 1 of the dense model, and the share of the block's outliers (OWL)."""
-        blockwise, passed = self.job.blockwise, 0
+        blockwise, passed = self.context.blockwise, 0
         with self.phases.phase("survey", steps=len(self.ids), block=i) as step, self._new("hidden", i + 1) as upcoming:
             blockwise.load_block(i)
-            self.job.checkpoint.prefetch(self.job.upcoming_tensors(i))
+            self.context.checkpoint.prefetch(self.context.upcoming_tensors(i))
             linears = {name: blockwise.linear(name) for name in blockwise.linears[i]}
 
             def run(x: Tensor) -> Tensor:
@@ -116,13 +116,13 @@ class Passes:
             # per token, since experts see different numbers of them; one that saw none has no outliers
             energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in seen]
             scored = [(linears[name].weight, energy) for names, energy in energies for name in names]
-            return upcoming, outlier_share(scored, self.job.config.owl_outlier or OUTLIER)
+            return upcoming, outlier_share(scored, self.context.config.owl_outlier or OUTLIER)
 
     def collect(
         self, i: int, linears: Mapping[str, nn.Linear], streams: Streams
     ) -> tuple[list[Gram], HiddenStates | None]:
         """The dense pass: Gram matrices of block i, and the targets of what leaves it."""
-        blockwise = self.job.blockwise
+        blockwise = self.context.blockwise
         collected = partial(collect_grams, blockwise.block_names[i], linears, experts=blockwise.experts[i])
         with self.phases.phase("grams", steps=len(self.ids), block=i) as step:
             batches = self._batches(streams.hidden, step)
@@ -135,7 +135,7 @@ class Passes:
         self, i: int, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
     ) -> tuple[BlockWeights, tuple[float, ...]]:
         """Live block i refined from `solved` towards its targets, and the loss of each epoch."""
-        config = self.job.config
+        config = self.context.config
         settings = Matching(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
         with self.phases.phase("match", steps=settings.epochs * len(self.ids), block=i) as step:
 
@@ -144,10 +144,10 @@ class Passes:
                 for _, x in self._batches(hidden, step, wanted):
                     yield x, next(outputs)[1]
 
-            run = partial(self.job.blockwise.run_block, i)
+            run = partial(self.context.blockwise.run_block, i)
             micro_batch = min(self.micro_batch, settings.batch)
             refined = block.refine(solved, settings, run, batches, len(self.ids), micro_batch)
-        release_memory(self.job.device)  # Adam's first step in a process leaves masters and moments in a cycle
+        release_memory(self.context.device)  # Adam's first step in a process leaves masters and moments in a cycle
         return refined
 
     def propagate(self, i: int, hidden: HiddenStates, targets: HiddenStates | None) -> tuple[HiddenStates, float]:
@@ -159,7 +159,7 @@ class Passes:
         ):
             outputs = self._batches(targets) if targets else None
             for start, x in self._batches(hidden, step):
-                output = self.job.blockwise.run_block(i, x)
+                output = self.context.blockwise.run_block(i, x)
                 upcoming.write(start, output)
                 if outputs:
                     loss.add(output, next(outputs)[1])
@@ -176,7 +176,7 @@ class Passes:
         except (MemoryError, RuntimeError) as error:
             why = why_out_of_memory(error)
         # After the except clause, because the traceback holds what the phase had allocated.
-        release_memory(self.job.device)
+        release_memory(self.context.device)
         smaller = (shrink or self.halve_micro_batch)()
         if smaller is None:
             raise MemoryError(f"phase {phase}, as small as it can be: {why}")
@@ -194,7 +194,7 @@ class Passes:
     @contextmanager
     def _new(self, stream: str, index: int) -> Iterator[HiddenStates]:
         """A generation to write; dropped if that fails, so that no writer is left when it is tried again."""
-        states = self.job.stream(stream).new(index)
+        states = self.context.stream(stream).new(index)
         try:
             yield states
         except BaseException:
@@ -204,12 +204,12 @@ class Passes:
     @contextmanager
     def _teaching(self, i: int, entering: HiddenStates) -> Iterator[tuple[HiddenStates, Callable[[Tensor], Tensor]]]:
         """Generation i + 1 of the targets, and what passes the next batch through dense block i and writes it there."""
-        targets, recover = self._batches(entering), self.job.config.match_recover
+        targets, recover = self._batches(entering), self.context.config.match_recover
         with self._new("targets", i + 1) as upcoming:
 
             def teach(x: Tensor) -> Tensor:
                 start, target = next(targets)
-                output = self.job.blockwise.run_block(i, x)
+                output = self.context.blockwise.run_block(i, x)
                 upcoming.write(start, output + recover * (target - x))
                 return output
 
@@ -223,6 +223,6 @@ class Passes:
     ) -> Iterator[tuple[int, Tensor]]:
         """(first sample, hidden [b, T, h] on the compute device) over a generation, or over the spans wanted."""
         for start, x in read_batches(states, wanted or self._spans()):
-            yield start, x.to(self.job.device, non_blocking=True)
+            yield start, x.to(self.context.device, non_blocking=True)
             if step:
                 step(len(x))

@@ -20,7 +20,7 @@ from streamslr.io.packing import unpack
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.verify import verify
-from streamslr.run.context import Prepared, prepare
+from streamslr.run.context import RunContext, open_run
 from streamslr.run.journal import read_journal
 from streamslr.run.loop import run
 from streamslr.run.passes import Passes
@@ -454,8 +454,8 @@ def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
 
 
 def test_tiers_on_disk_do_not_show_in_the_bytes(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
-    job = prepare(RunConfig.of(**settings))
-    run(replace(job, plan=replace(job.plan, in_memory=False, grams_at="disk")))
+    context = open_run(RunConfig.of(**settings))
+    run(replace(context, plan=replace(context.plan, in_memory=False, grams_at="disk")))
     assert content(settings["out"]) == unbroken
 
 
@@ -463,9 +463,11 @@ def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dic
     """Rank 0, because U·V makes a solve amplify rounding until other supports, as good, come out."""
     settings |= {"rank": 0}
     whole = streamslr.compress(**settings)
-    job = prepare(RunConfig.of(**settings | {"out": tmp_path / "pieces"}))
+    context = open_run(RunConfig.of(**settings | {"out": tmp_path / "pieces"}))
     pieces = run(
-        replace(job, plan=replace(job.plan, micro_batch=1, solver_workspace=0, in_memory=False, grams_at="disk"))
+        replace(
+            context, plan=replace(context.plan, micro_batch=1, solver_workspace=0, in_memory=False, grams_at="disk")
+        )
     )
     for a, b in zip(whole.blocks, pieces.blocks, strict=True):
         assert [linear.error for linear in a.linears] == pytest.approx([la.error for la in b.linears], rel=0.05)
@@ -537,9 +539,9 @@ def test_memory_that_runs_out_again_ends_the_run_and_keeps_finished_blocks(
 
 
 def test_a_host_budget_is_held_while_a_phase_runs(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    job = prepare(RunConfig.of(**settings | {"host_mem": "100GB"}))
+    context = open_run(RunConfig.of(**settings | {"host_mem": "100GB"}))
     with pytest.raises(BudgetError, match=r"holds .* of host memory, --host-mem is 1.0 MB"):
-        run(replace(job, host_mem=10**11, config=replace(job.config, host_mem=10**6)))
+        run(replace(context, host_mem=10**11, config=replace(context.config, host_mem=10**6)))
 
 
 @pytest.mark.parametrize("method", ["load_block", "embed"])
@@ -577,9 +579,9 @@ def test_matching_and_propagation_are_cut_too(
 def test_a_run_begun_under_a_tight_budget_goes_on_in_its_pieces_under_a_generous_one(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    def tight(out: Path) -> Prepared:
-        job = prepare(RunConfig.of(**settings | {"out": out}))
-        return replace(job, plan=replace(job.plan, micro_batch=2, solver_workspace=0))
+    def tight(out: Path) -> RunContext:
+        context = open_run(RunConfig.of(**settings | {"out": out}))
+        return replace(context, plan=replace(context.plan, micro_batch=2, solver_workspace=0))
 
     run(tight(tmp_path / "unbroken"))
     broken = tight(settings["out"])
@@ -605,6 +607,6 @@ def test_a_full_disk_under_the_gram_matrices_names_the_way_out(
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    job = prepare(RunConfig.of(**settings))
+    context = open_run(RunConfig.of(**settings))
     with pytest.raises(BudgetError, match=r"Gram matrix of model.layers.0.* No space left .* --scratch"):
-        run(replace(job, plan=replace(job.plan, grams_at="disk")))
+        run(replace(context, plan=replace(context.plan, grams_at="disk")))

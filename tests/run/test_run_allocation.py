@@ -21,7 +21,7 @@ from streamslr.results.export import export
 from streamslr.results.inspect import allocation, run_table
 from streamslr.results.report import page
 from streamslr.results.verify import verify
-from streamslr.run.context import prepare
+from streamslr.run.context import open_run
 from streamslr.run.journal import JournalState, read_journal
 from streamslr.run.loop import run
 from streamslr.run.passes import Passes
@@ -181,7 +181,7 @@ def test_a_survey_that_is_done_is_not_done_again(
     assert compress_in_child(settings | OWL, die_at=2) == -9
     found = allocation(state_of(settings["out"]))
     assert found == allocation(state_of(by_owl))
-    plan = prepare(RunConfig.of(**settings | OWL)).plan
+    plan = open_run(RunConfig.of(**settings | OWL)).plan
     assert "on average" not in plan.linears
     monkeypatch.delattr(Passes, "survey")
     streamslr.compress(**settings | OWL)
@@ -231,13 +231,13 @@ def test_a_linear_that_cannot_have_its_pattern_is_refused_before_any_work(
 
 @pytest.mark.parametrize("match", [True, False])
 def test_the_plan_holds_whatever_the_survey_finds(settings: dict[str, Any], match: bool) -> None:
-    job = prepare(RunConfig.of(**settings | OWL, match=match))
-    state = run(job)
-    after = prepare(RunConfig.of(**settings | OWL, match=match)).plan
-    for phase, before in zip(after.phases, job.plan.phases, strict=True):
+    context = open_run(RunConfig.of(**settings | OWL, match=match))
+    state = run(context)
+    after = open_run(RunConfig.of(**settings | OWL, match=match)).plan
+    for phase, before in zip(after.phases, context.plan.phases, strict=True):
         assert phase.flops <= before.flops, phase.name
     written = sum(linear.nbytes for block in state.blocks for linear in block.linears)
-    assert written <= after.output_bytes <= job.plan.output_bytes
+    assert written <= after.output_bytes <= context.plan.output_bytes
     survey = state.measured["survey"]
     assert survey["host_peak_bytes"] <= survey["host_planned_bytes"]
 

@@ -21,7 +21,7 @@ from streamslr.results.export import export
 from streamslr.results.inspect import read_run, summary
 from streamslr.results.report import write_report
 from streamslr.results.verify import verify
-from streamslr.run.context import prepare
+from streamslr.run.context import open_run
 from streamslr.runtime.loader import packed_modules
 from tests.run.test_run import content
 from tests.support.compressed_folders import dense_model
@@ -167,9 +167,9 @@ def test_killed_it_goes_on_to_the_same_bytes(
 
 
 def test_the_plan_counts_the_grams_of_every_expert_and_what_they_share(mixtral: Path, text: Path) -> None:
-    job = prepare(RunConfig.of(model=mixtral / "model", out=mixtral / "other", calibration=text, **RUN))
-    (grams,) = (phase.host_bytes for phase in job.plan.phases if phase.name == "grams")
-    (load,) = (phase.host_bytes for phase in job.plan.phases if phase.name == "load")
+    context = open_run(RunConfig.of(model=mixtral / "model", out=mixtral / "other", calibration=text, **RUN))
+    (grams,) = (phase.host_bytes for phase in context.plan.phases if phase.name == "grams")
+    (load,) = (phase.host_bytes for phase in context.plan.phases if phase.name == "load")
     assert grams - load > 4 * (2 * 64**2 + 5 * 64**2 + 5 * 128**2 + 128**2) - 2**17
 
 

@@ -85,9 +85,9 @@ def test_c4_out_of_reach_says_how_to_go_on(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_plan_downloads_no_weights(hub: Hub, tmp_path: Path) -> None:
     from streamslr.config import RunConfig
-    from streamslr.run.context import prepare
+    from streamslr.run.context import open_run
 
-    plan = prepare(RunConfig.of(model="org/model", out=tmp_path / "out", device="cpu")).plan
+    plan = open_run(RunConfig.of(model="org/model", out=tmp_path / "out", device="cpu")).plan
     assert hub.downloads(".safetensors") == []
     assert plan.download_bytes == sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
 
