@@ -54,7 +54,7 @@ from streamslr.io.shards import DTYPE_NAMES
 from streamslr.memory import uss
 from streamslr.run.context import open_run
 from streamslr.run.loop import run
-from streamslr.run.plan import Phase, Plan
+from streamslr.run.plan import PhaseCost, Plan
 from streamslr.run.progress import NoDisplay
 
 DEMO = Path(__file__).with_name("demo_model")
@@ -146,7 +146,7 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def held_against(plan: Plan, measured: Mapping[str, Mapping[str, float]], products: Mapping[str, float]) -> Rows:
     """A row a phase: measured, planned, plan / measured, FLOP/s and their shares; None where the plan has no figure."""
-    planned: dict[str, Phase] = {phase.name: phase for phase in plan.phases}
+    planned: dict[str, PhaseCost] = {phase.name: phase for phase in plan.phases}
     rows = {}
     for name, m in measured.items():
         phase = planned.get(name)

@@ -52,7 +52,7 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
         **totals((block,)),
         "matching": asdict(block.matching) if block.matching else None,
         "warnings": warnings(block),
-        "phases": phases(block.measured),
+        "phases": phase_readings(block.measured),
         "linears": [asdict(linear) for linear in block.linears],
     }
 
@@ -101,7 +101,7 @@ def short_name(linear: LinearRecord, block: BlockRecord) -> str:
     return linear.name.partition(f".{block.index}.")[2] or linear.name
 
 
-def phases(measured: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def phase_readings(measured: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The readings of each phase, in the order that a run goes through them; the journal's are sorted by name."""
     order = {name: position for position, name in enumerate(PHASES)}
     return dict(sorted(measured.items(), key=lambda item: order.get(item[0], len(order))))
@@ -205,7 +205,7 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
         title=f"{folder / block.shard.file}  {block.name}  sha256 {block.shard.sha256[:12]}  "
         f"{format_bytes(block.shard.nbytes)}",
         caption=f"matching {_matched(block)}\n"
-        + "  ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in phases(block.measured).items()),
+        + "  ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in phase_readings(block.measured).items()),
     )
     columns = ("shape", "pattern", "density", "rank", "pruned", "S + U·V", "iterations", "bytes", "of dense")
     table.add_column("linear", no_wrap=True)

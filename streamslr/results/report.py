@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.io.shards import write_file
-from streamslr.results.inspect import becomes, how, phases, read_run, short_name, totals, warnings
+from streamslr.results.inspect import becomes, how, phase_readings, read_run, short_name, totals, warnings
 from streamslr.run.journal import BlockRecord, JournalState, LinearRecord
 from streamslr.run.progress import PHASES, format_duration
 
@@ -150,7 +150,7 @@ def _texts(state: JournalState) -> Iterable[tuple[tuple[str, ...], str, str]]:
         )
     else:
         yield (), "Matching", "The blocks of this run were not matched (--no-match)."
-    before = {name: reading["seconds"] for name, reading in phases(state.measured).items()}
+    before = {name: reading["seconds"] for name, reading in phase_readings(state.measured).items()}
     took = f" Before block 0: {', '.join(f'{name} {s:.3g} s' for name, s in before.items())}." if before else ""
     yield (
         ("time",),
@@ -243,7 +243,7 @@ def _linears(blocks: Iterable[BlockRecord]) -> list[LinearRecord]:
 def _readings(state: JournalState) -> list[tuple[int | None, str, Any]]:
     """(block, phase, what was measured) in the order of the run; None: before block 0."""
     parts = [(None, state.measured), *((block.index, block.measured) for block in state.blocks)]
-    return [(index, name, reading) for index, part in parts for name, reading in phases(part).items()]
+    return [(index, name, reading) for index, part in parts for name, reading in phase_readings(part).items()]
 
 
 def _peaks(state: JournalState) -> dict[str, tuple[int, int]]:

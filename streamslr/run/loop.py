@@ -28,7 +28,7 @@ from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import RunContext
 from streamslr.run.journal import BlockRecord, Journal, JournalState, LinearRecord, MatchRecord
 from streamslr.run.passes import Passes, Streams
-from streamslr.run.progress import Display, NoDisplay, Phases
+from streamslr.run.progress import Display, NoDisplay, PhaseTimer
 from streamslr.run.solve_linear import compress_linear
 from streamslr.solvers.base import Solver
 from streamslr.spec.allocation import Allocation, allocate, as_json, common_pattern, from_json, in_words
@@ -63,15 +63,15 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
         if done:
             log.info("%s: %d of %d blocks are done, going on", config.out, done, blocks)
         with (
-            Phases(display or NoDisplay(), context.device, blocks, done, config.host_mem, planned) as phases,
+            PhaseTimer(display or NoDisplay(), context.device, blocks, done, config.host_mem, planned) as timer,
             held_to_gpu_budget(context.device, context.gpu_mem),
             torch.no_grad(),
         ):
-            passes = Passes(context, calibration.ids, phases, journal.state.micro_batch)
+            passes = Passes(context, calibration.ids, timer, journal.state.micro_batch)
             try:
                 if context.config.owl is not None:
-                    context = replace(context, allocation=surveyed(context, journal, phases, passes))
-                return Compression(context, journal, phases, passes, context.method.solver).run()
+                    context = replace(context, allocation=surveyed(context, journal, timer, passes))
+                return Compression(context, journal, timer, passes, context.method.solver).run()
             except (MemoryError, RuntimeError) as error:
                 raise BudgetError(
                     f"memory ran out: {why_out_of_memory(error)}. Free some or raise the budget, then start the same "
@@ -79,7 +79,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 ) from error
 
 
-def surveyed(context: RunContext, journal: Journal, phases: Phases, passes: Passes) -> Allocation:
+def surveyed(context: RunContext, journal: Journal, timer: PhaseTimer, passes: Passes) -> Allocation:
     """What each linear becomes by OWL: of the journal, or by one dense pass over all blocks, which is noted there."""
     if journal.state.allocation is None:
         blockwise, outliers = context.blockwise, []
@@ -96,7 +96,7 @@ def surveyed(context: RunContext, journal: Journal, phases: Phases, passes: Pass
         allocation = allocate(context.config, blockwise.linears, outliers)
         for name, linears in zip(blockwise.block_names, blockwise.linears, strict=True):
             log.info("%s becomes %s", name, in_words(allocation[linear] for linear in linears))
-        journal.commit_survey(outliers, as_json(allocation), passes.micro_batch, phases.take())
+        journal.commit_survey(outliers, as_json(allocation), passes.micro_batch, timer.take())
     assert journal.state.allocation is not None
     return from_json(journal.state.allocation, context.blockwise.linears)
 
@@ -107,7 +107,7 @@ class Compression:
 
     context: RunContext
     journal: Journal
-    phases: Phases
+    timer: PhaseTimer
     passes: Passes
     solver: Solver
 
@@ -129,13 +129,13 @@ class Compression:
     def begin(self) -> Streams:
         """All before block 0: the folder's description, the tensors outside the blocks, generation 0."""
         context, out = self.context, self.context.config.out
-        with self.phases.phase("outside", steps=1):
+        with self.timer.phase("outside", steps=1):
             rank = max(spec.rank for spec in context.allocation.values())
             description = write_description(out, context.checkpoint, common_pattern(context.allocation), rank)
             outside = write_outside(out, context.checkpoint, context.blockwise.outside_tensors)
         streams = self.passes.retry_on_oom("embed", self.passes.embed)
         digest = streams.hidden.seal()
-        self.journal.commit_outside(description, outside, digest, self.passes.micro_batch, self.phases.take())
+        self.journal.commit_outside(description, outside, digest, self.passes.micro_batch, self.timer.take())
         write_index(out, self.journal.state.shards)
         return streams
 
@@ -157,13 +157,13 @@ class Compression:
     def compress_block(self, i: int, name: str, streams: Streams) -> Streams:
         """Block i of the checkpoint -> its shard and a journal record; what enters the next block."""
         context, blockwise, passes = self.context, self.context.blockwise, self.passes
-        self.phases.take()
-        with self.phases.phase("load", steps=1, block=i):
+        self.timer.take()
+        with self.timer.phase("load", steps=1, block=i):
             blockwise.load_block(i)
             context.checkpoint.prefetch(context.upcoming_tensors(i))
         linears = {linear: blockwise.linear(linear) for linear in blockwise.linears[i]}
         grams, targets = passes.retry_on_oom("grams", lambda: passes.collect(i, linears, streams))
-        with self.phases.phase("solve", steps=len(linears), block=i) as step:
+        with self.timer.phase("solve", steps=len(linears), block=i) as step:
             packed, solved_linears = self.solve_block(linears, grams, step)
         weights = solved = BlockWeights(packed, blockwise.as_stored(i))
         patterns = {linear: context.allocation[linear].pattern for linear in linears}
@@ -185,20 +185,20 @@ class Compression:
                 hidden, _ = passes.retry_on_oom("propagate", lambda: passes.propagate(i, streams.hidden, targets))
             shard = writing.result()
         upcoming = Streams(hidden, targets)
-        with self.phases.phase("commit", steps=1, block=i):
+        with self.timer.phase("commit", steps=1, block=i):
             digest, of_targets = upcoming.seal()
         matching = (
             MatchRecord(curve[0], finite_or_none(loss), loss < curve[0], tuple(map(finite_or_none, curve)))
             if targets
             else None
         )
-        record = BlockRecord(i, name, shard, digest, tuple(solved_linears), of_targets, matching, self.phases.take())
+        record = BlockRecord(i, name, shard, digest, tuple(solved_linears), of_targets, matching, self.timer.take())
         self.journal.commit_block(record, passes.micro_batch)
         write_index(context.config.out, self.journal.state.shards)
         streams.drop()
         blockwise.evict_block(i)
         context.checkpoint.release(blockwise.block_tensors[i])
-        self.phases.committed(record)
+        self.timer.committed(record)
         return upcoming
 
     def write(self, i: int, weights: BlockWeights) -> WrittenShard:

@@ -15,7 +15,7 @@ from streamslr.matching import BlockWeights, CompressedBlock, Loss, Matching
 from streamslr.memory import release_memory, why_out_of_memory
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.run.context import RunContext
-from streamslr.run.progress import Phases
+from streamslr.run.progress import PhaseTimer
 from streamslr.spec.allocation import OUTLIER, outlier_share
 
 log = logging.getLogger("streamslr")
@@ -48,15 +48,15 @@ class Streams:
 class Passes:
     """Passes of all windows through a live block, `micro_batch` at a time; half as many once memory ran out."""
 
-    def __init__(self, context: RunContext, ids: Tensor, phases: Phases, micro_batch: int) -> None:
+    def __init__(self, context: RunContext, ids: Tensor, timer: PhaseTimer, micro_batch: int) -> None:
         """ids: the windows, [samples, T] int64."""
-        self.context, self.ids, self.phases, self.micro_batch = context, ids, phases, micro_batch
+        self.context, self.ids, self.timer, self.micro_batch = context, ids, timer, micro_batch
 
     def embed(self, targets: bool = True) -> Streams:
         """Generation 0, twice where blocks are matched (and targets are wanted)."""
         blockwise = self.context.blockwise
         names = ("hidden", "targets") if targets and self.context.config.match else ("hidden",)
-        with self.phases.phase("embed", steps=len(self.ids)) as step, ExitStack() as stack:
+        with self.timer.phase("embed", steps=len(self.ids)) as step, ExitStack() as stack:
             streams = [stack.enter_context(self._new(name, 0)) for name in names]
             stack.callback(blockwise.evict_outside)
             blockwise.load_outside()
@@ -84,7 +84,7 @@ class Passes:
             if streams.targets:
                 blockwise.load_block(i)
                 with (
-                    self.phases.phase("targets", steps=len(self.ids), block=i) as step,
+                    self.timer.phase("targets", steps=len(self.ids), block=i) as step,
                     self._teaching(i, streams.targets) as (targets, teach),
                 ):
                     for _, x in self._batches(streams.hidden, step):
@@ -99,7 +99,7 @@ class Passes:
     def survey(self, i: int, hidden: HiddenStates) -> tuple[HiddenStates, float]:
         """Dense block i: generation i + 1 of the dense model, and the share of the block's outliers (OWL)."""
         blockwise, passed = self.context.blockwise, 0
-        with self.phases.phase("survey", steps=len(self.ids), block=i) as step, self._new("hidden", i + 1) as upcoming:
+        with self.timer.phase("survey", steps=len(self.ids), block=i) as step, self._new("hidden", i + 1) as upcoming:
             blockwise.load_block(i)
             self.context.checkpoint.prefetch(self.context.upcoming_tensors(i))
             linears = {name: blockwise.linear(name) for name in blockwise.linears[i]}
@@ -124,7 +124,7 @@ class Passes:
         """The dense pass: Gram matrices of block i, and the targets of what leaves it."""
         blockwise = self.context.blockwise
         collected = partial(collect_grams, blockwise.block_names[i], linears, experts=blockwise.experts[i])
-        with self.phases.phase("grams", steps=len(self.ids), block=i) as step:
+        with self.timer.phase("grams", steps=len(self.ids), block=i) as step:
             batches = self._batches(streams.hidden, step)
             if not streams.targets:
                 return collected(partial(blockwise.run_block, i), batches), None
@@ -137,7 +137,7 @@ class Passes:
         """Live block i refined from `solved` towards its targets, and the loss of each epoch."""
         config = self.context.config
         settings = Matching(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
-        with self.phases.phase("match", steps=settings.epochs * len(self.ids), block=i) as step:
+        with self.timer.phase("match", steps=settings.epochs * len(self.ids), block=i) as step:
 
             def batches(wanted: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
                 outputs = self._batches(targets, wanted=wanted)
@@ -154,7 +154,7 @@ class Passes:
         """Generation i + 1 of the hidden states, and its loss against the targets."""
         loss = Loss()
         with (
-            self.phases.phase("propagate", steps=len(self.ids), block=i) as step,
+            self.timer.phase("propagate", steps=len(self.ids), block=i) as step,
             self._new("hidden", i + 1) as upcoming,
         ):
             outputs = self._batches(targets) if targets else None

@@ -101,7 +101,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseCost:
     """Peak bytes while the phase runs, and FLOPs of all its runs together; of the largest block where blocks differ."""
 
     name: str
@@ -120,7 +120,7 @@ class Plan:
     in_memory: bool  # hidden states are kept in host memory beside the scratch folder
     grams_at: str  # where Gram matrices wait to be solved: "device", "host" or "disk"
     solver_workspace: int | None  # bytes that one solve may take where all it likes does not fit: it works in tiles
-    phases: tuple[Phase, ...]
+    phases: tuple[PhaseCost, ...]
     scratch_bytes: int
     output_bytes: int
     source_bytes: int
@@ -259,7 +259,7 @@ def make_plan(
     usable = None if gpu_mem is None else int(gpu_mem * _USABLE)
     budget = host_mem if device.type == "cpu" else usable
 
-    def fits(phases: Iterable[Phase], names: tuple[str, ...], near: bool = True) -> bool:
+    def fits(phases: Iterable[PhaseCost], names: tuple[str, ...], near: bool = True) -> bool:
         """near: also where the compute is."""
         chosen = [p for p in phases if p.name in names]
         on_gpu = not near or usable is None or all(p.gpu_bytes <= usable for p in chosen)
@@ -285,7 +285,7 @@ def make_plan(
     if in_memory:
         held = {name: generations * count // 4 for name, count in _GENERATIONS.items()}
         held["survey"] *= 1 if config.match else 2
-        phases = tuple(Phase(p.name, p.host_bytes + held[p.name], p.gpu_bytes, p.flops) for p in phases)
+        phases = tuple(PhaseCost(p.name, p.host_bytes + held[p.name], p.gpu_bytes, p.flops) for p in phases)
     return Plan(
         device=device.type,
         blocks=len(model.blocks),
@@ -340,7 +340,7 @@ class _Needs:
             packed += spec.pattern.packed_bits(o, d, 8 * value_bytes) // 8 + low_rank
         return packed + (block.parameters - dense) * value_bytes
 
-    def phases(self, micro_batch: int, grams_at: str, workspace: int | None) -> tuple[Phase, ...]:
+    def phases(self, micro_batch: int, grams_at: str, workspace: int | None) -> tuple[PhaseCost, ...]:
         config, model, c, h = self.config, self.model, self.c, self.model.hidden_size
         tokens, batch_tokens = config.samples * config.seq_len, micro_batch * config.seq_len
         activations = max(
@@ -394,7 +394,7 @@ class _Needs:
         cpu = self.device.type == "cpu"
         fixed = {"embed": self.fixed - _LIBRARY_BUFFERS + _EARLY_BUFFERS}
         return tuple(
-            Phase(name, fixed.get(name, self.fixed) + far + (near if cpu else 0), 0 if cpu else near, flops)
+            PhaseCost(name, fixed.get(name, self.fixed) + far + (near if cpu else 0), 0 if cpu else near, flops)
             for name, near, far, flops in rows
         )
 

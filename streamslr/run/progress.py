@@ -46,7 +46,7 @@ class NoDisplay:
     def step(self, steps: int, host_bytes: int) -> None: ...
 
 
-class Phases:
+class PhaseTimer:
     """The clock of a run: times each phase, takes its peak memory, and tells the display."""
 
     def __init__(
@@ -67,7 +67,7 @@ class Phases:
         self._measured: dict[str, Any] = {}
         self._started = time.monotonic()
 
-    def __enter__(self) -> "Phases":
+    def __enter__(self) -> "PhaseTimer":
         self._watch.start()
         self._display.blocks(self._done, self._total, None)
         return self
