@@ -1,4 +1,4 @@
-"""Hidden states of the calibration windows, one generation a block boundary: on disk (zarr), in memory, or both."""
+"""Hidden states of the calibration windows, one boundary a block boundary: on disk (zarr), in memory, or both."""
 
 import errno
 import hashlib
@@ -19,7 +19,7 @@ _PENDING_WRITES = 2  # micro-batches that may wait for the disk; more only hides
 
 
 class HiddenStates(Protocol):
-    """One generation: hidden states [samples, T, h] on the host. Each sample is written once, then sealed."""
+    """One boundary: hidden states [samples, T, h] on the host. Each sample is written once, then sealed."""
 
     samples: int
 
@@ -58,12 +58,12 @@ class _Digest:
     def hexdigest(self) -> str:
         missing = [i for i, digest in enumerate(self._of_sample) if digest is None]
         if missing:
-            raise ValueError(f"generation sealed without samples {missing}")
+            raise ValueError(f"boundary sealed without samples {missing}")
         return hashlib.sha256(b"".join(d for d in self._of_sample if d is not None)).hexdigest()
 
 
 class InMemory:
-    """A generation in one host tensor: the fastest tier, lost when the process ends."""
+    """A boundary in one host tensor: the fastest tier, lost when the process ends."""
 
     def __init__(self, samples: int, seq_len: int, hidden_size: int, dtype: torch.dtype):
         self.samples = samples
@@ -88,9 +88,9 @@ class InMemory:
 
 
 class OnDisk:
-    """A generation as a zarr array, one uncompressed chunk a sample, written by a thread behind the compute.
+    """A boundary as a zarr array, one uncompressed chunk a sample, written by a thread behind the compute.
 
-    Chunks are not fsynced: the journal holds the generation's digest, and a generation that does not match
+    Chunks are not fsynced: the journal holds the boundary's digest, and a boundary that does not match
     it after a power cut is rebuilt by replaying the finished blocks, which costs a forward pass a block.
     """
 
@@ -118,7 +118,7 @@ class OnDisk:
 
     @classmethod
     def reopen(cls, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, digest: str) -> "OnDisk | None":
-        """The sealed generation in `folder`, or None when it is not there, or not what `digest` names."""
+        """The sealed boundary in `folder`, or None when it is not there, or not what `digest` names."""
         self = cls.__new__(cls)
         self.folder, self.samples, self._shape, self._dtype = folder, shape[0], shape, dtype
         self._digest, self._pending = _Digest(shape[0]), []
@@ -152,7 +152,7 @@ class OnDisk:
             return StreamslrError(f"hidden states cannot be written to {self.folder}: {error}; give another --scratch")
         size = self._shape[0] * self._shape[1] * self._shape[2] * self._dtype.itemsize
         return BudgetError(
-            f"hidden states do not fit at {self.folder}: {error.strerror or error} (one generation takes "
+            f"hidden states do not fit at {self.folder}: {error.strerror or error} (one boundary takes "
             f"{size:,} bytes, with matching four exist at a time); free space there or give --scratch another folder, "
             "then start the same line again"
         )
@@ -220,8 +220,8 @@ def read_batches(states: HiddenStates, batches: Sequence[Span]) -> Iterator[tupl
             yield start, hidden
 
 
-class Generations:
-    """One stream in the scratch folder of a run: generation i is what enters block i; two exist at most."""
+class HiddenStateStream:
+    """One stream in the scratch folder of a run: boundary i is what enters block i; two exist at most."""
 
     def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool):
         """shape: (samples, T, h). in_memory: keep a copy in host memory to read from (the plan decides)."""

@@ -18,7 +18,7 @@ from streamslr.run.context import pick_device
 from streamslr.run.plan import BATCH_TOKENS
 
 _MEMORY_SHARE = 0.25
-"""Of the free host memory that hidden states may take before they go to disk; two generations exist at a time."""
+"""Of the free host memory that hidden states may take before they go to disk; two boundaries exist at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def evaluate(
     micro_batch = max(1, BATCH_TOKENS // seq_len)
     batches = spans([(0, len(ids))], micro_batch)
     hidden_size = blockwise.hidden_size
-    generation_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize
-    in_memory = 2 * generation_bytes <= _MEMORY_SHARE * free_memory
+    boundary_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize
+    in_memory = 2 * boundary_bytes <= _MEMORY_SHARE * free_memory
 
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)

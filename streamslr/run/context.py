@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 from streamslr.calibration.grams import input_groups
-from streamslr.calibration.hidden_states import Generations
+from streamslr.calibration.hidden_states import HiddenStateStream
 from streamslr.config import RunConfig
 from streamslr.errors import InputError
 from streamslr.io.shards import read_quantization_config
@@ -84,10 +84,10 @@ class RunContext:
             "transformers": transformers.__version__,
         }
 
-    def stream(self, name: str) -> Generations:
+    def stream(self, name: str) -> HiddenStateStream:
         """Where the hidden states that enter each block lie, or the targets of matching."""
         shape = (self.config.samples, self.config.seq_len, self.blockwise.hidden_size)
-        return Generations(self.scratch, name, shape, self.dtype, self.plan.in_memory)
+        return HiddenStateStream(self.scratch, name, shape, self.dtype, self.plan.in_memory)
 
     def upcoming_tensors(self, i: int) -> tuple[str, ...]:
         """What the block after block i is made of; nothing after the last."""

@@ -56,7 +56,7 @@ class BlockRecord:
     index: int
     name: str
     shard: WrittenShard
-    hidden_states: str  # digest of the generation that leaves this block
+    hidden_states: str  # digest of the boundary that leaves this block
     linears: tuple[LinearRecord, ...]  # as solved, before matching
     targets: str | None = None  # digest of what should have left it, which the next block goes on from
     matching: MatchRecord | None = None
@@ -91,7 +91,7 @@ class JournalState:
     solver_workspace: int | None = None  # bytes of one solve, where the budget is tight; both decide last bits
     description: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer …: file -> sha256
     outside: WrittenShard | None = None
-    hidden_states: str | None = None  # digest of the generation that enters block 0
+    hidden_states: str | None = None  # digest of the boundary that enters block 0
     blocks: tuple[BlockRecord, ...] = ()
     measured: Mapping[str, Any] = field(default_factory=dict)  # of all before block 0, as a block's
     model: str = ""  # what a person would call it; its identity is in the fingerprint
@@ -234,7 +234,7 @@ class Journal:
         micro_batch: int,
         measured: Mapping[str, Any],
     ) -> None:
-        """Config, tokenizer and the tensors outside the blocks are written, and generation 0 is sealed.
+        """Config, tokenizer and the tensors outside the blocks are written, and boundary 0 is sealed.
 
         micro_batch: as for commit_block.
         """

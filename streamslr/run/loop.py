@@ -127,7 +127,7 @@ class Compression:
         return self.journal.state
 
     def begin(self) -> Streams:
-        """All before block 0: the folder's description, the tensors outside the blocks, generation 0."""
+        """All before block 0: the folder's description, the tensors outside the blocks, boundary 0."""
         context, out = self.context, self.context.config.out
         with self.timer.phase("outside", steps=1):
             rank = max(spec.rank for spec in context.allocation.values())
@@ -143,7 +143,7 @@ class Compression:
         """What enters the next block: from the scratch folder, or by passing the finished blocks once more."""
         state = self.journal.state
         done = len(state.blocks)
-        digests = (state.hidden_states, state.hidden_states)  # of generation 0, which is its own target
+        digests = (state.hidden_states, state.hidden_states)  # of boundary 0, which is its own target
         if done:
             digests = (state.blocks[-1].hidden_states, state.blocks[-1].targets)
         if streams := self.passes.reopen(done, digests):

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Streams:
-    """One generation: what enters a block, and what should.
+    """One boundary: what enters a block, and what should.
 
     The targets are what matching leads blocks to: the dense block's output on the hidden states that there are,
     and on top what these have lost so far (times --match-recover), as if the block passed that on unchanged. It
@@ -53,7 +53,7 @@ class Passes:
         self.context, self.ids, self.timer, self.micro_batch = context, ids, timer, micro_batch
 
     def embed(self, targets: bool = True) -> Streams:
-        """Generation 0, twice where blocks are matched (and targets are wanted)."""
+        """Boundary 0, twice where blocks are matched (and targets are wanted)."""
         blockwise = self.context.blockwise
         names = ("hidden", "targets") if targets and self.context.config.match else ("hidden",)
         with self.timer.phase("embed", steps=len(self.ids)) as step, ExitStack() as stack:
@@ -68,7 +68,7 @@ class Passes:
         return Streams(streams[0], streams[1] if len(streams) > 1 else None)
 
     def reopen(self, index: int, digests: tuple[str | None, str | None]) -> Streams | None:
-        """Generation `index` as an earlier process sealed it; None where any of it is lost."""
+        """Boundary `index` as an earlier process sealed it; None where any of it is lost."""
         hidden = self.context.stream("hidden").reopen(index, digests[0] or "")
         if not self.context.config.match:
             return Streams(hidden, None) if hidden else None
@@ -76,7 +76,7 @@ class Passes:
         return Streams(hidden, targets) if hidden and targets else None
 
     def replay(self, blocks: int, finished: Checkpoint) -> Streams:
-        """Generation `blocks`, from the embeddings on: the finished blocks, and for targets the dense ones."""
+        """Boundary `blocks`, from the embeddings on: the finished blocks, and for targets the dense ones."""
         blockwise = self.context.blockwise
         streams = self.embed()
         for i in range(blocks):
@@ -97,7 +97,7 @@ class Passes:
         return streams
 
     def survey(self, i: int, hidden: HiddenStates) -> tuple[HiddenStates, float]:
-        """Dense block i: generation i + 1 of the dense model, and the share of the block's outliers (OWL)."""
+        """Dense block i: boundary i + 1 of the dense model, and the share of the block's outliers (OWL)."""
         blockwise, passed = self.context.blockwise, 0
         with self.timer.phase("survey", steps=len(self.ids), block=i) as step, self._new("hidden", i + 1) as upcoming:
             blockwise.load_block(i)
@@ -151,7 +151,7 @@ class Passes:
         return refined
 
     def propagate(self, i: int, hidden: HiddenStates, targets: HiddenStates | None) -> tuple[HiddenStates, float]:
-        """Generation i + 1 of the hidden states, and its loss against the targets."""
+        """Boundary i + 1 of the hidden states, and its loss against the targets."""
         loss = Loss()
         with (
             self.timer.phase("propagate", steps=len(self.ids), block=i) as step,
@@ -193,7 +193,7 @@ class Passes:
 
     @contextmanager
     def _new(self, stream: str, index: int) -> Iterator[HiddenStates]:
-        """A generation to write; dropped if that fails, so that no writer is left when it is tried again."""
+        """A boundary to write; dropped if that fails, so that no writer is left when it is tried again."""
         states = self.context.stream(stream).new(index)
         try:
             yield states
@@ -203,7 +203,7 @@ class Passes:
 
     @contextmanager
     def _teaching(self, i: int, entering: HiddenStates) -> Iterator[tuple[HiddenStates, Callable[[Tensor], Tensor]]]:
-        """Generation i + 1 of the targets, and what passes the next batch through dense block i and writes it there."""
+        """Boundary i + 1 of the targets, and what passes the next batch through dense block i and writes it there."""
         targets, recover = self._batches(entering), self.context.config.match_recover
         with self._new("targets", i + 1) as upcoming:
 
@@ -221,7 +221,7 @@ class Passes:
     def _batches(
         self, states: HiddenStates, step: Callable[[int], None] | None = None, wanted: Sequence[Span] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """(first sample, hidden [b, T, h] on the compute device) over a generation, or over the spans wanted."""
+        """(first sample, hidden [b, T, h] on the compute device) over a boundary, or over the spans wanted."""
         for start, x in read_batches(states, wanted or self._spans()):
             yield start, x.to(self.context.device, non_blocking=True)
             if step:

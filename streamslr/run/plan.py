@@ -22,8 +22,8 @@ _LIBRARY_BUFFERS, _EARLY_BUFFERS = 120 * 2**20, 76 * 2**20
 """Host memory that torch, zarr and the tokenizer come to hold beside the tensors, buffers and pages of their own code;
 and what of it is there before the first block (tools/bench_run.py, a process alone on its machine)."""
 
-_GENERATIONS = {"survey": 2, "embed": 2, "load": 2, "grams": 3, "solve": 3, "match": 3, "propagate": 4}
-"""Generations of both streams that exist in each phase where blocks are matched; half as many where not, but for the
+_BOUNDARIES = {"survey": 2, "embed": 2, "load": 2, "grams": 3, "solve": 3, "match": 3, "propagate": 4}
+"""HiddenStateStream of both streams that exist in each phase where blocks are matched; half as many where not, but for the
 survey, which has one stream."""
 
 _BATCH_PHASES = ("survey", "embed", "grams", "match", "propagate")  # whose memory grows with the windows
@@ -279,11 +279,11 @@ def make_plan(
         if needs.solving(workspace) == needs.solving(None):  # most methods cannot do with less
             workspace = None
     phases = needs.phases(micro_batch, grams_at, workspace)
-    generations = (4 if config.match else 2) * config.samples * config.seq_len * model.hidden_size * dtype.itemsize
+    boundaries = (4 if config.match else 2) * config.samples * config.seq_len * model.hidden_size * dtype.itemsize
     # half of what is left stays free: a budget filled to the brim helps nobody
-    in_memory = generations <= (host_mem - max(p.host_bytes for p in phases)) // 2
+    in_memory = boundaries <= (host_mem - max(p.host_bytes for p in phases)) // 2
     if in_memory:
-        held = {name: generations * count // 4 for name, count in _GENERATIONS.items()}
+        held = {name: boundaries * count // 4 for name, count in _BOUNDARIES.items()}
         held["survey"] *= 1 if config.match else 2
         phases = tuple(PhaseCost(p.name, p.host_bytes + held[p.name], p.gpu_bytes, p.flops) for p in phases)
     return Plan(
@@ -294,7 +294,7 @@ def make_plan(
         grams_at=grams_at,
         solver_workspace=workspace,
         phases=phases,
-        scratch_bytes=generations + (needs.grams if grams_at == "disk" else 0),
+        scratch_bytes=boundaries + (needs.grams if grams_at == "disk" else 0),
         output_bytes=model.outside_bytes + sum(needs.packed_bytes(block) for block in model.blocks),
         source_bytes=model.outside_bytes + sum(block.source_bytes for block in model.blocks),
         download_bytes=model.download_bytes,

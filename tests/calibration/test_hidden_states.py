@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamslr.calibration.hidden_states import (
-    Generations,
+    HiddenStateStream,
     HiddenStates,
     InMemory,
     OnDisk,
@@ -28,7 +28,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     def make(dtype: torch.dtype) -> HiddenStates:
         if request.param == "memory":
             return InMemory(*SHAPE, dtype)
-        disk = OnDisk(tmp_path / "generation.zarr", *SHAPE, dtype)
+        disk = OnDisk(tmp_path / "boundary.zarr", *SHAPE, dtype)
         return disk if request.param == "disk" else WriteThrough(InMemory(*SHAPE, dtype), disk)
 
     return make
@@ -113,44 +113,44 @@ def test_batches_cover_a_generation_in_order(make: Make, micro_batch: int) -> No
     assert torch.equal(torch.cat(parts), hidden)
 
 
-def generations(folder: Path, in_memory: bool = False) -> Generations:
-    return Generations(folder, "generation", SHAPE, torch.bfloat16, in_memory)
+def boundaries(folder: Path, in_memory: bool = False) -> HiddenStateStream:
+    return HiddenStateStream(folder, "boundary", SHAPE, torch.bfloat16, in_memory)
 
 
 def sealed(folder: Path, index: int = 3) -> str:
-    tier = generations(folder).new(index)
+    tier = boundaries(folder).new(index)
     tier.write(0, states(torch.bfloat16))
     return tier.seal()
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_another_process_reopens_a_sealed_generation(tmp_path: Path, in_memory: bool) -> None:
-    tier = generations(tmp_path, in_memory).new(3)
+    tier = boundaries(tmp_path, in_memory).new(3)
     tier.write(0, states(torch.bfloat16))
-    reopened = generations(tmp_path, in_memory).reopen(3, tier.seal())
+    reopened = boundaries(tmp_path, in_memory).reopen(3, tier.seal())
     assert reopened is not None
     assert torch.equal(reopened.read(0, SAMPLES), states(torch.bfloat16))
 
 
 def test_a_lost_damaged_or_foreign_generation_is_not_reopened(tmp_path: Path) -> None:
     digest = sealed(tmp_path)
-    chunk = tmp_path / "generation-00003.zarr" / "c" / "2" / "0" / "0"
-    assert generations(tmp_path).reopen(3, "0" * 64) is None
+    chunk = tmp_path / "boundary-00003.zarr" / "c" / "2" / "0" / "0"
+    assert boundaries(tmp_path).reopen(3, "0" * 64) is None
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert generations(tmp_path).reopen(3, digest) is None
+    assert boundaries(tmp_path).reopen(3, digest) is None
     chunk.write_bytes(whole[:-2])
-    assert generations(tmp_path).reopen(3, digest) is None
+    assert boundaries(tmp_path).reopen(3, digest) is None
     chunk.unlink()  # zarr would read it as zeros
-    assert generations(tmp_path).reopen(3, digest) is None
-    assert generations(tmp_path / "elsewhere").reopen(3, digest) is None
+    assert boundaries(tmp_path).reopen(3, digest) is None
+    assert boundaries(tmp_path / "elsewhere").reopen(3, digest) is None
 
 
 def test_reopening_discards_every_other_generation(tmp_path: Path) -> None:
     digest = sealed(tmp_path, 3)
     sealed(tmp_path, 4)
-    assert generations(tmp_path).reopen(3, digest) is not None
-    assert [p.name for p in tmp_path.iterdir()] == ["generation-00003.zarr"]
+    assert boundaries(tmp_path).reopen(3, digest) is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["boundary-00003.zarr"]
 
 
 def test_a_full_disk_is_a_budget_error_that_says_what_is_needed(
