@@ -340,9 +340,9 @@ def _write(
     out.mkdir(exist_ok=True)
     for name in state.description:
         write_file(out / name, (folder / name).read_bytes())
-    assert state.outside is not None
-    outside = rewritten(state.outside.file)
+    assert state.non_block is not None
+    non_block = rewritten(state.non_block.file)
     blocks = tuple(replace(block, shard=rewritten(block.shard.file)) for block in state.blocks)
-    write_index(out, (outside, *(block.shard for block in blocks)))
-    made = replace(state, outside=outside, blocks=blocks, finetuned=(*state.finetuned, record))
+    write_index(out, (non_block, *(block.shard for block in blocks)))
+    made = replace(state, non_block=non_block, blocks=blocks, finetuned=(*state.finetuned, record))
     write_json(out / JOURNAL_FILE, asdict(made))

@@ -20,7 +20,7 @@ its paragraphs shuffled and repeated until there is enough.
 A bare machine with a GPU needs this working tree and no network; the lines above work in its root, nothing installed
 but wheels to bring, made for its Python (3.11 or newer) by `pip download -d wheels` on a machine like it, with what
 they depend on: torch built for its CUDA, transformers, safetensors, huggingface-hub, zarr, psutil, click and rich, in
-pyproject.toml's ranges. Disk: the block in bf16 and two generations of hidden states, 12 GB for 70B.
+pyproject.toml's ranges. Disk: the block in bf16 and two boundaries of hidden states, 12 GB for 70B.
 """
 
 import json
@@ -279,7 +279,7 @@ def main(
         "host_budget_bytes": context.host_mem,
         "gpu_budget_bytes": context.gpu_mem,
         "product_flops_per_second": products,
-        "outside": parts[0],
+        "non_block": parts[0],
         "blocks": [
             {
                 "phases": part,

@@ -9,7 +9,7 @@ from torch import Tensor
 from streamslr.io.shards import (
     BLOCK_FILE,
     INDEX_FILE,
-    OUTSIDE_FILE,
+    NON_BLOCK_FILE,
     PARTIAL_SUFFIX,
     TensorSource,
     WrittenShard,
@@ -40,7 +40,7 @@ def write_description(
     return digests
 
 
-def write_outside(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> WrittenShard:
+def write_non_block(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> WrittenShard:
     """Embeddings, final norm, head: the tensors outside the blocks, their names and bytes unchanged."""
 
     def reader(name: str) -> Callable[[], Tensor]:
@@ -49,7 +49,7 @@ def write_outside(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) ->
     sources: list[TensorSource] = [
         (name, checkpoint.tensors[name].dtype, checkpoint.tensors[name].shape, reader(name)) for name in names
     ]
-    return write_shard(folder / OUTSIDE_FILE, sources, {"format": "pt"})
+    return write_shard(folder / NON_BLOCK_FILE, sources, {"format": "pt"})
 
 
 def write_block(
@@ -80,6 +80,6 @@ def discard_uncommitted(folder: Path, committed: Iterable[WrittenShard]) -> None
     """Removes what a killed process left behind: shards that no journal record names, files half written."""
     keep = {shard.file for shard in committed}
     for path in folder.iterdir():
-        shard = path.name == OUTSIDE_FILE or path.match(BLOCK_FILE.replace("{:05d}", "*"))
+        shard = path.name == NON_BLOCK_FILE or path.match(BLOCK_FILE.replace("{:05d}", "*"))
         if (shard and path.name not in keep) or path.name.endswith(PARTIAL_SUFFIX):
             path.unlink()

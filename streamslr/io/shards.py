@@ -20,7 +20,7 @@ from streamslr.errors import BudgetError, InputError, StreamslrError
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
 BLOCK_FILE = "model-block-{:05d}.safetensors"
-OUTSIDE_FILE = "model-outside.safetensors"
+NON_BLOCK_FILE = "model-outside.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PARTIAL_SUFFIX = ".partial"
 """What a file is named until it is whole; a later attempt at the same file replaces a leftover one."""

@@ -65,7 +65,7 @@ class BlockwiseModel:
         keys = self._keys_by_block(checkpoint)
         self.block_tensors = tuple(tuple(keys[i]) for i in range(len(self._blocks)))
         """Checkpoint keys that make block i."""
-        self.outside_tensors = tuple(keys[None])
+        self.non_block_tensors = tuple(keys[None])
         """Every other checkpoint key, those included that the model has no use for."""
         self.sources: Mapping[str, tuple[str, ...]] = self._sources(checkpoint)
         """Parameter or persistent buffer -> the checkpoint keys that it is made of; one, but for fused ones."""
@@ -85,7 +85,7 @@ class BlockwiseModel:
 
         self.hidden_size = int(checkpoint.config.get_text_config().hidden_size)
         self._live: int | None = None
-        self._outside_loaded = False
+        self._non_block_loaded = False
         self._calls: dict[tuple[int, int], tuple[_Call, ...]] = {}
         self._init_buffers(block=None)
         self._returns_tuples = self._probe()
@@ -157,17 +157,17 @@ class BlockwiseModel:
         if self._live == i:
             self._live = None
 
-    def load_outside(self) -> None:
+    def load_non_block(self) -> None:
         """Loads embeddings, norms and head, and ties what the model ties. Errors as `load_block`."""
-        self._load(self.checkpoint, self.outside_tensors)
+        self._load(self.checkpoint, self.non_block_tensors)
         self._check_loaded(self.checkpoint, self._names(None))
         for name in self._names(None):
             self._get(name).requires_grad_(False)
-        self._outside_loaded = True
+        self._non_block_loaded = True
 
-    def evict_outside(self) -> None:
+    def evict_non_block(self) -> None:
         self._to_meta(self._names(None))
-        self._outside_loaded = False
+        self._non_block_loaded = False
 
     # Running
 
@@ -183,7 +183,7 @@ class BlockwiseModel:
 
         Raises InputError when blocks are called with values that depend on the tokens.
         """
-        self._require_outside()
+        self._require_non_block()
         try:
             calls = self._calls_for((ids.shape[0], ids.shape[1]))
             hidden, now = self._walk(ids.to(self.device), self._returns_tuples)
@@ -214,7 +214,7 @@ class BlockwiseModel:
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of the last block's output: ids [b, T], hidden [b, T, h] -> [b, T, V]."""
-        self._require_outside()
+        self._require_non_block()
         last = len(self._blocks) - 1
 
         def forward(i: int, *args: Any, **kwargs: Any) -> Any:
@@ -269,7 +269,7 @@ class BlockwiseModel:
         failures: list[_NoChainError] = []
         for returns_tuples in (False, True):
             try:
-                with self._outside_standing_in():
+                with self._non_block_stand_ins():
                     self._walk(torch.zeros(_PROBE, dtype=torch.int64, device=self.device), returns_tuples)
                 return returns_tuples
             except _NoChainError as error:
@@ -283,7 +283,7 @@ class BlockwiseModel:
         if shape not in self._calls:
             if len(self._calls) == _CALLS:
                 del self._calls[next(iter(self._calls))]
-            with self._outside_standing_in():
+            with self._non_block_stand_ins():
                 ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
                 _, self._calls[shape] = self._walk(ids, self._returns_tuples)
         return self._calls[shape]
@@ -344,9 +344,9 @@ class BlockwiseModel:
                 del block.forward
 
     @contextmanager
-    def _outside_standing_in(self) -> Iterator[None]:
+    def _non_block_stand_ins(self) -> Iterator[None]:
         """What is outside the blocks is loaded, or zeros that take no memory: enough to record calls."""
-        if self._outside_loaded:
+        if self._non_block_loaded:
             yield
             return
         for name in self._names(None):
@@ -357,9 +357,9 @@ class BlockwiseModel:
         finally:
             self._to_meta(self._names(None))
 
-    def _require_outside(self) -> None:
-        if not self._outside_loaded:
-            raise RuntimeError("what is outside the blocks is not loaded: load_outside() first")
+    def _require_non_block(self) -> None:
+        if not self._non_block_loaded:
+            raise RuntimeError("what is outside the blocks is not loaded: load_non_block() first")
 
     # Names, and what they hold
 

@@ -76,10 +76,10 @@ def evaluate(
             return OnDisk(Path(folder) / f"{index}.zarr", len(ids), seq_len, hidden_size, dtype)
 
         hidden = new(0)
-        blockwise.load_outside()
+        blockwise.load_non_block()
         for start in range(0, len(ids), micro_batch):
             hidden.write(start, blockwise.embed(ids[start : start + micro_batch].to(where)))
-        blockwise.evict_outside()
+        blockwise.evict_non_block()
         hidden.seal()
         for i in range(len(blockwise.block_names)):
             blockwise.load_block(i)
@@ -91,12 +91,12 @@ def evaluate(
             hidden.drop()
             hidden = upcoming
             step(i + 1, len(blockwise.block_names))
-        blockwise.load_outside()
+        blockwise.load_non_block()
         nll = 0.0
         for start, x in read_batches(hidden, batches):
             batch = ids[start : start + micro_batch].to(where)
             nll += _negative_log_likelihood(blockwise.logits(batch, x.to(where)), batch)
-        blockwise.evict_outside()
+        blockwise.evict_non_block()
         hidden.drop()
     tokens = len(ids) * (seq_len - 1)
     nll /= tokens

@@ -40,19 +40,19 @@ def verify(folder: Path, step: Callable[[int, int], None] = lambda done, total: 
     problems: list[tuple[str, str]] = []
     tensors: dict[str, str] = {}
     shards: list[tuple[WrittenShard, BlockRecord | None]] = [(block.shard, block) for block in state.blocks]
-    if state.outside:
-        shards.insert(0, (state.outside, None))
+    if state.non_block:
+        shards.insert(0, (state.non_block, None))
     for number, (shard, block) in enumerate(shards, 1):
         names, found = _check_shard(folder / shard.file, shard, block)
         problems += [(shard.file, problem) for problem in found]
         tensors |= dict.fromkeys(names, shard.file)
         step(number, len(shards))
     problems += _check_description(folder, state)
-    if state.outside:
+    if state.non_block:
         problems += [(INDEX_FILE, problem) for problem in _check_index(folder / INDEX_FILE, tensors)]
     if [block.index for block in state.blocks] != list(range(len(state.blocks))):
         problems.append((JOURNAL_FILE, f"counts blocks {[block.index for block in state.blocks]}"))
-    if state.outside:  # before, config and tokenizer may be there without a record
+    if state.non_block:  # before, config and tokenizer may be there without a record
         problems += [(name, "is not part of the model: no journal record names it") for name in _extra(folder, state)]
     return Verification(str(folder), state.complete, len(shards), len(tensors), tuple(problems))
 

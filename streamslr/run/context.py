@@ -206,15 +206,15 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
                 routing={name: blockwise.routing(name) for name in blockwise.experts[i]},
             )
         )
-    outside = [tensors[key] for key in blockwise.outside_tensors]
+    non_block = [tensors[key] for key in blockwise.non_block_tensors]
     per_shard: dict[str, int] = {}
     for info in tensors.values():
         per_shard[info.shard] = per_shard.get(info.shard, 0) + info.nbytes
     return ModelShape(
         blocks=tuple(blocks),
         hidden_size=blockwise.hidden_size,
-        outside_parameters=sum(prod(info.shape) for info in outside),
-        outside_bytes=sum(info.nbytes for info in outside),
+        non_block_parameters=sum(prod(info.shape) for info in non_block),
+        non_block_bytes=sum(info.nbytes for info in non_block),
         eager_heads=blockwise.eager_heads,
         value_bytes=max(blockwise.stored_dtype(f"{name}.weight").itemsize for name in blockwise.linears[0]),
         download_bytes=blockwise.checkpoint.download_bytes,

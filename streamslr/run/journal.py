@@ -90,7 +90,7 @@ class JournalState:
     micro_batch: int  # windows that pass together
     solver_workspace: int | None = None  # bytes of one solve, where the budget is tight; both decide last bits
     description: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer …: file -> sha256
-    outside: WrittenShard | None = None
+    non_block: WrittenShard | None = None
     hidden_states: str | None = None  # digest of the boundary that enters block 0
     blocks: tuple[BlockRecord, ...] = ()
     measured: Mapping[str, Any] = field(default_factory=dict)  # of all before block 0, as a block's
@@ -103,7 +103,7 @@ class JournalState:
 
     @property
     def complete(self) -> bool:
-        return self.outside is not None and len(self.blocks) == self.blocks_total
+        return self.non_block is not None and len(self.blocks) == self.blocks_total
 
     def require_complete(self, folder: Path) -> None:
         """Raises InputError for the journal of an unfinished run in `folder`."""
@@ -116,7 +116,7 @@ class JournalState:
     @property
     def shards(self) -> tuple[WrittenShard, ...]:
         """Every committed shard, in the model's order."""
-        return (*((self.outside,) if self.outside else ()), *(block.shard for block in self.blocks))
+        return (*((self.non_block,) if self.non_block else ()), *(block.shard for block in self.blocks))
 
 
 def read_journal(folder: Path) -> JournalState | None:
@@ -146,7 +146,7 @@ def _state(data: dict[str, Any]) -> JournalState:
         **data
         | {
             "outliers": tuple(data["outliers"]) if data.get("outliers") else None,
-            "outside": WrittenShard(**data["outside"]) if data["outside"] else None,
+            "non_block": WrittenShard(**data["non_block"]) if data["non_block"] else None,
             "blocks": tuple(_block(block) for block in data["blocks"]),
             "finetuned": tuple(FinetuneRecord(**record) for record in data.get("finetuned", ())),
         }
@@ -226,10 +226,10 @@ class Journal:
             )
         )
 
-    def commit_outside(
+    def commit_non_block(
         self,
         description: Mapping[str, str],
-        outside: WrittenShard,
+        non_block: WrittenShard,
         hidden_states: str,
         micro_batch: int,
         measured: Mapping[str, Any],
@@ -242,7 +242,7 @@ class Journal:
             replace(
                 self.state,
                 description=description,
-                outside=outside,
+                non_block=non_block,
                 hidden_states=hidden_states,
                 micro_batch=micro_batch,
                 measured={**self.state.measured, **measured},  # after those of a survey
@@ -266,7 +266,7 @@ class Journal:
                 continue
             log.warning("%s is missing or not as it was written: going on from there", path)
             if position == 0:
-                self._commit(replace(self.state, outside=None, hidden_states=None, blocks=()))
+                self._commit(replace(self.state, non_block=None, hidden_states=None, blocks=()))
             else:
                 self._commit(replace(self.state, blocks=self.state.blocks[: position - 1]))
             return

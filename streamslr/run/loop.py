@@ -19,7 +19,7 @@ from streamslr.io.folder import (
     write_block,
     write_description,
     write_index,
-    write_outside,
+    write_non_block,
 )
 from streamslr.io.shards import WrittenShard
 from streamslr.matching import BlockWeights, CompressedBlock
@@ -118,8 +118,8 @@ class Compression:
         discard_uncommitted(out, state.shards)
         write_index(out, state.shards)
         if not state.complete:
-            streams = self.begin() if state.outside is None else self.resume()
-            for done in (blockwise.outside_tensors, *blockwise.block_tensors[: len(state.blocks)]):
+            streams = self.begin() if state.non_block is None else self.resume()
+            for done in (blockwise.non_block_tensors, *blockwise.block_tensors[: len(state.blocks)]):
                 self.context.checkpoint.release(done)
             for i in range(len(state.blocks), state.blocks_total):
                 streams = self.compress_block(i, blockwise.block_names[i], streams)
@@ -129,13 +129,13 @@ class Compression:
     def begin(self) -> Streams:
         """All before block 0: the folder's description, the tensors outside the blocks, boundary 0."""
         context, out = self.context, self.context.config.out
-        with self.timer.phase("outside", steps=1):
+        with self.timer.phase("non_block", steps=1):
             rank = max(spec.rank for spec in context.allocation.values())
             description = write_description(out, context.checkpoint, common_pattern(context.allocation), rank)
-            outside = write_outside(out, context.checkpoint, context.blockwise.outside_tensors)
+            non_block = write_non_block(out, context.checkpoint, context.blockwise.non_block_tensors)
         streams = self.passes.retry_on_oom("embed", self.passes.embed)
         digest = streams.hidden.seal()
-        self.journal.commit_outside(description, outside, digest, self.passes.micro_batch, self.timer.take())
+        self.journal.commit_non_block(description, non_block, digest, self.passes.micro_batch, self.timer.take())
         write_index(out, self.journal.state.shards)
         return streams
 

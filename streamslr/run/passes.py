@@ -58,8 +58,8 @@ class Passes:
         names = ("hidden", "targets") if targets and self.context.config.match else ("hidden",)
         with self.timer.phase("embed", steps=len(self.ids)) as step, ExitStack() as stack:
             streams = [stack.enter_context(self._new(name, 0)) for name in names]
-            stack.callback(blockwise.evict_outside)
-            blockwise.load_outside()
+            stack.callback(blockwise.evict_non_block)
+            blockwise.load_non_block()
             for start, stop in self._spans():
                 hidden = blockwise.embed(self.ids[start:stop].to(self.context.device))
                 for stream in streams:

@@ -92,8 +92,8 @@ class ModelShape:
 
     blocks: tuple[BlockShape, ...]
     hidden_size: int
-    outside_parameters: int
-    outside_bytes: int
+    non_block_parameters: int
+    non_block_bytes: int
     value_bytes: int  # of a weight in the shards
     eager_heads: int = 0  # attention heads, where attention is not fused
     download_bytes: int = 0
@@ -295,8 +295,8 @@ def make_plan(
         solver_workspace=workspace,
         phases=phases,
         scratch_bytes=boundaries + (needs.grams if grams_at == "disk" else 0),
-        output_bytes=model.outside_bytes + sum(needs.packed_bytes(block) for block in model.blocks),
-        source_bytes=model.outside_bytes + sum(block.source_bytes for block in model.blocks),
+        output_bytes=model.non_block_bytes + sum(needs.packed_bytes(block) for block in model.blocks),
+        source_bytes=model.non_block_bytes + sum(block.source_bytes for block in model.blocks),
         download_bytes=model.download_bytes,
         # the shard being read, the one being fetched, and those that hold what is outside the blocks
         cache_bytes=min(model.download_bytes, 4 * model.largest_shard_bytes)
@@ -354,7 +354,7 @@ class _Needs:
         gram_input = 0 if c == 4 else 4 * batch_tokens * widest  # the float32 copy that the product reads
         hidden = batch_tokens * h * c
         reads, writes = (2 * _READ, _WRITTEN) if config.match else (_READ, 0)  # of the dense pass
-        outside = model.outside_parameters * c
+        non_block = model.non_block_parameters * c
 
         forward = 2.0 * tokens * sum(b.active_parameters for b in model.blocks)
         gram_flops = 2.0 * tokens * sum(b.share(name) * d * d for b in model.blocks for name, d in b.grams.items())
@@ -363,7 +363,7 @@ class _Needs:
         solving = sum(self.solver.flops(o, d, self.allocation[name].rank) for name, (o, d) in linears)
         # (phase, bytes where the compute is, bytes on the host wherever the compute is, FLOPs)
         rows = [
-            ("embed", outside + 2 * hidden, 2 * (_WRITTEN - 1) * hidden, 0.0),
+            ("embed", non_block + 2 * hidden, 2 * (_WRITTEN - 1) * hidden, 0.0),
             ("load", self.block, self.source, 0.0),
             (
                 "grams",

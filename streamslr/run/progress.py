@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("streamslr")
 
-PHASES = ("survey", "outside", "embed", "load", "grams", "solve", "match", "propagate", "commit")
+PHASES = ("survey", "non_block", "embed", "load", "grams", "solve", "match", "propagate", "commit")
 """In the order that a run goes through them; the first three come before block 0."""
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from streamslr.calibration.hidden_states import (
-    HiddenStateStream,
     HiddenStates,
+    HiddenStateStream,
     InMemory,
     OnDisk,
     WriteThrough,
@@ -96,7 +96,7 @@ def test_what_was_just_written_is_read_even_before_it_lies_on_the_disk(
     assert torch.equal(tier.read(0, SAMPLES), hidden)
 
 
-def test_an_incomplete_generation_cannot_be_sealed(make: Make) -> None:
+def test_an_incomplete_boundary_cannot_be_sealed(make: Make) -> None:
     tier = make(torch.float32)
     tier.write(1, states(torch.float32)[1:])
     with pytest.raises(ValueError, match=r"without samples \[0\]"):
@@ -104,7 +104,7 @@ def test_an_incomplete_generation_cannot_be_sealed(make: Make) -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 5, 9])
-def test_batches_cover_a_generation_in_order(make: Make, micro_batch: int) -> None:
+def test_batches_cover_a_boundary_in_order(make: Make, micro_batch: int) -> None:
     hidden, tier = states(torch.float32), make(torch.float32)
     tier.write(0, hidden)
     tier.seal()
@@ -124,7 +124,7 @@ def sealed(folder: Path, index: int = 3) -> str:
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_another_process_reopens_a_sealed_generation(tmp_path: Path, in_memory: bool) -> None:
+def test_another_process_reopens_a_sealed_boundary(tmp_path: Path, in_memory: bool) -> None:
     tier = boundaries(tmp_path, in_memory).new(3)
     tier.write(0, states(torch.bfloat16))
     reopened = boundaries(tmp_path, in_memory).reopen(3, tier.seal())
@@ -132,7 +132,7 @@ def test_another_process_reopens_a_sealed_generation(tmp_path: Path, in_memory: 
     assert torch.equal(reopened.read(0, SAMPLES), states(torch.bfloat16))
 
 
-def test_a_lost_damaged_or_foreign_generation_is_not_reopened(tmp_path: Path) -> None:
+def test_a_lost_damaged_or_foreign_boundary_is_not_reopened(tmp_path: Path) -> None:
     digest = sealed(tmp_path)
     chunk = tmp_path / "boundary-00003.zarr" / "c" / "2" / "0" / "0"
     assert boundaries(tmp_path).reopen(3, "0" * 64) is None
@@ -146,7 +146,7 @@ def test_a_lost_damaged_or_foreign_generation_is_not_reopened(tmp_path: Path) ->
     assert boundaries(tmp_path / "elsewhere").reopen(3, digest) is None
 
 
-def test_reopening_discards_every_other_generation(tmp_path: Path) -> None:
+def test_reopening_discards_every_other_boundary(tmp_path: Path) -> None:
     digest = sealed(tmp_path, 3)
     sealed(tmp_path, 4)
     assert boundaries(tmp_path).reopen(3, digest) is not None

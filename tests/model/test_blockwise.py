@@ -41,16 +41,16 @@ def blockwise_of(folder: Path, dtype: torch.dtype = torch.float32) -> BlockwiseM
 
 @torch.no_grad()
 def streamed_logits(blockwise: BlockwiseModel, ids: Tensor) -> Tensor:
-    blockwise.load_outside()
+    blockwise.load_non_block()
     hidden = blockwise.embed(ids)
-    blockwise.evict_outside()
+    blockwise.evict_non_block()
     for i in range(len(blockwise.block_names)):
         blockwise.load_block(i)
         hidden = blockwise.run_block(i, hidden)
         blockwise.evict_block(i)
-    blockwise.load_outside()
+    blockwise.load_non_block()
     logits = blockwise.logits(ids, hidden)
-    blockwise.evict_outside()
+    blockwise.evict_non_block()
     return logits
 
 
@@ -147,14 +147,14 @@ def test_tensors_that_no_parameter_takes_are_no_obstacle(tmp_path: Path) -> None
     assert torch.equal(streamed_logits(blockwise, token_ids()), whole_logits(folder, token_ids()))
     # every key is somewhere, so that all of a shard can be released and copied
     assert "model.layers.1.self_attn.rotary_emb.inv_freq" in blockwise.block_tensors[1]
-    assert {"model.layers.7.mlp.up_proj.weight", "some.counter"} <= set(blockwise.outside_tensors)
+    assert {"model.layers.7.mlp.up_proj.weight", "some.counter"} <= set(blockwise.non_block_tensors)
 
 
 def test_every_key_is_in_one_place(tmp_path: Path) -> None:
     for architecture in ("llama", "qwen3_moe"):
         folder = tiny_checkpoint(tmp_path / architecture, architecture)
         blockwise = blockwise_of(folder)
-        keys = [key for block in blockwise.block_tensors for key in block] + list(blockwise.outside_tensors)
+        keys = [key for block in blockwise.block_tensors for key in block] + list(blockwise.non_block_tensors)
         assert sorted(keys) == sorted(open_checkpoint(str(folder)).tensors)
         assert sorted({key for keys in blockwise.sources.values() for key in keys}) == sorted(keys)
 
@@ -167,9 +167,9 @@ def test_batches_of_any_shape_without_embedding_them_first(tmp_path: Path) -> No
     folder = tiny_checkpoint(tmp_path / "m", "gemma2")
     first, second = blockwise_of(folder), blockwise_of(folder)
     for batch, length in ((3, T), (1, T), (2, 30)):
-        first.load_outside()
+        first.load_non_block()
         hidden = first.embed(token_ids(batch, length))
-        first.evict_outside()
+        first.evict_non_block()
         first.load_block(1)
         second.load_block(1)
         assert torch.equal(first.run_block(1, hidden), second.run_block(1, hidden))
@@ -271,10 +271,10 @@ def test_shapes_are_seen_without_weights(tmp_path: Path, architecture: str) -> N
 def test_at_most_one_block_is_live(tmp_path: Path, architecture: str) -> None:
     blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", architecture))
     assert live_blocks(blockwise) == set()
-    blockwise.load_outside()
+    blockwise.load_non_block()
     assert live_blocks(blockwise) == {None}
     blockwise.embed(token_ids())
-    blockwise.evict_outside()
+    blockwise.evict_non_block()
     assert live_blocks(blockwise) == set()
     for i in range(3):
         blockwise.load_block(i)
@@ -306,8 +306,8 @@ def test_an_evicted_block_leaves_no_mapping_and_no_tensor(tmp_path: Path, dtype:
             blockwise.evict_block(i)
             assert held() == before
             assert str(folder) not in Path("/proc/self/maps").read_text()
-        blockwise.load_outside()
-        blockwise.evict_outside()
+        blockwise.load_non_block()
+        blockwise.evict_non_block()
         assert held() == before
         assert str(folder) not in Path("/proc/self/maps").read_text()
     finally:
@@ -316,9 +316,9 @@ def test_an_evicted_block_leaves_no_mapping_and_no_tensor(tmp_path: Path, dtype:
 
 def test_misuse_is_told(tmp_path: Path) -> None:
     blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m"))
-    with pytest.raises(RuntimeError, match=r"load_outside\(\) first"):
+    with pytest.raises(RuntimeError, match=r"load_non_block\(\) first"):
         blockwise.embed(token_ids())
-    with pytest.raises(RuntimeError, match=r"load_outside\(\) first"):
+    with pytest.raises(RuntimeError, match=r"load_non_block\(\) first"):
         blockwise.logits(token_ids(), torch.zeros(3, T, 64))
     with pytest.raises(RuntimeError, match=r"load_block\(1\) first"):
         blockwise.run_block(1, torch.zeros(3, T, 64))
@@ -384,7 +384,7 @@ def test_values_that_are_not_finite(single: Path) -> None:
         blockwise.load_block(1)
     assert f"{name} in model.safetensors has 2 of 8192 values" in str(caught.value)
     with pytest.raises(InputError, match=r"model\.norm\.weight in model\.safetensors has 64 of 64 values"):
-        blockwise.load_outside()
+        blockwise.load_non_block()
 
 
 def test_values_that_overflow_the_compute_dtype(single: Path) -> None:
@@ -537,7 +537,7 @@ def test_blocks_that_are_no_chain(odd: None, tmp_path: Path, oddity: str, words:
 
 def test_values_that_depend_on_tokens_are_found_when_embedding(odd: None, tmp_path: Path) -> None:
     blockwise = BlockwiseModel(odd_checkpoint(tmp_path / "m", "token values"), torch.float32, CPU)
-    blockwise.load_outside()
+    blockwise.load_non_block()
     with pytest.raises(InputError, match="hands block 0 the value 'bias', which depends on the tokens"):
         blockwise.embed(token_ids())
 

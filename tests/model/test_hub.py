@@ -87,7 +87,7 @@ def test_blocks_stream_from_the_hub_as_from_a_folder(hub: Hub, made: Path) -> No
     def logits(model: str) -> torch.Tensor:
         checkpoint = open_checkpoint(model, evict=True)
         blockwise = BlockwiseModel(checkpoint, torch.float32, torch.device("cpu"))
-        blockwise.load_outside()
+        blockwise.load_non_block()
         hidden = blockwise.embed(ids)
         for i, names in enumerate(blockwise.block_tensors):
             blockwise.load_block(i)

@@ -115,7 +115,7 @@ def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: 
     starts = [x for trace in traces.values() if trace["type"] == "bar" for x in trace["x"]]
     whole = sum(r["seconds"] for part in (state, *state.blocks) for r in part.measured.values())
     assert max(starts) <= whole
-    assert traces["outside"]["x"] == [0], "what comes before block 0 comes first"
+    assert traces["non_block"]["x"] == [0], "what comes before block 0 comes first"
 
 
 def test_sizes_are_those_of_the_shards(state: JournalState) -> None:

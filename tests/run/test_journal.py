@@ -27,9 +27,9 @@ def block(index: int) -> BlockRecord:
 
 
 def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> None:
-    outside = WrittenShard("model-outside.safetensors", "a" * 64, 5)
+    non_block = WrittenShard("model-outside.safetensors", "a" * 64, 5)
     with Journal(tmp_path, start(micro_batch=8)) as journal:
-        journal.commit_outside({"config.json": "c" * 64}, outside, "b" * 64, 8, {})
+        journal.commit_non_block({"config.json": "c" * 64}, non_block, "b" * 64, 8, {})
         journal.commit_block(block(0), micro_batch=8)
         written = journal.state
     assert not written.complete
@@ -41,7 +41,7 @@ def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> N
     assert state is not None
     assert state.complete
     assert state.blocks == (block(0), block(1))
-    assert state.shards == (outside, block(0).shard, block(1).shard)
+    assert state.shards == (non_block, block(0).shard, block(1).shard)
 
 
 def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def test_blocks_are_committed_in_order(tmp_path: Path) -> None:
 
 
 def test_a_lost_shard_sends_the_run_back_to_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    outside = WrittenShard("model-outside.safetensors", "a" * 64, 5)
+    non_block = WrittenShard("model-outside.safetensors", "a" * 64, 5)
     with Journal(tmp_path, start(3)) as journal:
-        journal.commit_outside({}, outside, "b" * 64, 1, {})
+        journal.commit_non_block({}, non_block, "b" * 64, 1, {})
         for i in range(3):
             journal.commit_block(block(i), 1)
         for shard in journal.state.shards:

@@ -21,8 +21,8 @@ def llama_70b() -> ModelShape:
     linears = {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h), "gate": (ffn, h), "up": (ffn, h), "down": (h, ffn)}
     parameters = sum(o * d for o, d in linears.values()) + 2 * h
     block = BlockShape(linears, {"q": h, "o": h, "gate": h, "down": ffn}, parameters, 2 * parameters)
-    outside = 2 * 128256 * h + h
-    return ModelShape((block,) * 80, h, outside, 2 * outside, 2)
+    non_block = 2 * 128256 * h + h
+    return ModelShape((block,) * 80, h, non_block, 2 * non_block, 2)
 
 
 def plan(

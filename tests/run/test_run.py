@@ -418,7 +418,7 @@ def test_matching_brings_each_block_nearer_to_the_dense_model(settings: dict[str
 
 def streamed_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     blockwise = BlockwiseModel(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
-    blockwise.load_outside()
+    blockwise.load_non_block()
     with torch.no_grad():
         hidden = blockwise.embed(ids)
         for i in range(len(blockwise.block_names)):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from streamslr.io.folder import write_block, write_description, write_index, write_outside
+from streamslr.io.folder import write_block, write_description, write_index, write_non_block
 from streamslr.io.packing import pack
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
@@ -29,7 +29,7 @@ def compressed_folder(
     out = folder / "slr"
     out.mkdir()
     write_description(out, checkpoint, parsed, rank)
-    shards = [write_outside(out, checkpoint, blockwise.outside_tensors)]
+    shards = [write_non_block(out, checkpoint, blockwise.non_block_tensors)]
     generator = torch.Generator().manual_seed(0)
     for i, names in enumerate(blockwise.block_tensors[:blocks]):
         tensors, packed = checkpoint.read(names), {}
