@@ -338,7 +338,7 @@ def _write(
             return write_shard(out / file, sources, opened.metadata())
 
     out.mkdir(exist_ok=True)
-    for name in state.description:
+    for name in state.auxiliary_files:
         write_file(out / name, (folder / name).read_bytes())
     assert state.non_block is not None
     non_block = rewritten(state.non_block.file)

@@ -24,7 +24,7 @@ from streamslr.model.checkpoint import Checkpoint, shard_header
 from streamslr.spec.pattern import SparsityPattern
 
 
-def write_description(
+def write_auxiliary_files(
     folder: Path, checkpoint: Checkpoint, pattern: SparsityPattern | None, rank: int
 ) -> dict[str, str]:
     """config.json, which names the format, and the files that travel with a model; their sha256 by name.

@@ -158,7 +158,7 @@ class _Source:
         self._sound: set[str] = set()
         self._stored = {file: shard_header(folder / file) for file in self._digests}
         self._linears = {file: self._packed(file) for file in self._digests}
-        content = json.dumps([self._digests, dict(state.description)], sort_keys=True)
+        content = json.dumps([self._digests, dict(state.auxiliary_files)], sort_keys=True)
         self.identity = hashlib.sha256(content.encode()).hexdigest()
 
     @property

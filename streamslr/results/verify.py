@@ -47,7 +47,7 @@ def verify(folder: Path, step: Callable[[int, int], None] = lambda done, total: 
         problems += [(shard.file, problem) for problem in found]
         tensors |= dict.fromkeys(names, shard.file)
         step(number, len(shards))
-    problems += _check_description(folder, state)
+    problems += _check_auxiliary_files(folder, state)
     if state.non_block:
         problems += [(INDEX_FILE, problem) for problem in _check_index(folder / INDEX_FILE, tensors)]
     if [block.index for block in state.blocks] != list(range(len(state.blocks))):
@@ -106,8 +106,8 @@ def _check_linear(
             yield f"{prefix}{part} has shape {there}, the journal says {shape}"
 
 
-def _check_description(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]:
-    for name, digest in state.description.items():
+def _check_auxiliary_files(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]:
+    for name, digest in state.auxiliary_files.items():
         if not (folder / name).is_file():
             yield name, "is missing"
         elif file_sha256(folder / name) != digest:
@@ -129,7 +129,7 @@ def _check_index(path: Path, tensors: dict[str, str]) -> Iterator[str]:
 
 
 def _extra(folder: Path, state: JournalState) -> list[str]:
-    known = {shard.file for shard in state.shards} | set(state.description)
+    known = {shard.file for shard in state.shards} | set(state.auxiliary_files)
     known |= {JOURNAL_FILE, INDEX_FILE, *_TRAVELS_ALONG}
     hidden = () if state.complete else (".scratch",)  # of a finished run nothing of the work may be left
     return sorted(

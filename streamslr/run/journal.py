@@ -89,7 +89,7 @@ class JournalState:
     blocks_total: int
     micro_batch: int  # windows that pass together
     solver_workspace: int | None = None  # bytes of one solve, where the budget is tight; both decide last bits
-    description: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer …: file -> sha256
+    auxiliary_files: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer …: file -> sha256
     non_block: WrittenShard | None = None
     hidden_states: str | None = None  # digest of the boundary that enters block 0
     blocks: tuple[BlockRecord, ...] = ()
@@ -228,7 +228,7 @@ class Journal:
 
     def commit_non_block(
         self,
-        description: Mapping[str, str],
+        auxiliary_files: Mapping[str, str],
         non_block: WrittenShard,
         hidden_states: str,
         micro_batch: int,
@@ -241,7 +241,7 @@ class Journal:
         self._commit(
             replace(
                 self.state,
-                description=description,
+                auxiliary_files=auxiliary_files,
                 non_block=non_block,
                 hidden_states=hidden_states,
                 micro_batch=micro_batch,

@@ -16,8 +16,8 @@ from streamslr.config import format_bytes
 from streamslr.errors import BudgetError
 from streamslr.io.folder import (
     discard_uncommitted,
+    write_auxiliary_files,
     write_block,
-    write_description,
     write_index,
     write_non_block,
 )
@@ -127,15 +127,15 @@ class Compression:
         return self.journal.state
 
     def begin(self) -> Streams:
-        """All before block 0: the folder's description, the tensors outside the blocks, boundary 0."""
+        """All before block 0: auxiliary files, the tensors outside the blocks, boundary 0."""
         context, out = self.context, self.context.config.out
         with self.timer.phase("non_block", steps=1):
             rank = max(spec.rank for spec in context.allocation.values())
-            description = write_description(out, context.checkpoint, common_pattern(context.allocation), rank)
+            auxiliary_files = write_auxiliary_files(out, context.checkpoint, common_pattern(context.allocation), rank)
             non_block = write_non_block(out, context.checkpoint, context.blockwise.non_block_tensors)
         streams = self.passes.retry_on_oom("embed", self.passes.embed)
         digest = streams.hidden.seal()
-        self.journal.commit_non_block(description, non_block, digest, self.passes.micro_batch, self.timer.take())
+        self.journal.commit_non_block(auxiliary_files, non_block, digest, self.passes.micro_batch, self.timer.take())
         write_index(out, self.journal.state.shards)
         return streams
 

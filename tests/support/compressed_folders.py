@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from streamslr.io.folder import write_block, write_description, write_index, write_non_block
+from streamslr.io.folder import write_auxiliary_files, write_block, write_index, write_non_block
 from streamslr.io.packing import pack
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
@@ -28,7 +28,7 @@ def compressed_folder(
     blockwise = BlockwiseModel(checkpoint, torch.float32, torch.device("cpu"))
     out = folder / "slr"
     out.mkdir()
-    write_description(out, checkpoint, parsed, rank)
+    write_auxiliary_files(out, checkpoint, parsed, rank)
     shards = [write_non_block(out, checkpoint, blockwise.non_block_tensors)]
     generator = torch.Generator().manual_seed(0)
     for i, names in enumerate(blockwise.block_tensors[:blocks]):
