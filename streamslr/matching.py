@@ -48,7 +48,7 @@ class BlockWeights:
     """All that a compressed block stores, by full names: its packed linears, and its other parameters and buffers."""
 
     packed: Mapping[str, Mapping[str, Tensor]]
-    kept: Mapping[str, Tensor]
+    other_tensors: Mapping[str, Tensor]
 
 
 @dataclass
@@ -87,8 +87,8 @@ class CompressedBlock:
         for name, parts in weights.packed.items():
             weight = self._linears[name].weight
             weight.copy_(merge(parts, self._patterns[name], (weight.shape[0], weight.shape[1]), weight.dtype))
-        for name in weights.kept.keys() & self._parameters.keys():
-            self._parameters[name].copy_(weights.kept[name])
+        for name in weights.other_tensors.keys() & self._parameters.keys():
+            self._parameters[name].copy_(weights.other_tensors[name])
 
     def refine(
         self,
@@ -116,7 +116,7 @@ class CompressedBlock:
             name: _Linear(self._linears[name], parts, self._patterns[name]) for name, parts in weights.packed.items()
         }
         vectors = {
-            name: _Vector(parameter, weights.kept[name], self._output_size(name, linears))
+            name: _Vector(parameter, weights.other_tensors[name], self._output_size(name, linears))
             for name, parameter in self._parameters.items()
             if name.removesuffix(".weight") not in linears
         }
@@ -155,7 +155,10 @@ class CompressedBlock:
                     break
         stored = BlockWeights(
             {name: linear.parts() for name, linear in linears.items()},
-            {**weights.kept, **{name: v.value.detach().to(weights.kept[name].dtype) for name, v in vectors.items()}},
+            {
+                **weights.other_tensors,
+                **{name: v.value.detach().to(weights.other_tensors[name].dtype) for name, v in vectors.items()},
+            },
         )
         self.place(stored)
         return stored, tuple(curve)

@@ -126,7 +126,7 @@ def made_case(
 
 def every_tensor(weights: BlockWeights) -> dict[str, Tensor]:
     parts = {f"{name}.{part}": t for name, parts in weights.packed.items() for part, t in parts.items()}
-    return parts | dict(weights.kept)
+    return parts | dict(weights.other_tensors)
 
 
 def assert_same(one: BlockWeights, other: BlockWeights, tolerance: float = 0.0) -> None:
@@ -200,8 +200,8 @@ def test_what_was_pruned_stays_zero_and_everything_else_moves(monkeypatch, patte
         for part in weights.packed[name].keys() - {"values"}:
             moved = weights.packed[name][part] != case.weights.packed[name][part]
             assert moved.all() if part in ("U", "V") else not moved.any()
-    for name, vector in weights.kept.items():
-        assert (vector != case.weights.kept[name]).all()
+    for name, vector in weights.other_tensors.items():
+        assert (vector != case.weights.other_tensors[name]).all()
 
 
 @pytest.mark.parametrize(
@@ -214,16 +214,16 @@ def test_what_was_pruned_stays_zero_and_everything_else_moves(monkeypatch, patte
 )
 def test_the_block_computes_with_what_is_stored_in_the_dtypes_it_was_stored_in(compute, linears, vectors):
     case = made_case(compute=compute, linears=linears, vectors=vectors)
-    case.weights.kept["rotary.table"] = torch.arange(3)  # a buffer: nothing to train
+    case.weights.other_tensors["rotary.table"] = torch.arange(3)  # a buffer: nothing to train
     weights, _ = case.refine()
     for name, linear in case.linears.items():
         shape = (linear.out_features, linear.in_features)
         assert torch.equal(linear.weight, merge(weights.packed[name], parse_pattern("2:4"), shape, compute))
         assert {weights.packed[name][part].dtype for part in ("values", "U", "V")} == {linears}
     for name in ("norm.weight", "norm.bias", "up.bias"):
-        assert weights.kept[name].dtype == vectors
-        assert torch.equal(case.block.get_parameter(name), weights.kept[name].to(compute))
-    assert torch.equal(weights.kept["rotary.table"], torch.arange(3))
+        assert weights.other_tensors[name].dtype == vectors
+        assert torch.equal(case.block.get_parameter(name), weights.other_tensors[name].to(compute))
+    assert torch.equal(weights.other_tensors["rotary.table"], torch.arange(3))
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
@@ -365,7 +365,7 @@ def test_a_block_of_linears_alone_learns():
     case = made_case(block=TwoLinears, off=0.3)
     weights, curve = case.refine(replace(SETTINGS, epochs=20))
     assert curve[-1] < 0.5 * curve[0]
-    assert not weights.kept
+    assert not weights.other_tensors
 
 
 def test_values_of_dead_inputs_stay():

@@ -79,7 +79,7 @@ def textbook(problem: LinearProblem) -> SparseLowRank:
     def project(Z: Tensor) -> Tensor:
         if isinstance(pattern, Unstructured):
             magnitudes = Z.abs().flatten()
-            return Z.abs() >= magnitudes.kthvalue(magnitudes.numel() - pattern.kept(*Z.shape) + 1).values
+            return Z.abs() >= magnitudes.kthvalue(magnitudes.numel() - pattern.num_kept(*Z.shape) + 1).values
         return pattern.project(Z)
 
     def inverse(rho: float) -> Tensor:

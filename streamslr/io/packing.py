@@ -62,9 +62,9 @@ def pack(S: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> dict[str, T
         counts[rows.start + 1 : rows.stop + 1] = kept.sum(dim=1)
         meta[rows] = _encode(kept, pattern)
     row_offsets = counts.cumsum(0)
-    if isinstance(pattern, Unstructured) and int(row_offsets[-1]) > pattern.kept(o, d):
+    if isinstance(pattern, Unstructured) and int(row_offsets[-1]) > pattern.num_kept(o, d):
         raise ValueError(
-            f"S [{o}, {d}] breaks {pattern}: {int(row_offsets[-1])} non-zeros, {pattern.kept(o, d)} allowed"
+            f"S [{o}, {d}] breaks {pattern}: {int(row_offsets[-1])} non-zeros, {pattern.num_kept(o, d)} allowed"
         )
     return {"values": torch.cat(pieces), "meta": meta, "row_offsets": row_offsets}
 
@@ -405,8 +405,8 @@ def _wrong_offsets(tensors: Mapping[str, Tensor], pattern: Unstructured, shape: 
         counts[rows] = _decode(meta[rows], pattern)[:, :d].sum(dim=1)
     total = int(counts.sum())
     wrongs = []
-    if total > pattern.kept(o, d):
-        wrongs.append(f"meta keeps {total} of {o * d} columns, {pattern} allows {pattern.kept(o, d)}")
+    if total > pattern.num_kept(o, d):
+        wrongs.append(f"meta keeps {total} of {o * d} columns, {pattern} allows {pattern.num_kept(o, d)}")
     if len(values) != total:
         wrongs.append(f"values has {len(values)} entries, but meta keeps {total} columns")
     if offsets[0] != 0:

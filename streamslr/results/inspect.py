@@ -91,7 +91,7 @@ def _linears(state: JournalState) -> list[LinearRecord]:
 def warnings(block: BlockRecord) -> list[str]:
     """Whatever was out of the ordinary in a block."""
     found = [warning for linear in block.linears for warning in linear.warnings]
-    if block.matching and not block.matching.kept:
+    if block.matching and not block.matching.applied:
         found.append(f"matching did not lower the loss of {block.name}; it is as it was solved")
     return found
 
@@ -112,7 +112,7 @@ def _matched(block: BlockRecord) -> str:
     matching = block.matching
     if matching is None:
         return "–"
-    after = f"{matching.loss_after:.3g}" if matching.kept else "not kept"
+    after = f"{matching.loss_after:.3g}" if matching.applied else "not kept"
     return f"{matching.loss_before:.3g} → {after}"
 
 

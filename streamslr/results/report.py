@@ -420,9 +420,9 @@ def _matching(blocks: Sequence[BlockRecord]) -> Figure:
     for block, match in records:
         lines_x += [block.index, block.index, None]
         lines_y += [match.loss_before, match.loss_after, None]
-    kept = [(block.index, match.loss_after) for block, match in records if match.kept]
+    kept = [(block.index, match.loss_after) for block, match in records if match.applied]
     size = 9 if len(blocks) <= 40 else 6
-    left = [(block.index, match.loss_after) for block, match in records if not match.kept]
+    left = [(block.index, match.loss_after) for block, match in records if not match.applied]
     traces: list[Figure] = [
         {
             "x": lines_x,
@@ -469,7 +469,7 @@ def _curves(blocks: Sequence[BlockRecord]) -> Figure:
     traces: list[Figure] = []
     last = max(1, blocks[-1].index)
     for block in blocks:
-        curve, kept = (block.matching.curve, block.matching.kept) if block.matching else ((), False)
+        curve, kept = (block.matching.curve, block.matching.applied) if block.matching else ((), False)
         first = curve[0] if curve else None
         traces.append(
             {

@@ -35,7 +35,7 @@ from streamslr.spec.allocation import (
     file_digest,
     from_json,
     in_words,
-    kept_share,
+    parameter_fraction,
     share_of_all,
 )
 from streamslr.version import __version__
@@ -176,7 +176,7 @@ def open_run(config: RunConfig) -> RunContext:
     if config.owl is not None and not (before and before.allocation):
         mean = allocate(replace(config, owl=None, owl_outlier=None), blockwise.linears)
         around = f"{in_words(mean.values())} on average, blocks by their outliers (a survey of them comes first)"
-        plan = replace(plan, linears=around, kept_share=kept_share(mean, blockwise.linears))
+        plan = replace(plan, linears=around, parameter_fraction=parameter_fraction(mean, blockwise.linears))
     return RunContext(
         config, checkpoint, blockwise, allocation, method, device, dtype, host_mem, gpu_mem, plan, fingerprint
     )

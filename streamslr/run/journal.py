@@ -43,7 +43,7 @@ class MatchRecord:
 
     loss_before: float
     loss_after: float | None  # None, here and in the curve: not finite
-    kept: bool  # False: the loss did not fall, so the block is as it was before
+    applied: bool  # False: the loss did not fall, so the block is as it was before
     curve: tuple[float | None, ...]  # mean loss of each epoch, the block moving; the first is before any step
 
 

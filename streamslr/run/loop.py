@@ -205,7 +205,7 @@ class Compression:
         """Block i's shard."""
         context, shapes = self.context, self.context.blockwise.linears[i]
         patterns = {linear: context.allocation[linear].pattern for linear in shapes}
-        return write_block(context.config.out, i, patterns, weights.packed, shapes, weights.kept)
+        return write_block(context.config.out, i, patterns, weights.packed, shapes, weights.other_tensors)
 
     def solve_block(
         self, linears: Mapping[str, nn.Linear], grams: list[Gram], step: Callable[[int], None]

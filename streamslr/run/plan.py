@@ -13,7 +13,7 @@ from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import BudgetError
 from streamslr.matching import TILE
 from streamslr.solvers.base import Solver
-from streamslr.spec.allocation import SCORED_ROWS, Allocation, in_words, kept_share
+from streamslr.spec.allocation import SCORED_ROWS, Allocation, in_words, parameter_fraction
 
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: one window of the papers' length."""
@@ -127,7 +127,7 @@ class Plan:
     download_bytes: int
     cache_bytes: int  # of them that lie on the disk at a time
     linears: str  # patterns and ranks, in words
-    kept_share: float  # of the linears' parameters, by S, U and V
+    parameter_fraction: float  # of the linears' parameters, by S, U and V
 
     def as_dict(self) -> dict[str, Any]:
         """For `plan --json`."""
@@ -151,7 +151,7 @@ class Plan:
             caption=f"output {format_bytes(self.output_bytes)} (source {format_bytes(self.source_bytes)}), "
             f"scratch {format_bytes(self.scratch_bytes)} (hidden states: {tier}){means}"
             + (f", to download {format_bytes(self.download_bytes)}" if self.download_bytes else "")
-            + f"\nlinears become {self.linears}: S, U and V keep {self.kept_share:.1%} of their parameters",
+            + f"\nlinears become {self.linears}: S, U and V keep {self.parameter_fraction:.1%} of their parameters",
         )
         for name in ("phase", "host", "gpu", "FLOPs"):
             table.add_column(name, justify="left" if name == "phase" else "right")
@@ -303,7 +303,7 @@ def make_plan(
         if config.evict_shards
         else model.download_bytes,
         linears=in_words(allocation.values()),
-        kept_share=kept_share(allocation, (block.linears for block in model.blocks)),
+        parameter_fraction=parameter_fraction(allocation, (block.linears for block in model.blocks)),
     )
 
 

@@ -122,7 +122,7 @@ class PhaseTimer:
         matched = ""
         if record.matching:
             matched = f" block loss {record.matching.loss_before:.3g}"
-            matched += f" -> {record.matching.loss_after:.3g}," if record.matching.kept else " (not matched),"
+            matched += f" -> {record.matching.loss_after:.3g}," if record.matching.applied else " (not matched),"
         log.info(
             "block %d of %d, %s: mean relative error %.3g (pruning alone %.3g),%s %.1f s, peak %s, %s written, %s left",
             self._done,

@@ -33,7 +33,7 @@ class LinearSpec:
     pattern: SparsityPattern
     rank: int
 
-    def kept(self, shape: tuple[int, int]) -> int:
+    def num_parameters(self, shape: tuple[int, int]) -> int:
         """Parameters that stay of a weight of `shape` (o, d): of S, U and V together."""
         o, d = shape
         return round(self.pattern.density * o * d) + min(self.rank, o, d) * (o + d)
@@ -171,10 +171,10 @@ def common_pattern(allocation: Allocation) -> SparsityPattern | None:
     return next(iter(patterns)) if len(patterns) == 1 else None
 
 
-def kept_share(allocation: Allocation, blocks: Iterable[Linears]) -> float:
+def parameter_fraction(allocation: Allocation, blocks: Iterable[Linears]) -> float:
     """The share of all linears' parameters that S, U and V keep."""
     shapes = [(allocation[name], shape) for linears in blocks for name, shape in linears.items()]
-    return sum(spec.kept(shape) for spec, shape in shapes) / sum(o * d for _, (o, d) in shapes)
+    return sum(spec.num_parameters(shape) for spec, shape in shapes) / sum(o * d for _, (o, d) in shapes)
 
 
 def in_words(specs: Iterable[LinearSpec]) -> str:

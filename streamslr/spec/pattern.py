@@ -193,12 +193,12 @@ class Unstructured(_Share):
     def __str__(self) -> str:
         return f"{100 * self.sparsity:.10g}%"
 
-    def kept(self, o: int, d: int) -> int:
+    def num_kept(self, o: int, d: int) -> int:
         """How many of o×d weights stay."""
         return round(o * d * self.density)
 
     def project(self, scores: Tensor) -> Tensor:
-        k = self.kept(*scores.shape)
+        k = self.num_kept(*scores.shape)
         magnitudes = scores.abs()
         if k == 0:
             return torch.zeros_like(scores, dtype=torch.bool)
@@ -214,19 +214,19 @@ class Unstructured(_Share):
         return kept
 
     def marker(self, scores: Tensor) -> Marker:
-        wanted = self.kept(*scores.shape)
+        wanted = self.num_kept(*scores.shape)
         return _Levels(_kth_largest(scores.abs(), wanted)[None], wanted)
 
     def check(self, support: Tensor) -> str | None:
         o, d = support.shape
-        found, allowed = int(support.count_nonzero()), self.kept(o, d)
+        found, allowed = int(support.count_nonzero()), self.num_kept(o, d)
         if found <= allowed:
             return None
         return f"keeps {found} of {o * d} weights; {self} allows {allowed}"
 
     def require_fits(self, name: str, shape: tuple[int, int]) -> None:
         o, d = shape
-        if self.kept(o, d) == 0:
+        if self.num_kept(o, d) == 0:
             raise InputError(f"{name}: pattern {self} keeps none of the {o}×{d} weights; lower the sparsity")
 
     def groups(self, d: int) -> tuple[int, int] | None:
@@ -234,7 +234,7 @@ class Unstructured(_Share):
 
     def packed_bits(self, o: int, d: int, value_bits: int) -> int:
         # Row offsets are int64 [o + 1]: a linear may hold more than 2^31 values.
-        return self.kept(o, d) * value_bits + o * self.meta_width(d) * 8 + (o + 1) * 64
+        return self.num_kept(o, d) * value_bits + o * self.meta_width(d) * 8 + (o + 1) * 64
 
 
 @dataclass(frozen=True)
@@ -251,21 +251,21 @@ class UnstructuredRows(_Share):
     def __str__(self) -> str:
         return f"{100 * self.sparsity:.10g}%/row"
 
-    def kept(self, d: int) -> int:
+    def num_kept(self, d: int) -> int:
         """How many of a row of d stay."""
         return round(d * self.density)
 
     def project(self, scores: Tensor) -> Tensor:
-        return largest_of_rows(scores, self.kept(scores.shape[1]))
+        return largest_of_rows(scores, self.num_kept(scores.shape[1]))
 
     def marker(self, scores: Tensor) -> Marker:
-        n = self.kept(scores.shape[1])
+        n = self.num_kept(scores.shape[1])
         levels = [_nth_of_rows(scores[rows].abs(), n) for rows in _row_slices(scores)]
         return _Levels(torch.cat(levels), n)
 
     def check(self, support: Tensor) -> str | None:
         o, d = support.shape
-        counts, allowed = torch.cat([support[rows].sum(1) for rows in _row_slices(support)]), self.kept(d)
+        counts, allowed = torch.cat([support[rows].sum(1) for rows in _row_slices(support)]), self.num_kept(d)
         over = (counts > allowed).nonzero()
         if not len(over):
             return None
@@ -273,14 +273,14 @@ class UnstructuredRows(_Share):
         return f"row {row} keeps {int(counts[row])} of {d} weights; {self} allows {allowed} ({len(over)} of {o} rows)"
 
     def require_fits(self, name: str, shape: tuple[int, int]) -> None:
-        if self.kept(shape[1]) == 0:
+        if self.num_kept(shape[1]) == 0:
             raise InputError(f"{name}: pattern {self} keeps none of a row's {shape[1]} weights; lower the sparsity")
 
     def groups(self, d: int) -> tuple[int, int] | None:
-        return self.kept(d), d
+        return self.num_kept(d), d
 
     def packed_bits(self, o: int, d: int, value_bits: int) -> int:
-        return o * (self.kept(d) * value_bits + self.meta_width(d) * 8)
+        return o * (self.num_kept(d) * value_bits + self.meta_width(d) * 8)
 
 
 def parse_pattern(text: str) -> SparsityPattern:

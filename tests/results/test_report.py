@@ -72,7 +72,7 @@ def deep(state: JournalState) -> JournalState:
             for a in block.linears
         ]
         assert block.matching
-        matching = dataclasses.replace(block.matching, kept=i != 3, loss_after=None if i == 3 else 0.001)
+        matching = dataclasses.replace(block.matching, applied=i != 3, loss_after=None if i == 3 else 0.001)
         on_gpu = {"gpu_peak_bytes": 3 * 10**9, "gpu_planned_bytes": 4 * 10**9, "gpu_budget_bytes": 5 * 10**9}
         measured = {phase: {**reading, **on_gpu} for phase, reading in block.measured.items()}
         blocks.append(

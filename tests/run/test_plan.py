@@ -180,7 +180,7 @@ def test_each_linear_counts_with_its_own_rank_and_pattern() -> None:
     assert more.output_bytes - same.output_bytes == 80 * 64 * (8192 + 28672) * 2
     assert more.linears == "2:4 + rank 64–128"
     shares = plan(llama_70b(), compression="50%", rank_ratio=0.25)
-    assert shares.kept_share == pytest.approx(0.5, abs=1e-4)
+    assert shares.parameter_fraction == pytest.approx(0.5, abs=1e-4)
     assert phase(shares, "match").gpu_bytes < phase(same, "match").gpu_bytes
 
 

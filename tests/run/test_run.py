@@ -176,7 +176,7 @@ def test_matching_after_any_method_lowers_the_loss_and_changes_no_support(
     (block,) = streamslr.compress(**settings | {"out": matched, "match_epochs": 5}).blocks
     assert verify(matched).problems == ()
     assert block.matching is not None
-    assert block.matching.kept
+    assert block.matching.applied
     assert block.matching.loss_after is not None
     assert block.matching.loss_after < block.matching.loss_before
     before, after = (load_file(folder / block.shard.file) for folder in (unmatched, matched))
@@ -444,7 +444,7 @@ def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
     settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = streamslr.compress(**settings | {"match_lr": 1e4})
-    assert [b.matching and b.matching.kept for b in state.blocks] == [False] * LAYERS
+    assert [b.matching and b.matching.applied for b in state.blocks] == [False] * LAYERS
     assert "model.layers.0: matching did not lower its loss" in caplog.text
     unmatched = tmp_path / "unmatched"
     streamslr.compress(**settings | {"out": unmatched, "match": False})

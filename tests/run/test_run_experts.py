@@ -105,7 +105,7 @@ def test_starved_experts_are_counted_and_said(folder: Path) -> None:
 def test_matching_lowers_the_loss(folder: Path) -> None:
     for block in read_run(folder).blocks:
         assert block.matching is not None
-        assert block.matching.kept
+        assert block.matching.applied
 
 
 def test_the_loaded_model_is_the_dense_one_that_holds_s_plus_uv(folder: Path) -> None:

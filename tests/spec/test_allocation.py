@@ -22,8 +22,8 @@ from streamslr.spec.allocation import (
     by_outliers,
     from_json,
     in_words,
-    kept_share,
     outlier_share,
+    parameter_fraction,
 )
 from streamslr.spec.pattern import NofM, Unstructured, parse_pattern
 from tests import reference
@@ -62,7 +62,7 @@ def test_shares_of_parameters_are_those_of_oats(
 def test_s_u_and_v_together_keep_what_is_asked_for(o: int, d: int, compression: int, ratio: int) -> None:
     (spec,) = allocated([{"a": (o, d)}], compression=f"{compression}%", rank_ratio=ratio / 100).values()
     wanted = (1 - compression / 100) * o * d
-    assert wanted - (o + d) - 1 < spec.kept((o, d)) <= wanted + 1, "a rank is whole"
+    assert wanted - (o + d) - 1 < spec.num_parameters((o, d)) <= wanted + 1, "a rank is whole"
     exact = Fraction(ratio, 100) * Fraction(100 - compression, 100) * Fraction(o * d, o + d)
     assert spec.rank == floor(exact)
 
@@ -148,9 +148,11 @@ def test_until_outliers_are_known_each_block_is_at_its_densest() -> None:
     for outliers in ([0.1, 0.0, 0.0], [0.0, 0.1, 0.1], [0.02, 0.01, 0.03]):
         made = allocate(config, BLOCKS, outliers)
         shapes = {name: shape for block in BLOCKS for name, shape in block.items()}
-        assert all(made[name].kept(shape) <= densest[name].kept(shape) for name, shape in shapes.items())
+        assert all(
+            made[name].num_parameters(shape) <= densest[name].num_parameters(shape) for name, shape in shapes.items()
+        )
         assert all(made[name].rank <= densest[name].rank for name in shapes)
-        assert kept_share(made, BLOCKS) == pytest.approx(0.4, abs=0.02), "but for ranks, which are whole"
+        assert parameter_fraction(made, BLOCKS) == pytest.approx(0.4, abs=0.02), "but for ranks, which are whole"
 
 
 @pytest.mark.parametrize("times", [1.5, 3.0, 5.0])
