@@ -25,8 +25,10 @@ INDEX_FILE = "model.safetensors.index.json"
 PARTIAL_SUFFIX = ".partial"
 """What a file is named until it is whole; a later attempt at the same file replaces a leftover one."""
 QUANT_METHOD = "streamslr"
-FORMAT_VERSION = 2
-"""2: metadata of n:m in digits; 1 had a nibble a group of 2:4, 4 % more bytes."""
+FORMAT_VERSION = 3
+"""3: names in the journal (`linears`, `wanda_error`, `non_block` …); 2: metadata of n:m in digits, the same bytes of
+shards as in 3; 1: a nibble for a group of 2:4."""
+READABLE_VERSIONS = (2, 3)
 MIXED = "mixed"
 """What config.json says of the pattern where linears differ in it."""
 
@@ -153,10 +155,10 @@ def read_quantization_config(config: Mapping[str, Any] | PretrainedConfig) -> Pa
     if entry is None or entry.get("quant_method") != QUANT_METHOD:
         return None
     version = entry.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise InputError(
-            f"config.json says streamslr format_version {version!r}, this version reads {FORMAT_VERSION}: "
-            f"use the streamslr that wrote it, or compress the model again"
+            f"config.json says streamslr format_version {version!r}, this version reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}: use the streamslr that wrote it, or compress the model again"
         )
     pattern, rank = entry.get("pattern"), entry.get("rank")
     if not isinstance(pattern, str) or not isinstance(rank, int) or rank < 0:
@@ -164,7 +166,7 @@ def read_quantization_config(config: Mapping[str, Any] | PretrainedConfig) -> Pa
             f"quantization_config in config.json is damaged: pattern {pattern!r}, rank {rank!r}; "
             f"copy config.json again from where the folder came from"
         )
-    return PackedFormat(None if pattern == MIXED else parse_pattern(pattern), rank, FORMAT_VERSION)
+    return PackedFormat(None if pattern == MIXED else parse_pattern(pattern), rank, version)
 
 
 def shard_metadata(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamslr.errors import InputError, ResumeError
-from streamslr.io.shards import FORMAT_VERSION, PARTIAL_SUFFIX, WrittenShard, write_json
+from streamslr.io.shards import FORMAT_VERSION, PARTIAL_SUFFIX, READABLE_VERSIONS, WrittenShard, write_json
 from streamslr.version import __version__
 
 JOURNAL_FILE = "streamslr.json"
@@ -129,13 +129,13 @@ def read_journal(folder: Path) -> JournalState | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise InputError(
-            f"{path} has format_version {version!r}; streamslr {__version__} reads {FORMAT_VERSION}. "
-            "Use the version of streamslr that wrote it"
+            f"{path} has format_version {version!r}; streamslr {__version__} reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}. Use the version of streamslr that wrote it"
         )
     try:
-        return _state(data)
+        return _state(data if version == FORMAT_VERSION else _from_version_2(data))
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error!r}; copy it again from where the folder came from") from error
 
@@ -151,6 +151,27 @@ def _state(data: dict[str, Any]) -> JournalState:
             "finetuned": tuple(FinetuneRecord(**record) for record in data.get("finetuned", ())),
         }
     )
+
+
+def _from_version_2(data: dict[str, Any]) -> dict[str, Any]:
+    """Rename what version 2 (streamslr 0.1) called otherwise; nothing else differs."""
+
+    def rename(entry: dict[str, Any], **names: str) -> dict[str, Any]:
+        return {names.get(name, name): value for name, value in entry.items()}
+
+    def block(entry: dict[str, Any]) -> dict[str, Any]:
+        linears = [rename(linear, error_before="wanda_error", error_after="error") for linear in entry["layers"]]
+        matching = entry.get("matching")
+        return rename(entry, layers="linears") | {
+            "linears": linears,
+            "matching": matching and rename(matching, kept="applied"),
+        }
+
+    return rename(data, description="auxiliary_files", outside="non_block", solver_room="solver_workspace") | {
+        "blocks": [block(entry) for entry in data["blocks"]],
+        "measured": rename(data.get("measured", {}), outside="non_block"),
+        "format_version": FORMAT_VERSION,
+    }
 
 
 def _block(data: dict[str, Any]) -> BlockRecord:

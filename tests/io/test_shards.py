@@ -24,6 +24,7 @@ from streamslr.errors import BudgetError, InputError, StreamslrError
 from streamslr.io.packing import pack
 from streamslr.io.shards import (
     DTYPE_NAMES,
+    FORMAT_VERSION,
     file_sha256,
     index_json,
     packed_linears,
@@ -272,7 +273,7 @@ def test_quantization_config_comes_back(pattern):
     assert entry.keys() == {"quant_method", "format_version", "pattern", "rank"}
     for config in ({"quantization_config": entry}, LlamaConfig(quantization_config=entry)):
         read = read_quantization_config(json.loads(json.dumps(config)) if type(config) is dict else config)
-        assert (read.pattern, read.rank, read.format_version) == (pattern, 64, 2)
+        assert (read.pattern, read.rank, read.format_version) == (pattern, 64, FORMAT_VERSION)
 
 
 def test_other_models_have_no_packed_format():
@@ -281,9 +282,17 @@ def test_other_models_have_no_packed_format():
     assert read_quantization_config({"quantization_config": {"quant_method": "gptq"}}) is None
 
 
+def test_a_folder_of_the_version_before_is_read():
+    entry = quantization_config(NofM(2, 4), 64) | {"format_version": 2}
+    read = read_quantization_config({"quantization_config": entry})
+    assert (read.pattern, read.rank, read.format_version) == (NofM(2, 4), 64, 2)
+
+
 def test_an_unknown_format_version_is_refused():
     entry = quantization_config(NofM(2, 4), 64)
-    with pytest.raises(InputError, match="format_version 1, this version reads 2: use the streamslr that wrote it"):
+    with pytest.raises(
+        InputError, match="format_version 1, this version reads 2 and 3: use the streamslr that wrote it"
+    ):
         read_quantization_config({"quantization_config": entry | {"format_version": 1}})
     with pytest.raises(InputError, match="format_version None"):
         read_quantization_config({"quantization_config": {"quant_method": "streamslr"}})

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import pytest
 
 from streamslr.errors import InputError, ResumeError
 from streamslr.io.shards import WrittenShard
-from streamslr.run.journal import JOURNAL_FILE, BlockRecord, Journal, JournalState, LinearRecord, read_journal
+from streamslr.run.journal import (
+    JOURNAL_FILE,
+    BlockRecord,
+    Journal,
+    JournalState,
+    LinearRecord,
+    MatchRecord,
+    read_journal,
+)
 
 
 def start(blocks: int = 2, micro_batch: int = 1, **changed: object) -> JournalState:
@@ -85,7 +94,8 @@ def test_a_process_killed_while_it_claimed_the_folder_does_not_block_it(tmp_path
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[1]", '{"format_version": 99}', '{"format_version": 2', '{"format_version": 2}']
+    "content",
+    ["", "[1]", '{"format_version": 99}', '{"format_version": 3', '{"format_version": 3}', '{"format_version": 2}'],
 )
 def test_an_unreadable_or_newer_journal_is_refused_naming_it(tmp_path: Path, content: str) -> None:
     (tmp_path / JOURNAL_FILE).write_text(content)
@@ -95,13 +105,34 @@ def test_an_unreadable_or_newer_journal_is_refused_naming_it(tmp_path: Path, con
 
 def test_the_newer_version_is_named(tmp_path: Path) -> None:
     (tmp_path / JOURNAL_FILE).write_text(json.dumps({"format_version": 99}))
-    with pytest.raises(InputError, match=r"format_version 99; streamslr .* reads 2"):
+    with pytest.raises(InputError, match=r"format_version 99; streamslr .* reads 2 and 3"):
         read_journal(tmp_path)
 
 
 def test_blocks_are_committed_in_order(tmp_path: Path) -> None:
     with Journal(tmp_path, start(3)) as journal, pytest.raises(ValueError, match="block 1 committed"):
         journal.commit_block(block(1), 1)
+
+
+def test_a_folder_of_format_version_2_is_read_under_its_new_names(tmp_path: Path) -> None:
+    with Journal(tmp_path, start(1)) as journal:
+        journal.commit_non_block({"config.json": "c" * 64}, WrittenShard("o", "a" * 64, 5), "b" * 64, 1, {})
+        journal.commit_block(replace(block(0), matching=MatchRecord(0.2, 0.1, True, (0.2, 0.1))), 1)
+        written = journal.state
+    path = tmp_path / JOURNAL_FILE
+    old = json.loads(path.read_text()) | {"format_version": 2}
+    for before, now in (
+        ("description", "auxiliary_files"),
+        ("outside", "non_block"),
+        ("solver_room", "solver_workspace"),
+    ):
+        old[before] = old.pop(now)
+    (entry,) = old["blocks"]
+    entry["matching"]["kept"] = entry["matching"].pop("applied")
+    (linear,) = entry["layers"] = entry.pop("linears")
+    linear["error_before"], linear["error_after"] = linear.pop("wanda_error"), linear.pop("error")
+    path.write_text(json.dumps(old))
+    assert read_journal(tmp_path) == written
 
 
 def test_a_lost_shard_sends_the_run_back_to_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
