@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from streamslr.calibration.hidden_states import Span, spans
 from streamslr.io.packing import merge, unpack
+from streamslr.model.blockwise import Block
 from streamslr.spec.pattern import SparsityPattern
 
 TILE = 1 << 24
@@ -72,20 +73,20 @@ class Loss:
 class CompressedBlock:
     """A live block whose linears are packed. What of it is not on a support can never change."""
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        linears: Mapping[str, nn.Linear],
-        patterns: Mapping[str, SparsityPattern],
-    ) -> None:
-        """All of the block's parameters, its linears and their patterns, by full names."""
-        self._parameters, self._linears, self._patterns = parameters, linears, patterns
+    def __init__(self, block: Block, patterns: Mapping[str, SparsityPattern]) -> None:
+        """patterns: of each of the block's linears, by its stored name."""
+        self._block, self._patterns, self._parameters = block, patterns, block.parameters()
+
+    @property
+    def index(self) -> int:
+        """Number of the block."""
+        return self._block.index
 
     @torch.no_grad()
     def place(self, weights: BlockWeights) -> None:
         """Has the block compute with what is stored."""
         for name, parts in weights.packed.items():
-            weight = self._linears[name].weight
+            weight = self._block.linears[name].weight
             weight.copy_(merge(parts, self._patterns[name], (weight.shape[0], weight.shape[1]), weight.dtype))
         for name in weights.other_tensors.keys() & self._parameters.keys():
             self._parameters[name].copy_(weights.other_tensors[name])
@@ -94,14 +95,13 @@ class CompressedBlock:
         self,
         weights: BlockWeights,
         settings: Matching,
-        run: Callable[[Tensor], Tensor],
         batches: Callable[[Sequence[Span]], Iterable[tuple[Tensor, Tensor]]],
         samples: int,
         micro_batch: int,
     ) -> tuple[BlockWeights, tuple[float, ...]]:
         """Trains from `weights` on; places and returns what came out, and the relative loss of each epoch.
 
-        run: the block. batches: for spans of samples, in their order, what enters the block and what should
+        batches: for spans of samples, in their order, what enters the block and what should
         leave it, both [b, T, h]. The first epoch trains nothing and gives the loss to start from; the others'
         losses are means while the block moves. Gradients and Adam's moments exist in float32 for kept values,
         U, V and the other parameters alone; the dense weight that products read is in the compute dtype.
@@ -109,11 +109,12 @@ class CompressedBlock:
         self.place(weights)
         before = Loss()
         for x, target in batches(spans([(0, samples)], micro_batch)):
-            before.add(run(x), target)
+            before.add(self._block.run(x), target)
         curve = [before.relative]
         scale = before.numbers / max(before.energy, 1e-30)  # gradients of order one, whatever the model's scale
         linears = {
-            name: _Linear(self._linears[name], parts, self._patterns[name]) for name, parts in weights.packed.items()
+            name: _Linear(self._block.linears[name], parts, self._patterns[name])
+            for name, parts in weights.packed.items()
         }
         vectors = {
             name: _Vector(parameter, weights.other_tensors[name], self._output_size(name, linears))
@@ -137,7 +138,7 @@ class CompressedBlock:
                 error = 0.0
                 for (_, stop), (x, target) in zip(order, batches(order), strict=True):
                     with torch.enable_grad():
-                        loss = (run(x).float() - target.float()).square().sum()
+                        loss = (self._block.run(x).float() - target.float()).square().sum()
                         (loss * scale).backward()  # type: ignore[no-untyped-call]
                     error += float(loss)
                     if stop not in last:

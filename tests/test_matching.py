@@ -5,14 +5,15 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from streamslr.match import matching
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from streamslr import matching
 from streamslr.calibration.hidden_states import Span
 from streamslr.io.packing import merge, pack, unpack
 from streamslr.matching import BlockWeights, CompressedBlock, Matching
+from streamslr.model.blockwise import Block
 from streamslr.solvers import parse_pattern
 from tests import reference
 
@@ -72,12 +73,13 @@ class Case:
         batches: Callable[[Sequence[Span]], Iterator[tuple[Tensor, Tensor]]] | None = None,
     ) -> tuple[BlockWeights, tuple[float, ...]]:
         """As `Passes.match` calls it."""
-        block, samples = self.compressed(), len(self.inputs)
-        return block.refine(self.weights, settings, run or self.run, batches or self.batches, samples, micro_batch)
+        block, samples = self.compressed(run), len(self.inputs)
+        return block.refine(self.weights, settings, batches or self.batches, samples, micro_batch)
 
-    def compressed(self) -> CompressedBlock:
-        patterns = dict.fromkeys(self.linears, parse_pattern(self.pattern))
-        return CompressedBlock(dict(self.block.named_parameters()), self.linears, patterns)
+    def compressed(self, run: Callable[[Tensor], Tensor] | None = None) -> CompressedBlock:
+        parameters = dict(self.block.named_parameters())
+        block = Block(0, "block", self.linears, {}, lambda: parameters, run or self.run)
+        return CompressedBlock(block, dict.fromkeys(self.linears, parse_pattern(self.pattern)))
 
     def sparse(self, weights: BlockWeights, name: str) -> Tensor:
         """S [o, d] of a linear."""

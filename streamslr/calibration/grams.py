@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, InputError
+from streamslr.model.blockwise import Block
 
 log = logging.getLogger("streamslr")
 
@@ -90,76 +91,97 @@ def input_groups(linears: Mapping[str, nn.Linear], run_block: Callable[[], objec
     return watch.groups()
 
 
-@torch.no_grad()
-def collect_grams(
-    block_name: str,
-    linears: Mapping[str, nn.Linear],
-    run_block: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[int, Tensor]],
-    experts: Mapping[str, str] = {},
-    diagonal: bool = False,
-) -> list[Gram]:
-    """Pass every batch (first sample, hidden [b, T, h]) through the block; its Grams, in call order.
+class GramCollector:
+    """Collect the Gram matrices of a block's linears while batches pass through the block.
 
-    Linears share a Gram when they are handed the very same tensor object: q, k and v, or gate and up, but in
-    a parallel block all five; nothing is read off names. Grams add up in float32 whatever the compute dtype.
-    experts: linear -> its kind, of linears that only see the tokens routed to them; see `lean_on_all`.
-    diagonal: of each Gram only that, [d], for far less work.
-    Raises InputError when an input holds NaN or infinity, or when another linear did not see every token of every
-    window exactly once (shared linears).
+    While entered, hooks on the linears add up Σ x xᵀ of their inputs in float32, whatever the compute dtype. Linears
+    share a Gram when they are handed the very same tensor object: q, k and v, or gate and up, but in a parallel block
+    all five; nothing is read off names.
+
+        with GramCollector(block) as collector:
+            outputs = [collector.run(first, hidden) for first, hidden in batches]
+        grams = collector.grams()
     """
-    grams: dict[str, Tensor] = {}
-    unsound: dict[str, list[tuple[int, int, Tensor]]] = {}  # owner -> (first sample, b, not finite [rows]) of batches
-    first = samples = 0  # of the batch that is passing
 
-    def add(owner: str, x: Tensor) -> None:
+    def __init__(self, block: Block, diagonal: bool = False) -> None:
+        """Collect of each Gram only the `diagonal` [d], for far less work, where that is asked for."""
+        self._block, self._diagonal = block, diagonal
+        self._grams: dict[str, Tensor] = {}
+        # owner -> (first window, windows, not finite [rows]) of each batch
+        self._not_finite: dict[str, list[tuple[int, int, Tensor]]] = {}
+        self._first = self._windows = self._tokens = 0
+        self._watch = _Watch(block.linears, self._add)
+
+    def __enter__(self) -> "GramCollector":
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.__exit__()
+
+    @torch.no_grad()
+    def run(self, first: int, hidden: Tensor) -> Tensor:
+        """Pass `hidden` [b, T, h], windows `first` to `first` + b - 1, through the block; return its output [b, T, h]."""
+        self._first, self._windows = first, len(hidden)
+        output = self._block.run(hidden)
+        self._watch.next_pass()
+        self._tokens += hidden.shape[0] * hidden.shape[1]
+        return output
+
+    def _add(self, owner: str, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()  # [b·T, d]
-        if owner not in grams:
-            grams[owner] = torch.zeros(x.shape[-1:] * (1 if diagonal else 2), device=x.device)
-        if diagonal:
-            grams[owner] += torch.linalg.vector_norm(rows, dim=0).square()  # no copy of the activations
+        if owner not in self._grams:
+            self._grams[owner] = torch.zeros(x.shape[-1:] * (1 if self._diagonal else 2), device=x.device)
+        if self._diagonal:
+            self._grams[owner] += torch.linalg.vector_norm(rows, dim=0).square()  # no copy of the activations
         else:
-            grams[owner].addmm_(rows.T, rows)
+            self._grams[owner].addmm_(rows.T, rows)
         # a row's sum is finite only if its entries are, and needs no copy of the activations
-        unsound.setdefault(owner, []).append((first, samples, ~torch.isfinite(rows.sum(1))))
+        bad = (self._first, self._windows, ~torch.isfinite(rows.sum(1)))
+        self._not_finite.setdefault(owner, []).append(bad)
 
-    tokens = 0
-    watch = _Watch(linears, add)
-    with watch:
-        for start, hidden in batches:
-            first, samples = start, len(hidden)
-            run_block(hidden)
-            watch.next_pass()
-            tokens += hidden.shape[0] * hidden.shape[1]
-    for name, seen in watch.rows.items():
-        if seen != tokens and name not in experts:
-            raise InputError(
-                f"{name} saw {seen} inputs where {tokens} tokens passed {block_name}; only linears that see each "
-                "token once can be compressed"
+    def grams(self) -> list[Gram]:
+        """Return the Grams, in call order; those of experts with few tokens as `lean_on_all` leaves them.
+
+        Raises:
+            InputError: An input holds NaN or infinity, or a linear that is no expert's did not see every token of
+                every window exactly once (shared linears).
+        """
+        block, rows = self._block, self._watch.rows
+        for name, seen in rows.items():
+            if seen != self._tokens and name not in block.experts:
+                raise InputError(
+                    f"{name} saw {seen} inputs where {self._tokens} tokens passed {block.name}; only linears that see "
+                    f"each token once can be compressed"
+                )
+        self._require_finite()
+        shared = lean_on_all(self._grams, rows, block.experts)
+        if shared:
+            log.warning(
+                "%s: too few tokens for %d of the %d Gram matrices of its experts, the least %d; they lean on all "
+                "experts'",
+                block.name,
+                len(shared),
+                len(block.experts.keys() & self._grams.keys()),
+                min(rows[owner] for owner in shared),
             )
-    for owner, parts in unsound.items():
-        if bad := int(torch.cat([rows for *_, rows in parts]).sum()):
-            where: set[int] = set()
-            for start, count, rows in parts:
-                if owner in experts and rows.any():
-                    where |= set(range(start, start + count))  # of which sample a token of its is, nobody noted
-                else:
-                    where |= {start + row * count // len(rows) for row in rows.nonzero().flatten().tolist()}
-            raise InputError(
-                f"{block_name}: the input of {owner} is NaN or infinite for {bad} tokens, in calibration "
-                f"samples {sorted(where)}; the model overflows on this text in the compute dtype (--device cpu "
-                "computes in float32), or its weights are damaged"
-            )
-    shared = lean_on_all(grams, watch.rows, experts)
-    if shared:
-        log.warning(
-            "%s: too few tokens for %d of the %d Gram matrices of its experts, the least %d; they lean on all experts'",
-            block_name,
-            len(shared),
-            len(experts.keys() & grams.keys()),
-            min(watch.rows[owner] for owner in shared),
-        )
-    return [Gram(group, grams[group[0]], watch.rows[group[0]], shared.get(group[0], 0.0)) for group in watch.groups()]
+        groups = self._watch.groups()
+        return [Gram(group, self._grams[group[0]], rows[group[0]], shared.get(group[0], 0.0)) for group in groups]
+
+    def _require_finite(self) -> None:
+        for owner, parts in self._not_finite.items():
+            if bad := int(torch.cat([rows for *_, rows in parts]).sum()):
+                where: set[int] = set()
+                for first, count, rows in parts:
+                    if owner in self._block.experts and rows.any():
+                        where |= set(range(first, first + count))  # which window a routed token is of, nobody noted
+                    else:
+                        where |= {first + row * count // len(rows) for row in rows.nonzero().flatten().tolist()}
+                raise InputError(
+                    f"{self._block.name}: the input of {owner} is NaN or infinite for {bad} tokens, in calibration "
+                    f"windows {sorted(where)}; the model overflows on this text in the compute dtype (--device cpu "
+                    "computes in float32), or its weights are damaged"
+                )
 
 
 def lean_on_all(grams: Mapping[str, Tensor], rows: Mapping[str, int], experts: Mapping[str, str]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,24 @@ _CALLS = 4
 
 _PROBE = (2, 5)
 """Batch and length of the pass that finds out how blocks are called: small, and no size of any model."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A handle on one live transformer block; it holds no tensor, so `BlockwiseModel.evict_block` frees the memory.
+
+    linears: each linear that is compressed, by the name it is stored under. experts: those of them that see only the
+    tokens routed to them -> their kind, the same in every expert beside it. parameters: return the parameters by the
+    names they are stored under, without the routers, which nothing may change. run: hidden states [b, T, h] ->
+    [b, T, h] as the model runs the block there, masks and positions included.
+    """
+
+    index: int
+    name: str
+    linears: Mapping[str, nn.Linear]
+    experts: Mapping[str, str]
+    parameters: Callable[[], Mapping[str, nn.Parameter]]
+    run: Callable[[Tensor], Tensor]
 
 
 class BlockwiseModel:
@@ -92,8 +111,8 @@ class BlockwiseModel:
 
     # Weights in and out
 
-    def load_block(self, i: int, checkpoint: Checkpoint | None = None) -> nn.Module:
-        """Block i with its weights in `dtype` on `device`, without gradients; loads them anew if it is live.
+    def load_block(self, i: int, checkpoint: Checkpoint | None = None) -> Block:
+        """Load block i in `dtype` on `device`, without gradients; load it anew if it is live.
 
         checkpoint: takes the weights from another checkpoint of the same model (a compressed folder).
         Raises InputError naming each tensor that is missing, has another shape, or holds NaN or infinity.
@@ -105,7 +124,10 @@ class BlockwiseModel:
         source = checkpoint or self.checkpoint
         self._load(source, self._keys_by_block(source)[i] if checkpoint else self.block_tensors[i])
         self._check_loaded(source, self._names(i))
-        return self._blocks[i].requires_grad_(False)
+        self._blocks[i].requires_grad_(False)
+        linears = {name: self.linear(name) for name in self.linears[i]}
+        parameters, run = partial(self._parameters, i), partial(self.run_block, i)
+        return Block(i, self.block_names[i], linears, self.experts[i], parameters, run)
 
     def linear(self, name: str) -> nn.Linear:
         """A linear, as `linears` names it."""
@@ -114,8 +136,7 @@ class BlockwiseModel:
             raise KeyError(f"{name} is a {type(module).__name__}, not a linear")
         return module
 
-    def parameters(self, i: int) -> dict[str, nn.Parameter]:
-        """Live block i's parameters by the names they are stored under, but for routers, which nothing may change."""
+    def _parameters(self, i: int) -> dict[str, nn.Parameter]:
         named = {f"{self.block_names[i]}.{name}": p for name, p in self._blocks[i].named_parameters()}
         return {self._stored_name.get(name, name): p for name, p in named.items() if name not in self._routers}
 
@@ -201,7 +222,7 @@ class BlockwiseModel:
         return hidden
 
     def run_block(self, i: int, hidden: Tensor) -> Tensor:
-        """Block i on hidden states [b, T, h] as the model runs it there, masks and positions included."""
+        """Pass hidden states [b, T, h] through live block i."""
         if self._live != i:
             raise RuntimeError(f"block {i} is not live: load_block({i}) first")
         call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]

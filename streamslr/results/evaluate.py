@@ -82,10 +82,10 @@ def evaluate(
         blockwise.evict_non_block()
         hidden.seal()
         for i in range(len(blockwise.block_names)):
-            blockwise.load_block(i)
+            block = blockwise.load_block(i)
             upcoming = new(i + 1)
             for start, x in read_batches(hidden, batches):
-                upcoming.write(start, blockwise.run_block(i, x.to(where)))
+                upcoming.write(start, block.run(x.to(where)))
             upcoming.seal()
             blockwise.evict_block(i)
             hidden.drop()

@@ -159,30 +159,29 @@ class Compression:
         context, blockwise, passes = self.context, self.context.blockwise, self.passes
         self.timer.take()
         with self.timer.phase("load", steps=1, block=i):
-            blockwise.load_block(i)
+            block = blockwise.load_block(i)
             context.checkpoint.prefetch(context.upcoming_tensors(i))
-        linears = {linear: blockwise.linear(linear) for linear in blockwise.linears[i]}
-        grams, targets = passes.retry_on_oom("grams", lambda: passes.collect(i, linears, streams))
-        with self.timer.phase("solve", steps=len(linears), block=i) as step:
-            packed, solved_linears = self.solve_block(linears, grams, step)
+        grams, targets = passes.retry_on_oom("grams", lambda: passes.collect(block, streams))
+        with self.timer.phase("solve", steps=len(block.linears), block=i) as step:
+            packed, solved_linears = self.solve_block(block.linears, grams, step)
         weights = solved = BlockWeights(packed, blockwise.as_stored(i))
-        patterns = {linear: context.allocation[linear].pattern for linear in linears}
-        block = CompressedBlock(blockwise.parameters(i), linears, patterns)
+        patterns = {linear: context.allocation[linear].pattern for linear in block.linears}
+        compressed = CompressedBlock(block, patterns)
         curve: tuple[float, ...] = ()
         if targets:
-            match = partial(passes.match, i, block, solved, streams.hidden, targets)
+            match = partial(passes.match, compressed, solved, streams.hidden, targets)
             weights, curve = passes.retry_on_oom(
                 "match", match, partial(passes.halve_micro_batch, context.config.match_batch)
             )
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
             writing = writer.submit(self.write, i, weights)
-            hidden, loss = passes.retry_on_oom("propagate", lambda: passes.propagate(i, streams.hidden, targets))
+            hidden, loss = passes.retry_on_oom("propagate", lambda: passes.propagate(block, streams.hidden, targets))
             if targets and not loss < curve[0]:
                 log.warning("%s: matching did not lower its loss of %.3g (%.3g); kept as solved", name, curve[0], loss)
-                block.place(solved)
+                compressed.place(solved)
                 writing = writer.submit(self.write, i, solved)
                 hidden.drop()
-                hidden, _ = passes.retry_on_oom("propagate", lambda: passes.propagate(i, streams.hidden, targets))
+                hidden, _ = passes.retry_on_oom("propagate", lambda: passes.propagate(block, streams.hidden, targets))
             shard = writing.result()
         upcoming = Streams(hidden, targets)
         with self.timer.phase("commit", steps=1, block=i):

@@ -1,18 +1,18 @@
 """The calibration windows on their way through the blocks: embed, the dense pass, the compressed pass, replay."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from streamslr.calibration.grams import Gram, collect_grams
+from streamslr.calibration.grams import Gram, GramCollector
 from streamslr.calibration.hidden_states import HiddenStates, Span, read_batches, spans
 from streamslr.matching import BlockWeights, CompressedBlock, Loss, Matching
 from streamslr.memory import release_memory, why_out_of_memory
+from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.run.context import RunContext
 from streamslr.run.progress import PhaseTimer
@@ -82,15 +82,11 @@ class Passes:
         for i in range(blocks):
             targets = None
             if streams.targets:
-                blockwise.load_block(i)
-                with (
-                    self.timer.phase("targets", steps=len(self.ids), block=i) as step,
-                    self._teaching(i, streams.targets) as (targets, teach),
-                ):
-                    for _, x in self._batches(streams.hidden, step):
-                        teach(x)
-            blockwise.load_block(i, finished)
-            upcoming = Streams(self.propagate(i, streams.hidden, None)[0], targets)
+                dense = blockwise.load_block(i)
+                with self.timer.phase("targets", steps=len(self.ids), block=i) as step:
+                    targets = self._dense_pass(i, streams, lambda _, x: dense.run(x), step)
+            block = blockwise.load_block(i, finished)
+            upcoming = Streams(self.propagate(block, streams.hidden, None)[0], targets)
             blockwise.evict_block(i)
             streams.drop()
             streams = upcoming
@@ -98,68 +94,58 @@ class Passes:
 
     def survey(self, i: int, hidden: HiddenStates) -> tuple[HiddenStates, float]:
         """Dense block i: boundary i + 1 of the dense model, and the share of the block's outliers (OWL)."""
-        blockwise, passed = self.context.blockwise, 0
-        with self.timer.phase("survey", steps=len(self.ids), block=i) as step, self._new("hidden", i + 1) as upcoming:
-            blockwise.load_block(i)
+        blockwise = self.context.blockwise
+        with (
+            self.timer.phase("survey", steps=len(self.ids), block=i) as step,
+            self._new("hidden", i + 1) as upcoming,
+        ):
+            block = blockwise.load_block(i)
             self.context.checkpoint.prefetch(self.context.upcoming_tensors(i))
-            linears = {name: blockwise.linear(name) for name in blockwise.linears[i]}
-
-            def run(x: Tensor) -> Tensor:
-                nonlocal passed
-                output = blockwise.run_block(i, x)
-                upcoming.write(passed, output)
-                passed += len(x)
-                return output
-
-            batches = self._batches(hidden, step)
-            seen = collect_grams(blockwise.block_names[i], linears, run, batches, blockwise.experts[i], diagonal=True)
+            with GramCollector(block, diagonal=True) as collector:
+                for first, x in self._batches(hidden, step):
+                    upcoming.write(first, collector.run(first, x))
             # per token, since experts see different numbers of them; one that saw none has no outliers
-            energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in seen]
-            scored = [(linears[name].weight, energy) for names, energy in energies for name in names]
+            energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in collector.grams()]
+            scored = [(block.linears[name].weight, energy) for names, energy in energies for name in names]
             return upcoming, outlier_share(scored, self.context.config.owl_outlier or OUTLIER)
 
-    def collect(
-        self, i: int, linears: Mapping[str, nn.Linear], streams: Streams
-    ) -> tuple[list[Gram], HiddenStates | None]:
-        """The dense pass: Gram matrices of block i, and the targets of what leaves it."""
-        blockwise = self.context.blockwise
-        collected = partial(collect_grams, blockwise.block_names[i], linears, experts=blockwise.experts[i])
-        with self.timer.phase("grams", steps=len(self.ids), block=i) as step:
-            batches = self._batches(streams.hidden, step)
-            if not streams.targets:
-                return collected(partial(blockwise.run_block, i), batches), None
-            with self._teaching(i, streams.targets) as (targets, teach):
-                return collected(teach, batches), targets
+    def collect(self, block: Block, streams: Streams) -> tuple[list[Gram], HiddenStates | None]:
+        """The dense pass: Gram matrices of the block, and the targets of what leaves it."""
+        with (
+            self.timer.phase("grams", steps=len(self.ids), block=block.index) as step,
+            GramCollector(block) as collector,
+        ):
+            targets = self._dense_pass(block.index, streams, collector.run, step)
+            return collector.grams(), targets
 
     def match(
-        self, i: int, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
+        self, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
     ) -> tuple[BlockWeights, tuple[float, ...]]:
-        """Live block i refined from `solved` towards its targets, and the loss of each epoch."""
+        """The live block refined from `solved` towards its targets, and the loss of each epoch."""
         config = self.context.config
         settings = Matching(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
-        with self.timer.phase("match", steps=settings.epochs * len(self.ids), block=i) as step:
+        with self.timer.phase("match", steps=settings.epochs * len(self.ids), block=block.index) as step:
 
             def batches(wanted: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
                 outputs = self._batches(targets, wanted=wanted)
                 for _, x in self._batches(hidden, step, wanted):
                     yield x, next(outputs)[1]
 
-            run = partial(self.context.blockwise.run_block, i)
             micro_batch = min(self.micro_batch, settings.batch)
-            refined = block.refine(solved, settings, run, batches, len(self.ids), micro_batch)
+            refined = block.refine(solved, settings, batches, len(self.ids), micro_batch)
         release_memory(self.context.device)  # Adam's first step in a process leaves masters and moments in a cycle
         return refined
 
-    def propagate(self, i: int, hidden: HiddenStates, targets: HiddenStates | None) -> tuple[HiddenStates, float]:
-        """Boundary i + 1 of the hidden states, and its loss against the targets."""
+    def propagate(self, block: Block, hidden: HiddenStates, targets: HiddenStates | None) -> tuple[HiddenStates, float]:
+        """The hidden states that leave the block, and their loss against the targets."""
         loss = Loss()
         with (
-            self.timer.phase("propagate", steps=len(self.ids), block=i) as step,
-            self._new("hidden", i + 1) as upcoming,
+            self.timer.phase("propagate", steps=len(self.ids), block=block.index) as step,
+            self._new("hidden", block.index + 1) as upcoming,
         ):
             outputs = self._batches(targets) if targets else None
             for start, x in self._batches(hidden, step):
-                output = self.context.blockwise.run_block(i, x)
+                output = block.run(x)
                 upcoming.write(start, output)
                 if outputs:
                     loss.add(output, next(outputs)[1])
@@ -201,19 +187,23 @@ class Passes:
             states.drop()
             raise
 
-    @contextmanager
-    def _teaching(self, i: int, entering: HiddenStates) -> Iterator[tuple[HiddenStates, Callable[[Tensor], Tensor]]]:
-        """Boundary i + 1 of the targets, and what passes the next batch through dense block i and writes it there."""
-        targets, recover = self._batches(entering), self.context.config.match_recover
-        with self._new("targets", i + 1) as upcoming:
-
-            def teach(x: Tensor) -> Tensor:
-                start, target = next(targets)
-                output = self.context.blockwise.run_block(i, x)
-                upcoming.write(start, output + recover * (target - x))
-                return output
-
-            yield upcoming, teach
+    def _dense_pass(
+        self, i: int, streams: Streams, run: Callable[[int, Tensor], Tensor], step: Callable[[int], None]
+    ) -> HiddenStates | None:
+        """Pass the hidden states through dense block i by `run`(first window, x); return the targets of block i."""
+        if not streams.targets:
+            for first, x in self._batches(streams.hidden, step):
+                run(first, x)
+            return None
+        recover = self.context.config.match_recover
+        earlier = self._batches(streams.targets)
+        with self._new("targets", i + 1) as targets:
+            for first, x in self._batches(streams.hidden, step):
+                output = run(first, x)
+                _, target = next(earlier)
+                # what earlier blocks lost is carried along the residual stream
+                targets.write(first, output + recover * (target - x))
+        return targets
 
     def _spans(self) -> list[Span]:
         return spans([(0, len(self.ids))], self.micro_batch)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamslr.calibration.grams import collect_grams, input_groups, lean_on_all
+from streamslr.calibration.grams import Gram, GramCollector, input_groups, lean_on_all
 from streamslr.errors import InputError
+from streamslr.model.blockwise import Block
 from tests.support.problems import peak_of
 
 
@@ -23,6 +24,20 @@ class Attention(nn.Module):
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {f"block.{name}": m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def collect_grams(
+    name: str,
+    linears: dict[str, nn.Linear],
+    run: nn.Module,
+    batches: list[tuple[int, Tensor]],
+    experts: dict[str, str] | None = None,
+) -> list[Gram]:
+    block = Block(7, name, linears, experts or {}, lambda: {}, run)
+    with GramCollector(block) as collector:
+        for first, hidden in batches:
+            collector.run(first, hidden)
+    return collector.grams()
 
 
 def batches(hidden: Tensor, size: int) -> list[tuple[int, Tensor]]:
@@ -155,5 +170,5 @@ def test_how_many_experts_lack_tokens_is_logged(caplog: pytest.LogCaptureFixture
 def test_an_experts_non_finite_input_names_the_samples_of_its_batch() -> None:
     block, hidden = Routed(), routed_tokens()
     hidden[3, 7, 2] = float("inf")
-    with pytest.raises(InputError, match=r"NaN or infinite for 1 tokens, in calibration samples \[2, 3\]"):
+    with pytest.raises(InputError, match=r"NaN or infinite for 1 tokens, in calibration windows \[2, 3\]"):
         collect_grams("block", linears(block), block, batches(hidden, 2), KINDS)

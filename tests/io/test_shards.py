@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from streamslr.store import shards
 from transformers import LlamaConfig
 
 from streamslr.errors import BudgetError, InputError, StreamslrError
+from streamslr.io import shards
 from streamslr.io.packing import pack
 from streamslr.io.shards import (
     DTYPE_NAMES,
