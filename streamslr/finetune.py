@@ -5,12 +5,10 @@ A second one would have to be merged into it, at a higher rank, to come back int
 has U·V as a LoRA from `streamslr export --to peft`.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -28,16 +26,20 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import PrinterCallback
 
 from streamslr.calibration.tokens import text_windows
-from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
-from streamslr.io.folder import write_index
-from streamslr.io.shards import (
+from streamslr.io.durable import (
     PARTIAL_SUFFIX,
-    TensorSource,
-    WrittenShard,
+    DiskNeed,
     fsync_folder,
+    lock_folder,
+    require_disk_space,
     write_file,
     write_json,
+)
+from streamslr.io.folder import write_index
+from streamslr.io.shards import (
+    TensorSource,
+    WrittenShard,
     write_shard,
 )
 from streamslr.memory import why_out_of_memory
@@ -112,7 +114,8 @@ def finetune(
     stored = {name: info for block in state.blocks for name, info in shard_header(folder / block.shard.file).items()}
     with _claimed(out, settings) as work:
         count = sum(linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears)
-        _require_disk(work, sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES)
+        needed = sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES
+        require_disk_space(DiskNeed(work, "result and checkpoints", needed, "give --out on another disk"))
         model = load(folder, where)
         trained = _low_rank(model, state)
         in_bf16 = where.type == "cuda" and model.dtype == torch.bfloat16
@@ -237,16 +240,7 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
         raise ResumeError(f"{out} is there already; give a new folder as --out")
     work = out.with_name(out.name + PARTIAL_SUFFIX)
     record = work / _SETTINGS_FILE
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work, os.O_RDONLY)
-    except OSError as error:
-        raise ResumeError(f"{work} cannot be made or opened: {error.strerror}; give another --out") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResumeError(f"another process is writing {work}; wait for it, or give another --out") from error
+    with lock_folder(work, "give another --out"):
         if not record.is_file():
             if any(path.name != _SETTINGS_FILE + PARTIAL_SUFFIX for path in work.iterdir()):
                 raise ResumeError(f"{work} holds files that are no fine-tuning's; delete it, or give another --out")
@@ -258,8 +252,6 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
                 f"give the same to go on, delete it, or give another --out"
             )
         yield work
-    finally:
-        os.close(lock)
 
 
 def _last_checkpoint(work: Path) -> tuple[int, str | None]:
@@ -309,14 +301,6 @@ def _adam(trained: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimiz
     """A rate for each tensor, from its size before any step; no weight decay: it would pull U·V off its solution."""
     groups = [{"params": [p], "lr": lr * float(p.detach().square().mean().sqrt())} for p in trained.values()]
     return torch.optim.Adam(groups)
-
-
-def _require_disk(work: Path, need: int) -> None:
-    free = shutil.disk_usage(work).free
-    if need > free:
-        raise BudgetError(
-            f"{work} needs {format_bytes(need)} while training, the disk has {format_bytes(free)} free; make room"
-        )
 
 
 def _write(

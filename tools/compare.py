@@ -41,7 +41,7 @@ from bench_run import STREAMSLR
 from streamslr.cli import run
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
-from streamslr.io.shards import file_sha256, write_file, write_json
+from streamslr.io.durable import file_sha256, write_file, write_json
 from streamslr.memory import free_host_memory
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from streamslr.io.shards import DTYPE_NAMES, INDEX_FILE, TensorSource, index_json, write_json, write_shard
+from streamslr.io.durable import write_json
+from streamslr.io.shards import DTYPE_NAMES, INDEX_FILE, TensorSource, index_json, write_shard
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Weight = Callable[[str, Tensor, torch.Generator], Tensor]

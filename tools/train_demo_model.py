@@ -35,7 +35,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from streamslr.io.shards import INDEX_FILE, index_json, write_json, write_shard
+from streamslr.io.durable import write_json
+from streamslr.io.shards import INDEX_FILE, index_json, write_shard
 
 VOCABULARY = 2048
 WINDOW = 256  # tokens; the demo calibrates and evaluates on windows of the same length

@@ -6,18 +6,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from streamslr.io.durable import PARTIAL_SUFFIX, write_file, write_json
 from streamslr.io.shards import (
     BLOCK_FILE,
     INDEX_FILE,
     NON_BLOCK_FILE,
-    PARTIAL_SUFFIX,
     TensorSource,
     WrittenShard,
     index_json,
     quantization_config,
     shard_metadata,
-    write_file,
-    write_json,
     write_shard,
 )
 from streamslr.model.checkpoint import Checkpoint, shard_header

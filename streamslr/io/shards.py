@@ -1,12 +1,8 @@
 """Files that last: safetensors shards and JSON, written whole or not at all, the same bytes every time."""
 
-import errno
-import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,14 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from streamslr.errors import BudgetError, InputError, StreamslrError
+from streamslr.errors import InputError
+from streamslr.io.durable import durable_file
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
 BLOCK_FILE = "model-block-{:05d}.safetensors"
 NON_BLOCK_FILE = "model-outside.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-PARTIAL_SUFFIX = ".partial"
-"""What a file is named until it is whole; a later attempt at the same file replaces a leftover one."""
 QUANT_METHOD = "streamslr"
 FORMAT_VERSION = 3
 """3: names in the journal (`linears`, `wanda_error`, `non_block` …); 2: metadata of n:m in digits, the same bytes of
@@ -47,9 +42,6 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 """torch's dtypes as safetensors headers name them."""
-
-_SLICE = 64 << 20
-"""Bytes hashed and written at once: large enough that the calls cost nothing, small enough to stop soon."""
 
 
 @dataclass(frozen=True)
@@ -97,30 +89,12 @@ def write_shard(
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
 
-    def content() -> Iterator[memoryview]:
-        yield memoryview(len(header).to_bytes(8, "little") + header)
-        for source in sources:
-            yield _bytes_of(source)
-
     nbytes = 8 + len(header) + end
-    return WrittenShard(path.name, _write_durably(path, content(), nbytes), nbytes)
-
-
-def write_file(path: Path, content: bytes) -> str:
-    """Writes a small file durably; returns its sha256. Errors as `write_shard`."""
-    return _write_durably(path, iter([memoryview(content)]), len(content))
-
-
-def write_json(path: Path, obj: Any) -> str:
-    """Writes `obj` durably as JSON: sorted keys, indented, a newline at the end; returns its sha256."""
-    text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    return write_file(path, text.encode())
-
-
-def file_sha256(path: Path) -> str:
-    """The digest of a file, as `WrittenShard` records it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with durable_file(path, nbytes) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for source in sources:
+            file.write(_bytes_of(source))
+    return WrittenShard(path.name, file.sha256, nbytes)
 
 
 def index_json(weight_map: Mapping[str, str], total_size: int) -> dict[str, Any]:
@@ -217,63 +191,3 @@ def _bytes_of(source: TensorSource) -> memoryview:
         raise ValueError(f"{name} was declared {dtype} {list(shape)}, but is {tensor.dtype} {list(tensor.shape)}")
     flat = tensor.to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
-
-
-def _write_durably(path: Path, content: Iterator[memoryview], nbytes: int) -> str:
-    """Writes `content` as the file `path`, of `nbytes`, through a partial file; returns its sha256.
-
-    When it returns, a power cut cannot undo it. Whatever fails on the way, the partial file is removed; after
-    kill -9 it may stay, but never under the final name.
-    """
-    unfinished = path.with_name(path.name + PARTIAL_SUFFIX)
-    digest = hashlib.sha256()
-    try:
-        try:
-            unfinished.unlink(missing_ok=True)
-            # 0o666: the umask decides who may read, as for any file the user makes.
-            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise _failed_write(path, nbytes, error) from error
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
-            for piece in content:
-                for start in range(0, len(piece), _SLICE):
-                    part = piece[start : start + _SLICE]
-                    digest.update(part)
-                    try:
-                        while len(part):
-                            part = part[file.write(part) :]
-                    except OSError as error:
-                        raise _failed_write(path, nbytes, error) from error
-            try:
-                os.fsync(file.fileno())
-                unfinished.replace(path)
-                fsync_folder(path.parent)
-            except OSError as error:
-                raise _failed_write(path, nbytes, error) from error
-    except BaseException:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise
-    return digest.hexdigest()
-
-
-def _failed_write(path: Path, nbytes: int, error: OSError) -> StreamslrError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return BudgetError(
-            f"cannot write {path}: {error.strerror}; it takes {nbytes} bytes. "
-            f"Make room there, then run the same line again, or choose another folder"
-        )
-    return StreamslrError(f"cannot write {path}: {error.strerror}; check the folder, then run the same line again")
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot fsync a folder, and offer nothing in its place.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

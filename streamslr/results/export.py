@@ -1,6 +1,5 @@
 """A compressed folder as other software reads it: one dense model, or S as a model with U·V as its PEFT adapter."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,18 +15,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from streamslr.config import format_bytes
-from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
+from streamslr.errors import InputError, ResumeError, StreamslrError
+from streamslr.io.durable import (
+    PARTIAL_SUFFIX,
+    DiskNeed,
+    file_sha256,
+    lock_folder,
+    require_disk_space,
+    write_file,
+    write_json,
+)
 from streamslr.io.packing import merge
 from streamslr.io.shards import (
     INDEX_FILE,
-    PARTIAL_SUFFIX,
     TensorSource,
-    file_sha256,
     index_json,
     packed_linears,
-    write_file,
-    write_json,
     write_shard,
 )
 from streamslr.memory import keep_no_freed_memory
@@ -117,7 +120,8 @@ def export(
         "dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."),
     }
     with _claimed(out, made_from) as done:
-        _require_disk(out, [shard for shard in shards if shard.path not in done])
+        missing = sum(shard.nbytes for shard in shards if shard.path not in done)
+        require_disk_space(DiskNeed(out, "shards", missing, "export to another disk"))
         made = 0
         for number, shard in enumerate(shards, 1):
             path = out / shard.path
@@ -292,16 +296,7 @@ def _adapter_config(base: Path, ranks: Mapping[str, int], modules: set[str]) -> 
 @contextmanager
 def _claimed(out: Path, made_from: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """The finished shards of this very export in `out`, path -> sha256; while entered no other process writes it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise ResumeError(f"{out} cannot be made or opened: {error.strerror}; give another folder") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResumeError(f"another process is writing {out}; wait for it, or give another folder") from error
+    with lock_folder(out, "give another folder"):
         path = out / RECORD_FILE
         if not path.is_file():
             if foreign := sorted(p.name for p in out.iterdir() if p.name != RECORD_FILE + PARTIAL_SUFFIX):
@@ -316,17 +311,6 @@ def _claimed(out: Path, made_from: Mapping[str, Any]) -> Iterator[dict[str, str]
         if changed:
             raise ResumeError(f"{out} holds another export ({'; '.join(changed)}); delete it, or give another folder")
         yield done
-    finally:
-        os.close(lock)
-
-
-def _require_disk(out: Path, shards: list[_Shard]) -> None:
-    need = sum(shard.nbytes for shard in shards)
-    disk = os.statvfs(out)
-    if need > (free := disk.f_bavail * disk.f_frsize):
-        raise BudgetError(
-            f"{out} needs {format_bytes(need)}, the disk has {format_bytes(free)} free; make room, or export elsewhere"
-        )
 
 
 def _is_as_recorded(path: Path, sha256: str | None) -> bool:

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
-from streamslr.io.shards import write_file
+from streamslr.io.durable import write_file
 from streamslr.results.inspect import becomes, how, phase_readings, read_run, short_name, totals, warnings
 from streamslr.run.journal import BlockRecord, JournalState, LinearRecord
 from streamslr.run.progress import PHASES, format_duration

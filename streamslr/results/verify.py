@@ -9,8 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from streamslr.errors import StreamslrError
+from streamslr.io.durable import file_sha256
 from streamslr.io.packing import check_packed
-from streamslr.io.shards import INDEX_FILE, WrittenShard, file_sha256, packed_linears
+from streamslr.io.shards import INDEX_FILE, WrittenShard, packed_linears
 from streamslr.results.inspect import read_run
 from streamslr.results.report import REPORT_FILE
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord

@@ -1,16 +1,16 @@
 """What is durably done: the one truth that resume believes, kept in the output folder as streamslr.json."""
 
-import fcntl
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from streamslr.errors import InputError, ResumeError
-from streamslr.io.shards import FORMAT_VERSION, PARTIAL_SUFFIX, READABLE_VERSIONS, WrittenShard, write_json
+from streamslr.io.durable import PARTIAL_SUFFIX, lock_folder, write_json
+from streamslr.io.shards import FORMAT_VERSION, READABLE_VERSIONS, WrittenShard
 from streamslr.version import __version__
 
 JOURNAL_FILE = "streamslr.json"
@@ -195,18 +195,10 @@ class Journal:
         Raises ResumeError when another process holds the folder, when it holds another run (naming each
         setting that differs, with both values), or files that are no run's.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY)  # the folder itself: no lock file to leave behind
-        except OSError as error:
-            raise ResumeError(f"{folder} cannot be made or opened: {error.strerror}; give another --out") from error
         self.folder = folder
         self.state: JournalState
-        try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ResumeError(f"another process is writing {folder}; wait for it, or give another --out") from error
+        with ExitStack() as opened:
+            opened.enter_context(lock_folder(folder, "give another --out"))
             found = read_journal(folder)
             if found is None:
                 self._refuse_foreign_files()
@@ -220,9 +212,7 @@ class Journal:
                     )
                 refuse_changed_settings(folder, found.fingerprint, start.fingerprint)
                 self.state = found
-        except BaseException:
-            self.close()
-            raise
+            self._lock = opened.pop_all()
 
     def __enter__(self) -> "Journal":
         return self
@@ -231,7 +221,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        os.close(self._lock)
+        self._lock.close()
 
     def commit_survey(
         self, outliers: Sequence[float], allocation: Mapping[str, Any], micro_batch: int, measured: Mapping[str, Any]

@@ -1,6 +1,5 @@
 """Bytes and FLOPs of each phase from headers alone, before any work; refuses what cannot fit. Pure arithmetic."""
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import BudgetError
+from streamslr.io.durable import DiskNeed, require_disk_space
 from streamslr.matching import TILE
 from streamslr.solvers.base import Solver
 from streamslr.spec.allocation import SCORED_ROWS, Allocation, in_words, parameter_fraction
@@ -201,33 +201,19 @@ class Plan:
 
     def require_disk(self, out: Path, scratch: Path, cache: Path) -> None:
         """Raises BudgetError when a file system lacks space for what is still to come to it."""
-        needs = [
-            (out, "output", self.output_bytes - _size(out, "*.safetensors"), "give --out on another disk"),
-            (scratch, "hidden states", self.scratch_bytes - _size(scratch, "**/*"), "give --scratch on another disk"),
-            (cache, "downloads", self.cache_bytes, "set HF_HOME to a folder on another disk, or give --evict-shards"),
-        ]
-        disks: dict[int, list[tuple[Path, str, int, str]]] = {}
-        for path, what, need, advice in needs:
-            place = _existing_parent(path)
-            if need > 0:
-                disks.setdefault(place.stat().st_dev, []).append((place, what, need, advice))
-        for entries in disks.values():
-            total = sum(need for _, _, need, _ in entries)
-            disk = os.statvfs(entries[0][0])
-            if total > (free := disk.f_bavail * disk.f_frsize):
-                parts = " and ".join(f"{what} {format_bytes(need)}" for _, what, need, _ in entries)
-                raise BudgetError(
-                    f"{entries[0][0]} has {format_bytes(free)} free; {parts} need {format_bytes(total)} there. "
-                    f"Free some, or {', or '.join(advice for *_, advice in entries)}"
-                )
+        in_out = self.output_bytes - _size(out, "*.safetensors")
+        in_scratch = self.scratch_bytes - _size(scratch, "**/*")
+        require_disk_space(
+            DiskNeed(out, "output", in_out, "give --out on another disk"),
+            DiskNeed(scratch, "hidden states", in_scratch, "give --scratch on another disk"),
+            DiskNeed(
+                cache, "downloads", self.cache_bytes, "set HF_HOME to a folder on another disk, or give --evict-shards"
+            ),
+        )
 
 
 def _size(folder: Path, pattern: str) -> int:
     return sum(p.stat().st_size for p in folder.glob(pattern) if p.is_file())
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 @dataclass(frozen=True)

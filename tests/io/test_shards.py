@@ -2,14 +2,6 @@
 
 import hashlib
 import json
-import os
-import resource
-import signal
-import stat
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,19 +11,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
-from streamslr.errors import BudgetError, InputError, StreamslrError
-from streamslr.io import shards
+from streamslr.errors import InputError
+from streamslr.io.durable import file_sha256
 from streamslr.io.packing import pack
 from streamslr.io.shards import (
     DTYPE_NAMES,
     FORMAT_VERSION,
-    file_sha256,
     index_json,
     packed_linears,
     quantization_config,
     read_quantization_config,
     shard_metadata,
-    write_json,
     write_shard,
 )
 from streamslr.spec.pattern import NofM, Unstructured, UnstructuredRows
@@ -148,113 +138,7 @@ def test_a_source_that_is_not_as_declared_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# Durability
-
-
-def test_data_reach_the_disk_before_the_name_and_the_name_before_the_return(tmp_path, monkeypatch):
-    events = []
-
-    def fsync(descriptor):
-        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
-
-    def replace(source, target):
-        events.append(f"rename to {Path(target).name}")
-        real_replace(source, target)
-
-    real_replace = os.replace
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
-    write_json(tmp_path / "a.json", {})
-    write_shard(tmp_path / "b.safetensors", {}, {})
-    assert events == ["file", "rename to a.json", "folder", "file", "rename to b.safetensors", "folder"]
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_the_umask_decides_who_may_read(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
-        write_shard(tmp_path / "x.safetensors", {}, {})
-    finally:
-        os.umask(before)
-    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == mode
-
-
-@pytest.fixture
-def full_disk(monkeypatch):
-    def open_full(descriptor, *_, **__):
-        os.close(descriptor)
-        return open("/dev/full", "wb", buffering=0)  # noqa: PTH123
-
-    monkeypatch.setattr(shards.os, "fdopen", open_full)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_full_disk_names_the_file_and_the_bytes_and_leaves_nothing(tmp_path, full_disk):
-    path = tmp_path / "model-block-00000.safetensors"
-    path.write_bytes(b"the one before")
-    with pytest.raises(BudgetError, match=r"model-block-00000.safetensors: No space left.* \d{3} bytes"):
-        write_shard(path, tiny_block(), METADATA)
-    with pytest.raises(BudgetError, match=r"x\.json: No space left on device; it takes 3 bytes"):
-        write_json(tmp_path / "x.json", {})
-    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"the one before"
-
-
-def test_a_quota_that_ends_midway_leaves_nothing(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        with pytest.raises(BudgetError, match="File too large"):
-            write_shard(tmp_path / "x.safetensors", {"a": torch.zeros(1 << 20)}, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failing_source_leaves_nothing(tmp_path):
-    def fail():
-        raise RuntimeError("the solver failed")
-
-    with pytest.raises(RuntimeError, match="the solver failed"):
-        write_shard(tmp_path / "x.safetensors", [("a", torch.float32, (2,), fail)], {})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(StreamslrError, match=r"cannot write .*gone/x.safetensors: No such file or directory"):
-        write_shard(tmp_path / "gone" / "x.safetensors", {}, {})
-    (tmp_path / "file").touch()
-    with pytest.raises(StreamslrError, match=r"cannot write .*file/x.json: Not a directory"):
-        write_json(tmp_path / "file" / "x.json", {})
-
-
-def test_a_kill_leaves_no_file_under_the_final_name_and_does_not_hinder_the_next(tmp_path):
-    path = tmp_path / "x.safetensors"
-    program = textwrap.dedent("""
-        import os, signal, sys, torch
-        from pathlib import Path
-        from streamslr.io.shards import write_shard
-        def die():
-            os.kill(os.getpid(), signal.SIGKILL)
-        one = ("a", torch.float32, (4,), lambda: torch.ones(4))
-        write_shard(Path(sys.argv[1]), [one, ("b", torch.float32, (4,), die)], {})
-    """)
-    killed = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not path.exists()
-    write_shard(path, {"a": torch.ones(4)}, {})
-    assert list(tmp_path.iterdir()) == [path]
-    assert torch.equal(load_file(path)["a"], torch.ones(4))
-
-
-# JSON and what config.json says
-
-
-def test_json_is_sorted_and_ends_with_a_newline(tmp_path):
-    write_json(tmp_path / "x.json", {"b": 1, "a": ["é", None]})
-    text = '{\n  "a": [\n    "é",\n    null\n  ],\n  "b": 1\n}\n'
-    assert (tmp_path / "x.json").read_text(encoding="utf-8") == text
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(tmp_path / "x.json", {"loss": float("nan")})
+# What config.json says
 
 
 def test_index_is_as_transformers_reads_it():

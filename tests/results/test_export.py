@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import streamslr
 from streamslr.calibration.tokens import text_windows
 from streamslr.errors import BudgetError, InputError, ResumeError
-from streamslr.io.shards import file_sha256
+from streamslr.io.durable import file_sha256
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export, vllm_max_lora_rank

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import streamslr
 from streamslr.errors import InputError
-from streamslr.io.shards import file_sha256
+from streamslr.io.durable import file_sha256
 from streamslr.results.inspect import summary
 from streamslr.results.verify import verify
 from streamslr.run.journal import read_journal
