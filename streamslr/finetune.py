@@ -37,13 +37,9 @@ from streamslr.io.durable import (
     write_json,
 )
 from streamslr.io.folder import write_index
-from streamslr.io.shards import (
-    TensorSource,
-    WrittenShard,
-    write_shard,
-)
+from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
 from streamslr.memory import why_out_of_memory
-from streamslr.model.checkpoint import open_checkpoint, shard_header
+from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.experts import names_in
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
@@ -111,7 +107,8 @@ def finetune(
         "lr": lr,
         "seed": seed,
     }
-    stored = {name: info for block in state.blocks for name, info in shard_header(folder / block.shard.file).items()}
+    headers = [shard_header(folder / block.shard.file) for block in state.blocks]
+    stored = {name: info for header in headers for name, info in header.tensors.items()}
     with _claimed(out, settings) as work:
         count = sum(linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears)
         needed = sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES
@@ -315,7 +312,7 @@ def _write(
                 tensor: Tensor = trained[name].to(dtype) if name in trained else opened.get_tensor(name)
                 return tensor
 
-            header = shard_header(folder / file)
+            header = shard_header(folder / file).tensors
             sources: list[TensorSource] = [
                 (name, info.dtype, info.shape, partial(fetch, name, info.dtype)) for name, info in header.items()
             ]

@@ -50,7 +50,7 @@ from torch import Tensor
 
 from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import StreamslrError
-from streamslr.io.shards import DTYPE_NAMES
+from streamslr.io.safetensors_file import DTYPE_NAMES
 from streamslr.memory import uss
 from streamslr.run.context import open_run
 from streamslr.run.loop import run

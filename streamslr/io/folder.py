@@ -7,18 +7,16 @@ from pathlib import Path
 from torch import Tensor
 
 from streamslr.io.durable import PARTIAL_SUFFIX, write_file, write_json
+from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
 from streamslr.io.shards import (
     BLOCK_FILE,
     INDEX_FILE,
     NON_BLOCK_FILE,
-    TensorSource,
-    WrittenShard,
     index_json,
     quantization_config,
     shard_metadata,
-    write_shard,
 )
-from streamslr.model.checkpoint import Checkpoint, shard_header
+from streamslr.model.checkpoint import Checkpoint
 from streamslr.spec.pattern import SparsityPattern
 
 
@@ -68,7 +66,7 @@ def write_block(
 
 def write_index(folder: Path, shards: Iterable[WrittenShard]) -> None:
     """model.safetensors.index.json over the committed shards, complete for what is there."""
-    headers = {shard.file: shard_header(folder / shard.file) for shard in shards}
+    headers = {shard.file: shard_header(folder / shard.file).tensors for shard in shards}
     weight_map = {name: file for file, tensors in headers.items() for name in tensors}
     total = sum(info.nbytes for tensors in headers.values() for info in tensors.values())
     write_json(folder / INDEX_FILE, index_json(weight_map, total))

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,32 +18,17 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 
 from streamslr.errors import InputError, StreamslrError
 from streamslr.io.packing import merge
-from streamslr.io.shards import DTYPE_NAMES, INDEX_FILE, packed_linears, read_quantization_config
-from streamslr.model.sources import CONFIG_FILE, LocalFolder, ModelSource, find_source, first_line
+from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header
+from streamslr.io.shards import INDEX_FILE, packed_linears, read_quantization_config
+from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source, first_line
 from streamslr.spec.pattern import SparsityPattern
 
 SINGLE_FILE = "model.safetensors"
 
-_HEADER_GUESS = 1 << 17
-"""Bytes read first of a shard: huggingface_hub found the header of 97 % of the hub's files within 100 kB."""
-_HEADER_LIMIT = 100_000_000
-"""The longest header that the safetensors format allows."""
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _PACKED_PARTS = ("values", "meta", "row_offsets", "U", "V")
 
 log = logging.getLogger("streamslr")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of a tensor: what `Checkpoint.read` will give, and the shard that holds it."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    shard: str
-    nbytes: int
 
 
 class Checkpoint(Protocol):
@@ -105,20 +90,6 @@ def open_checkpoint(model: str, revision: str | None = None, evict: bool = False
     return _OpenCheckpoint(model, find_source(model, revision), evict)
 
 
-def shard_header(path: Path) -> dict[str, TensorInfo]:
-    """What a safetensors file holds, as stored; InputError for a truncated or damaged one."""
-    return _read_header(LocalFolder(path.parent), path.name).tensors
-
-
-@dataclass(frozen=True)
-class _Header:
-    raw: bytes
-    size: int  # of the whole file
-    tensors: dict[str, TensorInfo]
-    ranges: dict[str, tuple[int, int]]  # of each tensor's bytes in the file: first, last + 1
-    metadata: Mapping[str, str]
-
-
 class _OpenCheckpoint:
     """The Checkpoint of any source: which shard holds what, and which of them are still needed."""
 
@@ -130,7 +101,7 @@ class _OpenCheckpoint:
         self.config = _parse_config(raw_config, source)
         shards, weight_map = _shard_names(source)
         with ThreadPoolExecutor(8) as pool:  # on the hub a header costs a round trip or two
-            headers = list(pool.map(lambda shard: _read_header(source, shard), shards))
+            headers = list(pool.map(self._read_header, shards))
         self._headers = dict(zip(shards, headers, strict=True))
         self.identity = source.pinned or _digest(raw_config, self._headers)
         stored = _stored_tensors(source, self._headers, weight_map)
@@ -141,6 +112,9 @@ class _OpenCheckpoint:
         _refuse_quantized_weights(source, self.tensors)
         self._done: set[str] = set()
         self._lock = threading.Lock()  # guards _done
+
+    def _read_header(self, shard: str) -> ShardHeader:
+        return read_header(partial(self._source.read_start, shard), shard, self._source.label)
 
     def _unpacked(self, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """The parts of each packed linear P replaced by one dense P.weight."""
@@ -348,53 +322,8 @@ def _no_weights(source: ModelSource) -> StreamslrError:
     return source.missing_file_error(SINGLE_FILE, f" and no {INDEX_FILE}{found}")
 
 
-def _read_header(source: ModelSource, name: str) -> _Header:
-    """The header of one shard, checked against itself and against the file's size."""
-
-    def damaged(what: str) -> InputError:
-        return InputError(f"{name} in {source.label}: {what}; copy or download the file again")
-
-    start, size = source.read_start(name, _HEADER_GUESS)
-    length = int.from_bytes(start[:8], "little")
-    if size < 8:
-        raise damaged(f"{size} bytes are no safetensors file")
-    if length > _HEADER_LIMIT:
-        raise damaged(f"its first 8 bytes claim a header of {length} bytes, so it is no safetensors file")
-    if length > size - 8:
-        raise damaged(f"truncated: {size} bytes, of which the header alone takes {length + 8}")
-    if len(start) < 8 + length:
-        start, _ = source.read_start(name, 8 + length)
-    raw = start[8 : 8 + length]
-    tensors: dict[str, TensorInfo] = {}
-    ranges: dict[str, tuple[int, int]] = {}
-    try:
-        entries = json.loads(raw)
-        metadata = entries.pop("__metadata__", {})
-        for key, entry in entries.items():
-            shape = tuple(int(n) for n in entry["shape"])
-            first, end = entry["data_offsets"]
-            if entry["dtype"] not in _DTYPES:
-                raise InputError(
-                    f"{key} in {name} of {source.label} has dtype {entry['dtype']}, which streamslr cannot "
-                    f"read; give the original model in bf16, fp16 or fp32"
-                )
-            dtype = _DTYPES[entry["dtype"]]
-            nbytes = torch.Size(shape).numel() * dtype.itemsize
-            if min((0, *shape)) < 0 or first < 0 or end - first != nbytes:
-                raise damaged(f"{key} {list(shape)} takes {nbytes} bytes, its offsets hold {end - first}")
-            tensors[key] = TensorInfo(key, dtype, shape, name, nbytes)
-            ranges[key] = (8 + length + first, 8 + length + end)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(f"its header is not a safetensors header ({error!r})") from error
-    need = max((end for _, end in ranges.values()), default=8 + length)
-    if need != size:
-        wrong = "truncated" if need > size else "longer than its header says"
-        raise damaged(f"{wrong}: {size} bytes, the header speaks of {need}")
-    return _Header(raw, size, tensors, ranges, metadata)
-
-
 def _stored_tensors(
-    source: ModelSource, headers: Mapping[str, _Header], weight_map: Mapping[str, str]
+    source: ModelSource, headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str]
 ) -> dict[str, TensorInfo]:
     """Every tensor of every shard; the index decides where two shards hold the same name."""
     stored = {name: info for header in headers.values() for name, info in header.tensors.items()}
@@ -428,7 +357,7 @@ def _is_auxiliary(name: str) -> bool:
     return name in ("merges.txt", "vocab.txt") or name.endswith((".json", ".model", ".jinja", ".tiktoken"))
 
 
-def _digest(config: bytes, headers: Mapping[str, _Header]) -> str:
+def _digest(config: bytes, headers: Mapping[str, ShardHeader]) -> str:
     digest = hashlib.sha256(config)
     for name, header in sorted(headers.items()):
         digest.update(f"\0{name}\0{header.size}\0".encode() + header.raw)

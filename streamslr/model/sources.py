@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 )
 
 from streamslr.errors import BudgetError, HubError, InputError, StreamslrError
+from streamslr.io.safetensors_file import read_start
 
 CONFIG_FILE = "config.json"
 
@@ -88,11 +88,7 @@ class LocalFolder:
             raise InputError(f"cannot read the folder {path}: {error.strerror}") from error
 
     def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
-        try:
-            with (self.path / name).open("rb") as file:
-                return file.read(nbytes), os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise InputError(f"cannot read {self.path / name}: {error.strerror}") from error
+        return read_start(self.path / name, nbytes)
 
     def local_path(self, name: str) -> Path | None:
         return self.path / name
@@ -136,7 +132,7 @@ class HubRepo:
     def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
         path = self.local_path(name)
         if path is not None:
-            return LocalFolder(path.parent).read_start(name, nbytes)
+            return read_start(path, nbytes)
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self._api.endpoint)
         headers = build_hf_headers() | {"Range": f"bytes=0-{nbytes - 1}", "Accept-Encoding": "identity"}
         start = bytearray()

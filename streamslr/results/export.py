@@ -26,16 +26,11 @@ from streamslr.io.durable import (
     write_json,
 )
 from streamslr.io.packing import merge
-from streamslr.io.shards import (
-    INDEX_FILE,
-    TensorSource,
-    index_json,
-    packed_linears,
-    write_shard,
-)
+from streamslr.io.safetensors_file import TensorInfo, TensorSource, shard_header, write_shard
+from streamslr.io.shards import INDEX_FILE, index_json, packed_linears
 from streamslr.memory import keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
-from streamslr.model.checkpoint import TensorInfo, open_checkpoint, shard_header
+from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.sources import CONFIG_FILE
 from streamslr.results.inspect import read_run
 from streamslr.spec.pattern import SparsityPattern
@@ -160,8 +155,9 @@ class _Source:
         self._checkpoint = open_checkpoint(str(folder))  # holds index, shards and headers against each other
         self._digests = {shard.file: shard.sha256 for shard in state.shards}
         self._sound: set[str] = set()
-        self._stored = {file: shard_header(folder / file) for file in self._digests}
-        self._linears = {file: self._packed(file) for file in self._digests}
+        headers = {file: shard_header(folder / file) for file in self._digests}
+        self._stored = {file: header.tensors for file, header in headers.items()}
+        self._linears = {file: packed_linears(header.metadata) for file, header in headers.items()}
         content = json.dumps([self._digests, dict(state.auxiliary_files)], sort_keys=True)
         self.identity = hashlib.sha256(content.encode()).hexdigest()
 
@@ -222,10 +218,6 @@ class _Source:
                 if part is config or (isinstance(part, dict) and "dtype" in part):
                     part["dtype"] = str(dtype).removeprefix("torch.")
         return config
-
-    def _packed(self, file: str) -> dict[str, tuple[SparsityPattern, tuple[int, int]]]:
-        with safe_open(self._folder / file, "pt") as opened:
-            return packed_linears(opened.metadata())
 
     def _as_is(self, info: TensorInfo, name: str, dtype: torch.dtype | None) -> TensorSource:
         stored = dtype if dtype and info.dtype.is_floating_point else info.dtype

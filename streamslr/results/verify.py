@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from streamslr.errors import StreamslrError
 from streamslr.io.durable import file_sha256
 from streamslr.io.packing import check_packed
-from streamslr.io.shards import INDEX_FILE, WrittenShard, packed_linears
+from streamslr.io.safetensors_file import WrittenShard
+from streamslr.io.shards import INDEX_FILE, packed_linears
 from streamslr.results.inspect import read_run
 from streamslr.results.report import REPORT_FILE
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord

@@ -21,7 +21,7 @@ from streamslr.io.folder import (
     write_index,
     write_non_block,
 )
-from streamslr.io.shards import WrittenShard
+from streamslr.io.safetensors_file import WrittenShard
 from streamslr.matching import BlockWeights, CompressedBlock
 from streamslr.memory import held_to_gpu_budget, why_out_of_memory
 from streamslr.model.checkpoint import open_checkpoint

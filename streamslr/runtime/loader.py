@@ -7,22 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from streamslr.errors import InputError
+from streamslr.io.safetensors_file import TensorInfo, shard_header
 from streamslr.io.shards import MIXED, QUANT_METHOD, packed_linears, read_quantization_config, shard_metadata
 from streamslr.runtime.linear import SparseLowRankLinear
+from streamslr.spec.pattern import SparsityPattern
 
 # No more of transformers up here: this module is imported while transformers is (runtime/register.py).
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from streamslr.model.checkpoint import TensorInfo
-    from streamslr.spec.pattern import SparsityPattern
 
 log = logging.getLogger("streamslr")
 
@@ -169,12 +167,11 @@ class StreamslrQuantizer(HfQuantizer):
         return True
 
 
-def _stored(files: list[str] | None) -> "tuple[dict[str, TensorInfo], dict[str, SparsityPattern]]":
+def _stored(files: list[str] | None) -> tuple[dict[str, TensorInfo], dict[str, SparsityPattern]]:
     """Every tensor of the shards, and the pattern of every linear, from their headers.
 
     Raises InputError for damaged ones, and an unfinished run.
     """
-    from streamslr.model.checkpoint import shard_header
     from streamslr.run.journal import read_journal
 
     if not files:
@@ -182,12 +179,10 @@ def _stored(files: list[str] | None) -> "tuple[dict[str, TensorInfo], dict[str, 
     for folder in {Path(file).parent for file in files}:
         if state := read_journal(folder):
             state.require_complete(folder)
-    stored = {name: info for file in files for name, info in shard_header(Path(file)).items()}
-    patterns = {}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            patterns.update({name: pattern for name, (pattern, _) in packed_linears(opened.metadata()).items()})
-    return stored, patterns
+    headers = [shard_header(Path(file)) for file in files]
+    stored = {name: info for header in headers for name, info in header.tensors.items()}
+    linears = {name: linear for header in headers for name, linear in packed_linears(header.metadata).items()}
+    return stored, {name: pattern for name, (pattern, _) in linears.items()}
 
 
 def _require_whole(model: nn.Module, dense: set[str]) -> None:

@@ -26,7 +26,7 @@ from streamslr.io.durable import (
     write_file,
     write_json,
 )
-from streamslr.io.shards import write_shard
+from streamslr.io.safetensors_file import write_shard
 
 
 def test_digest_and_bytes_are_those_of_all_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_a_kill_leaves_no_file_under_the_final_name_and_does_not_hinder_the_next
     program = textwrap.dedent("""
         import os, signal, sys, torch
         from pathlib import Path
-        from streamslr.io.shards import write_shard
+        from streamslr.io.safetensors_file import write_shard
         def die():
             os.kill(os.getpid(), signal.SIGKILL)
         one = ("a", torch.float32, (4,), lambda: torch.ones(4))

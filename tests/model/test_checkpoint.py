@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from streamslr.errors import InputError
 from streamslr.io.packing import merge, pack
-from streamslr.io.shards import quantization_config, shard_metadata, write_shard
-from streamslr.model.checkpoint import open_checkpoint, shard_header
+from streamslr.io.safetensors_file import shard_header, write_shard
+from streamslr.io.shards import quantization_config, shard_metadata
+from streamslr.model.checkpoint import open_checkpoint
 from streamslr.spec.pattern import parse_pattern
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
@@ -101,7 +102,7 @@ def test_a_header_longer_than_the_first_read(folder: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt", "note": "x" * 300_000})
     checkpoint = open_checkpoint(str(folder))
     assert torch.equal(checkpoint.read(tensors)[next(iter(tensors))], next(iter(tensors.values())))
-    assert shard_header(path).keys() == tensors.keys()
+    assert shard_header(path).tensors.keys() == tensors.keys()
 
 
 def test_an_unknown_name_is_refused(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streamslr.errors import InputError, ResumeError
-from streamslr.io.shards import WrittenShard
+from streamslr.io.safetensors_file import WrittenShard
 from streamslr.run.journal import (
     JOURNAL_FILE,
     BlockRecord,

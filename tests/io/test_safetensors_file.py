@@ -1,7 +1,10 @@
-"""Shards and JSON files: pinned bytes, readable by safetensors, whole or not there at all."""
+"""Safetensors files: pinned bytes, the same whatever the order; headers that are read back or refused."""
 
 import hashlib
 import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -9,27 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import LlamaConfig
+from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.io.durable import file_sha256
 from streamslr.io.packing import pack
-from streamslr.io.shards import (
-    DTYPE_NAMES,
-    FORMAT_VERSION,
-    index_json,
-    packed_linears,
-    quantization_config,
-    read_quantization_config,
-    shard_metadata,
-    write_shard,
-)
-from streamslr.spec.pattern import NofM, Unstructured, UnstructuredRows
+from streamslr.io.safetensors_file import DTYPE_NAMES, TensorInfo, read_header, shard_header, write_shard
+from streamslr.io.shards import packed_linears, shard_metadata
+from streamslr.spec.pattern import NofM
 
 S = torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 0], [0, 0, 5, 0, 7, 0, 0, 0]])
 
 
-def tiny_block():
+def tiny_block() -> dict[str, Tensor]:
     """A block of one linear, 2:4 plus rank 1, and a norm."""
     packed = pack(S, NofM(2, 4), torch.bfloat16)
     return {
@@ -44,7 +39,7 @@ def tiny_block():
 METADATA = shard_metadata({"layers.0.q_proj": (NofM(2, 4), (2, 8))})
 
 
-def test_the_bytes_of_a_whole_shard_are_pinned(tmp_path):
+def test_the_bytes_of_a_whole_shard_are_pinned(tmp_path: Path) -> None:
     written = write_shard(tmp_path / "block.safetensors", tiny_block(), METADATA)
     content = (tmp_path / "block.safetensors").read_bytes()
     header = (
@@ -64,12 +59,13 @@ def test_the_bytes_of_a_whole_shard_are_pinned(tmp_path):
         "01 01"  # meta: columns 0 2 and 0 1 of each row, 1 + 6·0
     )
     assert content == len(header).to_bytes(8, "little") + header + data
-    assert written.file == "block.safetensors" and written.nbytes == len(content)
+    assert written.file == "block.safetensors"
+    assert written.nbytes == len(content)
     assert written.sha256 == "a803906b359d8d9082bdf5c4dd8879bb3c1c3170240ace21c87a6af19cdf9e2f"
     assert hashlib.sha256(content).hexdigest() == written.sha256 == file_sha256(tmp_path / written.file)
 
 
-def test_safetensors_reads_it_back(tmp_path):
+def test_safetensors_reads_it_back(tmp_path: Path) -> None:
     path = tmp_path / "block.safetensors"
     tensors = tiny_block() | {
         "scalar": torch.tensor(3.5),
@@ -82,7 +78,8 @@ def test_safetensors_reads_it_back(tmp_path):
     loaded = load_file(path)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+        assert loaded[name].dtype == tensor.dtype, name
+        assert torch.equal(loaded[name], tensor), name
     with safe_open(path, "pt") as file:
         assert packed_linears(file.metadata()) == {"layers.0.q_proj": (NofM(2, 4), (2, 8))}
 
@@ -96,7 +93,11 @@ def test_safetensors_reads_it_back(tmp_path):
     ),
     st.randoms(),
 )
-def test_bytes_depend_on_content_not_on_order(tmp_path_factory, declared, random):
+def test_bytes_depend_on_content_not_on_order(
+    tmp_path_factory: pytest.TempPathFactory,
+    declared: dict[str, tuple[torch.dtype, list[int]]],
+    random: Random,
+) -> None:
     folder = tmp_path_factory.mktemp("shards")
     tensors = {
         name: torch.full(shape, 1).to(dtype) if shape else torch.tensor(1).to(dtype)
@@ -107,19 +108,20 @@ def test_bytes_depend_on_content_not_on_order(tmp_path_factory, declared, random
     one = write_shard(folder / "one.safetensors", tensors, {"format": "pt", "a": "1", "b": "2"})
     sources = [(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in shuffled]
     two = write_shard(folder / "two.safetensors", sources, {"b": "2", "a": "1", "format": "pt"})
-    assert one.sha256 == two.sha256 and one.nbytes == (folder / "one.safetensors").stat().st_size
+    assert one.sha256 == two.sha256
+    assert one.nbytes == (folder / "one.safetensors").stat().st_size
     loaded = load_file(folder / "two.safetensors")
     assert {name: (t.dtype, list(t.shape)) for name, t in loaded.items()} == {
         name: (dtype, list(shape)) for name, (dtype, shape) in declared.items()
     }
 
 
-def test_tensors_are_fetched_one_at_a_time(tmp_path):
+def test_tensors_are_fetched_one_at_a_time(tmp_path: Path) -> None:
     """The next tensor is asked for when the one before is in the file, so never two are needed."""
     path = tmp_path / "lazy.safetensors"
-    sizes = []
+    sizes: list[int] = []
 
-    def fetch():
+    def fetch() -> Tensor:
         sizes.append((tmp_path / "lazy.safetensors.partial").stat().st_size)
         return torch.ones(1000)
 
@@ -128,7 +130,7 @@ def test_tensors_are_fetched_one_at_a_time(tmp_path):
     assert sizes == [start, start + 4000, start + 8000]
 
 
-def test_a_source_that_is_not_as_declared_is_refused(tmp_path):
+def test_a_source_that_is_not_as_declared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a was declared torch.float32 \[2\], but is torch.float32 \[3\]"):
         write_shard(tmp_path / "x", [("a", torch.float32, (2,), lambda: torch.ones(3))], {})
     with pytest.raises(ValueError, match="unique"):
@@ -138,57 +140,55 @@ def test_a_source_that_is_not_as_declared_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# What config.json says
+# Headers
 
 
-def test_index_is_as_transformers_reads_it():
-    index = index_json({"b": "model-block-00001.safetensors", "a": "model-outside.safetensors"}, 12)
-    assert json.dumps(index) == (
-        '{"metadata": {"total_size": 12}, '
-        '"weight_map": {"a": "model-outside.safetensors", "b": "model-block-00001.safetensors"}}'
-    )
+def test_a_header_tells_what_the_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "block.safetensors"
+    tensors = tiny_block()
+    written = write_shard(path, tensors, METADATA)
+    header = shard_header(path)
+    assert header.metadata == METADATA
+    assert header.size == written.nbytes
+    assert header.tensors == {
+        name: TensorInfo(name, t.dtype, tuple(t.shape), "block.safetensors", t.nbytes) for name, t in tensors.items()
+    }
+    content = path.read_bytes()
+    for name, (first, end) in header.ranges.items():
+        assert content[first:end] == tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def refusal(entries: object, data: int = 0, end: Callable[[bytes], bytes] = lambda raw: raw) -> str:
+    """Refusal of a file of this header and so many bytes of data."""
+    raw = end(json.dumps(entries).encode())
+    content = len(raw).to_bytes(8, "little") + raw + bytes(data)
+    with pytest.raises(InputError) as caught:
+        read_header(lambda n: (content[:n], len(content)), "a.safetensors", "org/model")
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "pattern", [NofM(2, 4), NofM(1, 4), Unstructured(0.5), Unstructured(0.625), UnstructuredRows(0.5)]
+    ("entries", "data", "words"),
+    [
+        ([], 0, "not a safetensors header"),
+        ({"a": 1}, 0, "not a safetensors header"),
+        ({"__metadata__": {"format": 1}}, 0, "holds more than texts"),
+        ({"__metadata__": ["format"]}, 0, "not a safetensors header"),
+        ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, 8, "a [4] takes 16 bytes, its offsets hold 8"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, 4, "a [-1] takes -4 bytes"),
+        ({"a": {"dtype": "F32", "shape": [2**70], "data_offsets": [0, 8]}}, 8, "its offsets hold 8"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 0, "its offsets hold 8"),
+        ({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, 1, "has dtype F4, which streamslr cannot read"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 7, "truncated: "),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 9, "longer than its header says"),
+    ],
 )
-def test_quantization_config_comes_back(pattern):
-    entry = quantization_config(pattern, 64)
-    assert entry.keys() == {"quant_method", "format_version", "pattern", "rank"}
-    for config in ({"quantization_config": entry}, LlamaConfig(quantization_config=entry)):
-        read = read_quantization_config(json.loads(json.dumps(config)) if type(config) is dict else config)
-        assert (read.pattern, read.rank, read.format_version) == (pattern, 64, FORMAT_VERSION)
+def test_a_hostile_header_is_refused_by_name(entries: object, data: int, words: str) -> None:
+    message = refusal(entries, data)
+    assert "a.safetensors" in message
+    assert "org/model" in message
+    assert words in message
 
 
-def test_other_models_have_no_packed_format():
-    assert read_quantization_config({}) is None
-    assert read_quantization_config(LlamaConfig()) is None
-    assert read_quantization_config({"quantization_config": {"quant_method": "gptq"}}) is None
-
-
-def test_a_folder_of_the_version_before_is_read():
-    entry = quantization_config(NofM(2, 4), 64) | {"format_version": 2}
-    read = read_quantization_config({"quantization_config": entry})
-    assert (read.pattern, read.rank, read.format_version) == (NofM(2, 4), 64, 2)
-
-
-def test_an_unknown_format_version_is_refused():
-    entry = quantization_config(NofM(2, 4), 64)
-    with pytest.raises(
-        InputError, match="format_version 1, this version reads 2 and 3: use the streamslr that wrote it"
-    ):
-        read_quantization_config({"quantization_config": entry | {"format_version": 1}})
-    with pytest.raises(InputError, match="format_version None"):
-        read_quantization_config({"quantization_config": {"quant_method": "streamslr"}})
-    with pytest.raises(InputError, match="damaged: pattern '2:4', rank -1"):
-        read_quantization_config({"quantization_config": entry | {"rank": -1}})
-
-
-def test_metadata_of_a_shard_names_its_linears():
-    linears = {"a.q": (NofM(2, 4), (16, 32)), "a.k": (UnstructuredRows(0.5), (8, 32))}
-    metadata = shard_metadata(linears)
-    assert metadata == {"format": "pt", "a.q": "2:4 16x32", "a.k": "50%/row 8x32"}
-    assert packed_linears(metadata) == linears
-    assert packed_linears(None) == {}
-    with pytest.raises(InputError, match=r"says '2:4' of a\.q"):
-        packed_linears({"a.q": "2:4"})
+def test_a_deeply_nested_header_is_refused() -> None:
+    assert "not a safetensors header" in refusal(0, end=lambda _: b"[" * 100_000)
