@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from streamslr.io.durable import write_json
+from streamslr.io.folder import index_json
+from streamslr.io.packed_layout import INDEX_FILE
 from streamslr.io.safetensors_file import DTYPE_NAMES, TensorSource, write_shard
-from streamslr.io.shards import INDEX_FILE, index_json
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Weight = Callable[[str, Tensor, torch.Generator], Tensor]

@@ -36,8 +36,9 @@ from transformers import (
 )
 
 from streamslr.io.durable import write_json
+from streamslr.io.folder import index_json
+from streamslr.io.packed_layout import INDEX_FILE
 from streamslr.io.safetensors_file import write_shard
-from streamslr.io.shards import INDEX_FILE, index_json
 
 VOCABULARY = 2048
 WINDOW = 256  # tokens; the demo calibrates and evaluates on windows of the same length

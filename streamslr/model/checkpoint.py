@@ -17,16 +17,15 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from streamslr.errors import InputError, StreamslrError
+from streamslr.io.packed_layout import INDEX_FILE, PACKED_PARTS, packed_linears, read_quantization_config
 from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header
-from streamslr.io.shards import INDEX_FILE, packed_linears, read_quantization_config
 from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source, first_line
 from streamslr.spec.pattern import SparsityPattern
 
 SINGLE_FILE = "model.safetensors"
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_PACKED_PARTS = ("values", "meta", "row_offsets", "U", "V")
 
 log = logging.getLogger("streamslr")
 
@@ -47,6 +46,10 @@ class Checkpoint(Protocol):
     @property
     def config(self) -> PretrainedConfig: ...
 
+    def config_json(self) -> dict[str, Any]:
+        """Return config.json with every default written out, without the path that the model was read from."""
+        ...
+
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Checkpoint key -> info. A linear that streamslr packed shows as its merged weight in float32."""
@@ -62,6 +65,10 @@ class Checkpoint(Protocol):
 
         Fetches what is not here. Raises InputError for a file that changed since it was opened.
         """
+        ...
+
+    def read_one(self, name: str) -> Tensor:
+        """Read one tensor, as `read`."""
         ...
 
     def prefetch(self, names: Iterable[str]) -> None:
@@ -121,8 +128,8 @@ class _OpenCheckpoint:
         tensors = dict(stored)
         for shard, header in self._headers.items():
             for linear, (pattern, shape) in packed_linears(header.metadata).items():
-                parts = [part for part in _PACKED_PARTS if f"{linear}.{part}" in header.tensors]
-                elsewhere = [part for part in _PACKED_PARTS if f"{linear}.{part}" in stored and part not in parts]
+                parts = [part for part in PACKED_PARTS if f"{linear}.{part}" in header.tensors]
+                elsewhere = [part for part in PACKED_PARTS if f"{linear}.{part}" in stored and part not in parts]
                 if elsewhere and not parts:
                     continue  # `save_pretrained` names every linear in every shard
                 if elsewhere:
@@ -164,6 +171,14 @@ class _OpenCheckpoint:
             except (SafetensorError, OSError) as error:
                 raise InputError(f"cannot read {path}: {error}; copy or download the file again") from error
         return tensors
+
+    def read_one(self, name: str) -> Tensor:
+        return self.read([name])[name]
+
+    def config_json(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads(self.config.to_json_string(use_diff=False))
+        config.pop("_name_or_path", None)  # where the model lay here says nothing there
+        return config
 
     def _tensor(self, file: Any, name: str) -> Tensor:
         if name not in self._packed:

@@ -25,9 +25,10 @@ from streamslr.io.durable import (
     write_file,
     write_json,
 )
+from streamslr.io.folder import index_json
+from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
 from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, shard_header, write_shard
-from streamslr.io.shards import INDEX_FILE, index_json, packed_linears
 from streamslr.memory import keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
@@ -185,8 +186,7 @@ class _Source:
         rest = dict(self._stored[file])
         sources: list[TensorSource] = []
         for linear, (pattern, shape) in self._linears[file].items():
-            names = [f"{linear}.{part}" for part in ("values", "meta", "row_offsets", "U", "V")]
-            parts = {name.rpartition(".")[2]: rest.pop(name) for name in names if name in rest}
+            parts = {part: rest.pop(name) for part, name in stored_parts(linear, rest).items()}
             stored = dtype or parts["values"].dtype
             if not low_rank:
                 parts = {part: info for part, info in parts.items() if part not in ("U", "V")}

@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.io.durable import write_file
+from streamslr.io.packed_layout import low_rank_bytes
 from streamslr.results.inspect import becomes, how, phase_readings, read_run, short_name, totals, warnings
 from streamslr.run.journal import BlockRecord, JournalState, LinearRecord
 from streamslr.run.progress import PHASES, format_duration
@@ -263,7 +264,7 @@ def _bytes_of_parts(state: JournalState) -> dict[str, int]:
     """Of the finished blocks and what is outside the blocks, in their shards."""
     linears = _linears(state.blocks)
     low_rank = sum(
-        linear.rank * sum(linear.shape) * linear.dense_nbytes // math.prod(linear.shape) for linear in linears
+        low_rank_bytes(linear.shape, linear.rank, linear.dense_nbytes // math.prod(linear.shape)) for linear in linears
     )
     packed = sum(linear.nbytes for linear in linears)
     return {

@@ -1,7 +1,7 @@
 """Holds a compressed folder against its journal: digests, patterns, finiteness, files missing or extra."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +10,14 @@ from safetensors import SafetensorError, safe_open
 
 from streamslr.errors import StreamslrError
 from streamslr.io.durable import file_sha256
-from streamslr.io.packing import check_packed
+from streamslr.io.packed_check import check_packed
+from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
 from streamslr.io.safetensors_file import WrittenShard
-from streamslr.io.shards import INDEX_FILE, packed_linears
 from streamslr.results.inspect import read_run
 from streamslr.results.report import REPORT_FILE
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
-_PACKED_PARTS = ("values", "meta", "row_offsets", "U", "V")  # what check_packed looks at
 _TRAVELS_ALONG = ("README.md", "LICENSE", REPORT_FILE)  # what people add, or publish with a folder
 
 
@@ -71,13 +70,14 @@ def _check_shard(path: Path, shard: WrittenShard, block: BlockRecord | None) -> 
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
+            there = set(names)
             metadata = file.metadata()
             linears = packed_linears(metadata)
             recorded = {linear.name for linear in block.linears} if block else set()
             problems += [f"{name} has no record in the journal" for name in sorted(linears.keys() - recorded)]
             for linear in block.linears if block else ():
-                problems += _check_linear(linear, linears, names, file.get_tensor)
-            packed = {f"{name}.{part}" for name in linears for part in _PACKED_PARTS}
+                problems += _check_linear(linear, linears, there, file.get_tensor)
+            packed = {stored for name in linears for stored in stored_parts(name, there).values()}
             for name in names:
                 if name not in packed and not torch.isfinite(file.get_tensor(name)).all():
                     problems.append(f"{name} holds NaN or infinite values")
@@ -89,7 +89,7 @@ def _check_shard(path: Path, shard: WrittenShard, block: BlockRecord | None) -> 
 def _check_linear(
     linear: LinearRecord,
     linears: Mapping[str, tuple[SparsityPattern, tuple[int, int]]],
-    names: Iterable[str],
+    names: Container[str],
     read: Callable[[str], torch.Tensor],
 ) -> Iterator[str]:
     """What is wrong with one packed linear."""
@@ -97,15 +97,13 @@ def _check_linear(
     if linears.get(linear.name) != (pattern, linear.shape):
         yield f"{linear.name} is not there as {linear.pattern} of {linear.shape[0]}×{linear.shape[1]}"
         return
-    prefix = f"{linear.name}."
-    parts = {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
-    packed = {part: tensor for part, tensor in parts.items() if part in _PACKED_PARTS}
-    yield from (f"{linear.name}: {problem}" for problem in check_packed(packed, pattern, linear.shape))
+    parts = {part: read(name) for part, name in stored_parts(linear.name, names).items()}
+    yield from (f"{linear.name}: {problem}" for problem in check_packed(parts, pattern, linear.shape))
     o, d = linear.shape
     for part, shape in (("U", (o, linear.rank)), ("V", (linear.rank, d))):
         there = tuple(parts[part].shape) if part in parts else None
         if linear.rank and there != shape:
-            yield f"{prefix}{part} has shape {there}, the journal says {shape}"
+            yield f"{linear.name}.{part} has shape {there}, the journal says {shape}"
 
 
 def _check_auxiliary_files(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]:

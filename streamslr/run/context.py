@@ -20,7 +20,7 @@ from streamslr.calibration.grams import input_groups
 from streamslr.calibration.hidden_states import HiddenStateStream
 from streamslr.config import RunConfig
 from streamslr.errors import InputError
-from streamslr.io.shards import read_quantization_config
+from streamslr.io.packed_layout import read_quantization_config
 from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint

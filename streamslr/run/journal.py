@@ -10,8 +10,8 @@ from typing import Any
 
 from streamslr.errors import InputError, ResumeError
 from streamslr.io.durable import PARTIAL_SUFFIX, lock_folder, write_json
+from streamslr.io.packed_layout import FORMAT_VERSION, READABLE_VERSIONS
 from streamslr.io.safetensors_file import WrittenShard
-from streamslr.io.shards import FORMAT_VERSION, READABLE_VERSIONS
 from streamslr.version import __version__
 
 JOURNAL_FILE = "streamslr.json"

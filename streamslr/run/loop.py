@@ -131,8 +131,11 @@ class Compression:
         context, out = self.context, self.context.config.out
         with self.timer.phase("non_block", steps=1):
             rank = max(spec.rank for spec in context.allocation.values())
-            auxiliary_files = write_auxiliary_files(out, context.checkpoint, common_pattern(context.allocation), rank)
-            non_block = write_non_block(out, context.checkpoint, context.blockwise.non_block_tensors)
+            checkpoint, names = context.checkpoint, context.blockwise.non_block_tensors
+            auxiliary_files = write_auxiliary_files(
+                out, checkpoint.config_json(), checkpoint.auxiliary_files(), common_pattern(context.allocation), rank
+            )
+            non_block = write_non_block(out, [checkpoint.tensors[name] for name in names], checkpoint.read_one)
         streams = self.passes.retry_on_oom("embed", self.passes.embed)
         digest = streams.hidden.seal()
         self.journal.commit_non_block(auxiliary_files, non_block, digest, self.passes.micro_batch, self.timer.take())
@@ -202,9 +205,12 @@ class Compression:
 
     def write(self, i: int, weights: BlockWeights) -> WrittenShard:
         """Block i's shard."""
-        context, shapes = self.context, self.context.blockwise.linears[i]
-        patterns = {linear: context.allocation[linear].pattern for linear in shapes}
-        return write_block(context.config.out, i, patterns, weights.packed, shapes, weights.other_tensors)
+        context = self.context
+        linears = {
+            name: (weights.packed[name], context.allocation[name].pattern, shape)
+            for name, shape in context.blockwise.linears[i].items()
+        }
+        return write_block(context.config.out, i, linears, weights.other_tensors)
 
     def solve_block(
         self, linears: Mapping[str, nn.Linear], grams: list[Gram], step: Callable[[int], None]

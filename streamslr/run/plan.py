@@ -11,6 +11,7 @@ from rich.table import Table
 from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import BudgetError
 from streamslr.io.durable import DiskNeed, require_disk_space
+from streamslr.io.packed_layout import packed_bytes
 from streamslr.matching import TILE
 from streamslr.solvers.base import Solver
 from streamslr.spec.allocation import SCORED_ROWS, Allocation, in_words, parameter_fraction
@@ -322,8 +323,7 @@ class _Needs:
         packed = 0
         for name, (o, d) in block.linears.items():
             spec = self.allocation[name]
-            low_rank = min(spec.rank, o, d) * (o + d) * value_bytes
-            packed += spec.pattern.packed_bits(o, d, 8 * value_bytes) // 8 + low_rank
+            packed += packed_bytes(spec.pattern, (o, d), min(spec.rank, o, d), value_bytes)
         return packed + (block.parameters - dense) * value_bytes
 
     def phases(self, micro_batch: int, grams_at: str, workspace: int | None) -> tuple[PhaseCost, ...]:

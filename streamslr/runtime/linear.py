@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError
+from streamslr.io.packed_layout import PACKED_PARTS, part_dtype, part_shapes
 from streamslr.io.packing import unpack, unpack_rows
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
@@ -22,7 +23,7 @@ log = logging.getLogger("streamslr")
 class SparseLowRankLinear(nn.Module):
     """y = x Sᵀ + (x Vᵀ) Uᵀ + bias, for x [..., d] and S [o, d], which is packed as in the folder's format.
 
-    The state dict is the format: `values`, `meta`[, `row_offsets`] (`streamslr.io.packing`) are buffers, and
+    The state dict is the format: `values`, `meta`[, `row_offsets`] (`streamslr.io.packed_layout`) are buffers, and
     frozen; `U` [o, r], `V` [r, d] (absent at rank 0) and `bias` [o] are parameters. Gradients reach x, U, V and
     bias; the backward pass unpacks S again, so that no dense S is kept for it.
     """
@@ -51,18 +52,17 @@ class SparseLowRankLinear(nn.Module):
         self.in_features, self.out_features, self.pattern, self.rank = in_features, out_features, pattern, rank
         o, d = out_features, in_features
         pattern.require_fits("SparseLowRankLinear", (o, d))
-        groups = pattern.groups(d)
-        values = (o, d // groups[1] * groups[0]) if groups else (nonzeros or 0,)
-        self.register_buffer("values", torch.empty(values, dtype=dtype, device=device))
-        self.register_buffer("meta", torch.empty(o, pattern.meta_width(d), dtype=torch.uint8, device=device))
-        offsets = None if groups else torch.empty(o + 1, dtype=torch.int64, device=device)
-        self.register_buffer("row_offsets", offsets)
+        shapes = part_shapes(pattern, (o, d), rank, nonzeros or 0)
+        parts = {
+            part: torch.empty(shape, dtype=part_dtype(part, dtype), device=device) for part, shape in shapes.items()
+        }
+        for part in ("values", "meta", "row_offsets"):
+            self.register_buffer(part, parts.get(part))
         self.register_buffer(
             "S", None
         )  # dense, only after keep_dense(); accelerate trips over a None that is not saved
-        for name, shape in (("U", (o, rank)), ("V", (rank, d))):
-            factor = nn.Parameter(torch.empty(shape, dtype=dtype, device=device)) if rank else None
-            self.register_parameter(name, factor)
+        for part in ("U", "V"):
+            self.register_parameter(part, nn.Parameter(parts[part]) if rank else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(o, dtype=dtype, device=device)) if bias else None)
         self._semi: _SemiStructured | None = None
 
@@ -75,8 +75,8 @@ class SparseLowRankLinear(nn.Module):
 
     def packed(self) -> dict[str, Tensor]:
         """What the folder stores of the linear, bias left out: values, meta[, row_offsets][, U, V]."""
-        parts = {name: getattr(self, name) for name in ("values", "meta", "row_offsets", "U", "V")}
-        return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
+        parts = {part: getattr(self, part) for part in PACKED_PARTS}
+        return {part: tensor.detach() for part, tensor in parts.items() if tensor is not None}
 
     @torch.inference_mode(False)  # what is made while evaluating serves training too
     def keep_dense(self) -> None:

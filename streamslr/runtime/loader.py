@@ -13,8 +13,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from streamslr.errors import InputError
+from streamslr.io.packed_layout import (
+    MIXED,
+    QUANT_METHOD,
+    linears_among,
+    packed_linears,
+    read_quantization_config,
+    shard_metadata,
+    stored_parts,
+)
 from streamslr.io.safetensors_file import TensorInfo, shard_header
-from streamslr.io.shards import MIXED, QUANT_METHOD, packed_linears, read_quantization_config, shard_metadata
 from streamslr.runtime.linear import SparseLowRankLinear
 from streamslr.spec.pattern import SparsityPattern
 
@@ -104,7 +112,7 @@ class StreamslrQuantizer(HfQuantizer):
         packed = read_quantization_config({"quantization_config": self.quantization_config})
         assert packed is not None
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        paths = [key.removesuffix(".meta") for key in stored if key.endswith(".meta")]
+        paths = linears_among(stored)
         names = names_in(model, paths, linears)
         if strangers := [path for path in paths if path not in names]:
             raise InputError(
@@ -112,13 +120,14 @@ class StreamslrQuantizer(HfQuantizer):
                 "config.json is of another model, or another version of transformers wrote the folder"
             )
         for path, name in names.items():
-            if f"{path}.values" not in stored:
+            parts = {part: stored[key] for part, key in stored_parts(path, stored).items()}
+            if "values" not in parts:
                 raise InputError(f"the shards hold {path}.meta without its values; `streamslr verify` tells more")
             linear = linears.pop(name)
             pattern = patterns.get(path, packed.pattern)
             if pattern is None:
                 raise InputError(f"no shard's header says what pattern {path} has; copy the folder again")
-            rank = stored[f"{path}.U"].shape[1] if f"{path}.U" in stored else 0
+            rank = parts["U"].shape[1] if "U" in parts else 0
             model.set_submodule(
                 name,
                 SparseLowRankLinear(
@@ -127,7 +136,7 @@ class StreamslrQuantizer(HfQuantizer):
                     pattern,
                     rank,
                     bias=linear.bias is not None,
-                    nonzeros=stored[f"{path}.values"].shape[0],
+                    nonzeros=parts["values"].shape[0],
                     dtype=linear.weight.dtype,
                     device="meta",
                 ),

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import comb
 from typing import Protocol
 
 import torch
@@ -66,16 +65,8 @@ class SparsityPattern(Protocol):
         """Raises InputError, naming the linear, when a weight of `shape` (o, d) cannot have this pattern."""
         ...
 
-    def meta_width(self, d: int) -> int:
-        """Bytes that say which of a row's d columns are kept."""
-        ...
-
     def groups(self, d: int) -> tuple[int, int] | None:
         """(n, m) where exactly n of every m neighbours of a row of d are stored; None where rows differ."""
-        ...
-
-    def packed_bits(self, o: int, d: int, value_bits: int) -> int:
-        """Bits that S [o, d] takes in a shard: kept values, metadata and, where rows differ, row offsets."""
         ...
 
     def __str__(self) -> str: ...
@@ -143,25 +134,8 @@ class NofM:
                 f"is {o}×{d}; choose another --pattern, such as 50%"
             )
 
-    @property
-    def groups_per_byte(self) -> int:
-        """Groups that a byte of metadata describes, as digits to the base C(m, n); 0 where a bitmask is as small.
-
-        3 for 2:4: 2.67 bits a group of 4, where the least there can be is log2 6 = 2.58 and a bitmask takes 4.
-        """
-        digits = 0
-        while comb(self.m, self.n) ** (digits + 1) <= 256:
-            digits += 1
-        return digits if digits * self.m > 8 else 0
-
-    def meta_width(self, d: int) -> int:
-        return -(-d // (self.groups_per_byte * self.m or 8))
-
     def groups(self, d: int) -> tuple[int, int] | None:
         return self.n, self.m
-
-    def packed_bits(self, o: int, d: int, value_bits: int) -> int:
-        return o * (d // self.m) * self.n * value_bits + o * self.meta_width(d) * 8
 
 
 @dataclass(frozen=True)
@@ -177,9 +151,6 @@ class _Share:
     @property
     def density(self) -> float:
         return 1.0 - self.sparsity
-
-    def meta_width(self, d: int) -> int:
-        return -(-d // 8)
 
 
 @dataclass(frozen=True)
@@ -232,10 +203,6 @@ class Unstructured(_Share):
     def groups(self, d: int) -> tuple[int, int] | None:
         return None
 
-    def packed_bits(self, o: int, d: int, value_bits: int) -> int:
-        # Row offsets are int64 [o + 1]: a linear may hold more than 2^31 values.
-        return self.num_kept(o, d) * value_bits + o * self.meta_width(d) * 8 + (o + 1) * 64
-
 
 @dataclass(frozen=True)
 class UnstructuredRows(_Share):
@@ -278,9 +245,6 @@ class UnstructuredRows(_Share):
 
     def groups(self, d: int) -> tuple[int, int] | None:
         return self.num_kept(d), d
-
-    def packed_bits(self, o: int, d: int, value_bits: int) -> int:
-        return o * (self.num_kept(d) * value_bits + self.meta_width(d) * 8)
 
 
 def parse_pattern(text: str) -> SparsityPattern:

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamslr.errors import InputError
-from streamslr.io.packing import check_packed, merge, pack, unpack
+from streamslr.io.packed_check import check_packed
+from streamslr.io.packed_layout import packed_bytes
+from streamslr.io.packing import merge, pack, unpack
 from streamslr.spec.pattern import NofM, Unstructured, UnstructuredRows, parse_pattern
 
 PATTERNS = ["2:4", "4:8", "1:4", "3:4", "2:3", "1:2", "2:16", "50%", "90%", "50%/row", "90%/row"]
@@ -101,12 +103,11 @@ def test_bytes_follow_the_documented_layout(case):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_size_is_what_the_pattern_promises(pattern, dtype):
+def test_size_is_what_the_layout_promises(pattern, dtype):
     pattern = parse_pattern(pattern)
     o, d = 32, 240
     packed = pack(pattern.project(torch.randn(o, d)).float(), pattern, dtype)
-    bits = 8 * sum(tensor.nbytes for tensor in packed.values())
-    assert bits == pattern.packed_bits(o, d, 8 * dtype.itemsize)
+    assert sum(tensor.nbytes for tensor in packed.values()) == packed_bytes(pattern, (o, d), 0, dtype.itemsize)
 
 
 def test_2_4_in_bfloat16_takes_8_and_two_thirds_bits_a_weight():
@@ -144,7 +145,8 @@ def test_pinned_bytes_of_unstructured():
     packed = pack(TINY, Unstructured(0.5), torch.float32)
     assert packed["meta"].numpy().tobytes().hex(" ") == "05 0a 14 0c"
     assert packed["values"].tolist() == [1, 2, -3, 4, 5, 7, 0.5, 0.25]
-    assert packed["row_offsets"].tolist() == [0, 4, 8] and packed["row_offsets"].dtype == torch.int64
+    assert packed["row_offsets"].tolist() == [0, 4, 8]
+    assert packed["row_offsets"].dtype == torch.int64
 
 
 def test_pinned_bytes_of_unstructured_rows():

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.io.durable import file_sha256
+from streamslr.io.packed_layout import packed_linears, shard_metadata
 from streamslr.io.packing import pack
 from streamslr.io.safetensors_file import DTYPE_NAMES, TensorInfo, read_header, shard_header, write_shard
-from streamslr.io.shards import packed_linears, shard_metadata
 from streamslr.spec.pattern import NofM
 
 S = torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 0], [0, 0, 5, 0, 7, 0, 0, 0]])

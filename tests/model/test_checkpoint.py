@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from streamslr.errors import InputError
+from streamslr.io.packed_layout import quantization_config, shard_metadata
 from streamslr.io.packing import merge, pack
 from streamslr.io.safetensors_file import shard_header, write_shard
-from streamslr.io.shards import quantization_config, shard_metadata
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.spec.pattern import parse_pattern
 from tests.support.tiny_models import TEXT, tiny_checkpoint

@@ -15,7 +15,7 @@ import streamslr
 from streamslr.config import RunConfig
 from streamslr.errors import InputError, ResumeError
 from streamslr.finetune import finetune
-from streamslr.io.shards import FORMAT_VERSION, packed_linears
+from streamslr.io.packed_layout import FORMAT_VERSION, packed_linears
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.inspect import allocation, run_table

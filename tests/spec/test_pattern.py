@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamslr.errors import InputError
-from streamslr.solvers import NofM, SparsityPattern, Unstructured, UnstructuredRows, parse_pattern
+from streamslr.solvers import NofM, parse_pattern
 from tests import reference
 
 PATTERNS = ["2:4", "1:4", "3:4", "4:8", "1:2", "3:5", "7:8", "5:32", "50%", "12.5%", "90%", "50%/row", "30%/row"]
@@ -168,21 +168,3 @@ def test_a_width_that_m_does_not_divide_is_refused_by_layer():
         parse_pattern("99%").require_fits("tiny", (2, 4))
     with pytest.raises(InputError, match="99%/row keeps none of a row's 8 weights"):
         parse_pattern("99%/row").require_fits("narrow", (500, 8))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "bits"),
-    [
-        (NofM(2, 4), 64 * (96 * 16 + 16 * 8)),  # of a row, 96 values and a byte for 12 columns
-        (NofM(1, 4), 64 * (48 * 16 + 12 * 8)),  # 16 columns
-        (NofM(4, 8), 64 * (96 * 16 + 24 * 8)),  # 8 columns
-        (Unstructured(0.5), 64 * (96 * 16 + 24 * 8) + 65 * 64),
-        (UnstructuredRows(0.5), 64 * (96 * 16 + 24 * 8)),
-    ],
-)
-def test_packed_bits(pattern: SparsityPattern, bits: int):
-    assert pattern.packed_bits(64, 192, 16) == bits
-
-
-def test_packed_bits_round_a_row_of_metadata_up_to_bytes():
-    assert NofM(2, 4).packed_bits(3, 16, 16) == 3 * (8 * 16 + 2 * 8)
