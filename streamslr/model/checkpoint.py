@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from streamslr.errors import InputError, StreamslrError
+from streamslr.errors import InputError, StreamslrError, first_line
 from streamslr.io.packed_layout import INDEX_FILE, PACKED_PARTS, packed_linears, read_quantization_config
 from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header
-from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source, first_line
+from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source
 from streamslr.spec.pattern import SparsityPattern
 
 SINGLE_FILE = "model.safetensors"
