@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder here, or a hub repository fetched file by file through its cache."""
+"""Sources of a model's files: a folder on this machine, or a hub repository fetched file by file through its cache."""
 
 import errno
 import logging
@@ -26,10 +26,15 @@ log = logging.getLogger("streamslr")
 
 
 class ModelSource(Protocol):
-    """Where a model's files are: `LocalFolder` or `HubRepo`."""
+    """Files of one model: a `LocalFolder` or a `HubRepo`.
 
-    label: str  # for messages
-    pinned: str | None  # what names the files' content for good; None where they may change
+    Attributes:
+        label: name of the source in error messages.
+        pinned: identity of the files' content, "hub:ID@commit"; None where the files may change.
+    """
+
+    label: str
+    pinned: str | None
 
     @property
     def files(self) -> Collection[str]:
@@ -37,26 +42,28 @@ class ModelSource(Protocol):
         ...
 
     def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
-        """Up to the first `nbytes` of a file, and its whole size."""
+        """Return up to the first `nbytes` of a file, and the size of the whole."""
         ...
 
     def local_path(self, name: str) -> Path | None:
-        """The file's path if it can be read without the network."""
+        """Return the file's path, or None when it must be downloaded first."""
         ...
 
-    def fetch(self, name: str) -> Path: ...
+    def fetch(self, name: str) -> Path:
+        """Return the file's path, after downloading it where that is needed."""
+        ...
 
     def evict(self, name: str) -> None:
-        """Deletes the file if this process downloaded it."""
+        """Delete the file if this process downloaded it."""
         ...
 
-    def missing_file_error(self, name: str, why: str) -> StreamslrError:
-        """The error for a file that should be there and is not."""
+    def missing_file_error(self, name: str, detail: str) -> StreamslrError:
+        """Return the error for a file that should be there and is not; `detail` goes on after its name."""
         ...
 
 
 def find_source(model: str, revision: str | None) -> ModelSource:
-    """The folder `model`, or the hub repository of that id at one commit; errors as `open_checkpoint`."""
+    """Return the folder `model`, or the hub repository of that id at one commit. Errors as `open_checkpoint`."""
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -76,7 +83,7 @@ def find_source(model: str, revision: str | None) -> ModelSource:
 
 
 class LocalFolder:
-    """A model folder on this machine."""
+    """Model folder on this machine. Its files are the user's own and never deleted."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,20 +104,20 @@ class LocalFolder:
         return self.path / name
 
     def evict(self, name: str) -> None:
-        """The user's own files are never deleted."""
+        pass
 
-    def missing_file_error(self, name: str, why: str) -> StreamslrError:
+    def missing_file_error(self, name: str, detail: str) -> StreamslrError:
         links = " (a broken link)" if (self.path / name).is_symlink() else ""
-        return InputError(f"{self.path} has no {name}{links}{why}; copy or download it into the folder")
+        return InputError(f"{self.path} has no {name}{links}{detail}; copy or download it into the folder")
 
 
 class HubRepo:
-    """A model repository on the hub, at one commit; files come through huggingface_hub's cache."""
+    """Model repository on the hub, at one commit. Its files come through huggingface_hub's cache."""
 
     def __init__(self, repo: str, revision: str | None) -> None:
         self.repo = repo
         self._api = HfApi()
-        self._fetching: dict[str, threading.Lock] = {}  # a lock a file: nothing is downloaded twice at once
+        self._fetching: dict[str, threading.Lock] = {}  # by file, so that none is downloaded twice at once
         self._downloaded: set[str] = set()
         self.label = f"{repo} on the hub"
         with self._errors(revision=revision):
@@ -123,7 +130,7 @@ class HubRepo:
                 if info.sha is None:
                     raise HubError(f"{self._api.endpoint} names no commit for {repo}; check HF_ENDPOINT")
                 self.commit = info.sha
-                # By the name of its branch, so that the cache notes the commit: HF_HUB_OFFLINE finds it by that.
+                # By the branch's name, so that the cache notes the commit: with HF_HUB_OFFLINE it is found by that.
                 self._api.hf_hub_download(repo, CONFIG_FILE, revision=revision)
                 self.files = frozenset(f.rfilename for f in info.siblings or () if "/" not in f.rfilename)
         self.label = f"{repo} at {self.commit[:12]}"
@@ -141,7 +148,7 @@ class HubRepo:
             http_stream_backoff("GET", url, max_retries=2, headers=headers, follow_redirects=True) as response,
         ):
             hf_raise_for_status(response)
-            # "bytes 0-131071/4976698672"; a mirror that ignores Range sends the whole file: stop early.
+            # "bytes 0-131071/4976698672". A mirror that ignores Range sends the whole file: stop early.
             size = int(
                 response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers["Content-Length"]
             )
@@ -180,15 +187,15 @@ class HubRepo:
                 for file in revision.files
                 if file.file_path == path
             ]
-            # The hub's own deletion: it keeps a blob that another revision links to.
+            # The client's own deletion keeps a blob that another revision links to.
             cache.delete_files(*entries).execute()
             if path.exists():
                 log.warning("could not delete %s, which this run downloaded and no longer needs", path)
 
-    def missing_file_error(self, name: str, why: str) -> StreamslrError:
+    def missing_file_error(self, name: str, detail: str) -> StreamslrError:
         if constants.is_offline_mode():
             return self._offline(name)
-        return InputError(f"{self.label} has no {name}{why}; choose another revision or model")
+        return InputError(f"{self.label} has no {name}{detail}; choose another revision or model")
 
     def _offline(self, name: str) -> HubError:
         return HubError(
@@ -198,7 +205,7 @@ class HubRepo:
 
     @contextmanager
     def _errors(self, name: str = CONFIG_FILE, revision: str | None = None) -> Iterator[None]:
-        """The hub client's errors as ours, which say what to do."""
+        """Turn errors of the hub's client into errors that say what to do."""
         endpoint = self._api.endpoint
         try:
             yield
@@ -230,7 +237,7 @@ class HubRepo:
                     f"{error.response.status_code}); check HF_TOKEN and what the token may read"
                 ) from error
             raise self._unreachable(name, error) from error
-        except hub_errors.HTTPError as error:  # type: ignore[attr-defined]  # of the client that the hub uses
+        except hub_errors.HTTPError as error:  # type: ignore[attr-defined]  # of the library below the hub's client
             raise self._unreachable(name, error) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
