@@ -10,7 +10,9 @@ from streamslr.errors import InputError
 from streamslr.io.packed_layout import (
     FORMAT_VERSION,
     PACKED_PARTS,
+    Linears,
     MetaCode,
+    PackedFormat,
     linears_among,
     low_rank_bytes,
     max_values,
@@ -95,9 +97,9 @@ def test_parts_are_found_among_stored_names() -> None:
 def test_quantization_config_comes_back(pattern: SparsityPattern) -> None:
     entry = quantization_config(pattern, 64)
     assert entry.keys() == {"quant_method", "format_version", "pattern", "rank"}
-    for config in ({"quantization_config": entry}, LlamaConfig(quantization_config=entry)):
-        read = read_quantization_config(json.loads(json.dumps(config)) if type(config) is dict else config)
-        assert (read.pattern, read.rank, read.format_version) == (pattern, 64, FORMAT_VERSION)
+    stored = json.loads(json.dumps({"quantization_config": entry}))
+    for config in (stored, LlamaConfig.from_dict(stored)):
+        assert read_quantization_config(config) == PackedFormat(pattern, 64, FORMAT_VERSION)
 
 
 def test_other_models_have_no_packed_format() -> None:
@@ -108,8 +110,7 @@ def test_other_models_have_no_packed_format() -> None:
 
 def test_a_folder_of_the_version_before_is_read() -> None:
     entry = quantization_config(NofM(2, 4), 64) | {"format_version": 2}
-    read = read_quantization_config({"quantization_config": entry})
-    assert (read.pattern, read.rank, read.format_version) == (NofM(2, 4), 64, 2)
+    assert read_quantization_config({"quantization_config": entry}) == PackedFormat(NofM(2, 4), 64, 2)
 
 
 def test_an_unknown_format_version_is_refused() -> None:
@@ -125,7 +126,7 @@ def test_an_unknown_format_version_is_refused() -> None:
 
 
 def test_metadata_of_a_shard_names_its_linears() -> None:
-    linears = {"a.q": (NofM(2, 4), (16, 32)), "a.k": (UnstructuredRows(0.5), (8, 32))}
+    linears: Linears = {"a.q": (NofM(2, 4), (16, 32)), "a.k": (UnstructuredRows(0.5), (8, 32))}
     metadata = shard_metadata(linears)
     assert metadata == {"format": "pt", "a.q": "2:4 16x32", "a.k": "50%/row 8x32"}
     assert packed_linears(metadata) == linears

@@ -165,7 +165,7 @@ def test_a_truncated_shard_is_found_before_it_is_downloaded(hub: Hub, made: Path
     assert hub.downloads(".safetensors") == []
 
 
-def test_tokenizer_and_companions(hub: Hub, made: Path) -> None:
+def test_tokenizer_and_auxiliary_files(hub: Hub, made: Path) -> None:
     hub.add("org/llama", made)
     checkpoint = open_checkpoint("org/llama")
     tokenizer = checkpoint.tokenizer()
