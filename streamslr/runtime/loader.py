@@ -9,15 +9,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from streamslr.errors import InputError
 from streamslr.io.shards import MIXED, QUANT_METHOD, packed_linears, read_quantization_config, shard_metadata
+from streamslr.model.sources import first_line
+from streamslr.model.transformers_compat import (
+    HfQuantizer,
+    QuantizationConfigMixin,
+    get_model_conversion_mapping,
+    register_quantization_config,
+    register_quantizer,
+    revert_weight_conversion,
+)
+from streamslr.run.journal import read_journal
 from streamslr.runtime.linear import SparseLowRankLinear
 
-# No more of transformers up here: this module is imported while transformers is (runtime/register.py).
+# This file is imported while transformers is being imported (runtime/register.py), when AutoModelForCausalLM and
+# PreTrainedModel are not there yet. What needs them is imported inside functions, streamslr's own files included.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -43,8 +51,6 @@ def load(
     write, or that is unfinished; the bytes themselves are checked by `streamslr verify`, not here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from streamslr.model.sources import first_line
 
     if device is not None and device_map is not None:
         raise InputError(f"device {device!s} and device_map {device_map!r} cannot both hold; give one of them")
@@ -97,9 +103,8 @@ class StreamslrQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        from streamslr.model.experts import names_in, unfuse
+        from streamslr.model.experts import unfuse
+        from streamslr.model.parameter_names import find_modules
 
         stored, patterns = _stored(checkpoint_files)
         unfuse(model, get_model_conversion_mapping(model), stored)
@@ -107,7 +112,7 @@ class StreamslrQuantizer(HfQuantizer):
         assert packed is not None
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         paths = [key.removesuffix(".meta") for key in stored if key.endswith(".meta")]
-        names = names_in(model, paths, linears)
+        names = find_modules(model, paths, linears)
         if strangers := [path for path in paths if path not in names]:
             raise InputError(
                 f"the shards hold {strangers[0]} ({len(strangers)} such linears), which {type(model).__name__} lacks: "
@@ -142,8 +147,6 @@ class StreamslrQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
         """What `save_pretrained` puts in its shards' headers, so that `streamslr eval` reads its folders too."""
-        from transformers.core_model_loading import revert_weight_conversion
-
         linears = packed_modules(model)
         saved = revert_weight_conversion(model, {f"{name}.meta": linear.meta for name, linear in linears.items()})
         names = {id(tensor): key.removesuffix(".meta") for key, tensor in saved.items()}
@@ -175,7 +178,6 @@ def _stored(files: list[str] | None) -> "tuple[dict[str, TensorInfo], dict[str, 
     Raises InputError for damaged ones, and an unfinished run.
     """
     from streamslr.model.checkpoint import shard_header
-    from streamslr.run.journal import read_journal
 
     if not files:
         raise InputError("a compressed model is loaded from its folder; a state_dict alone does not do")
