@@ -419,7 +419,7 @@ def _logging(quiet: bool, log_file: Path | None) -> Iterator[Console]:
 def _quiet_libraries() -> None:
     """Our own progress and messages say it; the libraries' bars would tear the display."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
+    from transformers import logging as transformers_logging
 
     transformers_logging.set_verbosity(logging.ERROR)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

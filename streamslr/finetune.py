@@ -22,8 +22,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from streamslr.calibration.tokens import text_windows
 from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
@@ -40,7 +47,7 @@ from streamslr.io.folder import write_index
 from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
 from streamslr.memory import why_out_of_memory
 from streamslr.model.checkpoint import open_checkpoint
-from streamslr.model.experts import names_in
+from streamslr.model.parameter_names import find_modules
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from streamslr.run.context import pick_device
@@ -262,7 +269,7 @@ def _low_rank(model: PreTrainedModel, state: JournalState) -> dict[str, nn.Param
     modules = packed_modules(model)
     trained: dict[str, nn.Parameter] = {}
     linears = [linear.name for block in state.blocks for linear in block.linears if linear.rank]
-    for stored, name in names_in(model, linears, modules).items():
+    for stored, name in find_modules(model, linears, modules).items():
         trained |= {f"{stored}.{part}": modules[name].get_parameter(part) for part in ("U", "V")}
     model.requires_grad_(False)
     for parameter in trained.values():

@@ -131,7 +131,7 @@ def open_run(config: RunConfig) -> RunContext:
     blockwise = BlockwiseModel(checkpoint, dtype, device)
     if read_quantization_config(checkpoint.config) is not None:
         raise InputError(f"{config.model} is compressed already; give the model that it was made from")
-    blockwise.compressible()
+    blockwise.require_compressible()
     positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if positions and config.seq_len > positions:
         log.warning(

@@ -63,7 +63,7 @@ def test_headers_alone_are_read_at_first(hub: Hub, made: Path) -> None:
     assert checkpoint.identity == f"hub:org/llama@{commit}"
     assert checkpoint.tensors == open_checkpoint(str(made)).tensors
     assert hub.downloads(".safetensors") == []
-    BlockwiseModel(checkpoint, torch.float32, torch.device("cpu")).compressible()
+    BlockwiseModel(checkpoint, torch.float32, torch.device("cpu")).require_compressible()
     assert hub.downloads(".safetensors") == []
     assert not cached("*.safetensors")
 

@@ -18,7 +18,7 @@ import streamslr
 from streamslr.errors import InputError
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
-from streamslr.runtime.linear import SparseLowRankLinear, _semi_structured
+from streamslr.runtime.linear import SparseLowRankLinear, _choose_gpu_kernel
 from streamslr.runtime.loader import packed_modules
 from tests.support.compressed_folders import compressed_folder, dense_model
 from tests.support.tiny_models import TEXT, VOCABULARY, tiny_checkpoint
@@ -97,7 +97,7 @@ def test_layers_offloaded_to_disk(folder: Path) -> None:
     assert torch.equal(logits(model), logits(streamslr.load(folder, device="cpu")))
     with pytest.raises(InputError, match="keep_dense"):
         offloaded.keep_dense()
-    kernel = _semi_structured(offloaded)  # what a GPU would be asked: it must not hold a copy of its own
+    kernel = _choose_gpu_kernel(offloaded)  # what a GPU would be asked: it must not hold a copy of its own
     assert kernel.weight is None and "offloaded" in kernel.name
 
 
