@@ -178,7 +178,7 @@ class Compression:
             hidden, loss = passes.retry_on_oom("propagate", lambda: passes.propagate(block, streams.hidden, targets))
             if targets and not loss < curve[0]:
                 log.warning("%s: matching did not lower its loss of %.3g (%.3g); kept as solved", name, curve[0], loss)
-                compressed.place(solved)
+                compressed.load(solved)
                 writing = writer.submit(self.write, i, solved)
                 hidden.drop()
                 hidden, _ = passes.retry_on_oom("propagate", lambda: passes.propagate(block, streams.hidden, targets))
