@@ -52,9 +52,11 @@ from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import StreamslrError
 from streamslr.io.shards import DTYPE_NAMES
 from streamslr.memory import uss
+from streamslr.results.plan_table import plan_table
 from streamslr.run.context import open_run
+from streamslr.run.costs import PhaseCost
 from streamslr.run.loop import run
-from streamslr.run.plan import PhaseCost, Plan
+from streamslr.run.plan import Plan
 from streamslr.run.progress import NoDisplay
 
 DEMO = Path(__file__).with_name("demo_model")
@@ -252,7 +254,7 @@ def main(
                 maker.submit(make, folder, shape, blocks, config.samples * config.seq_len, seed).result()
             baseline, start = uss(), time.monotonic()
             context = open_run(config)
-            console.print(context.plan.table(context.host_mem, context.gpu_mem))
+            console.print(plan_table(context.plan))
             journal = run(context, Lines())
         except StreamslrError as error:
             raise SystemExit(str(error)) from error

@@ -57,7 +57,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
         made_with=context.made_with,
         allocation=None if context.config.owl is not None else as_json(context.allocation),
     )
-    planned = context.plan.memory(context.host_mem, context.gpu_mem)
+    planned = context.plan.memory()
     with Journal(config.out, start) as journal:
         done = len(journal.state.blocks)
         if done:
