@@ -75,10 +75,14 @@ def scratch_bytes(boundary: int, matching: bool) -> int:
 
 
 def held_bytes(phase: str, boundary: int, matching: bool) -> int:
-    """Return the bytes of the boundaries that exist in a phase, which they take of host memory where it keeps them.
+    """Return the bytes of all boundaries that exist in a phase: host memory, where the plan keeps them in memory.
 
-    Without matching half the boundaries of both streams are counted. The survey has one stream, with two boundaries.
-    Arguments as of `scratch_bytes`.
+    Without matching, half the boundaries of both streams are counted. The survey has two boundaries of one stream.
+
+    Args:
+        phase: Name of the phase.
+        boundary: Bytes of one boundary of one stream.
+        matching: There is a stream of targets beside the hidden states.
     """
     if phase == "survey":
         return 2 * boundary

@@ -9,8 +9,8 @@ from streamslr.run.plan import Plan
 def plan_table(plan: Plan) -> Table:
     """Return a table with one row a phase, and the choices and totals of the plan around it."""
     budget = f"host budget {format_bytes(plan.host_mem)}"
-    if plan.gpu_mem is not None:
-        budget += f", gpu budget {format_bytes(plan.gpu_mem)}"
+    if plan.device != "cpu":
+        budget += ", no gpu budget given" if plan.gpu_mem is None else f", gpu budget {format_bytes(plan.gpu_mem)}"
     tier = "memory and disk" if plan.in_memory else "disk"
     choices = "" if plan.grams_at == "device" else f", Gram matrices wait on {plan.grams_at}"
     choices += "" if plan.solver_workspace is None else ", the solver works in tiles"

@@ -12,7 +12,7 @@ from streamslr.matching import refine_bytes, refine_flops
 from streamslr.model.pass_costs import activation_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.solvers.base import Solver
-from streamslr.spec.allocation import SCORED_ROWS, Allocation
+from streamslr.spec.allocation import Allocation, scoring_bytes
 
 _LIBRARY_BUFFERS, _EARLY_BUFFERS = 120 * 2**20, 76 * 2**20
 """Host memory that torch, zarr and the tokenizer hold beside tensors, for buffers and pages of their code; and the part
@@ -61,31 +61,28 @@ class Costs:
 
     def solve(self, grams_at: str, workspace: int | None) -> PhaseCost:
         """Return the cost of phase solve; arguments as of `phases`."""
-        linears = [linear for block in self.model.blocks for linear in block.linears.items()]
-        flops = sum(self.solver.flops(o, d, self.allocation[name].rank) for name, (o, d) in linears)
+        flops = sum(self.solver.flops(o, d, self.allocation[name].rank) for name, (o, d) in self._linears)
         waiting = self.gram_bytes if grams_at == "host" else 0
         return self._cost("solve", self.beside_solver(grams_at) + self.solver_bytes(workspace), waiting, flops)
 
     def solver_bytes(self, workspace: int | None) -> int:
-        """Return the most bytes that one solve takes, or what is made of its result after it."""
+        """Return the most bytes that one solve takes, or merging its result: two float32 matrices [o, d]."""
         gpu, most = self.device.type == "cuda", 0
-        for name, (o, d) in (linear for block in self.model.blocks for linear in block.linears.items()):
+        for name, (o, d) in self._linears:
             spec = self.allocation[name]
             solve = self.solver.peak_bytes(o, d, spec.rank, workspace, by_row=spec.pattern.by_row, gpu=gpu)
             most = max(most, solve, 8 * o * d)
         return most
 
     def beside_solver(self, grams_at: str) -> int:
-        """Return the bytes beside a solve: block, Grams, what is packed, and W in float32 where the block is not."""
-        grams = self.gram_bytes if grams_at == "device" else 4 * self._widest**2
-        weight = (
-            0 if self._value_bytes == 4 else max(4 * o * d for b in self.model.blocks for o, d in b.linears.values())
-        )
+        """Return the bytes beside a solve: block, Grams, packed linears, and W in float32 where the block is not."""
+        grams = self.gram_bytes if grams_at == "device" else grams_bytes([self._widest])
+        weight = 0 if self._value_bytes == 4 else 4 * max(o * d for _, (o, d) in self._linears)
         return self._block_bytes + grams + self._packed_bytes + weight
 
     @property
-    def fixed(self) -> int:
-        """Host bytes that no phase is without: the process and its libraries."""
+    def fixed_bytes(self) -> int:
+        """Host bytes of the process and its libraries, in every phase but embed."""
         return self.baseline + _LIBRARY_BUFFERS
 
     def packed_bytes(self, block: BlockShape) -> int:
@@ -100,8 +97,8 @@ class Costs:
         return packed + (block.parameters - dense) * value_bytes
 
     def _survey(self, micro_batch: int) -> PhaseCost:
-        scoring = 8 * SCORED_ROWS * self._widest  # scores of some rows, and magnitudes of their weights
-        compute = self._block_bytes + self._pass_bytes(micro_batch) + self._input_copy(micro_batch) + scoring
+        passing = self._pass_bytes(micro_batch) + self._input_copy(micro_batch)
+        compute = self._block_bytes + passing + scoring_bytes(self._widest)
         host = transfer_bytes(self._hidden_bytes(micro_batch), reads=1, writes=1)
         return self._cost("survey", compute, host, self._forward_flops)
 
@@ -117,38 +114,32 @@ class Costs:
         passing = self._pass_bytes(micro_batch) + self._input_copy(micro_batch)
         blending = max(blend_bytes(b.expert_grams.values()) for b in self.model.blocks)  # after all windows have passed
         compute = self._block_bytes + self.gram_bytes + max(blending, passing)
-        flops = (
-            2.0
-            * self._tokens(self.config.samples)
-            * sum(b.token_fraction(name) * d * d for b in self.model.blocks for name, d in b.grams.items())
-        )
-        writes = 1 if self.config.match else 0  # targets
-        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=self._streams, writes=writes)
-        return self._cost("grams", compute, host, self._forward_flops + flops)
+        targets = 1 if self.config.match else 0
+        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=self._streams, writes=targets)
+        products = sum(b.token_fraction(name) * d * d for b in self.model.blocks for name, d in b.grams.items())
+        flops = self._forward_flops + 2.0 * self._tokens(self.config.samples) * products
+        return self._cost("grams", compute, host, flops)
 
     def _match(self, micro_batch: int) -> PhaseCost:
         tokens = self._tokens(min(micro_batch, self.config.match_batch))
-        hidden_size, value_bytes = self.model.hidden_size, self._value_bytes
-        refining = max(
-            refine_bytes(block, self.allocation, tokens, hidden_size, value_bytes) for block in self.model.blocks
-        )
+        sizes = tokens, self.model.hidden_size, self._value_bytes
+        refining = max(refine_bytes(block, self.allocation, *sizes) for block in self.model.blocks)
         weights = self._block_bytes + 2 * self._packed_bytes  # as solved and as refined
+        compute = weights + refining + self._score_bytes(micro_batch)
         host = transfer_bytes(self._hidden_bytes(micro_batch), reads=2)
-        flops = refine_flops(self._forward_flops, self.config.match_epochs)
-        return self._cost("match", weights + refining + self._score_bytes(micro_batch), host, flops)
+        return self._cost("match", compute, host, refine_flops(self._forward_flops, self.config.match_epochs))
 
     def _propagate(self, micro_batch: int) -> PhaseCost:
         stored = (2 if self.config.match else 1) * self._packed_bytes  # as solved and as refined
         copy = 0 if self.device.type == "cpu" else self._packed_bytes  # on its way to the shard
         host = transfer_bytes(self._hidden_bytes(micro_batch), reads=self._streams, writes=1) + copy
-        return self._cost(
-            "propagate", self._block_bytes + stored + self._pass_bytes(micro_batch), host, self._forward_flops
-        )
+        compute = self._block_bytes + stored + self._pass_bytes(micro_batch)
+        return self._cost("propagate", compute, host, self._forward_flops)
 
     def _cost(self, phase: str, compute: int, host: int, flops: float) -> PhaseCost:
         """Place the bytes of a phase: `compute` where blocks are computed, `host` on the host in any case."""
         on_cpu = self.device.type == "cpu"
-        fixed = self.baseline + (_EARLY_BUFFERS if phase == "embed" else _LIBRARY_BUFFERS)
+        fixed = self.baseline + _EARLY_BUFFERS if phase == "embed" else self.fixed_bytes
         return PhaseCost(phase, fixed + host + (compute if on_cpu else 0), 0 if on_cpu else compute, flops)
 
     def _tokens(self, windows: int) -> int:
@@ -159,9 +150,8 @@ class Costs:
 
     def _pass_bytes(self, micro_batch: int) -> int:
         """Activations and attention scores of a pass without gradients."""
-        tokens, hidden_size, value_bytes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes
-        activations = max(activation_bytes(block, tokens, hidden_size, value_bytes) for block in self.model.blocks)
-        return activations + self._score_bytes(micro_batch)
+        sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes
+        return max(activation_bytes(block, *sizes) for block in self.model.blocks) + self._score_bytes(micro_batch)
 
     def _score_bytes(self, micro_batch: int) -> int:
         return score_bytes(micro_batch, self.config.seq_len, self.model.eager_heads)
@@ -179,11 +169,17 @@ class Costs:
         return self.dtype.itemsize
 
     @cached_property
+    def _linears(self) -> list[tuple[str, tuple[int, int]]]:
+        """All linears of the model: name, (o, d)."""
+        return [linear for block in self.model.blocks for linear in block.linears.items()]
+
+    @cached_property
     def _block_bytes(self) -> int:
         return max(block.parameters for block in self.model.blocks) * self._value_bytes
 
     @cached_property
     def gram_bytes(self) -> int:
+        """Bytes of all Grams of the block."""
         return max(grams_bytes(block.grams.values()) for block in self.model.blocks)
 
     @cached_property

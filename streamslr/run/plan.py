@@ -247,7 +247,7 @@ def _choose_workspace(costs: Costs, budgets: _Budgets, grams_at: str) -> int | N
     budget = budgets.host if on_cpu else budgets.gpu
     if budget is None or budgets.hold([costs.solve(grams_at, None)]):
         return None
-    workspace = max(0, budget - costs.beside_solver(grams_at) - (costs.fixed if on_cpu else 0))
+    workspace = max(0, budget - costs.beside_solver(grams_at) - (costs.fixed_bytes if on_cpu else 0))
     return None if costs.solver_bytes(workspace) == costs.solver_bytes(None) else workspace
 
 
