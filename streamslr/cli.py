@@ -92,13 +92,14 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
         with _logging(quiet, log_file) as console:
             _quiet_libraries()
             from streamslr.results.inspect import run_table
+            from streamslr.results.plan_table import plan_table
             from streamslr.run.context import open_run
             from streamslr.run.loop import run as compress
             from streamslr.run.progress import LiveDisplay
 
             context = open_run(config)
             if not quiet:
-                console.print(context.plan.table(context.host_mem, context.gpu_mem))
+                console.print(plan_table(context.plan))
             live = not quiet and console.is_terminal
             with LiveDisplay(console, context.host_mem) if live else nullcontext() as display:
                 state = compress(context, display)
@@ -116,15 +117,14 @@ def plan(as_json: bool, **settings: Any) -> None:
         out = settings["out"] or Path(f"{Path(settings['model']).name}-slr")
         config = RunConfig(**settings | {"out": out})
         _quiet_libraries()
+        from streamslr.results.plan_table import plan_table
         from streamslr.run.context import open_run
 
         context = open_run(config)
         if as_json:
-            _print_json(
-                context.plan.as_dict() | {"host_budget_bytes": context.host_mem, "gpu_budget_bytes": context.gpu_mem}
-            )
+            _print_json(context.plan.as_dict())
         else:
-            _console().print(context.plan.table(context.host_mem, context.gpu_mem))
+            _console().print(plan_table(context.plan))
         context.require_fit()
 
 

@@ -157,7 +157,7 @@ def test_refining_is_the_documented_optimisation(pattern, rank):
     weights, curve = case.refine()
     steps = [slice(*span) for span in case.served[3:]]  # as drawn; the first epoch only measured
     start = made_case(pattern, rank, off=1.0)
-    start.compressed().place(start.weights)
+    start.compressed().load(start.weights)
     factors = {
         name: (
             start.sparse(start.weights, name),
@@ -238,7 +238,7 @@ def test_without_steps_what_was_given_comes_back(compute):
 
 def test_the_curve_starts_at_the_relative_loss_and_falls():
     case = made_case()
-    case.compressed().place(case.weights)
+    case.compressed().load(case.weights)
     before = (case.block(case.inputs) - case.targets).square().sum() / case.targets.square().sum()
     _, curve = case.refine(replace(SETTINGS, epochs=30))
     after = (case.block(case.inputs) - case.targets).square().sum() / case.targets.square().sum()

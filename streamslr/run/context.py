@@ -24,8 +24,9 @@ from streamslr.io.packed_layout import read_quantization_config
 from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
+from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.run.journal import read_journal, refuse_changed_settings
-from streamslr.run.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
+from streamslr.run.plan import Pieces, Plan, make_plan
 from streamslr.solvers.base import LinearProblem
 from streamslr.solvers.methods import Method, find_method
 from streamslr.spec.allocation import (
@@ -110,7 +111,7 @@ class RunContext:
 
     def require_fit(self) -> None:
         """Raises BudgetError when the plan does not fit memory or disk."""
-        self.plan.require_memory(self.host_mem, self.gpu_mem)
+        self.plan.require_memory()
         self.plan.require_disk(self.config.out, self.scratch, Path(constants.HF_HUB_CACHE))
 
     def remove_scratch(self) -> None:

@@ -57,7 +57,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
         made_with=context.made_with,
         allocation=None if context.config.owl is not None else as_json(context.allocation),
     )
-    planned = context.plan.memory(context.host_mem, context.gpu_mem)
+    planned = context.plan.memory()
     with Journal(config.out, start) as journal:
         done = len(journal.state.blocks)
         if done:
@@ -181,7 +181,7 @@ class Compression:
             hidden, loss = passes.retry_on_oom("propagate", lambda: passes.propagate(block, streams.hidden, targets))
             if targets and not loss < curve[0]:
                 log.warning("%s: matching did not lower its loss of %.3g (%.3g); kept as solved", name, curve[0], loss)
-                compressed.place(solved)
+                compressed.load(solved)
                 writing = writer.submit(self.write, i, solved)
                 hidden.drop()
                 hidden, _ = passes.retry_on_oom("propagate", lambda: passes.propagate(block, streams.hidden, targets))

@@ -152,6 +152,11 @@ def outlier_share(linears: Iterable[tuple[Tensor, Tensor]], times: float) -> flo
     return above / count
 
 
+def scoring_bytes(width: int) -> int:
+    """Return the float32 bytes of `outlier_share`: scores of SCORED_ROWS rows of `width`, and their magnitudes."""
+    return 8 * SCORED_ROWS * width
+
+
 def as_json(allocation: Allocation) -> dict[str, dict[str, Any]]:
     """As --allocation reads it, and the journal keeps it: an entry a linear, or one for all where they are alike."""
     if len(alike := set(allocation.values())) == 1:

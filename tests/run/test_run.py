@@ -409,7 +409,7 @@ def test_matching_brings_each_block_nearer_to_the_dense_model(settings: dict[str
     streamslr.compress(**unmatched)
     assert journal_losses(unmatched["out"]) == []
     tokenizer = open_checkpoint(str(settings["model"])).tokenizer()
-    ids = calibration_windows(tokenizer, settings["calibration"], samples=16, seq_len=16, seed=0).ids
+    ids = calibration_windows(tokenizer, settings["calibration"], num_windows=16, seq_len=16, seed=0).ids
     dense, matched, plain = (
         streamed_logits(folder, ids) for folder in (settings["model"], settings["out"], unmatched["out"])
     )
