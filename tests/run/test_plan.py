@@ -87,6 +87,13 @@ def test_what_cannot_fit_is_refused_naming_phase_bytes_and_flag(host: int, gpu: 
         replace(plan(llama_70b(), host_mem=host), gpu_mem=gpu).require_memory()
 
 
+def test_a_gpu_without_a_budget_is_planned_for_and_refuses_nothing() -> None:
+    made = plan(llama_70b())
+    made.require_memory()
+    assert made.gpu_bytes > 20 * GB
+    assert (made.as_dict()["host_budget_bytes"], made.as_dict()["gpu_budget_bytes"]) == (10**12, None)
+
+
 def test_a_disk_without_room_is_refused_naming_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
