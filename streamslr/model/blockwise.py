@@ -24,10 +24,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from streamslr.errors import InputError
+from streamslr.errors import InputError, first_line
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.experts import unfuse
-from streamslr.model.sources import first_line
 
 _CALLS = 4
 """Shapes of batches whose masks are kept: whole and last micro-batches, of passes and of steps in matching."""

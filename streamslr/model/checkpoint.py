@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from streamslr.errors import InputError, StreamslrError
+from streamslr.errors import InputError, StreamslrError, first_line
 from streamslr.io.packing import merge
 from streamslr.io.shards import DTYPE_NAMES, INDEX_FILE, packed_linears, read_quantization_config
-from streamslr.model.sources import CONFIG_FILE, LocalFolder, ModelSource, find_source, first_line
+from streamslr.model.sources import CONFIG_FILE, LocalFolder, ModelSource, find_source
 from streamslr.spec.pattern import SparsityPattern
 
 SINGLE_FILE = "model.safetensors"

@@ -18,7 +18,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
     validate_repo_id,
 )
 
-from streamslr.errors import BudgetError, HubError, InputError, StreamslrError
+from streamslr.errors import BudgetError, HubError, InputError, StreamslrError, first_line
 
 CONFIG_FILE = "config.json"
 
@@ -249,9 +249,3 @@ class HubRepo:
             f"cannot fetch {name} of {self.repo} from {self._api.endpoint}: {first_line(error)}; check the "
             f"network and run the same line again, or set HF_HUB_OFFLINE=1 to use what is in the cache"
         )
-
-
-def first_line(error: Exception) -> str:
-    """An error of another library, short enough to stand in one of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

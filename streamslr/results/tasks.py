@@ -9,9 +9,8 @@ from typing import Any
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from streamslr.errors import HubError, InputError
+from streamslr.errors import HubError, InputError, first_line
 from streamslr.model.checkpoint import open_checkpoint
-from streamslr.model.sources import first_line
 from streamslr.run.context import pick_device
 
 PAPERS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "rte", "openbookqa", "boolq")

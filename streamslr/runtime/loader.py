@@ -13,7 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from streamslr.errors import InputError
+from streamslr.errors import InputError, first_line
 from streamslr.io.shards import MIXED, QUANT_METHOD, packed_linears, read_quantization_config, shard_metadata
 from streamslr.runtime.linear import SparseLowRankLinear
 
@@ -43,8 +43,6 @@ def load(
     write, or that is unfinished; the bytes themselves are checked by `streamslr verify`, not here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from streamslr.model.sources import first_line
 
     if device is not None and device_map is not None:
         raise InputError(f"device {device!s} and device_map {device_map!r} cannot both hold; give one of them")
