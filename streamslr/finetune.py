@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from streamslr.calibration.tokens import text_windows
 from streamslr.config import format_bytes
-from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
+from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError, first_line
 from streamslr.io.folder import write_index
 from streamslr.io.shards import (
     PARTIAL_SUFFIX,
@@ -40,7 +40,7 @@ from streamslr.io.shards import (
     write_json,
     write_shard,
 )
-from streamslr.memory import why_out_of_memory
+from streamslr.memory import is_out_of_memory
 from streamslr.model.checkpoint import open_checkpoint, shard_header
 from streamslr.model.experts import names_in
 from streamslr.results.inspect import read_run
@@ -147,8 +147,10 @@ def finetune(
                     parameter.copy_(parameter.to(stored[name].dtype))
             after = trainer.evaluate()["eval_loss"]
         except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise BudgetError(
-                f"fine-tuning does not fit the memory ({why_out_of_memory(error)}); give a smaller --batch or --seq-len"
+                f"fine-tuning does not fit the memory ({first_line(error)}); give a smaller --batch or --seq-len"
             ) from error
         if not math.isfinite(after):
             shutil.rmtree(work)

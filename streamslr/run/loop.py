@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from streamslr.calibration.grams import Gram, offload_grams
 from streamslr.calibration.tokens import calibration_windows
 from streamslr.config import format_bytes
-from streamslr.errors import BudgetError
+from streamslr.errors import BudgetError, first_line
 from streamslr.io.folder import (
     discard_uncommitted,
     write_auxiliary_files,
@@ -23,7 +23,7 @@ from streamslr.io.folder import (
 )
 from streamslr.io.shards import WrittenShard
 from streamslr.matching import BlockWeights, CompressedBlock
-from streamslr.memory import held_to_gpu_budget, why_out_of_memory
+from streamslr.memory import held_to_gpu_budget, is_out_of_memory, retry_on_oom
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import RunContext
 from streamslr.run.journal import BlockRecord, Journal, JournalState, LinearRecord, MatchRecord
@@ -73,8 +73,10 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                     context = replace(context, allocation=surveyed(context, journal, timer, passes))
                 return Compression(context, journal, timer, passes, context.method.solver).run()
             except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise BudgetError(
-                    f"memory ran out: {why_out_of_memory(error)}. Free some or raise the budget, then start the same "
+                    f"memory ran out: {first_line(error)}. Free some or raise the budget, then start the same "
                     f"line again; finished blocks are kept"
                 ) from error
 
@@ -84,9 +86,9 @@ def surveyed(context: RunContext, journal: Journal, timer: PhaseTimer, passes: P
     if journal.state.allocation is None:
         blockwise, outliers = context.blockwise, []
         log.info("counting the outliers of %d blocks, which decide their sparsity", len(blockwise.block_names))
-        hidden = passes.retry_on_oom("embed", partial(passes.embed, targets=False)).hidden
+        hidden = passes.retry("embed", partial(passes.embed, targets=False)).hidden
         for i in range(len(blockwise.block_names)):
-            upcoming, share = passes.retry_on_oom("survey", partial(passes.survey, i, hidden))
+            upcoming, share = passes.retry("survey", partial(passes.survey, i, hidden))
             outliers.append(share)
             hidden.drop()
             hidden = upcoming
@@ -133,7 +135,7 @@ class Compression:
             rank = max(spec.rank for spec in context.allocation.values())
             auxiliary_files = write_auxiliary_files(out, context.checkpoint, common_pattern(context.allocation), rank)
             non_block = write_non_block(out, context.checkpoint, context.blockwise.non_block_tensors)
-        streams = self.passes.retry_on_oom("embed", self.passes.embed)
+        streams = self.passes.retry("embed", self.passes.embed)
         digest = streams.hidden.seal()
         self.journal.commit_non_block(auxiliary_files, non_block, digest, self.passes.micro_batch, self.timer.take())
         write_index(out, self.journal.state.shards)
@@ -161,7 +163,7 @@ class Compression:
         with self.timer.phase("load", steps=1, block=i):
             block = blockwise.load_block(i)
             context.checkpoint.prefetch(context.upcoming_tensors(i))
-        grams, targets = passes.retry_on_oom("grams", lambda: passes.collect(block, streams))
+        grams, targets = passes.retry("grams", lambda: passes.collect(block, streams))
         with self.timer.phase("solve", steps=len(block.linears), block=i) as step:
             packed, solved_linears = self.solve_block(block.linears, grams, step)
         weights = solved = BlockWeights(packed, blockwise.as_stored(i))
@@ -170,18 +172,17 @@ class Compression:
         curve: tuple[float, ...] = ()
         if targets:
             match = partial(passes.match, compressed, solved, streams.hidden, targets)
-            weights, curve = passes.retry_on_oom(
-                "match", match, partial(passes.halve_micro_batch, context.config.match_batch)
-            )
+            shrink = partial(passes.halve_micro_batch, context.config.match_batch)
+            weights, curve = retry_on_oom(match, shrink, phase="match", device=context.device)
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
             writing = writer.submit(self.write, i, weights)
-            hidden, loss = passes.retry_on_oom("propagate", lambda: passes.propagate(block, streams.hidden, targets))
+            hidden, loss = passes.retry("propagate", lambda: passes.propagate(block, streams.hidden, targets))
             if targets and not loss < curve[0]:
                 log.warning("%s: matching did not lower its loss of %.3g (%.3g); kept as solved", name, curve[0], loss)
                 compressed.place(solved)
                 writing = writer.submit(self.write, i, solved)
                 hidden.drop()
-                hidden, _ = passes.retry_on_oom("propagate", lambda: passes.propagate(block, streams.hidden, targets))
+                hidden, _ = passes.retry("propagate", lambda: passes.propagate(block, streams.hidden, targets))
             shard = writing.result()
         upcoming = Streams(hidden, targets)
         with self.timer.phase("commit", steps=1, block=i):
@@ -236,7 +237,7 @@ class Compression:
             workspace = context.smaller_workspace(name, linear, workspace)
             return None if workspace is None else f"the rows of {name} in smaller tiles, {format_bytes(workspace)}"
 
-        return self.passes.retry_on_oom("solve", work, shrink)
+        return retry_on_oom(work, shrink, phase="solve", device=context.device)
 
 
 def finite_or_none(loss: float) -> float | None:

@@ -1,6 +1,5 @@
 """The calibration windows on their way through the blocks: embed, the dense pass, the compressed pass, replay."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,14 +10,12 @@ from torch import Tensor
 from streamslr.calibration.grams import Gram, GramCollector
 from streamslr.calibration.hidden_states import HiddenStates, Span, read_batches, spans
 from streamslr.matching import BlockWeights, CompressedBlock, Loss, Matching
-from streamslr.memory import release_memory, why_out_of_memory
+from streamslr.memory import release_memory, retry_on_oom
 from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.run.context import RunContext
 from streamslr.run.progress import PhaseTimer
 from streamslr.spec.allocation import OUTLIER, outlier_share
-
-log = logging.getLogger("streamslr")
 
 T = TypeVar("T")
 
@@ -151,26 +148,12 @@ class Passes:
                     loss.add(output, next(outputs)[1])
         return upcoming, loss.relative
 
-    def retry_on_oom(self, phase: str, work: Callable[[], T], shrink: Callable[[], str | None] | None = None) -> T:
-        """What `work` returns; where memory runs out in it, what it returns once more, cut smaller.
-
-        shrink: makes the next attempt smaller and says how, or None where that cannot be; by itself it halves the
-        micro-batch. Raises MemoryError where nothing can be cut, and whatever the second attempt raises.
-        """
-        try:
-            return work()
-        except (MemoryError, RuntimeError) as error:
-            why = why_out_of_memory(error)
-        # After the except clause, because the traceback holds what the phase had allocated.
-        release_memory(self.context.device)
-        smaller = (shrink or self.halve_micro_batch)()
-        if smaller is None:
-            raise MemoryError(f"phase {phase}, as small as it can be: {why}")
-        log.warning("phase %s ran out of memory (%s): once more with %s", phase, why, smaller)
-        return work()
+    def retry(self, phase: str, work: Callable[[], T]) -> T:
+        """Call `work`, a pass; where memory runs out in it, call it once more with half the micro-batch."""
+        return retry_on_oom(work, self.halve_micro_batch, phase=phase, device=self.context.device)
 
     def halve_micro_batch(self, at_most: int | None = None) -> str | None:
-        """Half the micro-batch, or half of `at_most` where no more passed at a time."""
+        """Halve the micro-batch, or `at_most` where fewer passed at a time; say so, or return None where it is 1."""
         passing = min(self.micro_batch, at_most or self.micro_batch)
         if passing == 1:
             return None
