@@ -76,8 +76,8 @@ from streamslr.run.journal import Journal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without it
 how, commit = int(sys.argv.pop()), Journal.commit_block
 
-def commit_and_signal(self, record, micro_batch):
-    commit(self, record, micro_batch)
+def commit_and_signal(self, record, *settings):
+    commit(self, record, *settings)
     if record.index == 0:
         os.kill(os.getpid(), how)
 

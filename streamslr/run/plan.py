@@ -140,8 +140,9 @@ class Plan:
     def table(self, host_mem: int, gpu_mem: int | None) -> Table:
         """A row a phase, for people."""
         budget = f"host budget {format_bytes(host_mem)}"
-        if gpu_mem is not None:
-            budget += f", gpu budget {format_bytes(gpu_mem)}"
+        on_gpu = self.device == "cuda"
+        if on_gpu:
+            budget += ", no gpu budget given" if gpu_mem is None else f", gpu budget {format_bytes(gpu_mem)}"
         tier = "memory and disk" if self.in_memory else "disk"
         means = "" if self.grams_at == "device" else f", Gram matrices wait on {self.grams_at}"
         means += "" if self.solver_workspace is None else ", the solver works in tiles"
@@ -156,10 +157,10 @@ class Plan:
         for name in ("phase", "host", "gpu", "FLOPs"):
             table.add_column(name, justify="left" if name == "phase" else "right")
         for phase in self.phases:
-            gpu = format_bytes(phase.gpu_bytes) if gpu_mem is not None else "–"
+            gpu = format_bytes(phase.gpu_bytes) if on_gpu else "–"
             table.add_row(phase.name, format_bytes(phase.host_bytes), gpu, f"{phase.flops:.2e}")
         table.add_section()
-        gpu = format_bytes(self.gpu_bytes) if gpu_mem is not None else "–"
+        gpu = format_bytes(self.gpu_bytes) if on_gpu else "–"
         table.add_row("peak", format_bytes(self.host_bytes), gpu, f"{self.flops:.2e}")
         return table
 
