@@ -68,8 +68,8 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
     share_of_all(config)  # refuses a wrong --pattern or --compression before the model is opened
     method = find_method(config.method)
     device, dtype = pick_device(config.device, gpu_required)
-    for warning in idle_settings(config, device.type):
-        log.warning("%s", warning)
+    for sentence in idle_settings(config, device.type):
+        log.warning("%s", sentence)
     present = device.type == "cpu" or torch.cuda.is_available()
     if device.type == "cuda" and present:  # CUDA's context and libraries take host memory, which the baseline counts
         torch.linalg.cholesky(torch.eye(8, device=device) @ torch.eye(8, device=device))
@@ -79,6 +79,8 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
     densest = allocate(config, blockwise.linears)  # with --owl each linear at its densest, which the plan must hold
     for spec in dict.fromkeys(densest.values()):
         method.require(spec.pattern, spec.rank)
+    for sentence in _overridden(config, blockwise, densest):
+        log.warning("%s", sentence)
     host_mem = free_host_memory() if config.host_mem is None else config.host_mem
     gpu_mem = config.gpu_mem if device.type == "cuda" else None
     if device.type == "cuda" and present and gpu_mem is None:
@@ -140,6 +142,23 @@ def _open_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
             "--seq-len %d is more than the %d positions %s was made for", config.seq_len, positions, config.model
         )
     return checkpoint, blockwise
+
+
+def _overridden(config: RunConfig, blockwise: BlockwiseModel, allocation: Allocation) -> list[str]:
+    """Return a sentence for --pattern and --rank where --allocation or --ranks decides for every linear by name.
+
+    A setting has no effect if another value of it gives the same allocation.
+    """
+    others = []
+    if config.pattern is not None and config.allocation is not None:
+        others.append(("pattern", replace(config, pattern="60%" if config.pattern == "50%" else "50%")))
+    if config.rank is not None and (config.allocation or config.ranks):
+        others.append(("rank", replace(config, rank=config.rank + 1)))
+    return [
+        f"--{name} {getattr(config, name)} has no effect: --allocation or --ranks decides for every linear"
+        for name, other in others
+        if allocate(other, blockwise.linears) == allocation
+    ]
 
 
 def _fingerprint(config: RunConfig, checkpoint: Checkpoint, method: Method, device: torch.device) -> Mapping[str, Any]:
