@@ -82,7 +82,7 @@ def main() -> None:
 @_quiet_option
 @click.option("--log-file", type=click.Path(path_type=Path), help="Append a line a block, and every warning, to FILE.")
 def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
-    """Compress a model into --out; the same line again goes on where it stopped."""
+    """Compress a model into a folder; the same line again goes on where it stopped."""
     out = settings["out"] or default_out(settings["model"])
     with _errors_and_interrupts(f"the same line goes on in {out}"):
         config = RunConfig(**settings)

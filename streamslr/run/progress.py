@@ -45,7 +45,7 @@ class NoDisplay:
 
 
 class PhaseTimer:
-    """Measures seconds and peak memory of each phase, and holds the run to its host budget."""
+    """Clock and memory meter of a run's phases; it also holds the run to its host budget."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class PhaseTimer:
 
 
 class BlockProgress:
-    """Counts committed blocks, estimates the time left, and logs a line a block."""
+    """Count of committed blocks, with the time left and a log line a block."""
 
     def __init__(self, display: Display, done: int, total: int) -> None:
         """Start with `done` of `total` blocks, committed by earlier starts of the run."""

@@ -21,7 +21,7 @@ log = logging.getLogger("streamslr")
 
 @dataclass
 class LinearCompressor:
-    """Compresses the linears of a run, one at a time, in a workspace that shrinks for good when memory runs out."""
+    """Solver of a run's linears, one at a time, in a workspace that shrinks for good when memory runs out."""
 
     solver: Solver
     allocation: Allocation
