@@ -79,8 +79,8 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 allocation = context.allocation
                 if allocation is None:
                     allocation = allocation_by_outliers(config, context.blockwise, journal, passes)
-                linears = LinearCompressor(context.method.solver, allocation, config.seed, state.solver_workspace)
-                Compression(context, allocation, journal, timer, progress, passes, linears).run()
+                compressor = LinearCompressor(context.method.solver, allocation, config.seed, state.solver_workspace)
+                Compression(context, allocation, journal, timer, progress, passes, compressor).run()
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -116,7 +116,7 @@ class Compression:
     timer: PhaseTimer
     progress: BlockProgress
     passes: Passes
-    linears: LinearCompressor
+    linear_compressor: LinearCompressor
 
     def run(self) -> None:
         """Compress every block that is not committed yet, and remove the scratch folder."""
@@ -173,7 +173,7 @@ class Compression:
         grams, targets = passes.retry("grams", partial(passes.collect, block, streams))
         # Solve each linear: S + U·V takes the place of its weight.
         with timer.phase("solve", steps=len(block.linears), block=i) as step:
-            packed, linears = self.solve_block(block, grams, step)
+            packed, records = self.solve_block(block, grams, step)
         solved = BlockWeights(packed, blockwise.as_stored(i))
         # Match the block to its targets; pass the windows through it; write its shard.
         if targets:
@@ -185,8 +185,8 @@ class Compression:
         # Commit: from here on a resume starts behind this block.
         with timer.phase("commit", steps=1, block=i):
             digest, digest_of_targets = upcoming.seal()
-        record = BlockRecord(i, block.name, shard, digest, tuple(linears), digest_of_targets, matching, timer.take())
-        self.journal.commit_block(record, passes.micro_batch, self.linears.workspace)
+        record = BlockRecord(i, block.name, shard, digest, tuple(records), digest_of_targets, matching, timer.take())
+        self.journal.commit_block(record, passes.micro_batch, self.linear_compressor.workspace)
         write_index(self.context.config.out, self.journal.state.shards)
         # Drop what only this block needed.
         streams.drop()
@@ -207,7 +207,7 @@ class Compression:
             matrix = gram.matrix.to(context.device)
             for name in gram.linears:
                 dtype = context.blockwise.stored_dtype(f"{name}.weight")
-                packed[name], record = self.linears.compress(name, block.linears[name], matrix, dtype)
+                packed[name], record = self.linear_compressor.compress(name, block.linears[name], matrix, dtype)
                 records.append(replace(record, rows=gram.rows, warnings=(*gram.warnings(name), *record.warnings)))
                 step(1)
             del gram, matrix
