@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from streamslr.config import RunConfig, parse_bytes
+from streamslr.config import RunConfig, default_out, parse_bytes
 from streamslr.errors import InputError, StreamslrError
 
 # The libraries behind the commands take seconds to import, so each command imports its own: --help stays instant.
@@ -40,30 +40,26 @@ class _Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-def _run_options(optional: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """An option for every field of RunConfig: name, type, default and help come from there."""
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for every field of RunConfig: name, type, default and help come from there."""
     hints = typing.get_type_hints(RunConfig)
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for field in reversed(dataclasses.fields(RunConfig)):
-            flag = "--" + field.name.replace("_", "-")
-            kinds = [kind for kind in (*typing.get_args(hints[field.name]), hints[field.name]) if kind is not NoneType]
-            settings: dict[str, Any] = {"help": field.metadata["help"]}
-            if field.default is dataclasses.MISSING:
-                settings["required"] = field.name != optional
-            else:
-                settings |= {"default": field.default, "show_default": field.default is not None}
-            if kinds[0] is bool:
-                settings["is_flag"] = True
-                flag += f"/--no-{flag[2:]}" if field.default else ""
-            elif field.name.endswith("_mem"):
-                settings["type"] = _Size()
-            else:
-                settings["type"] = click.Path(path_type=Path) if kinds[0] is Path else kinds[0]
-            command = click.option(flag, field.name, **settings)(command)
-        return command
-
-    return decorate
+    for field in reversed(dataclasses.fields(RunConfig)):
+        flag = "--" + field.name.replace("_", "-")
+        kinds = [kind for kind in (*typing.get_args(hints[field.name]), hints[field.name]) if kind is not NoneType]
+        settings: dict[str, Any] = {"help": field.metadata["help"]}
+        if field.default is dataclasses.MISSING:
+            settings["required"] = True
+        else:
+            settings |= {"default": field.default, "show_default": field.default is not None}
+        if kinds[0] is bool:
+            settings["is_flag"] = True
+            flag += f"/--no-{flag[2:]}" if field.default else ""
+        elif field.name.endswith("_mem"):
+            settings["type"] = _Size()
+        else:
+            settings["type"] = click.Path(path_type=Path) if kinds[0] is Path else kinds[0]
+        command = click.option(flag, field.name, **settings)(command)
+    return command
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Only JSON on stdout, for programs.")
@@ -82,12 +78,13 @@ def main() -> None:
 
 
 @main.command()
-@_run_options()
+@_run_options
 @_quiet_option
 @click.option("--log-file", type=click.Path(path_type=Path), help="Append a line a block, and every warning, to FILE.")
 def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
-    """Compress a model into --out; the same line again goes on where it stopped."""
-    with _errors_and_interrupts(f"the same line goes on in {settings['out']}"):
+    """Compress a model into a folder; the same line again goes on where it stopped."""
+    out = settings["out"] or default_out(settings["model"])
+    with _errors_and_interrupts(f"the same line goes on in {out}"):
         config = RunConfig(**settings)
         with _logging(quiet, log_file) as console:
             _quiet_libraries()
@@ -108,24 +105,25 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
 
 
 @main.command()
-@_run_options(optional="out")
+@_run_options
 @_json_option
 def plan(as_json: bool, **settings: Any) -> None:
-    """What a run would take, phase by phase, from headers alone; exit code 3 when it does not fit."""
+    """Show what a run would need, phase by phase, from headers alone; exit code 3 where it does not fit.
+
+    With --device cuda it plans for a GPU that this machine may lack; give --gpu-mem to hold the plan to a budget.
+    """
     with _errors_and_interrupts():
-        # without --out it plans for a new folder here
-        out = settings["out"] or Path(f"{Path(settings['model']).name}-slr")
-        config = RunConfig(**settings | {"out": out})
+        config = RunConfig(**settings)
         _quiet_libraries()
         from streamslr.results.plan_table import plan_table
-        from streamslr.run.context import open_run
+        from streamslr.run.context import open_run, require_fit
 
-        context = open_run(config)
+        context = open_run(config, gpu_required=False)
         if as_json:
             _print_json(context.plan.as_dict())
         else:
             _console().print(plan_table(context.plan))
-        context.require_fit()
+        require_fit(context)
 
 
 @main.command()

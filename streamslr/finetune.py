@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from streamslr.calibration.tokens import text_windows
-from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
+from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError, first_line
 from streamslr.io.durable import (
     PARTIAL_SUFFIX,
     DiskNeed,
@@ -45,7 +45,7 @@ from streamslr.io.durable import (
 )
 from streamslr.io.folder import write_index
 from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
-from streamslr.memory import why_out_of_memory
+from streamslr.memory import is_out_of_memory
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.parameter_names import find_modules
 from streamslr.results.inspect import read_run
@@ -154,8 +154,10 @@ def finetune(
                     parameter.copy_(parameter.to(stored[name].dtype))
             after = trainer.evaluate()["eval_loss"]
         except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise BudgetError(
-                f"fine-tuning does not fit the memory ({why_out_of_memory(error)}); give a smaller --batch or --seq-len"
+                f"fine-tuning does not fit the memory ({first_line(error)}); give a smaller --batch or --seq-len"
             ) from error
         if not math.isfinite(after):
             shutil.rmtree(work)

@@ -209,6 +209,20 @@ def test_another_allocation_is_refused_and_another_layout_of_the_file_is_not(
         streamslr.compress(**settings, allocation=other, match=False)
 
 
+def test_a_rank_or_pattern_that_every_name_overrides_is_warned_of(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(BY_NAME))
+    open_run(RunConfig.of(**settings, allocation=file, pattern="2:4", rank=64))
+    assert [message.split(" has no effect")[0] for message in caplog.messages] == ["--pattern 2:4", "--rank 64"]
+    caplog.clear()
+    file.write_text(json.dumps({"q_proj": {"pattern": "4:8", "rank": 6}}))
+    open_run(RunConfig.of(**settings, allocation=file, pattern="2:4", rank=64))
+    open_run(RunConfig.of(**settings, ranks="q_proj=2", rank=64))
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"owl": 0.05}, "owl: 0.1 there, 0.05 now"), ({"compression": "50%"}, "compression: '60%' there, '50%' now")],
