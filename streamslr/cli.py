@@ -154,7 +154,7 @@ def inspect(folder: Path, block: int | None, allocation: bool, as_json: bool) ->
 
         state = view.read_run(folder)
         if allocation:
-            _print_json(view.allocation(state))
+            _print_json(view.get_allocation(state))
             return
         if block is None:
             shown = view.summary(folder, state) if as_json else view.run_table(folder, state)

@@ -14,7 +14,16 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.io.shards import write_file
-from streamslr.results.inspect import becomes, how, phase_readings, read_run, short_name, totals, warnings
+from streamslr.results.inspect import (
+    describe_method,
+    describe_specs,
+    list_linears,
+    list_warnings,
+    read_run,
+    short_name,
+    sort_phases,
+    totals,
+)
 from streamslr.run.journal import BlockRecord, JournalState, LinearRecord
 from streamslr.run.progress import PHASES, format_duration
 
@@ -58,7 +67,7 @@ def page(folder: Path, state: JournalState) -> str:
     drawn = figures(state)
     # "</script>" in a name would end the element that holds it; JSON reads \u003c as "<" all the same
     data = json.dumps(drawn, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    method = how(state)
+    method = describe_method(state)
     return Template(_PAGE).substitute(
         title=escape(f"{_model_name(folder, state)}, {method}"),
         status=escape(_status(state)),
@@ -109,9 +118,9 @@ def _key_figures(state: JournalState) -> str:
     sizes = _bytes_of_parts(state)
     before = sizes["dense linears"] + sizes["everything else"]
     after = sizes["S"] + sizes["U·V"] + sizes["everything else"]
-    dense_bits = 8 * of_all["dense_linear_bytes"] / sum(math.prod(linear.shape) for linear in _linears(state.blocks))
+    dense_bits = 8 * of_all["dense_linear_bytes"] / sum(math.prod(linear.shape) for linear in list_linears(state.blocks))
     seconds = sum(reading["seconds"] for _, _, reading in _readings(state))
-    found = sum(len(warnings(block)) for block in state.blocks)
+    found = sum(len(list_warnings(block)) for block in state.blocks)
     shown = [
         ("bits a weight", f"{of_all['bits_per_weight']:.2f}", f"linears of the blocks; dense {dense_bits:.0f}"),
         ("size", format_bytes(after), f"of {format_bytes(before)}, {after / before:.0%}"),
@@ -150,7 +159,7 @@ def _texts(state: JournalState) -> Iterable[tuple[tuple[str, ...], str, str]]:
         )
     else:
         yield (), "Matching", "The blocks of this run were not matched (--no-match)."
-    before = {name: reading["seconds"] for name, reading in phase_readings(state.measured).items()}
+    before = {name: reading["seconds"] for name, reading in sort_phases(state.measured).items()}
     took = f" Before block 0: {', '.join(f'{name} {s:.3g} s' for name, s in before.items())}." if before else ""
     yield (
         ("time",),
@@ -185,7 +194,7 @@ def _section(names: Sequence[str], title: str, text: str, drawn: dict[str, Figur
 
 
 def _warning_list(folder: Path, state: JournalState) -> str:
-    found = [warning for block in state.blocks for warning in warnings(block)]
+    found = [warning for block in state.blocks for warning in list_warnings(block)]
     found += [f"{s.file} is missing from the folder" for s in state.shards if not (folder / s.file).is_file()]
     if not found:
         return "<p>None.</p>"
@@ -213,7 +222,7 @@ def _settings(folder: Path, state: JournalState) -> str:
         "identity": fixed.pop("model", ""),  # hub:ID@commit, or a digest of the folder's headers
         "pattern of S": fixed.pop("pattern", ""),
         "rank of U·V": fixed.pop("rank", ""),
-        "linears became": becomes(_linears(state.blocks)) if len(state.allocation or ()) > 1 and state.blocks else "",
+        "linears became": describe_specs(list_linears(state.blocks)) if len(state.allocation or ()) > 1 and state.blocks else "",
         "calibration": windows,
         "digest of its tokens": fixed.pop("tokens", ""),
         "matching": matching,
@@ -236,14 +245,10 @@ def _settings(folder: Path, state: JournalState) -> str:
 # Data
 
 
-def _linears(blocks: Iterable[BlockRecord]) -> list[LinearRecord]:
-    return [linear for block in blocks for linear in block.linears]
-
-
 def _readings(state: JournalState) -> list[tuple[int | None, str, Any]]:
     """(block, phase, what was measured) in the order of the run; None: before block 0."""
     parts = [(None, state.measured), *((block.index, block.measured) for block in state.blocks)]
-    return [(index, name, reading) for index, part in parts for name, reading in phase_readings(part).items()]
+    return [(index, name, reading) for index, part in parts for name, reading in sort_phases(part).items()]
 
 
 def _peaks(state: JournalState) -> dict[str, tuple[int, int]]:
@@ -261,7 +266,7 @@ def _peaks(state: JournalState) -> dict[str, tuple[int, int]]:
 
 def _bytes_of_parts(state: JournalState) -> dict[str, int]:
     """Of the finished blocks and what is outside the blocks, in their shards."""
-    linears = _linears(state.blocks)
+    linears = list_linears(state.blocks)
     low_rank = sum(
         linear.rank * sum(linear.shape) * linear.dense_nbytes // math.prod(linear.shape) for linear in linears
     )
