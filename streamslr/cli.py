@@ -198,7 +198,7 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
 def report(folder: Path, out: Path | None) -> None:
     """One HTML page of what was compressed and how well, finished or not; prints its path."""
     with _errors_and_interrupts():
-        from streamslr.results.report import write_report
+        from streamslr.results.report.page import write_report
 
         click.echo(str(write_report(folder, out)))
 

@@ -18,7 +18,7 @@ from streamslr.memory import free_host_memory
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.inspect import read_run, run_table
-from streamslr.results.report import write_report
+from streamslr.results.report.page import write_report
 from streamslr.results.verify import verify
 from tests.support.killing import finetune_in_child
 from tests.support.tiny_models import TEXT, tiny_checkpoint

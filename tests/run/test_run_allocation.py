@@ -19,7 +19,7 @@ from streamslr.io.shards import FORMAT_VERSION, packed_linears
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.inspect import get_allocation, run_table
-from streamslr.results.report import page
+from streamslr.results.report.page import render_page
 from streamslr.results.verify import verify
 from streamslr.run.context import open_run
 from streamslr.run.journal import JournalState, read_journal
@@ -148,14 +148,14 @@ def test_every_reader_has_the_same_model(made: str, tmp_path: Path, text: Path, 
         evaluate(str(one), text, 16, device="cpu", free_memory=10**9).perplexity for one in (folder, tmp_path / "dense")
     ]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
-    assert "4:8–30%" not in page(folder, state_of(folder)), "densest first"
+    assert "4:8–30%" not in render_page(folder, state_of(folder)), "densest first"
     assert run_table(folder, state_of(folder)).columns[2].header == "becomes"
 
 
 def test_a_mixed_folder_can_be_finetuned(by_name: Path, text: Path, tmp_path: Path) -> None:
     finetune(by_name, text, tmp_path / "tuned", seq_len=16, steps=2, batch=2, device="cpu")
     assert verify(tmp_path / "tuned").problems == ()
-    assert get_allocation(state_of(tmp_path / "tuned")) == allocation(state_of(by_name))
+    assert get_allocation(state_of(tmp_path / "tuned")) == get_allocation(state_of(by_name))
 
 
 @pytest.mark.parametrize("die_at", [1, 2, 9])
