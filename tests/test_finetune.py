@@ -132,7 +132,7 @@ def test_going_on_begins_at_the_last_checkpoint(
         finetune(folder, text, tmp_path / "out", **SETTINGS | {"lr": 0.01})
     with caplog.at_level("INFO", logger="streamslr"):
         finetune(folder, text, tmp_path / "out", **SETTINGS)
-    assert "going on from step 6 of 10" in caplog.text
+    assert "continuing from step 6 of 10" in caplog.text
 
 
 def test_a_run_does_not_go_on_in_the_result(folder: Path, tuned: Path, text: Path) -> None:
