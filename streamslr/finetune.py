@@ -74,9 +74,9 @@ def finetune(
 ) -> FinetuneRecord:
     """Train U [o, r] and V [r, d] of every linear in `folder` to predict `data`; write the result as the folder `out`.
 
-    U and V are trained in float32 and rounded to the dtype they had. On a GPU a bf16 folder computes in bf16, everything
-    else in float32. All work is in `out`.partial, which becomes `out` at the end; called again after an
-    interruption, training continues from the last twentieth. `out` has the S of `folder` byte for byte.
+    U and V are trained in float32 and rounded to the dtype they had. On a GPU a bf16 folder computes in bf16, all else
+    in float32. All work is in `out`.partial, which becomes `out` at the end; called again after an interruption,
+    training continues from the last twentieth. `out` has the S of `folder` byte for byte.
 
     Args:
         folder: a finished compressed folder.

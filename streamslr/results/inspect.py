@@ -179,7 +179,7 @@ _MATCHING_CAPTION = "matching: error of the block's output, ‖f̂(X) − T‖²
 def run_table(folder: Path, state: JournalState) -> Table:
     """Return the table of `inspect`: a row per block."""
     mixed = len({(linear.pattern, linear.rank) for linear in list_linears(state.blocks)}) > 1
-    caption = ["error and pruning alone are means over the linears of a block", *_ERROR_CAPTIONS]
+    caption = [*_ERROR_CAPTIONS, "error and pruning alone are means over the linears of the block"]
     if any(block.matching for block in state.blocks):
         caption.append(_MATCHING_CAPTION)
     caption += (
@@ -193,7 +193,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
         caption="\n".join(caption),
         caption_justify="left",
     )
-    columns = ["block", "linears", "error", "pruning alone", "matching", "seconds", "bytes", "of dense", "sha256"]
+    columns = ["block", "linears", "error", "pruning\nalone", "matching", "seconds", "bytes", "of\ndense", "sha256"]
     if mixed:
         columns.insert(2, "pattern + rank")
     for name in columns:
@@ -236,7 +236,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
 def block_table(folder: Path, block: BlockRecord) -> Table:
     """Return the table of `inspect --block`: a row per linear."""
     phases = ", ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in sort_phases(block.measured).items())
-    matching = [f"{_MATCHING_CAPTION}, {_describe_matching(block)}"] if block.matching else []
+    matching = [f"{_MATCHING_CAPTION}: {_describe_matching(block)}"] if block.matching else []
     table = Table(
         title=f"{folder / block.shard.file}: {block.name}, {format_bytes(block.shard.nbytes)}, "
         f"sha256 {block.shard.sha256[:12]}",
@@ -244,7 +244,7 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
         caption_justify="left",
     )
     table.add_column("linear", no_wrap=True)
-    columns = ("shape", "pattern", "density", "rank", "error", "pruning alone", "iterations", "bytes", "of dense")
+    columns = ("shape", "pattern", "density", "rank", "error", "pruning\nalone", "iterations", "bytes", "of\ndense")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("warnings")
