@@ -1,4 +1,4 @@
-"""The command line: arguments -> RunConfig, tables and bars; the only place that prints."""
+"""Command line: arguments -> RunConfig, tables and bars; the only place that prints."""
 
 import dataclasses
 import json
@@ -17,20 +17,23 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from streamslr.config import RunConfig, default_out, parse_bytes
 from streamslr.errors import InputError, StreamslrError
 
 # The libraries behind the commands take seconds to import, so each command imports its own: --help stays instant.
 
-# OpenMP threads that only spin while they wait slow each other where other processes want the cores (demo run beside
-# two of them: 69 s, and 22 s where they do not spin). Short spins keep the speed alone. Read when torch is imported.
+# OpenMP threads that spin while they wait slow each other down where other processes want the cores: a demo run beside
+# two others took 69 s, and 22 s with short spins, which cost nothing on an idle machine. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-_INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
+_INTERRUPTED = 130  # the exit code that a shell reports for a process ended by Ctrl-C
 
 
 class _Size(click.ParamType[int]):
+    """Number of bytes, written like 45GB."""
+
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -62,17 +65,25 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Only JSON on stdout, for programs.")
-_quiet_option = click.option("--quiet", is_flag=True, help="No progress on the terminal; warnings and errors stay.")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else, for programs.")
+_quiet_option = click.option("--quiet", is_flag=True, help="Show no progress; warnings and errors stay.")
+_device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device to compute on [default: cuda where there is one]."
+)
+_seq_len_option = click.option(
+    "--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of the text."
+)
 _folder_argument = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 
 
 @click.group(context_settings={"max_content_width": 110})
 @click.version_option(package_name="streamslr")
 def main() -> None:
-    """Make a language model that is bigger than your GPU smaller, one block at a time: W ≈ S + U·V.
+    """Compress a language model that does not fit your GPU, one block at a time.
 
-    Exit codes: 0 done, 1 failed or verify found something, 2 wrong input, 3 does not fit memory or disk,
+    Every weight W of a block becomes S + U·V, S sparse and U·V of low rank.
+
+    Exit codes: 0 done, 1 failed or verify found a problem, 2 wrong input, 3 does not fit memory or disk,
     4 the output folder belongs to another run, 5 the hub could not be reached, 130 interrupted.
     """
 
@@ -129,7 +140,10 @@ def plan(as_json: bool, **settings: Any) -> None:
 @main.command()
 @_json_option
 def methods(as_json: bool) -> None:
-    """The methods that --method takes, those of other packages too: paper, needs, what they allow."""
+    """List the methods of `run --method`.
+
+    The table shows paper, patterns and ranks of each, and includes methods of other installed packages.
+    """
     with _errors_and_interrupts():
         from streamslr.solvers.methods import all_methods, methods_table
 
@@ -137,32 +151,35 @@ def methods(as_json: bool) -> None:
         if as_json:
             _print_json([method.as_dict() for method in found])
         else:
-            _console().print(methods_table(found))
+            _print_table(methods_table(found))
 
 
 @main.command()
 @_folder_argument
-@click.option("--block", type=int, help="Show the linears of this block, counted from 0.")
-@click.option("--allocation", is_flag=True, help="Pattern and rank of each linear, as `run --allocation` reads them.")
+@click.option("--block", type=int, help="Show one block, counted from 0: a row per linear.")
+@click.option(
+    "--allocation", is_flag=True, help="Print pattern and rank of each linear, as `run --allocation` reads them."
+)
 @_json_option
 def inspect(folder: Path, block: int | None, allocation: bool, as_json: bool) -> None:
-    """What each block's shard holds, and how good it is; finished or not."""
+    """Show errors, sizes and times of a compressed FOLDER.
+
+    A table has a row per block or, with --block, a row per linear. FOLDER may be unfinished.
+    """
     with _errors_and_interrupts():
         from streamslr.results import inspect as view
 
         state = view.read_run(folder)
         if allocation:
-            _print_json(view.allocation(state))
-            return
-        if block is None:
-            shown = view.summary(folder, state) if as_json else view.run_table(folder, state)
+            _print_json(view.get_allocation(state))
+        elif block is None and as_json:
+            _print_json(view.summary(folder, state))
+        elif block is None:
+            _print_table(view.run_table(folder, state))
+        elif as_json:
+            _print_json(view.block_summary(folder, view.get_block(state, block)))
         else:
-            one = view.get_block(state, block)
-            shown = view.block_summary(folder, one) if as_json else view.block_table(folder, one)
-        if as_json:
-            _print_json(shown)
-        else:
-            _console().print(shown)
+            _print_table(view.block_table(folder, view.get_block(state, block)))
 
 
 @main.command()
@@ -170,7 +187,11 @@ def inspect(folder: Path, block: int | None, allocation: bool, as_json: bool) ->
 @_json_option
 @_quiet_option
 def verify(folder: Path, as_json: bool, quiet: bool) -> None:
-    """Check every digest, pattern, value and file again; exit code 1 when anything is off."""
+    """Check all files and values of a compressed FOLDER.
+
+    Digests, patterns, shapes and finite values are checked against the journal. FOLDER may be unfinished. The exit
+    code is 1 when there is a problem.
+    """
     with _errors_and_interrupts():
         _quiet_libraries()
         from streamslr.results.verify import verify as check
@@ -182,9 +203,9 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
         else:
             for file, problem in result.problems:
                 click.echo(f"{file}: {problem}")
-            advice = "; delete what is damaged and start the same run again to make it anew"
-            verdict = f"{len(result.problems)} problems{advice}" if result.problems else "all sound"
-            unfinished = "" if result.complete else " (an unfinished run: what is there was checked)"
+            advice = "; delete the damaged files and start the same run again, which writes them anew"
+            verdict = f"{len(result.problems)} problems{advice}" if result.problems else "no problems"
+            unfinished = "" if result.complete else " (unfinished run: only its finished part was checked)"
             click.echo(f"{folder}: {result.files} shards, {result.tensors} tensors, {verdict}{unfinished}")
         if result.problems:
             sys.exit(1)
@@ -192,11 +213,17 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
 
 @main.command()
 @_folder_argument
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file [default: FOLDER/report.html].")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file to write [default: FOLDER/report.html]."
+)
 def report(folder: Path, out: Path | None) -> None:
-    """One HTML page of what was compressed and how well, finished or not; prints its path."""
+    """Write an HTML page about a compressed FOLDER.
+
+    The page shows errors, matching, time, memory and sizes, and opens without a network. FOLDER may be unfinished.
+    The path of the page is printed.
+    """
     with _errors_and_interrupts():
-        from streamslr.results.report import write_report
+        from streamslr.results.report.page import write_report
 
         click.echo(str(write_report(folder, out)))
 
@@ -208,18 +235,21 @@ def report(folder: Path, out: Path | None) -> None:
     "--to",
     type=click.Choice(["dense", "peft"]),
     required=True,
-    help="dense: W = S + U·V, one transformers folder. peft: OUT/base holds S, OUT/adapter U·V as a LoRA.",
+    help="dense: one transformers folder with W = S + U·V. peft: S in OUT/base, and U·V as a LoRA in OUT/adapter.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of every weight [default: as it is stored: exact for peft; for dense the sum S + U·V is rounded to it, which "
-    "in bfloat16 can change generated text; with float32 dense generates what FOLDER does, in twice the bytes].",
+    help="Data type of every weight [default: as stored]. The default is exact for peft. For dense it rounds the sum "
+    "S + U·V, which in bfloat16 can change generated text; float32 generates what FOLDER does, in twice the bytes.",
 )
 @_quiet_option
 def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> None:
-    """Write a compressed FOLDER into OUT for software that does not know the format; the same line goes on."""
-    with _errors_and_interrupts(f"the same line goes on in {out}", kept="shards"):
+    """Write a compressed FOLDER in a format of other software.
+
+    OUT is a new folder. After an interruption the same line goes on.
+    """
+    with _errors_and_interrupts(f"the same line goes on in {out}", parts="shards"):
         _quiet_libraries()
         import torch
 
@@ -227,7 +257,7 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 
         with _bar("export", shown=not quiet) as step:
             result = exporting.export(folder, out, to, getattr(torch, dtype) if dtype else None, step)
-        already = f", {result.shards - result.made} of them were there" if result.made < result.shards else ""
+        already = f"; {result.shards - result.made} of them were there already" if result.made < result.shards else ""
         click.echo(f"{out}: {result.shards} shards, {result.nbytes:,} bytes, read back and equal{already}")
         if to == "dense":
             click.echo(f'load it: AutoModelForCausalLM.from_pretrained("{out}")')
@@ -242,21 +272,36 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 
 @main.command()
 @_folder_argument
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Text: .txt, .jsonl, .gz of either.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="New folder.")
-@click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window.")
-@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the text.")
-@click.option("--steps", type=click.IntRange(1), help="Only so many steps, instead of --epochs.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows in a step.")
 @click.option(
-    "--lr", type=click.FloatRange(0, min_open=True), default=2e-3, show_default=True, help="Relative to U, V."
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Text to train on: .txt, .jsonl with a `text` field, or .gz of either.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the windows.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="New folder for the result."
+)
+@_seq_len_option
+@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the text.")
+@click.option("--steps", type=click.IntRange(1), help="Number of optimizer steps, in place of --epochs.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows in an optimizer step.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(0, min_open=True),
+    default=2e-3,
+    show_default=True,
+    help="Learning rate, relative to the root mean square of each U and V.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the windows.")
+@_device_option
 @_quiet_option
 def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
-    """Train U and V of a compressed FOLDER on text, S frozen and packed, and write the result into --out."""
-    with _errors_and_interrupts(f"the same line goes on in {settings['out']}.partial", kept="checkpoints"):
+    """Train U and V of a compressed FOLDER on a text.
+
+    S stays as it is, frozen and packed. The result is a new compressed folder. After an interruption the same line
+    goes on.
+    """
+    with _errors_and_interrupts(f"the same line goes on in {settings['out']}.partial", parts="checkpoints"):
         _quiet_libraries()
         from streamslr.finetune import finetune as train
 
@@ -271,18 +316,32 @@ def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
 @main.command()
 @click.argument("model")
 @click.option(
-    "--text", type=click.Path(path_type=Path, exists=True), help="Perplexity on this: .txt, .jsonl, .gz of either."
+    "--text",
+    type=click.Path(path_type=Path, exists=True),
+    help="Text to measure the perplexity on: .txt, .jsonl with a `text` field, or .gz of either.",
 )
-@click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of it.")
-@click.option("--windows", type=click.IntRange(1), help="Only the first so many of these windows [default: all].")
-@click.option("--scratch", type=click.Path(path_type=Path), help="Folder for hidden states that memory cannot hold.")
-@click.option("--tasks", help="Tasks of lm-evaluation-harness, like arc_easy,piqa; `papers` is the papers' eight.")
-@click.option("--num-fewshot", type=click.IntRange(0), help="Examples before each question [default: the task's own].")
-@click.option("--limit", type=click.IntRange(1), help="Only the first so many questions of each task.")
-@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Questions at a time.")
-@click.option("--include-path", type=click.Path(path_type=Path, exists=True), help="Folder of more tasks, in YAML.")
+@_seq_len_option
+@click.option("--windows", type=click.IntRange(1), help="Number of windows from the start of the text [default: all].")
+@click.option(
+    "--scratch",
+    type=click.Path(path_type=Path),
+    help="Folder for hidden states that memory cannot hold [default: the system's temporary folder].",
+)
+@click.option(
+    "--tasks", help="Tasks of lm-evaluation-harness, like arc_easy,piqa; `papers` stands for the papers' eight."
+)
+@click.option(
+    "--num-fewshot", type=click.IntRange(0), help="Solved examples before each question [default: the task's]."
+)
+@click.option("--limit", type=click.IntRange(1), help="Number of questions from the start of each task [default: all].")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Questions evaluated together."
+)
+@click.option(
+    "--include-path", type=click.Path(path_type=Path, exists=True), help="Folder of more tasks, in the harness's YAML."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@_device_option
 @_json_option
 @_quiet_option
 def eval(
@@ -298,20 +357,20 @@ def eval(
     device: str | None,
     **settings: Any,
 ) -> None:
-    """Perplexity (--text) or scores (--tasks) of MODEL, a compressed folder or a dense checkpoint.
+    """Measure MODEL: perplexity on a text, or scores on tasks.
 
-    For --text the model is streamed block by block; for --tasks it is loaded whole, and `pip install
-    'streamslr[eval]'` brings the harness.
+    MODEL is a compressed folder, a dense checkpoint or a hub id. For --text it is streamed block by block. For --tasks
+    it is loaded whole by lm-evaluation-harness, which `pip install 'streamslr[eval]'` installs.
     """
     with _errors_and_interrupts():
         if text is None and tasks is None:
             raise InputError("nothing to evaluate on: give --text FILE, --tasks NAME,…, or both")
         shown = not (quiet or as_json)
         if not shown:
-            os.environ["TQDM_DISABLE"] = "1"  # the bars of the harness's libraries; read when tqdm is imported
+            os.environ["TQDM_DISABLE"] = "1"  # for the bars of the harness's libraries; read when tqdm is imported
         _quiet_libraries()
         found: dict[str, Any] = {}
-        if tasks is not None:  # first: their names are checked before any work
+        if tasks is not None:  # first, because an unknown name is refused before any work
             from streamslr.results.tasks import evaluate_tasks, task_table
 
             scores = evaluate_tasks(
@@ -319,7 +378,7 @@ def eval(
             )
             found |= dataclasses.asdict(scores)
             if not as_json:
-                _console().print(task_table(scores))
+                _print_table(task_table(scores))
         if text is not None:
             from streamslr.memory import free_host_memory
             from streamslr.results.evaluate import evaluate
@@ -347,9 +406,17 @@ def eval(
 
 
 def _console(stderr: bool = False) -> Console:
-    """The terminal, at its width; a file or pipe gets lines wide enough for the tables."""
+    """Return the terminal, at its width; a file or pipe gets lines of 120 characters."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=120)
+
+
+def _print_table(table: Table) -> None:
+    """Print a table; a file or pipe gets its full width."""
+    console = _console()
+    if not console.is_terminal:
+        console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    console.print(table)
 
 
 def _print_json(value: Any) -> None:
@@ -358,6 +425,7 @@ def _print_json(value: Any) -> None:
 
 @contextmanager
 def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on a terminal, and yield the function that moves it: (done, total)."""
     console = Console(stderr=True)  # where it is no terminal, a bar would leave an empty line
     with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task(name, total=None)
@@ -365,10 +433,15 @@ def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def _errors_and_interrupts(how_to_go_on: str | None = None, kept: str = "blocks") -> Iterator[None]:
-    """A user's mistake, a full disk, Ctrl-C: one message and an exit code, no traceback."""
+def _errors_and_interrupts(how_to_go_on: str | None = None, parts: str = "blocks") -> Iterator[None]:
+    """Turn a user's mistake, a full disk or Ctrl-C into one message and an exit code, without a traceback.
 
-    def on_terminate(*_: object) -> None:  # what batch systems send; a process that must end says so once
+    Args:
+        how_to_go_on: advice after an interruption; None where nothing can be continued.
+        parts: name of the finished parts that an interruption leaves.
+    """
+
+    def on_terminate(*_: object) -> None:  # batch systems send SIGTERM
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, on_terminate)
@@ -382,7 +455,7 @@ def _errors_and_interrupts(how_to_go_on: str | None = None, kept: str = "blocks"
         sys.exit(StreamslrError.exit_code)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        message = f"; finished {kept} are kept, and {how_to_go_on}" if how_to_go_on else ""
+        message = f"; finished {parts} are kept, and {how_to_go_on}" if how_to_go_on else ""
         click.echo(f"streamslr: interrupted{message}", err=True)
         sys.exit(_INTERRUPTED)
     finally:
@@ -391,7 +464,7 @@ def _errors_and_interrupts(how_to_go_on: str | None = None, kept: str = "blocks"
 
 @contextmanager
 def _logging(quiet: bool, log_file: Path | None) -> Iterator[Console]:
-    """Log lines on the terminal (a line a block where it is no terminal) and, with times, in the log file."""
+    """Send log lines to the terminal and, with times, to the log file; yield the console of the command."""
     from rich.logging import RichHandler
 
     console = _console()
@@ -415,7 +488,7 @@ def _logging(quiet: bool, log_file: Path | None) -> Iterator[Console]:
 
 
 def _quiet_libraries() -> None:
-    """Our own progress and messages say it; the libraries' bars would tear the display."""
+    """Turn off the bars and messages of the libraries, which would tear our display."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers import logging as transformers_logging
 

@@ -18,7 +18,7 @@ from streamslr.memory import free_host_memory
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.inspect import read_run, run_table
-from streamslr.results.report import write_report
+from streamslr.results.report.page import write_report
 from streamslr.results.verify import verify
 from tests.support.killing import finetune_in_child
 from tests.support.tiny_models import TEXT, tiny_checkpoint
@@ -132,7 +132,7 @@ def test_going_on_begins_at_the_last_checkpoint(
         finetune(folder, text, tmp_path / "out", **SETTINGS | {"lr": 0.01})
     with caplog.at_level("INFO", logger="streamslr"):
         finetune(folder, text, tmp_path / "out", **SETTINGS)
-    assert "going on from step 6 of 10" in caplog.text
+    assert "continuing from step 6 of 10" in caplog.text
 
 
 def test_a_run_does_not_go_on_in_the_result(folder: Path, tuned: Path, text: Path) -> None:

@@ -18,7 +18,8 @@ from click.testing import CliRunner
 import streamslr
 from streamslr.cli import main
 from streamslr.errors import InputError
-from streamslr.results.report import figures, page, write_report
+from streamslr.results.report.figures import draw_figures
+from streamslr.results.report.page import render_page, write_report
 from streamslr.results.verify import verify
 from streamslr.run.journal import JournalState, read_journal
 from tests.support.tiny_models import TEXT, tiny_checkpoint
@@ -82,7 +83,7 @@ def deep(state: JournalState) -> JournalState:
 
 
 def test_the_figures_hold_what_the_journal_says(state: JournalState) -> None:
-    drawn = figures(state)
+    drawn = draw_figures(state)
     assert drawn.keys() == ALWAYS | MATCHED
     (errors,) = drawn["errors"]["data"]
     for column, block in enumerate(state.blocks):
@@ -103,7 +104,7 @@ def test_the_figures_hold_what_the_journal_says(state: JournalState) -> None:
 
 
 def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: JournalState) -> None:
-    drawn = figures(state)
+    drawn = draw_figures(state)
     names = [trace["name"].split()[0] for trace in drawn["time"]["data"]]
     assert names == ["load", "grams", "solve", "match", "propagate", "commit"]
     solve = drawn["time"]["data"][2]
@@ -119,7 +120,7 @@ def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: 
 
 
 def test_sizes_are_those_of_the_shards(state: JournalState) -> None:
-    parts = {trace["name"]: trace["x"][0] * 1e6 for trace in figures(state)["sizes"]["data"]}
+    parts = {trace["name"]: trace["x"][0] * 1e6 for trace in draw_figures(state)["sizes"]["data"]}
     assert parts["S"] + parts["U·V"] + parts["everything else"] == pytest.approx(sum(s.nbytes for s in state.shards))
     assert parts["U·V"] == sum(
         2 * linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears
@@ -128,12 +129,12 @@ def test_sizes_are_those_of_the_shards(state: JournalState) -> None:
 
 def test_every_figure_is_one_that_plotly_knows(state: JournalState) -> None:
     for variant in (state, dataclasses.replace(state, blocks=state.blocks[:1]), deep(state)):
-        for figure in figures(variant).values():
+        for figure in draw_figures(variant).values():
             go.Figure(figure)  # raises ValueError for a property that is misspelt
 
 
 def test_the_page_says_what_was_compressed_and_how(made: Path, state: JournalState) -> None:
-    text = html.unescape(re.sub("<[^>]*>", " ", page(made, state).split("<script>")[0]))
+    text = html.unescape(re.sub("<[^>]*>", " ", render_page(made, state).split("<script>")[0]))
     what = "tiny-llama, 3basil at 2:4 + rank 4"
     for told in (what, "LlamaForCausalLM", state.fingerprint["model"], "Finished: 2 blocks."):
         assert told in text
@@ -143,13 +144,13 @@ def test_the_page_says_what_was_compressed_and_how(made: Path, state: JournalSta
 
 
 def test_an_unfinished_run_says_so(made: Path, state: JournalState) -> None:
-    text = page(made, dataclasses.replace(state, blocks=state.blocks[:1]))
+    text = render_page(made, dataclasses.replace(state, blocks=state.blocks[:1]))
     assert "Unfinished: 1 of 2 blocks are done" in text
-    assert "No block is finished yet." in page(made, dataclasses.replace(state, blocks=()))
+    assert "No block is finished yet." in render_page(made, dataclasses.replace(state, blocks=()))
 
 
 def test_every_warning_is_listed(made: Path, state: JournalState) -> None:
-    text = page(made, deep(state)).split("<h2>Warnings", 1)[1].split("</ul>")[0]
+    text = render_page(made, deep(state)).split("<h2>Warnings", 1)[1].split("</ul>")[0]
     linears = sum(len(block.linears) for block in state.blocks)
     assert text.count("<li>") == 40 * linears + 1
     assert text.count("matching did not lower the loss") == 1
@@ -236,7 +237,7 @@ Browse = Callable[..., dict[str, Any]]
 
 @needs_chromium
 def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, made: Path, state: JournalState) -> None:
-    seen = browse(page(made, state))
+    seen = browse(render_page(made, state))
     assert seen["problems"] == []
     assert seen["requests"] == []
     assert set(seen["drawn"]) == ALWAYS | MATCHED
@@ -252,7 +253,7 @@ def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, made: 
 def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) -> None:
     found = read_journal(unmatched)
     assert found
-    text = page(unmatched, found)
+    text = render_page(unmatched, found)
     assert "not matched (--no-match)" in text
     seen = browse(text, width=500)
     assert seen["problems"] == []
@@ -262,7 +263,7 @@ def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) 
 
 @needs_chromium
 def test_eighty_blocks_of_hostile_names(browse: Browse, made: Path, state: JournalState) -> None:
-    seen = browse(page(made, deep(state)))
+    seen = browse(render_page(made, deep(state)))
     assert seen["problems"] == []
     assert set(seen["drawn"]) == ALWAYS | MATCHED | {"gpu-memory"}
     assert seen["title"] == f"{HOSTILE}, 3basil at 2:4 + rank 4"
@@ -272,5 +273,5 @@ def test_eighty_blocks_of_hostile_names(browse: Browse, made: Path, state: Journ
 
 @needs_chromium
 def test_a_request_would_have_been_seen(browse: Browse, made: Path, state: JournalState) -> None:
-    text = page(made, state).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
+    text = render_page(made, state).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
     assert browse(text)["problems"][0] == "request: http://127.0.0.1:9/x.png"

@@ -19,7 +19,7 @@ from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.inspect import read_run, summary
-from streamslr.results.report import write_report
+from streamslr.results.report.page import write_report
 from streamslr.results.verify import verify
 from streamslr.run.context import open_run
 from streamslr.runtime.loader import packed_modules

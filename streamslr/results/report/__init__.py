@@ -1,0 +1,8 @@
+"""One HTML page of a run, finished or not.
+
+page.py fills the template page.html. figures.py draws the errors of linears and blocks, costs.py time, memory and
+size, all from the journal alone; layout.py is what they share.
+"""
+
+REPORT_FILE = "report.html"
+"""Name of the page in a compressed folder; `verify` expects that it may be there."""
