@@ -1,6 +1,7 @@
 """Settings: sizes as people write them, and what is refused before anything starts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -61,6 +62,6 @@ def test_a_formatted_size_reads_back_within_its_digits(count: int) -> None:
         ({"owl": 0.08, "allocation": Path("a.json")}, "--owl 0.08 and --allocation a.json decide the same"),
     ],
 )
-def test_impossible_settings_are_refused(setting: dict, message: str) -> None:
+def test_impossible_settings_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         RunConfig(model="m", out=Path("o"), **setting)
