@@ -34,7 +34,7 @@ def whole_model_nll(model: Path, text: Path) -> float:
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.inference_mode():
         log_p = dense(ids).logits.double().log_softmax(-1)
-    return -log_p[:, :-1].gather(2, ids[:, 1:, None]).mean().item()
+    return float(-log_p[:, :-1].gather(2, ids[:, 1:, None]).mean())
 
 
 @pytest.mark.parametrize("free_memory", [0, 10**9])

@@ -54,6 +54,7 @@ def merged(folder: Path) -> torch.nn.Module:
     checkpoint = open_checkpoint(str(folder))
     config = type(checkpoint.config).from_dict(checkpoint.config.to_dict() | {"quantization_config": None})
     weights = {name: tensor.float() for name, tensor in checkpoint.read(checkpoint.tensors).items()}
+    assert config.architectures
     architecture = getattr(transformers, config.architectures[0])
     model: torch.nn.Module = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
     return model
@@ -244,7 +245,10 @@ def test_a_full_disk_is_refused_before_the_first_shard(
 
 
 def test_what_overflows_the_dtype_asked_for_is_named(folder: Path, tmp_path: Path) -> None:
-    rewrite(folder, lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(1e5))
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.input_layernorm.weight"].fill_(1e5)
+
+    rewrite(folder, change)
     with pytest.raises(InputError, match=r"input_layernorm\.weight does not fit torch\.float16"):
         export(folder, tmp_path / "out", "dense", torch.float16)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
+import plotly.graph_objects as go  # type: ignore[import-untyped]
 import pytest
 from click.testing import CliRunner
 
@@ -93,8 +93,9 @@ def test_the_figures_hold_what_the_journal_says(state: JournalState) -> None:
                 assert told in errors["hovertext"][row][column]
     for block, curve in zip(state.blocks, drawn["curves"]["data"], strict=False):
         assert block.matching
-        assert tuple(curve["customdata"]) == block.matching.curve
-        assert curve["y"] == [loss / block.matching.curve[0] for loss in block.matching.curve]
+        losses = [loss for loss in block.matching.curve if loss is not None]
+        assert tuple(curve["customdata"]) == block.matching.curve == tuple(losses)
+        assert curve["y"] == [loss / losses[0] for loss in losses]
     lines = [(block.matching.loss_before, block.matching.loss_after) for block in state.blocks if block.matching]
     drawn_lines = iter(drawn["matching"]["data"][0]["y"])
     assert [(next(drawn_lines), next(drawn_lines), next(drawn_lines)) for _ in lines] == [
@@ -113,7 +114,8 @@ def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: 
     assert state.blocks[0].measured["solve"]["host_planned_bytes"] / 1e6 in traces["planned"]["y"]
     assert state.blocks[0].measured["solve"]["host_budget_bytes"] == 4 * 10**9
     starts = [x for trace in traces.values() if trace["type"] == "bar" for x in trace["x"]]
-    whole = sum(r["seconds"] for part in (state, *state.blocks) for r in part.measured.values())
+    parts = [state.measured, *(block.measured for block in state.blocks)]
+    whole = sum(reading["seconds"] for part in parts for reading in part.values())
     assert max(starts) <= whole
     assert traces["non_block"]["x"] == [0], "what comes before block 0 comes first"
 

@@ -4,10 +4,11 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
 import streamslr
@@ -17,7 +18,7 @@ from streamslr.results.export import export
 from streamslr.results.tasks import evaluate_tasks
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {
         "question": "Each block is replaced by",
         "choices": [" a sparse matrix", " a number of cats and dogs"],

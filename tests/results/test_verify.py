@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 import streamslr
 from streamslr.errors import InputError
 from streamslr.io.shards import file_sha256
-from streamslr.results.inspect import summary
+from streamslr.results.inspect import read_run, summary
 from streamslr.results.verify import verify
-from streamslr.run.journal import read_journal
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 BLOCK = "model-block-00000.safetensors"
@@ -59,8 +58,7 @@ def test_a_copied_folder_is_sound_and_inspects_the_same(folder: Path, made: Path
     result = verify(folder)
     assert result.problems == ()
     assert result.complete
-    states = [read_journal(f) for f in (folder, made)]
-    assert summary(folder, states[0])["blocks"] == summary(made, states[1])["blocks"]
+    assert summary(folder, read_run(folder))["blocks"] == summary(made, read_run(made))["blocks"]
 
 
 def test_a_flipped_bit_changes_the_digest(folder: Path) -> None:
@@ -84,7 +82,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 
 def test_a_missing_file_shows_in_inspect(folder: Path) -> None:
     (folder / BLOCK).unlink()
-    assert [block["present"] for block in summary(folder, read_journal(folder))["blocks"]] == [False, True]
+    assert [block["present"] for block in summary(folder, read_run(folder))["blocks"]] == [False, True]
 
 
 def test_an_extra_file_is_named(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The plan: bytes that follow from shapes, what is refused, and the choices a run obeys."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError
-from streamslr.run.plan import BlockShape, ModelShape, Pieces, Plan, make_plan
+from streamslr.run.plan import BlockShape, ModelShape, PhaseCost, Pieces, Plan, make_plan
 from streamslr.solvers import find_method
 from streamslr.spec.allocation import allocate
 
@@ -26,7 +27,7 @@ def llama_70b() -> ModelShape:
 
 
 def plan(
-    model: ModelShape, host_mem: int = 10**12, device: str = "cuda", gpu_mem: int | None = None, **settings: object
+    model: ModelShape, host_mem: int = 10**12, device: str = "cuda", gpu_mem: int | None = None, **settings: Any
 ) -> Plan:
     config = RunConfig(model="m", out=Path("out"), **settings)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -35,7 +36,7 @@ def plan(
     return make_plan(config, model, allocation, solver, torch.device(device), dtype, GB, host_mem, gpu_mem)
 
 
-def phase(plan: Plan, name: str) -> object:
+def phase(plan: Plan, name: str) -> PhaseCost:
     return next(p for p in plan.phases if p.name == name)
 
 

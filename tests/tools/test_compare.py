@@ -27,13 +27,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def compare(inputs: dict[str, Path], out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    given = ["--model", inputs["model"], "--calibration", inputs["calibration"], "--text", inputs["calibration"]]
-    line = [sys.executable, ROOT / "tools" / "compare.py", *given, *SIZES, "--out", out, *more]
+    line: list[str | Path] = [sys.executable, ROOT / "tools" / "compare.py", "--model", inputs["model"]]
+    line += ["--calibration", inputs["calibration"], "--text", inputs["calibration"], *SIZES, "--out", out, *more]
     return subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    return json.loads(out.with_suffix(".json").read_text())["rows"]
+    found: list[dict[str, Any]] = json.loads(out.with_suffix(".json").read_text())["rows"]
+    return found
 
 
 @pytest.fixture(scope="module")
