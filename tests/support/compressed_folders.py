@@ -50,7 +50,8 @@ def dense_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
     config = checkpoint.config
     del config.quantization_config
     architecture = type(AutoModelForCausalLM.from_config(config))
-    model: PreTrainedModel = architecture.from_pretrained(
+    model = architecture.from_pretrained(
         None, config=config, state_dict=checkpoint.read(checkpoint.tensors), dtype=torch.float32
     )
-    return model.to(dtype).eval()
+    made: PreTrainedModel = model.to(dtype).eval()
+    return made
