@@ -1,26 +1,26 @@
-"""Seconds, memory and FLOP/s of the whole pipeline on one block of a large model, held against the plan.
+"""Measure seconds, memory and FLOP/s of the whole pipeline on one block of a large model, beside the plan.
 
     export PYTHONPATH=.
     python tools/bench_block.py --shape llama-3-70b --gpu-mem 45GB --host-mem 24GB --device cuda --json 70b-45gb.json
     python tools/bench_block.py --shape llama-3-70b --gpu-mem 24GB --host-mem 24GB --device cuda --json 70b-24gb.json
     python tools/bench_block.py --shape small --device cpu      # under a minute
 
-A checkpoint of the shape's true block, with a vocabulary of 2048, is made in a temporary folder under --scratch, and
-`prepare` and `run` compress it; every figure is the journal's or the plan's. Linears are packed in phase solve as each
-is done, and the shard is written while propagate runs. The made shards are dropped from the page cache before. FLOP/s
-are the plan's FLOPs of the phase for one block over its seconds; their share is of what one large matrix product
-reaches on the same device after the run: in bf16, and on a CPU in float32 too. All blocks are the last block measured
-times the real model's depth; with `--blocks 2` that is one whose tensors were prefetched.
+A checkpoint with blocks of the given shape and a vocabulary of 2048 is made in a temporary folder under --scratch, and
+`open_run` and `run` compress it; every figure is the journal's or the plan's. Linears are packed in phase solve as each
+is done, and the shard is written while propagate runs. The shards are dropped from the page cache before the run.
+FLOP/s are the plan's FLOPs of a phase, for one block, over its seconds; they are compared with one large matrix product
+on the same device after the run: in bf16, and on a CPU in float32 too. The time of all blocks is that of the last block
+measured times the depth of the real model; with `--blocks 2` the last block is one whose tensors were prefetched.
 
-Weights are drawn as trained ones look from outside: normal entries, columns scaled lognormally, and 32 directions over
-them whose singular values fall from three times the bulk's edge as k^-0.7; embeddings have lognormal channels, a few of
-them 20 times larger, so that Grams have outlier directions; norms are lognormal around 1. Text is the demo model's,
-its paragraphs shuffled and repeated until there is enough.
+Weights are drawn with the structure of trained ones: normal entries, columns scaled lognormally, and 32 directions more
+whose singular values fall as k^-0.7 from three times the largest of the rest. Embeddings have lognormal channels, a few
+of them 20 times larger, so that Gram matrices have outlier directions. Norms are lognormal around 1. The text is the
+demo model's, its paragraphs shuffled and repeated until there is enough.
 
-A bare machine with a GPU needs this working tree and no network; the lines above work in its root, nothing installed
-but wheels to bring, made for its Python (3.11 or newer) by `pip download -d wheels` on a machine like it, with what
-they depend on: torch built for its CUDA, transformers, safetensors, huggingface-hub, zarr, psutil, click and rich, in
-pyproject.toml's ranges. Disk: the block in bf16 and two boundaries of hidden states, 12 GB for 70B.
+A bare machine with a GPU needs this working tree and no network; the lines above work in its root. Bring wheels for its
+Python (3.11 or newer), made by `pip download -d wheels` on a machine like it, with what they depend on: torch built for
+its CUDA, transformers, safetensors, huggingface-hub, zarr, psutil, click and rich, in the ranges of pyproject.toml. The
+disk must hold the block in bf16 and two boundaries of hidden states: 12 GB for 70B.
 """
 
 import json
@@ -64,7 +64,7 @@ _CHARACTERS_A_TOKEN = 6  # more than the demo's tokenizer makes of one token
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama: the sizes of its blocks, how many it has, and the windows to pass through one by default."""
+    """A Llama: the sizes and number of its blocks, and the calibration windows by default."""
 
     hidden: int
     ffn: int
@@ -84,7 +84,7 @@ SHAPES = {
 
 
 def make(folder: Path, shape: Shape, blocks: int, tokens: int, seed: int) -> None:
-    """The checkpoint and its calibration text, `folder`/model and `folder`/text.txt."""
+    """Write the checkpoint to `folder`/model and its calibration text to `folder`/text.txt."""
     sizes = {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.ffn,
@@ -109,7 +109,7 @@ def make(folder: Path, shape: Shape, blocks: int, tokens: int, seed: int) -> Non
 
 
 def trained(name: str, empty: Tensor, generator: torch.Generator) -> Tensor:
-    """Weights that look trained from outside (above); drawn in strips, so without a float32 copy of the whole."""
+    """Fill `empty` with weights that have the structure of trained ones, in strips, without a float32 copy of all."""
 
     def normal(*size: int) -> Tensor:
         return torch.empty(size).normal_(generator=generator)
@@ -130,7 +130,7 @@ def trained(name: str, empty: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one large square matrix product: the best of five, or of as many as three seconds hold."""
+    """Return the FLOP/s of one large square matrix product: the best of five, or of as many as fit three seconds."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     seconds: list[float] = []
@@ -145,7 +145,7 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def held_against(plan: Plan, measured: Mapping[str, Mapping[str, float]], products: Mapping[str, float]) -> Rows:
-    """A row a phase: measured, planned, plan / measured, FLOP/s and their shares; None where the plan has no figure."""
+    """Return a row for each phase: measured, planned, their ratio, FLOP/s and their ratio to a large product."""
     planned: dict[str, PhaseCost] = {phase.name: phase for phase in plan.phases}
     rows = {}
     for name, m in measured.items():
@@ -185,11 +185,11 @@ def table(title: str, rows: Rows, dtypes: Iterable[str]) -> Table:
 
 
 def _or_dash(value: float | None, text: Any) -> str:
-    return "–" if value is None else text(value)
+    return "–" if value is None else str(text(value))
 
 
 class Lines(NoDisplay):
-    """A line as each phase begins: a run that is cut off has said where it was."""
+    """A display that prints a line as each phase begins, so that a run that is cut off has said where it was."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -219,8 +219,8 @@ def commit() -> str | None:
 @click.option("--gpu-mem")
 @click.option("--host-mem")
 @click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other setting of RunConfig.")
-@click.option("--scratch", type=click.Path(path_type=Path, exists=True), help="Where the temporary folder is made.")
-@click.option("--commit", "known_commit", help="For the JSON, where there is no git to ask.")
+@click.option("--scratch", type=click.Path(path_type=Path, exists=True), help="Folder to make the temporary folder in.")
+@click.option("--commit", "known_commit", help="Commit to name in the JSON, where git does not know it.")
 @click.option("--json", "to", type=click.Path(path_type=Path))
 def main(
     name: str,
@@ -262,7 +262,6 @@ def main(
     products = {DTYPE_NAMES[dtype]: product_flops(context.device, dtype) for dtype in dtypes}
     parts = [held_against(context.plan, m, products) for m in (journal.measured, *(b.measured for b in journal.blocks))]
     seconds = [sum(row["seconds"] for row in part.values()) for part in parts]
-    hours = shape.blocks * seconds[-1] / 3600
     record = {
         "command": " ".join(["python", *sys.argv]),
         "commit": known_commit or commit(),
@@ -290,20 +289,27 @@ def main(
         ],
         "wall_seconds": wall,
         "wall_to_phases": wall / sum(seconds),
-        "all_blocks_hours": hours,
+        "all_blocks_hours": shape.blocks * seconds[-1] / 3600,
         "warnings": [entry.getMessage() for entry in messages.buffer if entry.levelno >= logging.WARNING],
     }
 
-    console.print(table("before the blocks", parts[0], products))
-    for i, (part, block_seconds) in enumerate(zip(parts[1:], seconds[1:], strict=True)):
-        console.print(table(f"{name}, block {i}: {block_seconds:.1f} s", part, products))
-    reached = ", ".join(f"{flops / 1e12:.3g} TFLOP/s in {dtype}" for dtype, flops in products.items())
-    click.echo(f"{record['device']}, torch {torch.__version__}")
-    click.echo(f"a large product reaches {reached}")
-    click.echo(f"wall / phases {record['wall_to_phases']:.2f}, {len(record['warnings'])} warnings")
-    click.echo(f"all {shape.blocks} blocks of {name}: {hours:.2f} h, {shape.blocks} × {seconds[-1]:.1f} s")
+    show(console, record)
     if to:
         to.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def show(console: Console, record: Mapping[str, Any]) -> None:
+    """Print the tables of a record and the time of all blocks."""
+    products, name, depth = record["product_flops_per_second"], record["shape"]["name"], record["shape"]["blocks"]
+    console.print(table("before the blocks", record["non_block"], products))
+    for i, block in enumerate(record["blocks"]):
+        console.print(table(f"{name}, block {i}: {block['seconds']:.1f} s", block["phases"], products))
+    reached = ", ".join(f"{flops / 1e12:.3g} TFLOP/s in {dtype}" for dtype, flops in products.items())
+    click.echo(f"{record['device']}, torch {record['torch']}")
+    click.echo(f"a large product reaches {reached}")
+    click.echo(f"wall / phases {record['wall_to_phases']:.2f}, {len(record['warnings'])} warnings")
+    seconds = record["blocks"][-1]["seconds"]
+    click.echo(f"all {depth} blocks of {name}: {record['all_blocks_hours']:.2f} h, {depth} × {seconds:.1f} s")
 
 
 def _processor() -> str:
@@ -313,7 +319,7 @@ def _processor() -> str:
 
 
 def _value(text: str) -> Any:
-    """A number, true or false; else the text itself, like 4GB."""
+    """Return a number, true or false; else the text itself, like 4GB."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,10 +1,10 @@
-"""Wall time, phases and memory of whole runs, held against the plan; the same model also with its blocks repeated.
+"""Measure wall time, phases and memory of a whole run beside its plan, and again with the blocks of the model repeated.
 
     python tools/bench_run.py --model FOLDER --calibration TEXT --samples 64 --seq-len 256 --rank 16 \
         --repeat-blocks 4 --json OUT.json
 
 Memory is USS, read from outside the process 10 times a second. Streaming overhead is the wall time of the process
-without its start-up (imports, timed by themselves in the same run), over the sum of the phases in the journal.
+over the sum of the phases in the journal, with and without its start-up (imports, timed by themselves in the same run).
 """
 
 import json
@@ -24,7 +24,7 @@ STREAMSLR = str(Path(sys.executable).with_name("streamslr"))
 
 
 def measure(model: Path, out: Path, options: list[str]) -> dict[str, Any]:
-    """One run of the command line, watched from outside."""
+    """Run the command line once and watch it from outside."""
     line = ["--model", str(model), "--device", "cpu", *options]
     plan = json.loads(subprocess.run([STREAMSLR, "plan", *line, "--json"], check=True, capture_output=True).stdout)
     start = time.monotonic()
