@@ -247,7 +247,7 @@ def match(
         norms           lr · vector_lr · rms(weight of the norm)
 
     Args:
-        block: The block f; its parameters outside of `factors` start as they are.
+        block: The block f.
         factors: Linear -> its S, U, V, dense; S trains where it is not 0.
         X: What enters the block, [windows, tokens, h].
         T: What the block should output, [windows, tokens, h].
