@@ -18,10 +18,11 @@ from click.testing import CliRunner
 import streamslr
 from streamslr.cli import main
 from streamslr.errors import InputError
+from streamslr.results.inspect import read_run
 from streamslr.results.report import figures, page, write_report
 from streamslr.results.verify import verify
-from streamslr.run.journal import JournalState, read_journal
-from tests.support.tiny_models import TEXT, tiny_checkpoint
+from streamslr.run.journal import JournalState
+from tests.support.tiny_models import tiny_checkpoint
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page was not opened in a browser")
@@ -32,32 +33,17 @@ MATCHED = {"matching", "curves"}
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'<b>$title"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two matched blocks."""
-    folder = tmp_path_factory.mktemp("report")
-    (folder / "text.txt").write_text(TEXT * 20)
-    model = tiny_checkpoint(folder / "tiny-llama", layers=2)
-    streamslr.compress(
-        model, folder / "out", calibration=folder / "text.txt", rank=4, match_epochs=3, match_batch=2, **SETTINGS
-    )
-    return folder / "out"
-
-
 @pytest.fixture
-def state(made: Path) -> JournalState:
-    found = read_journal(made)
-    assert found
-    return found
+def state(matched: Path) -> JournalState:
+    return read_run(matched)
 
 
 @pytest.fixture(scope="module")
-def unmatched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unmatched(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one block of pure sparsity, not matched."""
     folder = tmp_path_factory.mktemp("unmatched")
-    (folder / "text.txt").write_text(TEXT * 20)
     model = tiny_checkpoint(folder / "one-block", layers=1)
-    streamslr.compress(model, folder / "out", calibration=folder / "text.txt", rank=0, match=False, **SETTINGS)
+    streamslr.compress(model, folder / "out", calibration=text, rank=0, match=False, **SETTINGS)
     return folder / "out"
 
 
@@ -134,8 +120,8 @@ def test_every_figure_is_one_that_plotly_knows(state: JournalState) -> None:
             go.Figure(figure)  # raises ValueError for a property that is misspelt
 
 
-def test_the_page_says_what_was_compressed_and_how(made: Path, state: JournalState) -> None:
-    text = html.unescape(re.sub("<[^>]*>", " ", page(made, state).split("<script>")[0]))
+def test_the_page_says_what_was_compressed_and_how(matched: Path, state: JournalState) -> None:
+    text = html.unescape(re.sub("<[^>]*>", " ", page(matched, state).split("<script>")[0]))
     what = "tiny-llama, 3basil at 2:4 + rank 4"
     for told in (what, "LlamaForCausalLM", state.fingerprint["model"], "Finished: 2 blocks."):
         assert told in text
@@ -144,35 +130,37 @@ def test_the_page_says_what_was_compressed_and_how(made: Path, state: JournalSta
     assert "at most, 4.0 GB allowed" in text
 
 
-def test_an_unfinished_run_says_so(made: Path, state: JournalState) -> None:
-    text = page(made, dataclasses.replace(state, blocks=state.blocks[:1]))
+def test_an_unfinished_run_says_so(matched: Path, state: JournalState) -> None:
+    text = page(matched, dataclasses.replace(state, blocks=state.blocks[:1]))
     assert "Unfinished: 1 of 2 blocks are done" in text
-    assert "No block is finished yet." in page(made, dataclasses.replace(state, blocks=()))
+    assert "No block is finished yet." in page(matched, dataclasses.replace(state, blocks=()))
 
 
-def test_every_warning_is_listed(made: Path, state: JournalState) -> None:
-    text = page(made, deep(state)).split("<h2>Warnings", 1)[1].split("</ul>")[0]
+def test_every_warning_is_listed(matched: Path, state: JournalState) -> None:
+    text = page(matched, deep(state)).split("<h2>Warnings", 1)[1].split("</ul>")[0]
     linears = sum(len(block.linears) for block in state.blocks)
     assert text.count("<li>") == 40 * linears + 1
     assert text.count("matching did not lower the loss") == 1
 
 
-def test_the_page_lies_in_the_folder_and_troubles_nobody(made: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(made, tmp_path / "out")
+def test_the_page_lies_in_the_folder_and_troubles_nobody(
+    matched: Path, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(matched, tmp_path / "out")
     result = CliRunner().invoke(main, ["report", str(folder)])
     assert result.exit_code == 0
     assert Path(result.output.strip()) == folder / "report.html"
     assert verify(folder).problems == ()
-    settings = {"calibration": made.parent / "text.txt", "rank": 4, "match_epochs": 3, "match_batch": 2, **SETTINGS}
-    assert streamslr.compress(made.parent / "tiny-llama", folder, **settings).complete, "the same line again"
+    settings = {"calibration": text, "rank": 4, "match_epochs": 3, "match_batch": 2, **SETTINGS}
+    assert streamslr.compress(llama, folder, **settings).complete, "the same line again"
     assert (folder / "report.html").is_file()
 
 
-def test_the_page_goes_where_it_is_asked_to(made: Path, tmp_path: Path) -> None:
-    assert write_report(made, tmp_path / "page.html") == tmp_path / "page.html"
-    assert not (made / "report.html").exists()
+def test_the_page_goes_where_it_is_asked_to(matched: Path, tmp_path: Path) -> None:
+    assert write_report(matched, tmp_path / "page.html") == tmp_path / "page.html"
+    assert not (matched / "report.html").exists()
     with pytest.raises(InputError, match="is no folder"):
-        write_report(made, tmp_path / "nowhere" / "page.html")
+        write_report(matched, tmp_path / "nowhere" / "page.html")
     with pytest.raises(InputError, match="not an output folder"):
         write_report(tmp_path)
 
@@ -237,8 +225,8 @@ Browse = Callable[..., dict[str, Any]]
 
 
 @needs_chromium
-def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, made: Path, state: JournalState) -> None:
-    seen = browse(page(made, state))
+def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, matched: Path, state: JournalState) -> None:
+    seen = browse(page(matched, state))
     assert seen["problems"] == []
     assert seen["requests"] == []
     assert set(seen["drawn"]) == ALWAYS | MATCHED
@@ -252,9 +240,7 @@ def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, made: 
 
 @needs_chromium
 def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) -> None:
-    found = read_journal(unmatched)
-    assert found
-    text = page(unmatched, found)
+    text = page(unmatched, read_run(unmatched))
     assert "not matched (--no-match)" in text
     seen = browse(text, width=500)
     assert seen["problems"] == []
@@ -263,8 +249,8 @@ def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) 
 
 
 @needs_chromium
-def test_eighty_blocks_of_hostile_names(browse: Browse, made: Path, state: JournalState) -> None:
-    seen = browse(page(made, deep(state)))
+def test_eighty_blocks_of_hostile_names(browse: Browse, matched: Path, state: JournalState) -> None:
+    seen = browse(page(matched, deep(state)))
     assert seen["problems"] == []
     assert set(seen["drawn"]) == ALWAYS | MATCHED | {"gpu-memory"}
     assert seen["title"] == f"{HOSTILE}, 3basil at 2:4 + rank 4"
@@ -273,6 +259,6 @@ def test_eighty_blocks_of_hostile_names(browse: Browse, made: Path, state: Journ
 
 
 @needs_chromium
-def test_a_request_would_have_been_seen(browse: Browse, made: Path, state: JournalState) -> None:
-    text = page(made, state).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
+def test_a_request_would_have_been_seen(browse: Browse, matched: Path, state: JournalState) -> None:
+    text = page(matched, state).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
     assert browse(text)["problems"][0] == "request: http://127.0.0.1:9/x.png"

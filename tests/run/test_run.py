@@ -28,6 +28,7 @@ from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.methods import BUILT_IN
 from streamslr.solvers.threebasil import ThreeBasil
 from streamslr.spec.pattern import parse_pattern
+from tests.support.compressed_folders import run_contents
 from tests.support.killing import compress_in_child
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
@@ -38,13 +39,6 @@ PARTS = ("values", "meta", "row_offsets", "U", "V")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", layers=LAYERS, shards=3)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 20)
-    return path
 
 
 @pytest.fixture
@@ -66,16 +60,7 @@ def unbroken(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("unbroken") / "out"
     settings = {"calibration": text, "samples": 6, "seq_len": 16, "rank": 4, "device": "cpu"}
     assert compress_in_child({"model": model, "out": out, **settings}) == 0
-    return content(out)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes; of the journal all but the measurements, which no two runs share."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    journal = json.loads(files["streamslr.json"])
-    for part in (journal, *journal["blocks"]):
-        part["measured"] = None
-    return files | {"streamslr.json": json.dumps(journal).encode()}
+    return run_contents(out)
 
 
 def test_a_run_writes_a_sound_model_folder(settings: dict[str, Any]) -> None:
@@ -204,14 +189,14 @@ def test_the_hidden_states_are_those_of_the_written_model(settings: dict[str, An
     assert state.blocks
     shutil.rmtree(settings["out"] / ".scratch")
     assert compress_in_child(settings) == 0
-    assert content(settings["out"]) == unbroken
+    assert run_contents(settings["out"]) == unbroken
 
 
 def test_a_finished_run_starts_again_and_changes_nothing(settings: dict[str, Any]) -> None:
     streamslr.compress(**settings)
-    before = content(settings["out"])
+    before = run_contents(settings["out"])
     assert streamslr.compress(**settings).complete
-    assert content(settings["out"]) == before
+    assert run_contents(settings["out"]) == before
 
 
 def test_killed_at_every_commit_point_the_same_line_goes_on_to_the_same_bytes(
@@ -221,7 +206,7 @@ def test_killed_at_every_commit_point_the_same_line_goes_on_to_the_same_bytes(
     while compress_in_child(settings | {"out": settings["out"].with_name(f"out-{steps}")}, die_at=steps) == -9:
         out = settings["out"].with_name(f"out-{steps}")
         assert compress_in_child(settings | {"out": out}) == 0
-        assert content(out) == unbroken, f"killed at step {steps}"
+        assert run_contents(out) == unbroken, f"killed at step {steps}"
         steps += 1
     assert steps >= 5 + 3 * LAYERS, "a shard, a journal record and an index a block, and the start"
 
@@ -234,14 +219,14 @@ def test_killed_again_and_again_at_random_moments_a_run_still_ends_in_the_same_b
     while compress_in_child(settings, die_at=draw.randrange(2, 40) if kills < 8 else None, counting="work"):
         kills += 1
     assert kills
-    assert content(settings["out"]) == unbroken
+    assert run_contents(settings["out"]) == unbroken
 
 
 def test_a_lost_shard_is_made_again(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
     assert compress_in_child(settings) == 0
     (settings["out"] / "model-block-00001.safetensors").unlink()
     assert compress_in_child(settings) == 0
-    assert content(settings["out"]) == unbroken
+    assert run_contents(settings["out"]) == unbroken
 
 
 def test_another_scratch_on_resume_leaves_nothing_behind(
@@ -249,7 +234,7 @@ def test_another_scratch_on_resume_leaves_nothing_behind(
 ) -> None:
     assert compress_in_child(settings, die_at=13) == -9
     assert compress_in_child(settings | {"scratch": tmp_path / "scratch"}) == 0
-    assert content(settings["out"]) == unbroken
+    assert run_contents(settings["out"]) == unbroken
 
 
 def test_grams_are_gone_before_the_block_passes_on(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +276,7 @@ def test_the_tier_of_hidden_states_does_not_show_in_the_bytes(
     settings: dict[str, Any], unbroken: dict[str, bytes], host_mem: str | None, tmp_path: Path
 ) -> None:
     assert compress_in_child(settings | {"host_mem": host_mem, "scratch": tmp_path / "scratch"}) == 0
-    assert content(settings["out"]) == unbroken
+    assert run_contents(settings["out"]) == unbroken
     assert not list((tmp_path / "scratch").iterdir())
 
 
@@ -456,7 +441,7 @@ def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
 def test_tiers_on_disk_do_not_show_in_the_bytes(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
     context = open_run(RunConfig.of(**settings))
     run(replace(context, plan=replace(context.plan, in_memory=False, grams_at="disk")))
-    assert content(settings["out"]) == unbroken
+    assert run_contents(settings["out"]) == unbroken
 
 
 def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -535,7 +520,7 @@ def test_memory_that_runs_out_again_ends_the_run_and_keeps_finished_blocks(
     assert state is not None
     assert len(state.blocks) == 1
     streamslr.compress(**settings)
-    assert content(settings["out"]) == unbroken
+    assert run_contents(settings["out"]) == unbroken
 
 
 def test_a_host_budget_is_held_while_a_phase_runs(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,7 +580,7 @@ def test_a_run_begun_under_a_tight_budget_goes_on_in_its_pieces_under_a_generous
         with pytest.raises(KeyboardInterrupt):
             run(broken)
     streamslr.compress(**settings | {"host_mem": "100GB"})
-    assert content(settings["out"]) == content(tmp_path / "unbroken")
+    assert run_contents(settings["out"]) == run_contents(tmp_path / "unbroken")
 
 
 def test_a_full_disk_under_the_gram_matrices_names_the_way_out(

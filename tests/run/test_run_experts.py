@@ -23,10 +23,9 @@ from streamslr.results.report import write_report
 from streamslr.results.verify import verify
 from streamslr.run.context import open_run
 from streamslr.runtime.loader import packed_modules
-from tests.run.test_run import content
-from tests.support.compressed_folders import dense_model
+from tests.support.compressed_folders import dense_model, run_contents
 from tests.support.killing import compress_in_child
-from tests.support.tiny_models import TEXT, starved_checkpoint
+from tests.support.tiny_models import starved_checkpoint
 
 ARCHITECTURES = ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
 RUN: dict[str, Any] = {
@@ -37,13 +36,6 @@ RUN: dict[str, Any] = {
     "method": "eora-sparsegpt",
     "match_epochs": 8,
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 20)
-    return path
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -163,7 +155,7 @@ def test_killed_it_goes_on_to_the_same_bytes(
     if lose_scratch:  # the finished block is passed again, packed experts taken apart alike
         shutil.rmtree(tmp_path / "slr" / ".scratch")
     assert compress_in_child(settings) == 0
-    assert content(tmp_path / "slr") == content(mixtral / "slr")
+    assert run_contents(tmp_path / "slr") == run_contents(mixtral / "slr")
 
 
 def test_the_plan_counts_the_grams_of_every_expert_and_what_they_share(mixtral: Path, text: Path) -> None:

@@ -21,7 +21,7 @@ from streamslr.results.evaluate import evaluate
 from streamslr.runtime.linear import SparseLowRankLinear, _semi_structured
 from streamslr.runtime.loader import packed_modules
 from tests.support.compressed_folders import compressed_folder, dense_model
-from tests.support.tiny_models import TEXT, VOCABULARY, tiny_checkpoint
+from tests.support.tiny_models import TEXT, VOCABULARY
 
 IDS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -230,10 +230,9 @@ def test_an_unfinished_folder(folder: Path, tmp_path: Path) -> None:
             load(made)
 
 
-def test_an_unfinished_run_is_named_by_its_journal(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXT * 20)
-    settings = {"calibration": tmp_path / "text.txt", "samples": 2, "seq_len": 16, "rank": 2, "device": "cpu"}
-    streamslr.compress(tiny_checkpoint(tmp_path / "model", layers=2), tmp_path / "out", **settings, match=False)
+def test_an_unfinished_run_is_named_by_its_journal(llama: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"calibration": text, "samples": 2, "seq_len": 16, "rank": 2, "device": "cpu"}
+    streamslr.compress(llama, tmp_path / "out", **settings, match=False)
     assert streamslr.load(tmp_path / "out", device="cpu")
     journal = json.loads((tmp_path / "out/streamslr.json").read_text())
     journal["blocks"].pop()
