@@ -8,8 +8,19 @@ import pytest
 # Tensors here are tiny: more threads would only wait for each other, above all in the children of support/killing.py.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
 import streamslr
+from tests.support.browser import CHROMIUM
 from tests.support.tiny_models import TEXT, tiny_checkpoint
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a browser or a GPU where there is none."""
+    if item.get_closest_marker("browser") and CHROMIUM is None:
+        pytest.skip("no chromium here: the page was not opened in a browser")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
 
 
 @pytest.fixture(scope="session")

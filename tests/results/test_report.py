@@ -22,10 +22,8 @@ from streamslr.results.inspect import read_run
 from streamslr.results.report import figures, page, write_report
 from streamslr.results.verify import verify
 from streamslr.run.journal import JournalState
+from tests.support.browser import CHROMIUM
 from tests.support.tiny_models import tiny_checkpoint
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page was not opened in a browser")
 
 SETTINGS = {"samples": 4, "seq_len": 16, "device": "cpu", "host_mem": "4GB"}
 ALWAYS = {"errors", "block-errors", "time", "host-memory", "sizes"}
@@ -224,7 +222,7 @@ def browse(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 Browse = Callable[..., dict[str, Any]]
 
 
-@needs_chromium
+@pytest.mark.browser
 def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, matched: Path, state: JournalState) -> None:
     seen = browse(page(matched, state))
     assert seen["problems"] == []
@@ -238,7 +236,7 @@ def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, matche
     assert f"{linear.name}error {linear.error:.3g}, pruning alone {linear.wanda_error:.3g}" in seen["hover"]
 
 
-@needs_chromium
+@pytest.mark.browser
 def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) -> None:
     text = page(unmatched, read_run(unmatched))
     assert "not matched (--no-match)" in text
@@ -248,7 +246,7 @@ def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) 
     assert seen["wider"] <= 0, "nothing sticks out to the side"
 
 
-@needs_chromium
+@pytest.mark.browser
 def test_eighty_blocks_of_hostile_names(browse: Browse, matched: Path, state: JournalState) -> None:
     seen = browse(page(matched, deep(state)))
     assert seen["problems"] == []
@@ -258,7 +256,7 @@ def test_eighty_blocks_of_hostile_names(browse: Browse, matched: Path, state: Jo
     assert seen["bars"] == 80 * 6
 
 
-@needs_chromium
+@pytest.mark.browser
 def test_a_request_would_have_been_seen(browse: Browse, matched: Path, state: JournalState) -> None:
     text = page(matched, state).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
     assert browse(text)["problems"][0] == "request: http://127.0.0.1:9/x.png"
