@@ -1,6 +1,55 @@
-"""Settings that must stand before torch is imported."""
+"""Settings that must stand before torch is imported, and what many files of tests share: a text, a model, a folder."""
 
 import os
+from pathlib import Path
+from typing import Any
 
-# Tensors here are tiny; threads would only wait for each other, the more so in the children of tests/killing.py.
+import pytest
+
+# Tensors here are tiny: more threads would only wait for each other, above all in the children of support/killing.py.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+import streamslr
+from tests.support.browser import CHROMIUM
+from tests.support.tiny_models import TEXT, tiny_checkpoint
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a browser or a GPU where there is none."""
+    if item.get_closest_marker("browser") and CHROMIUM is None:
+        pytest.skip("no chromium here: the page was not opened in a browser")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to calibrate, train and evaluate on."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 20)
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint of two blocks. Read only: every test of the session sees it."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny-llama", layers=2)
+
+
+@pytest.fixture(scope="session")
+def compressed(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `run` makes of `llama` at 2:4 + 4 without matching. Read only."""
+    out = tmp_path_factory.mktemp("compressed") / "slr"
+    streamslr.compress(llama, out, calibration=text, samples=4, seq_len=16, rank=4, device="cpu", match=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def matched(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `run` makes of `llama` at 2:4 + 4 with matching, within 4 GB of host memory. Read only."""
+    out = tmp_path_factory.mktemp("matched") / "slr"
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "host_mem": "4GB"}
+    streamslr.compress(llama, out, calibration=text, match_epochs=3, match_batch=2, **settings)
+    return out

@@ -1,4 +1,4 @@
-"""Each method and matching in float64 as its paper writes it: slow, explicit, independent of the package."""
+"""Reference implementations in float64, as the papers write them: slow, explicit, independent of the package."""
 
 import copy
 import itertools
@@ -12,25 +12,25 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Reference:
-    """S [o, d] and UV [o, d] in float64, and the iterations it took."""
+    """S [o, d] and U·V [o, d] in float64, and the number of iterations."""
 
     S: Tensor
     UV: Tensor
     iterations: int
 
 
-def damped(gram: Tensor, share: float = 0.005) -> Tensor:
-    """H [d, d] float64 as the official code solves in it: dead inputs get 1, then both kinds of damping."""
+def damped(gram: Tensor, ratio: float = 0.005) -> Tensor:
+    """Return H [d, d] as the official code damps it: 1 for dead inputs, plus `ratio` of its diagonal and mean."""
     H = gram.double().clone()
     diagonal = torch.diagonal(H)
     live = diagonal > 0
-    extra = share * diagonal + share * diagonal[live].mean() if live.any() else torch.zeros_like(diagonal)
+    extra = ratio * diagonal + ratio * diagonal[live].mean() if live.any() else torch.zeros_like(diagonal)
     H += torch.diag(torch.where(live, extra, 1.0 - diagonal))
     return H
 
 
 def loss(weight: Tensor, gram: Tensor, approximation: Tensor) -> float:
-    """tr(R H Rᵀ) / tr(W H Wᵀ), float64, columns of dead inputs left out."""
+    """Return tr(R H Rᵀ) / tr(W H Wᵀ) in float64, without the columns of dead inputs."""
     live = torch.diagonal(gram) > 0
     H = damped(gram)[live][:, live]
     W = weight.double()[:, live]
@@ -39,43 +39,46 @@ def loss(weight: Tensor, gram: Tensor, approximation: Tensor) -> float:
 
 
 def project(scores: Tensor, pattern: str) -> Tensor:
-    """Bool [o, d]: the largest magnitudes, n of every m for "n:m", all but the share for "p%", in "p%/row" of a row."""
+    """Return a mask [o, d] of the largest magnitudes: n of every m, or all but p % (of each row, for "p%/row")."""
     o, d = scores.shape
     if ":" in pattern:
         n, m = map(int, pattern.split(":"))
         groups = scores.abs().reshape(o, d // m, m)
         chosen = groups.topk(n, dim=2).indices
         return torch.zeros_like(groups, dtype=torch.bool).scatter(2, chosen, True).reshape(o, d)
-    share = 1 - float(pattern.removesuffix("/row").rstrip("%")) / 100
+    density = 1 - float(pattern.removesuffix("/row").rstrip("%")) / 100
     if pattern.endswith("/row"):
-        chosen = scores.abs().topk(round(d * share), dim=1).indices
+        chosen = scores.abs().topk(round(d * density), dim=1).indices
         return torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
-    kept = round(o * d * share)
-    chosen = scores.abs().flatten().topk(kept).indices
+    num_kept = round(o * d * density)
+    chosen = scores.abs().flatten().topk(num_kept).indices
     return torch.zeros(o * d, dtype=torch.bool).scatter(0, chosen, True).reshape(o, d)
 
 
 def root(G: Tensor) -> Tensor:
-    """The symmetric G^½."""
+    """Return the symmetric root of G."""
     values, vectors = torch.linalg.eigh(G)
-    return vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    result: Tensor = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    return result
 
 
 def best_low_rank(E: Tensor, G: Tensor, rank: int) -> Tensor:
-    """argmin over rank-r UV [o, d] of ‖(E − UV) G^½‖_F: the truncated SVD of E G^½, brought back."""
+    """Return the U·V [o, d] of least ‖(E − UV) G^½‖_F at a rank: the truncated SVD of E G^½, times G^−½."""
     half = root(G)
     u, values, vt = torch.linalg.svd(E @ half, full_matrices=False)
-    return (u[:, :rank] * values[:rank]) @ vt[:rank] @ torch.linalg.inv(half)
+    result: Tensor = (u[:, :rank] * values[:rank]) @ vt[:rank] @ torch.linalg.inv(half)
+    return result
 
 
 def sparse_step(W: Tensor, UV: Tensor, D: Tensor, Y: Tensor, G: Tensor, rho: float) -> Tensor:
-    """S = [(W − UV) G + ρ (D − Y)] (G + ρI)⁻¹: the minimum over S of the augmented Lagrangian, dual scaled."""
+    """Return the S of least augmented Lagrangian, [(W − UV) G + ρ (D − Y)] (G + ρI)⁻¹, with the scaled dual Y."""
     identity = torch.eye(len(G), dtype=G.dtype)
-    return ((W - UV) @ G + rho * (D - Y)) @ torch.linalg.inv(G + rho * identity)
+    S: Tensor = ((W - UV) @ G + rho * (D - Y)) @ torch.linalg.inv(G + rho * identity)
+    return S
 
 
 def solve(weight: Tensor, gram: Tensor, pattern: str, rank: int, rho: float = 0.1) -> Reference:
-    """The paper's iteration with the official schedule of ρ."""
+    """Solve as 3BASiL's paper iterates, with the schedule of ρ of its official code."""
     H = damped(gram)
     scale = torch.diagonal(H).sqrt()
     G = H / scale[:, None] / scale[None, :]
@@ -99,7 +102,7 @@ def solve(weight: Tensor, gram: Tensor, pattern: str, rank: int, rho: float = 0.
     return Reference(D / scale, UV / scale, iterations)
 
 
-# Pure sparsity: W, H -> S [o, d] float64, H damped
+# Pure sparsity: W and the damped H -> S [o, d] float64
 
 
 def magnitude(W: Tensor, H: Tensor, pattern: str) -> Tensor:
@@ -111,33 +114,33 @@ def wanda(W: Tensor, H: Tensor, pattern: str) -> Tensor:
 
 
 def sparsegpt(W: Tensor, H: Tensor, pattern: str, block: int = 128) -> Tensor:
-    """arXiv 2301.00774, equations 3 to 5: the inverse of what is left of H, anew for each column."""
+    """Solve equations 3 to 5 of arXiv 2301.00774, with a new inverse of the remaining H for each column."""
     W = W.clone()
     d = W.shape[1]
     remaining = [torch.linalg.inv(H[j:, j:]) for j in range(d)]
     saliency = torch.stack([inverse[0, 0] for inverse in remaining])
-    kept = torch.zeros_like(W, dtype=torch.bool)
+    mask = torch.zeros_like(W, dtype=torch.bool)
     decided = int(pattern.split(":")[1]) if ":" in pattern else block
     for j in range(d):
         if j % decided == 0:
             at = slice(j, min(j + decided, d))
-            kept[:, at] = project(W[:, at] / saliency[at].sqrt(), pattern)
-        error = torch.where(kept[:, j], 0, W[:, j]) / remaining[j][0, 0]
+            mask[:, at] = project(W[:, at] / saliency[at].sqrt(), pattern)
+        error = torch.where(mask[:, j], 0, W[:, j]) / remaining[j][0, 0]
         W[:, j:] -= error[:, None] * remaining[j][0]
-        W[:, j] *= kept[:, j]
+        W[:, j] *= mask[:, j]
     return W
 
 
 def refitted(W: Tensor, H: Tensor, support: Tensor) -> Tensor:
-    """The least loss that a support [o, d] allows, row by row from the normal equations."""
+    """Return the S of least loss within a support [o, d], row by row from the normal equations."""
     S = torch.zeros_like(W)
-    for i, kept in enumerate(support):
-        S[i, kept] = torch.linalg.solve(H[kept][:, kept], H[kept] @ W[i])
+    for i, mask in enumerate(support):
+        S[i, mask] = torch.linalg.solve(H[mask][:, mask], H[mask] @ W[i])
     return S
 
 
 def alps(W: Tensor, H: Tensor, pattern: str) -> Tensor:
-    """arXiv 2406.07831: ADMM as in `solve`, without U·V, then the values of its support to the end."""
+    """Solve as arXiv 2406.07831: ADMM as in `solve` without U·V, then the exact values for the support it found."""
     scale = torch.diagonal(H).sqrt()
     G = H / scale[:, None] / scale[None, :]
     T = W * scale
@@ -158,7 +161,7 @@ def alps(W: Tensor, H: Tensor, pattern: str) -> Tensor:
 
 
 def best_support(W: Tensor, H: Tensor, n: int, m: int) -> float:
-    """The least tr(R H Rᵀ) over all n:m supports of one row W [d], by trying each."""
+    """Return the least tr(R H Rᵀ) of one row W [d] over all n:m supports, by trying each."""
     d = len(W)
     groups = list(itertools.combinations(range(m), n))
     least = math.inf
@@ -170,8 +173,7 @@ def best_support(W: Tensor, H: Tensor, n: int, m: int) -> float:
     return least
 
 
-# Sparse plus low rank: W, H -> S, UV [o, d] float64
-
+# Sparse plus low rank: W and the damped H -> S, U·V [o, d] float64
 
 Prune = Callable[[Tensor, Tensor, str], Tensor]
 
@@ -190,7 +192,7 @@ def hassle_free(W: Tensor, H: Tensor, pattern: str, rank: int, prune: Prune, tur
 
 
 def oats(W: Tensor, H: Tensor, pattern: str, rank: int, turns: int) -> tuple[Tensor, Tensor]:
-    """arXiv 2409.13652, algorithm 2: plain SVDs of the scaled weight."""
+    """Solve by algorithm 2 of arXiv 2409.13652: plain SVDs of the scaled weight."""
     scale = torch.diagonal(H).sqrt()
     A = W * scale
     S, L = torch.zeros_like(A), torch.zeros_like(A)
@@ -205,18 +207,18 @@ def oats(W: Tensor, H: Tensor, pattern: str, rank: int, turns: int) -> tuple[Ten
 
 
 def cosine(done: float, final: float) -> float:
-    """The share of a learning rate, from 1 to `final`, when a share `done` of the steps is taken."""
+    """Return the factor of a learning rate, from 1 to `final`, after the fraction `done` of the steps."""
     return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Adam:
-    """Kingma & Ba, arXiv 1412.6980, algorithm 1, with its defaults, for one tensor."""
+    """Adam for one tensor: Kingma & Ba, arXiv 1412.6980, algorithm 1, with its defaults."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter, self.steps = parameter, 0
         self.m, self.v = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
-    def step(self, gradient: Tensor, lr: float) -> None:
+    def step(self, gradient: Tensor, lr: Tensor) -> None:
         self.steps += 1
         self.m = 0.9 * self.m + 0.1 * gradient
         self.v = 0.999 * self.v + 0.001 * gradient**2
@@ -231,52 +233,71 @@ def match(
     T: Tensor,
     epochs: Sequence[Sequence[slice]],
     lr: float,
-    low_rank_share: float,
-    vector_share: float,
+    low_rank_lr: float,
+    vector_lr: float,
     final: float,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Adam on ‖f(X) − T‖² for X, T [samples, T, h], over all parts of the block at once: what they became, the curve.
+    """Minimise ‖f(X) − T‖² by Adam over all parts of the block at once.
 
-    factors: linear -> S, U, V, dense, its mask where S is not 0; the block's other parameters start as they are.
-    epochs: for each that trains, the samples of its steps. The learning rates are relative: a linear's kept values
-    move lr · rms(kept) / √(kept a row) a step, U and V low_rank_share of that, its bias
-    lr · vector_share · rms(kept) · √(kept a row), and a norm's weight and bias lr · vector_share · rms(its weight).
+    Learning rates are relative to sizes. With `values` the kept values of a linear:
+
+        S               lr · rms(values) / √(kept values per row)
+        U, V            low_rank_lr · the rate of S
+        bias            lr · vector_lr · rms(values) · √(kept values per row)
+        norms           lr · vector_lr · rms(weight of the norm)
+
+    Args:
+        block: The block f.
+        factors: Linear -> its S, U, V, dense; S trains where it is not 0.
+        X: What enters the block, [windows, tokens, h].
+        T: What the block should output, [windows, tokens, h].
+        epochs: The windows of each step, epoch by epoch.
+        lr: Learning rate, relative as above.
+        low_rank_lr: Factor for U and V.
+        vector_lr: Factor for biases and norms.
+        final: Factor of all learning rates after the last step, reached by cosine.
+
+    Returns:
+        The parts of the block after training, and the relative loss before training and in each epoch.
     """
     block, X, T = copy.deepcopy(block).double(), X.double(), T.double()
-    leaves, masks, rates = {}, {}, {}
+    leaves: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    rates: dict[str, Tensor] = {}
     for name, (S, U, V) in factors.items():
         mask = S != 0
-        kept = S[mask].double()
-        size, a_row = kept.square().mean().sqrt(), len(kept) / len(S)
+        values = S[mask].double()
+        size, per_row = values.square().mean().sqrt(), len(values) / len(S)
         leaves |= {f"{name}.S": S.double(), f"{name}.U": U.double(), f"{name}.V": V.double()}
-        rates[f"{name}.S"] = lr * size / math.sqrt(a_row)
-        rates |= dict.fromkeys((f"{name}.U", f"{name}.V"), low_rank_share * lr * size / math.sqrt(a_row))
-        rates[f"{name}.bias"] = lr * vector_share * size * math.sqrt(a_row)
+        rates[f"{name}.S"] = lr * size / math.sqrt(per_row)
+        rates |= dict.fromkeys((f"{name}.U", f"{name}.V"), low_rank_lr * lr * size / math.sqrt(per_row))
+        rates[f"{name}.bias"] = lr * vector_lr * size * math.sqrt(per_row)
         masks[name] = mask
     for name, parameter in block.named_parameters():
         module = name.rpartition(".")[0]
         if name.removesuffix(".weight") not in factors:
             leaves[name] = parameter.detach().clone()
             if module not in factors:
-                rates[name] = lr * vector_share * block.get_parameter(f"{module}.weight").square().mean().sqrt()
+                rates[name] = lr * vector_lr * block.get_parameter(f"{module}.weight").square().mean().sqrt()
 
-    def error(samples: slice) -> Tensor:
+    def error(windows: slice) -> Tensor:
         weights = {
             f"{name}.weight": leaves[f"{name}.S"] * mask + leaves[f"{name}.U"] @ leaves[f"{name}.V"]
             for name, mask in masks.items()
         }
         others = {name: leaf for name, leaf in leaves.items() if name[-2:] not in (".S", ".U", ".V")}
-        return (torch.func.functional_call(block, weights | others, X[samples]) - T[samples]).square().sum()
+        output: Tensor = torch.func.functional_call(block, weights | others, X[windows])
+        return (output - T[windows]).square().sum()
 
     optimizers = {name: Adam(leaf) for name, leaf in leaves.items()}
     curve = [(error(slice(None)) / T.square().sum()).item()]
     taken, total = 0, sum(map(len, epochs))
     for steps in epochs:
         lost = 0.0
-        for samples in steps:
+        for windows in steps:
             for leaf in leaves.values():
                 leaf.requires_grad_()
-            loss = error(samples)
+            loss = error(windows)
             scaled = loss * T.numel() / T.square().sum()
             gradients = dict(zip(leaves, torch.autograd.grad(scaled, list(leaves.values())), strict=True))
             lost += loss.item()
@@ -291,7 +312,12 @@ def match(
 # How sparse each block may be
 
 
-def outlier_share(linears: Sequence[tuple[Tensor, Tensor]], times: float) -> float:
-    """OWL (arXiv 2310.05175): the share of A_ij = ‖X_j‖·|W_ij| above `times` their mean; W [o, d], X [n, d] of each."""
+def outlier_ratio(linears: Sequence[tuple[Tensor, Tensor]], times: float) -> float:
+    """Return OWL's ratio of outliers (arXiv 2310.05175): how many of A_ij = ‖X_j‖·|W_ij| exceed `times` their mean.
+
+    Args:
+        linears: W [o, d] and the inputs X [n, d] of each linear of a block.
+        times: The factor of the mean.
+    """
     scores = torch.cat([(W.double().abs() * X.double().norm(dim=0)).flatten() for W, X in linears])
     return (scores > times * scores.mean()).double().mean().item()

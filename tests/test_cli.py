@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import streamslr
-from tests.support.tiny_models import TEXT, tiny_checkpoint
+from tests.support.tiny_models import tiny_checkpoint
 
 COMMAND = [str(Path(sys.executable).with_name("streamslr"))]
 
@@ -17,13 +17,6 @@ COMMAND = [str(Path(sys.executable).with_name("streamslr"))]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", layers=4, shards=3)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 20)
-    return path
 
 
 @pytest.fixture(scope="module")

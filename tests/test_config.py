@@ -66,7 +66,7 @@ def test_a_formatted_size_reads_back_within_its_digits(count: int) -> None:
         ({"owl": 0.08, "allocation": Path("a.json")}, "--owl 0.08 and --allocation a.json decide the same"),
     ],
 )
-def test_impossible_settings_are_refused(setting: dict, message: str) -> None:
+def test_impossible_settings_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         RunConfig(model="m", out=Path("o"), **setting)
 
@@ -136,7 +136,8 @@ def test_a_dot_is_named_after_the_folder_that_it_means(tmp_path: Path, monkeypat
     ],
 )
 def test_a_setting_without_effect_is_named(setting: dict[str, Any], device: str, warnings: list[str]) -> None:
-    found = idle_settings(RunConfig(**{"model": ".", "out": Path("o")} | setting), device)
+    settings: dict[str, Any] = {"model": ".", "out": Path("o")} | setting
+    found = idle_settings(RunConfig(**settings), device)
     assert len(found) == len(warnings)
     for text, expected in zip(found, warnings, strict=True):
         assert text.startswith(expected)

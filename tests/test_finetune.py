@@ -20,51 +20,34 @@ from streamslr.results.export import export
 from streamslr.results.inspect import read_run, run_table
 from streamslr.results.report.page import write_report
 from streamslr.results.verify import verify
+from tests.support.compressed_folders import file_contents
 from tests.support.killing import finetune_in_child
-from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 RUN: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
 SETTINGS: dict[str, Any] = {"seq_len": 32, "batch": 8, "lr": 0.05, "steps": 10, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 40)
-    return path
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    made = tmp_path_factory.mktemp("llama")
-    streamslr.compress(tiny_checkpoint(made / "model", layers=2), made / "slr", calibration=text, **RUN)
-    return made / "slr"
-
-
-@pytest.fixture(scope="module")
-def tuned(folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned(compressed: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What fine-tuning makes of the compressed folder. Read only."""
     out = tmp_path_factory.mktemp("tuned") / "out"
-    finetune(folder, text, out, **SETTINGS)
+    finetune(compressed, text, out, **SETTINGS)
     return out
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def perplexity(folder: Path, text: Path) -> float:
     return evaluate(str(folder), text, 32, windows=8, device="cpu", free_memory=free_host_memory()).perplexity
 
 
-def test_the_loss_falls_on_windows_held_out_and_the_journal_says_so(folder: Path, tuned: Path, text: Path) -> None:
+def test_the_loss_falls_on_windows_held_out_and_the_journal_says_so(compressed: Path, tuned: Path, text: Path) -> None:
     (record,) = read_run(tuned).finetuned
     assert record.loss_after < record.loss_before
     assert (record.data, record.steps, record.lr, record.batch) == ("text.txt", 10, 0.05, 8)
-    assert perplexity(tuned, text) < perplexity(folder, text)
+    assert perplexity(tuned, text) < perplexity(compressed, text)
 
 
-def test_u_and_v_alone_change_and_keep_their_dtype(folder: Path, tuned: Path) -> None:
-    for shard in folder.glob("*.safetensors"):
+def test_u_and_v_alone_change_and_keep_their_dtype(compressed: Path, tuned: Path) -> None:
+    for shard in compressed.glob("*.safetensors"):
         before, after = load_file(shard), load_file(tuned / shard.name)
         assert before.keys() == after.keys()
         for name, tensor in before.items():
@@ -97,12 +80,12 @@ def test_its_peft_export_is_the_same_model_and_trains_with_peft(tuned: Path, tmp
 
 
 def test_the_source_stays_and_two_trainings_give_the_same_bytes(
-    folder: Path, tuned: Path, text: Path, tmp_path: Path
+    compressed: Path, tuned: Path, text: Path, tmp_path: Path
 ) -> None:
-    before = files(folder)
-    finetune(folder, text, tmp_path / "out", **SETTINGS)
-    assert files(folder) == before
-    assert files(tmp_path / "out") == files(tuned)
+    before = file_contents(compressed)
+    finetune(compressed, text, tmp_path / "out", **SETTINGS)
+    assert file_contents(compressed) == before
+    assert file_contents(tmp_path / "out") == file_contents(tuned)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -111,61 +94,61 @@ def test_the_source_stays_and_two_trainings_give_the_same_bytes(
     ("counting", "die_at"), [("renames", 0), ("renames", 2), ("renames", -2), ("renames", -1), ("steps", 6)]
 )
 def test_what_is_killed_passes_for_nothing_and_goes_on(
-    folder: Path, tuned: Path, text: Path, tmp_path: Path, counting: str, die_at: int
+    compressed: Path, tuned: Path, text: Path, tmp_path: Path, counting: str, die_at: int
 ) -> None:
     if die_at < 0:
-        die_at += len(files(tuned)) + 2  # the settings, each file of the result, the result
-    assert finetune_in_child(folder, text, tmp_path / "out", SETTINGS, counting, die_at) == -9
+        die_at += len(file_contents(tuned)) + 2  # the settings, each file of the result, the result
+    assert finetune_in_child(compressed, text, tmp_path / "out", SETTINGS, counting, die_at) == -9
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError):
         read_run(tmp_path / "out.partial")
-    finetune(folder, text, tmp_path / "out", **SETTINGS)
-    assert files(tmp_path / "out") == files(tuned)
+    finetune(compressed, text, tmp_path / "out", **SETTINGS)
+    assert file_contents(tmp_path / "out") == file_contents(tuned)
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_going_on_begins_at_the_last_checkpoint(
-    folder: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    compressed: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert finetune_in_child(folder, text, tmp_path / "out", SETTINGS, "steps", 6) == -9
+    assert finetune_in_child(compressed, text, tmp_path / "out", SETTINGS, "steps", 6) == -9
     with pytest.raises(ResumeError, match="other settings \\(lr\\)"):
-        finetune(folder, text, tmp_path / "out", **SETTINGS | {"lr": 0.01})
+        finetune(compressed, text, tmp_path / "out", **SETTINGS | {"lr": 0.01})
     with caplog.at_level("INFO", logger="streamslr"):
-        finetune(folder, text, tmp_path / "out", **SETTINGS)
+        finetune(compressed, text, tmp_path / "out", **SETTINGS)
     assert "continuing from step 6 of 10" in caplog.text
 
 
-def test_a_run_does_not_go_on_in_the_result(folder: Path, tuned: Path, text: Path) -> None:
+def test_a_run_does_not_go_on_in_the_result(llama: Path, tuned: Path, text: Path) -> None:
     with pytest.raises(ResumeError, match="fine-tuned"):
-        streamslr.compress(folder.parent / "model", tuned, calibration=text, **RUN)
+        streamslr.compress(llama, tuned, calibration=text, **RUN)
 
 
-def test_a_training_that_diverges_leaves_nothing(folder: Path, text: Path, tmp_path: Path) -> None:
+def test_a_training_that_diverges_leaves_nothing(compressed: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(StreamslrError, match="Lower --lr"):
-        finetune(folder, text, tmp_path / "out", **SETTINGS | {"lr": 1e30})
+        finetune(compressed, text, tmp_path / "out", **SETTINGS | {"lr": 1e30})
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_input_is_refused_before_any_work(folder: Path, text: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_any_work(compressed: Path, llama: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"nowhere\.txt does not exist"):
-        finetune(folder, tmp_path / "nowhere.txt", out, **SETTINGS)
+        finetune(compressed, tmp_path / "nowhere.txt", out, **SETTINGS)
     with pytest.raises(InputError, match="less than a batch of 8000"):
-        finetune(folder, text, out, **SETTINGS | {"batch": 8000})
+        finetune(compressed, text, out, **SETTINGS | {"batch": 8000})
     with pytest.raises(InputError, match="holds no streamslr"):
-        finetune(folder.parent / "model", text, out, **SETTINGS)
+        finetune(llama, text, out, **SETTINGS)
     with pytest.raises(InputError, match="outside of"):
-        finetune(folder, text, folder / "out", **SETTINGS)
+        finetune(compressed, text, compressed / "out", **SETTINGS)
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ResumeError, match="is there already"):
-        finetune(folder, text, out, **SETTINGS)
+        finetune(compressed, text, out, **SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_folders_that_are_unfinished_damaged_or_of_rank_0(folder: Path, text: Path, tmp_path: Path) -> None:
+def test_folders_that_are_unfinished_damaged_or_of_rank_0(compressed: Path, text: Path, tmp_path: Path) -> None:
     def journal(change: Any) -> Path:
-        copy = shutil.copytree(folder, tmp_path / "slr", dirs_exist_ok=True)
+        copy = shutil.copytree(compressed, tmp_path / "slr", dirs_exist_ok=True)
         state = json.loads((copy / "streamslr.json").read_text())
         change(state)
         (copy / "streamslr.json").write_text(json.dumps(state))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ class GatedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        out: Tensor = x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        return out
 
 
 class TwoLinears(nn.Sequential):
@@ -53,7 +55,8 @@ class Case:
     served: list[Span] = field(default_factory=list)
 
     def run(self, x: Tensor) -> Tensor:
-        return self.block(x)
+        y: Tensor = self.block(x)
+        return y
 
     def batches(self, spans: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
         self.served += spans
@@ -83,7 +86,8 @@ class Case:
 
     def sparse(self, weights: BlockWeights, name: str) -> Tensor:
         """S [o, d] of a linear."""
-        return unpack(weights.packed[name], parse_pattern(self.pattern), tuple(self.linears[name].weight.shape))
+        o, d = self.linears[name].weight.shape
+        return unpack(weights.packed[name], parse_pattern(self.pattern), (o, d))
 
 
 def made_case(
@@ -96,9 +100,18 @@ def made_case(
     off: float = 0.3,
     samples: int = SAMPLES,
 ) -> Case:
-    """Random weights, of which S has groups that are not full; the targets come from a block whose kept values,
-    factors, norms and biases are `off` from these, so that matching can reach them. Dtypes: of the live block,
-    and of what is stored."""
+    """Return a block of random weights whose S has groups that are not full, and targets that matching can reach.
+
+    Args:
+        pattern: Sparsity pattern of every linear.
+        rank: Rank of every linear.
+        block: Makes the block.
+        compute: Dtype of the live block.
+        linears: Dtype that S, U and V are stored in.
+        vectors: Dtype that norms and biases are stored in.
+        off: Relative distance of the kept values, factors, norms and biases of the block that gives the targets.
+        samples: Number of windows.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -152,7 +165,7 @@ def assert_at_rest(case: Case) -> None:
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
-def test_refining_is_the_documented_optimisation(pattern, rank):
+def test_refining_is_the_documented_optimisation(pattern: str, rank: int) -> None:
     case = made_case(pattern, rank, off=1.0)
     weights, curve = case.refine()
     steps = [slice(*span) for span in case.served[3:]]  # as drawn; the first epoch only measured
@@ -189,7 +202,9 @@ def test_refining_is_the_documented_optimisation(pattern, rank):
 @pytest.mark.parametrize("tile", [1 << 24, 40])
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%", "50%/row"])
-def test_what_was_pruned_stays_zero_and_everything_else_moves(monkeypatch, pattern, rank, tile):
+def test_what_was_pruned_stays_zero_and_everything_else_moves(
+    monkeypatch: pytest.MonkeyPatch, pattern: str, rank: int, tile: int
+) -> None:
     monkeypatch.setattr(matching, "TILE", tile)
     case = made_case(pattern, rank)
     weights, _ = case.refine()
@@ -214,9 +229,12 @@ def test_what_was_pruned_stays_zero_and_everything_else_moves(monkeypatch, patte
         (torch.bfloat16, torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_the_block_computes_with_what_is_stored_in_the_dtypes_it_was_stored_in(compute, linears, vectors):
+def test_the_block_computes_with_what_is_stored_in_the_dtypes_it_was_stored_in(
+    compute: torch.dtype, linears: torch.dtype, vectors: torch.dtype
+) -> None:
     case = made_case(compute=compute, linears=linears, vectors=vectors)
-    case.weights.other_tensors["rotary.table"] = torch.arange(3)  # a buffer: nothing to train
+    table = {"rotary.table": torch.arange(3)}  # a buffer: nothing to train
+    case.weights = replace(case.weights, other_tensors={**case.weights.other_tensors, **table})
     weights, _ = case.refine()
     for name, linear in case.linears.items():
         shape = (linear.out_features, linear.in_features)
@@ -229,14 +247,14 @@ def test_the_block_computes_with_what_is_stored_in_the_dtypes_it_was_stored_in(c
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_without_steps_what_was_given_comes_back(compute):
+def test_without_steps_what_was_given_comes_back(compute: torch.dtype) -> None:
     case = made_case(compute=compute)
     weights, curve = case.refine(replace(SETTINGS, epochs=1))
     assert len(curve) == 1
     assert_same(weights, case.weights)
 
 
-def test_the_curve_starts_at_the_relative_loss_and_falls():
+def test_the_curve_starts_at_the_relative_loss_and_falls() -> None:
     case = made_case()
     case.compressed().load(case.weights)
     before = (case.block(case.inputs) - case.targets).square().sum() / case.targets.square().sum()
@@ -248,7 +266,7 @@ def test_the_curve_starts_at_the_relative_loss_and_falls():
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_the_micro_batch_changes_rounding_alone(micro_batch):
+def test_the_micro_batch_changes_rounding_alone(micro_batch: int) -> None:
     pieces, pieces_curve = made_case().refine(micro_batch=micro_batch)
     whole, whole_curve = made_case().refine(micro_batch=3)
     assert_same(pieces, whole, tolerance=1e-4)
@@ -256,7 +274,7 @@ def test_the_micro_batch_changes_rounding_alone(micro_batch):
 
 
 @pytest.mark.parametrize("batch", [2, 7, 100])
-def test_an_epoch_takes_every_sample_once_whatever_the_batch(batch):
+def test_an_epoch_takes_every_sample_once_whatever_the_batch(batch: int) -> None:
     case = made_case()
     case.refine(replace(SETTINGS, batch=batch), micro_batch=min(batch, 3))
     epochs = [sample for span in case.served for sample in range(*span)]
@@ -264,7 +282,7 @@ def test_an_epoch_takes_every_sample_once_whatever_the_batch(batch):
         assert sorted(epochs[start : start + SAMPLES]) == list(range(SAMPLES))
 
 
-def test_a_seed_decides_the_order_and_every_byte():
+def test_a_seed_decides_the_order_and_every_byte() -> None:
     case, again, other = made_case(samples=12), made_case(samples=12), made_case(samples=12)
     weights, curve = case.refine()
     weights_again, curve_again = again.refine()
@@ -275,14 +293,14 @@ def test_a_seed_decides_the_order_and_every_byte():
     assert case.served[4:8] != case.served[8:12]  # and each epoch has its own
 
 
-def test_rows_in_tiles_give_the_same(monkeypatch):
+def test_rows_in_tiles_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = made_case().refine()
     monkeypatch.setattr(matching, "TILE", 5 * WIDTH)  # 5 rows of 24, then 3 of 16
     tiled, _ = made_case().refine()
     assert_same(tiled, whole, tolerance=1e-4)
 
 
-def test_dense_weights_never_have_a_gradient():
+def test_dense_weights_never_have_a_gradient() -> None:
     case = made_case()
     passes = 0
 
@@ -292,14 +310,14 @@ def test_dense_weights_never_have_a_gradient():
         for linear in case.linears.values():
             assert linear.weight.grad is None
             assert not linear.weight.requires_grad
-        return case.block(x)
+        return case.run(x)
 
     case.refine(run=run)
     assert passes == 4 * 3
     assert_at_rest(case)
 
 
-def test_no_tensor_of_a_dense_weights_size_is_made_by_a_step(monkeypatch):
+def test_no_tensor_of_a_dense_weights_size_is_made_by_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the weight that is there: gradients, moments and masters are of the kept values, U and V alone."""
     monkeypatch.setattr(matching, "TILE", 4 * WIDTH)
     case = made_case()
@@ -307,7 +325,7 @@ def test_no_tensor_of_a_dense_weights_size_is_made_by_a_step(monkeypatch):
     largest = 0
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             result = operator(*args, **(kwargs or {}))
             for tensor in tree_leaves(result):
@@ -329,7 +347,7 @@ def test_no_tensor_of_a_dense_weights_size_is_made_by_a_step(monkeypatch):
     [(3, False), (12, False), (12, True)],
     ids=["while measuring", "in a forward pass", "in a backward pass"],
 )
-def test_after_an_error_a_rerun_starts_from_what_was_given(number, backward):
+def test_after_an_error_a_rerun_starts_from_what_was_given(number: int, backward: bool) -> None:
     undisturbed, curve = made_case().refine(micro_batch=2)
     case, passes = made_case(), 0
 
@@ -344,7 +362,7 @@ def test_after_an_error_a_rerun_starts_from_what_was_given(number, backward):
                 fail()
             x = x.clone().requires_grad_()
             x.register_hook(fail)
-        return case.block(x)
+        return case.run(x)
 
     before = {name: tensor.clone() for name, tensor in every_tensor(case.weights).items()}
     with pytest.raises(torch.OutOfMemoryError):
@@ -357,20 +375,20 @@ def test_after_an_error_a_rerun_starts_from_what_was_given(number, backward):
     assert_at_rest(case)
 
 
-def test_a_bf16_block_learns_steps_below_the_resolution_of_bf16():
+def test_a_bf16_block_learns_steps_below_the_resolution_of_bf16() -> None:
     case = made_case(compute=torch.bfloat16, linears=torch.bfloat16, vectors=torch.bfloat16)
     _, curve = case.refine(replace(SETTINGS, epochs=30, lr=0.02))
     assert curve[-1] < 0.6 * curve[0]
 
 
-def test_a_block_of_linears_alone_learns():
+def test_a_block_of_linears_alone_learns() -> None:
     case = made_case(block=TwoLinears, off=0.3)
     weights, curve = case.refine(replace(SETTINGS, epochs=20))
     assert curve[-1] < 0.5 * curve[0]
     assert not weights.other_tensors
 
 
-def test_values_of_dead_inputs_stay():
+def test_values_of_dead_inputs_stay() -> None:
     case = made_case(block=TwoLinears)
     case.inputs[..., 3] = 0
     weights, _ = case.refine()

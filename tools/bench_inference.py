@@ -1,17 +1,17 @@
-"""Time and memory of a linear kept as S + U·V against the dense one, over shapes and numbers of tokens.
+"""Measure time and memory of a packed linear S + U·V against the dense one, over shapes and numbers of tokens.
 
     python tools/bench_inference.py --shape 1024x4096 --shape 4096x4096 --pattern 2:4 --rank 64 --json OUT.json
     python tools/bench_inference.py --device cuda --dtype bfloat16 --tokens 1 --tokens 4096
 
-Four ways to multiply the same x [tokens, d] (tokens: batch times sequence; 1 is generating for one reader):
+Four ways multiply the same x [tokens, d], where tokens is batch times sequence, and 1 is generation for one reader:
 
-    dense       torch's linear with W = S + U·V merged: what `streamslr export --to dense` gives
+    dense       torch's linear with W = S + U·V merged, as `streamslr export --to dense` writes it
     packed      SparseLowRankLinear as it is loaded: sparse tensor cores, or S unpacked tile by tile into the product
     unfused     S unpacked whole before each product
     kept dense  SparseLowRankLinear after keep_dense(): S dense beside its packed form
 
-They take turns in one process on the same threads, so that other load falls on all alike; a ratio is between medians
-over --repeats. Memory is what the weights take, as a share of the dense weight's bytes.
+They take turns in one process on the same threads, so that other load slows all of them alike. Ratios are between
+medians over --repeats. Memory is the bytes of the weights over those of the dense weight.
 """
 
 import json
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -84,28 +85,30 @@ def random_linear(
     return linear
 
 
-def measure(linear: SparseLowRankLinear, tokens: int, repeats: int) -> dict[str, object]:
-    """Medians in turns over the four ways, as ratios to the dense one."""
+def measure(linear: SparseLowRankLinear, tokens: int, repeats: int) -> dict[str, Any]:
+    """Time the four ways in turns; return medians and memory as ratios to the dense one."""
     o, d = linear.out_features, linear.in_features
     parts = linear.packed()
     dtype, device = linear.values.dtype, linear.values.device
     W = merge(parts, linear.pattern, (o, d), dtype)
-    kept = SparseLowRankLinear(
+    kept_dense = SparseLowRankLinear(
         d, o, linear.pattern, linear.rank, nonzeros=len(linear.values), dtype=dtype, device=device
     )
-    kept.load_state_dict(parts)
-    kept.keep_dense()
+    kept_dense.load_state_dict(parts)
+    kept_dense.keep_dense()
     x = torch.randn(tokens, d, device=device).to(dtype)
 
     def unfused() -> Tensor:
         y = nn.functional.linear(x, unpack_rows(parts, linear.pattern, (o, d), slice(0, o)))
-        return y if linear.U is None else torch.addmm(y, nn.functional.linear(x, linear.V), linear.U.t())
+        if linear.U is None or linear.V is None:
+            return y
+        return torch.addmm(y, nn.functional.linear(x, linear.V), linear.U.t())
 
     ways: Mapping[str, Callable[[], Tensor]] = {
         "dense": lambda: nn.functional.linear(x, W),
         "packed": lambda: linear(x),
         "unfused": unfused,
-        "kept dense": lambda: kept(x),
+        "kept dense": lambda: kept_dense(x),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):  # the first warms up
@@ -117,7 +120,7 @@ def measure(linear: SparseLowRankLinear, tokens: int, repeats: int) -> dict[str,
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(readings) for name, readings in seconds.items()}
-    held = {"packed": nbytes(linear), "unfused": nbytes(linear), "kept dense": nbytes(kept)}
+    held = {"packed": nbytes(linear), "unfused": nbytes(linear), "kept dense": nbytes(kept_dense)}
     return {
         "shape": [o, d],
         "tokens": tokens,
@@ -132,7 +135,7 @@ def nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def show(rows: list[dict], title: str) -> None:
+def show(rows: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title)
     for name in ("shape", "dtype", "tokens", "dense ms", *rows[0]["time_to_dense"], "memory packed", "kept dense"):
         table.add_column(name, justify="right")

@@ -1,14 +1,14 @@
-"""The solver's frontier, loss against time, beside the textbook procedure and the official code's losses.
+"""Measure the solver's loss against its time, beside the textbook procedure and the losses of the official code.
 
     python tools/bench_solver.py --model FOLDER --grams GRAMS.safetensors --official LOSSES.json \
         --pattern 2:4 --rank 16 --frontier --json OUT.json --plot OUT.svg
     python tools/bench_solver.py --made 1024x1024 --pattern 2:4 --rank 64
     python tools/bench_solver.py --made 4096x14336 --pattern 2:4 --rank 64 --frontier --device cuda
 
-Every solver runs on the same (W, H), one after another linear by linear, in one process on the same device and
-threads (--threads, 1 by default), so that other load on the machine falls on all of them alike. Ratios of time
-are between sums over linears; ratios of loss are means over linears. Loss is tr(R H Rᵀ) / tr(W H Wᵀ), H damped.
-Of the device's peak: the solver's own FLOP/s over those of one large bfloat16 product timed in the same run.
+Linear by linear, every solver runs on the same (W, H), one after another, in one process on the same device and
+threads (--threads, 1 by default), so that other load on the machine slows all of them alike. Ratios of time are
+between sums over linears; ratios of loss are means over linears. Loss is tr(R H Rᵀ) / tr(W H Wᵀ) with the damped H.
+share_of_peak is the FLOP/s of the solver over those of one large bfloat16 product, timed in the same run.
 
 GRAMS holds H undamped under the name of the first linear of each group that shares an input (model.layers.0.
 self_attn.q_proj for q, k and v). LOSSES is {"2:4+16": {"0.self_attn.q_proj": {"loss": …}}} of the official code.
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -52,16 +53,18 @@ FRONTIER: Mapping[str, ThreeBasil] = {
     "default": ThreeBasil(),
     "patient": ThreeBasil(rho_start=0.1, rho_growth=1.2, stage_iterations=40),
 }
+Row = dict[str, Any]
+"""One linear: its name, its shape, the official loss, and a record for each solver."""
 VARIANTS = {**FRONTIER, "float32": ThreeBasil(precision="float32"), "tiled": ThreeBasil(tile_rows=64)}
 
 
 def textbook(problem: LinearProblem) -> SparseLowRank:
-    """What the official code does, in plain torch (DESIGN section 3): the time that ours is held against.
+    """Solve as the official code of 3BASiL does, in plain torch: the yardstick of time.
 
-    Full-size products each iteration, a randomized SVD each iteration in H^½ (`torch.svd_lowrank`), H^½ and
-    H^-½ by a float64 eigen-decomposition, the inverse rebuilt in float64 from the eigenvectors every 10
-    iterations, everything else float32; ρ from 0.1 as the support moves. The projection is the fastest at hand:
-    ours for n:m, kthvalue for a share of the linear, both faster than topk and scatter.
+    Each iteration: full-size products, a randomised SVD in H^½ (`torch.svd_lowrank`). H^½ and H^-½ come from a
+    float64 eigendecomposition; every 10 iterations the inverse is rebuilt from it. Everything else is float32. ρ
+    starts at 0.1 and grows as the support moves. The projection is the fastest known: ours for n:m, kthvalue for
+    p %, both faster than topk and scatter.
     """
     torch.manual_seed(problem.seed)
     pattern, rank = problem.pattern, problem.rank
@@ -79,11 +82,14 @@ def textbook(problem: LinearProblem) -> SparseLowRank:
     def project(Z: Tensor) -> Tensor:
         if isinstance(pattern, Unstructured):
             magnitudes = Z.abs().flatten()
-            return Z.abs() >= magnitudes.kthvalue(magnitudes.numel() - pattern.num_kept(*Z.shape) + 1).values
+            rank_of_smallest = magnitudes.numel() - pattern.num_kept(*Z.shape) + 1
+            mask: Tensor = Z.abs() >= magnitudes.kthvalue(rank_of_smallest).values
+            return mask
         return pattern.project(Z)
 
     def inverse(rho: float) -> Tensor:
-        return ((Q / (energies + rho)) @ Q.T).float()
+        inverted: Tensor = (Q / (energies + rho)) @ Q.T
+        return inverted.float()
 
     def low_rank(S: Tensor) -> tuple[Tensor, Tensor]:
         u, values, v = torch.svd_lowrank((W - S) @ root, q=rank)
@@ -126,7 +132,7 @@ def textbook(problem: LinearProblem) -> SparseLowRank:
 
 
 def linears_of(model: Path, grams: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(short name, W [o, d] float32, H [d, d]) of each linear that has a Gram matrix, in the model's order."""
+    """Yield short name, W [o, d] in float32 and H [d, d] of each linear with a Gram matrix, in the model's order."""
     with safe_open(grams, "pt") as held:
         available = set(held.keys())
         found = {}
@@ -145,10 +151,10 @@ def linears_of(model: Path, grams: Path) -> Iterator[tuple[str, Tensor, Tensor]]
 
 
 def made_linear(o: int, d: int, device: str = "cpu", seed: int = 0) -> tuple[str, Tensor, Tensor]:
-    """A made (name, W [o, d], H [d, d]) with the structure of trained linears that random ones lack.
+    """Make name, W [o, d] and H [d, d] with the structure of trained linears, which random ones lack.
 
-    Inputs: a spectrum that decays as 1/k, a mean, a few outlier channels, and fewer samples than would make H
-    exact (4 d). Weights: a decaying spectrum of their own on top of noise, heavy tails.
+    Inputs: a spectrum that decays as 1/k, a mean, a few outlier channels, and only 4 d rows, so that H is not exact.
+    Weights: a decaying spectrum of their own on top of noise, heavy tails.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -178,7 +184,9 @@ def made_linear(o: int, d: int, device: str = "cpu", seed: int = 0) -> tuple[str
 @click.option("--made", multiple=True, metavar="OxD", help="Made problem of this shape; may be repeated.")
 @click.option("--pattern", default="2:4", show_default=True)
 @click.option("--rank", default=16, show_default=True)
-@click.option("--variant", "variants", multiple=True, default=["default"], help=f"Of: {', '.join(VARIANTS)}.")
+@click.option(
+    "--variant", "variants", multiple=True, default=["default"], help=f"Any of {', '.join(VARIANTS)}; may be repeated."
+)
 @click.option("--frontier", is_flag=True, help=f"All of {', '.join(FRONTIER)}.")
 @click.option("--every", default=1, show_default=True, help="Only every n-th linear.")
 @click.option("--no-textbook", is_flag=True, help="Skip the slow reference.")
@@ -214,15 +222,16 @@ def main(
     if model is not None and grams is not None:
         linears: Iterator[tuple[str, Tensor, Tensor]] = linears_of(model, grams)
     else:
-        linears = (made_linear(*(int(n) for n in shape.split("x")), device=device) for shape in made)
+        shapes = ((int(o), int(d)) for o, d in (shape.split("x") for shape in made))
+        linears = (made_linear(o, d, device) for o, d in shapes)
 
-    kept_pattern = parse_pattern(pattern)
+    parsed_pattern = parse_pattern(pattern)
     official_losses = _official_losses(official, pattern, rank) if official else {}
     rows = []
     for index, (name, W, H) in enumerate(linears):
         if index % every == 0:
             W, H = W.to(device), H.to(device)
-            rows.append(_measure(name, W, H, kept_pattern, rank, solvers, official_losses.get(name)))
+            rows.append(_measure(name, W, H, parsed_pattern, rank, solvers, official_losses.get(name)))
             print(f"{name}: " + _line(rows[-1], list(solvers)), file=sys.stderr, flush=True)
     peak = product_flops(torch.device(device), torch.bfloat16)
     summary = {solver: _summary(rows, solver, peak) for solver in solvers}
@@ -260,8 +269,8 @@ def _measure(
     rank: int,
     solvers: Mapping[str, Callable[[LinearProblem], SparseLowRank]],
     official_loss: float | None,
-) -> dict[str, object]:
-    row: dict[str, object] = {"linear": name, "shape": list(W.shape), "official": official_loss}
+) -> Row:
+    row: Row = {"linear": name, "shape": list(W.shape), "official": official_loss}
     for solver, solve in solvers.items():
         problem = LinearProblem(name, W, H, pattern, rank)
         _wait_for(W)
@@ -285,8 +294,8 @@ def _wait_for(tensor: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def _summary(rows: list[dict], solver: str, peak: float) -> dict[str, float | None]:
-    """Means and sums over linears of one solver, and its ratios to the textbook and the official code."""
+def _summary(rows: list[Row], solver: str, peak: float) -> dict[str, float | None]:
+    """Return one solver's means and sums over linears, and its ratios to the textbook and to the official code."""
     ours = [row[solver] for row in rows]
     seconds = sum(x["seconds"] for x in ours)
     summary: dict[str, float | None] = {
@@ -307,8 +316,8 @@ def _summary(rows: list[dict], solver: str, peak: float) -> dict[str, float | No
     return summary
 
 
-def _draw(summary: Mapping[str, Mapping[str, float | None]], title: str, to: Path) -> None:
-    """Loss against time, both as ratios where there is something to hold them against."""
+def _draw(summary: Mapping[str, Mapping[str, Any]], title: str, to: Path) -> None:
+    """Draw loss against time, both as ratios where there is something to compare with."""
     import matplotlib.pyplot as plt
 
     against = "official" if all(row["loss_to_official"] for row in summary.values()) else "textbook"
@@ -320,7 +329,7 @@ def _draw(summary: Mapping[str, Mapping[str, float | None]], title: str, to: Pat
     for name, row in summary.items():
         axes.scatter(row[seconds], row[loss], color="tab:blue" if name in VARIANTS else "tab:red", zorder=2)
         right = name in VARIANTS
-        place = {"xytext": (6 if right else -6, 6), "ha": "left" if right else "right"}
+        place: dict[str, Any] = {"xytext": (6 if right else -6, 6), "ha": "left" if right else "right"}
         axes.annotate(name, (row[seconds], row[loss]), textcoords="offset points", **place)
     axes.margins(0.08)
     axes.set_xscale("log")
@@ -331,7 +340,7 @@ def _draw(summary: Mapping[str, Mapping[str, float | None]], title: str, to: Pat
     figure.savefig(to)
 
 
-def _line(row: dict, solvers: list[str]) -> str:
+def _line(row: Row, solvers: list[str]) -> str:
     return ", ".join(
         f"{s} {row[s]['loss']:.6f} {row[s]['seconds']:.2f}s {row[s]['iterations']} iterations" for s in solvers
     )

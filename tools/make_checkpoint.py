@@ -1,8 +1,7 @@
-"""Makes checkpoints to measure with: a model with its blocks repeated, or one of random weights; shard by shard.
+"""Make a checkpoint to measure with: a model with its blocks repeated, or one of random weights; shard by shard.
 
 python tools/make_checkpoint.py --from tools/demo_model --repeat-blocks 4 OUT
-python tools/make_checkpoint.py --random llama --hidden 1024 --ffn 2816 --layers 4 --shards 3 \\
-    --tokenizer tools/demo_model OUT
+python tools/make_checkpoint.py --random llama --hidden 1024 --ffn 2816 --layers 4 --tokenizer tools/demo_model OUT
 """
 
 import argparse
@@ -26,7 +25,7 @@ from streamslr.io.safetensors_file import DTYPE_NAMES, TensorSource, write_shard
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Weight = Callable[[str, Tensor, torch.Generator], Tensor]
-"""(name, an empty tensor, generator) -> the tensor, filled."""
+"""Fills and returns an empty tensor, from its name and a generator."""
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -35,16 +34,16 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="checkpoint to repeat")
     kind.add_argument("--random", metavar="TYPE", help="transformers' model type, such as llama")
-    parser.add_argument("--repeat-blocks", type=int, default=1, metavar="N", help="the blocks, N times over")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--ffn", type=int, default=2816)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, help="default: heads of 64")
-    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
-    parser.add_argument("--vocab", type=int, help="default: the tokenizer's, or 32000")
+    parser.add_argument("--repeat-blocks", type=int, default=1, metavar="N", help="how often to repeat the blocks")
+    parser.add_argument("--hidden", type=int, default=1024, help="width of the hidden states")
+    parser.add_argument("--ffn", type=int, default=2816, help="width inside the MLP")
+    parser.add_argument("--layers", type=int, default=4, help="number of blocks")
+    parser.add_argument("--heads", type=int, help="number of attention heads [default: heads 64 wide]")
+    parser.add_argument("--kv-heads", type=int, help="number of key-value heads [default: as many as heads]")
+    parser.add_argument("--vocab", type=int, help="tokens [default: the tokenizer's, or 32000]")
     parser.add_argument("--dtype", choices=["BF16", "F16", "F32"], default="BF16")
     parser.add_argument("--shards", type=int, default=3)
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="whose tokenizer to copy")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="folder to copy the tokenizer from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
@@ -69,6 +68,7 @@ def main() -> None:
 
 
 def write(out: Path, shards: list[list[TensorSource]]) -> None:
+    """Write the shards, one at a time, and their index."""
     weight_map: dict[str, str] = {}
     total = 0
     for number, sources in enumerate(shards, start=1):
@@ -80,16 +80,16 @@ def write(out: Path, shards: list[list[TensorSource]]) -> None:
     write_json(out / INDEX_FILE, index_json(weight_map, total))
 
 
-def copy_companions(source: Path, out: Path, pattern: str = "*") -> None:
-    """Everything beside the weights: tokenizer, generation config."""
-    for path in source.glob(pattern):
+def copy_auxiliary_files(source: Path, out: Path, glob: str = "*") -> None:
+    """Copy the files beside the weights: config, tokenizer, generation config."""
+    for path in source.glob(glob):
         if path.is_file() and path.suffix in {".json", ".model", ".jinja"} and path.name != INDEX_FILE:
             shutil.copyfile(path, out / path.name)
 
 
 def repeated(args: argparse.Namespace) -> list[list[TensorSource]]:
-    """The shards of args.source once for each repetition, block numbers counting on; the rest only once."""
-    copy_companions(args.source, args.out)
+    """Return the shards of args.source once for each repetition, blocks renumbered, non-block tensors only once."""
+    copy_auxiliary_files(args.source, args.out)
     config = json.loads((args.source / "config.json").read_text())
     text_config = config.get("text_config", config)
     depth_key = next(key for key in DEPTH_KEYS if key in text_config)
@@ -133,19 +133,26 @@ def random(
     seed: int = 0,
     weight: Weight | None = None,
 ) -> list[list[TensorSource]]:
-    """A model of random weights, cut into shards of about even size.
+    """Return the shards of a model of random weights, of about even size, and write its config.
 
-    sizes: what its config says, by transformers' names; the vocabulary's default is the tokenizer's, or 32000.
-    weight: draws one tensor; by default as the model is before training, `untrained`.
+    Args:
+        out: Folder for the config and the tokenizer.
+        model_type: Model type of transformers, such as llama.
+        sizes: Sizes by the names in transformers' config; vocab_size is the tokenizer's, or 32000, by default.
+        tokenizer: Folder to copy a tokenizer from.
+        dtype: Dtype of the weights.
+        shards: Number of shards.
+        seed: Seed of the weights.
+        weight: Draws one tensor; `untrained` by default.
     """
     vocab = 32000
     if tokenizer:
-        copy_companions(tokenizer, out, "*token*")
-        copy_companions(tokenizer, out, "*vocab*")
+        copy_auxiliary_files(tokenizer, out, "*token*")
+        copy_auxiliary_files(tokenizer, out, "*vocab*")
         vocab = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
     config: PretrainedConfig = AutoConfig.for_model(model_type, **{"vocab_size": vocab, **sizes})
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     config.architectures = [type(model).__name__]
     config.save_pretrained(out)
     weight = weight or partial(untrained, std=config.initializer_range)
@@ -162,14 +169,14 @@ def random(
 
 
 def draw(weight: Weight, name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """One tensor, which depends on the seed and its name alone."""
+    """Draw one tensor, which depends on the seed and its name alone."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return weight(name, torch.empty(shape, dtype=dtype), generator)
 
 
 def untrained(name: str, empty: Tensor, generator: torch.Generator, std: float) -> Tensor:
-    """Normal weights; norms are 1, biases 0."""
+    """Draw a tensor as it is before training: normal weights, norms 1, biases 0."""
     if empty.dim() < 2:
         return empty.fill_(0 if name.endswith("bias") else 1)
     return empty.normal_(0, std, generator=generator)

@@ -1,10 +1,10 @@
-"""Trains the demo's model on the documentation inside CPython, and writes tools/demo_model, texts and all.
+"""Train the demo's model on the documentation inside CPython, and write tools/demo_model with its texts.
 
     OMP_NUM_THREADS=1 python tools/train_demo_model.py tools/demo_model
     OMP_NUM_THREADS=1 python tools/train_demo_model.py --type gpt_neox /tmp/neox    # a second architecture
 
-About twenty minutes on one core with bf16 instructions. The texts, the tokenizer and the order of the
-batches follow from the seed and from CPython's version alone; what is committed was made with 3.11.7, Linux.
+It takes about twenty minutes on one core with bf16 instructions. The texts, the tokenizer and the order of the batches
+depend on the seed and on CPython's version alone; the committed model was made with 3.11.7 on Linux.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from streamslr.io.packed_layout import INDEX_FILE
 from streamslr.io.safetensors_file import write_shard
 
 VOCABULARY = 2048
-WINDOW = 256  # tokens; the demo calibrates and evaluates on windows of the same length
+WINDOW = 256  # tokens, as the demo calibrates and evaluates
 BATCH = 8  # windows
 STEPS = 2400
 PEAK_LR = 2e-3
@@ -49,7 +49,7 @@ SHARDS = 3
 END = "<|endoftext|>"
 HELDOUT_BYTES = 60_000
 CALIBRATION_BYTES = 300_000
-LARGEST_HELDOUT = 8_000  # bytes of one document, so that the held-out text has many
+LARGEST_HELDOUT = 8_000  # bytes of one document, so that the held-out text has many documents
 SKIPPED = {"site-packages", "dist-packages", "pydoc_data", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -72,7 +72,8 @@ def main() -> None:
     heldout_ids = torch.tensor(tokenizer(heldout)["input_ids"])
     print(f"{len(train)} documents, {sum(map(len, train))} characters, {len(ids)} tokens to train on")
 
-    model = AutoModelForCausalLM.from_config(configuration(args.type), dtype=torch.float32)
+    config = configuration(args.type)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
     fit(model, ids, heldout_ids, args.steps, args.seed)
     model.to(torch.bfloat16)
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def configuration(model_type: str) -> PretrainedConfig:
-    """Six blocks 192 wide: Llama's with shared key-value heads, or GPT-NeoX's, parallel and with biases."""
+    """Return a config of six blocks 192 wide: Llama with grouped-query attention, or GPT-NeoX, with biases."""
     common = {
         "vocab_size": VOCABULARY,
         "hidden_size": 192,
@@ -102,7 +103,7 @@ def configuration(model_type: str) -> PretrainedConfig:
 
 
 def collect() -> dict[str, list[str]]:
-    """Document name -> its paragraphs: a topic of the reference manual, or all docstrings of a module."""
+    """Return the paragraphs of each document: a topic of the reference manual, or all docstrings of a module."""
     documents = {f"topic {name}": paragraphs(text) for name, text in sorted(topics.items())}
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -125,7 +126,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def docstrings(path: Path) -> Iterator[str]:
-    """The docstrings in a source file, each under the line that defines its object."""
+    """Yield the docstrings in a source file, each under the line that defines its object."""
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:  # lib2to3 keeps Python 2 around
@@ -145,7 +146,7 @@ def docstrings(path: Path) -> Iterator[str]:
 
 
 def builtin_docstrings(name: str) -> Iterator[str]:
-    """The docstrings of a module that is compiled into the interpreter, and of its classes' methods."""
+    """Yield the docstrings of a module that is compiled into the interpreter, and of the methods of its classes."""
     module = importlib.import_module(name)
     for owner in [module, *(item for _, item in sorted(vars(module).items()) if inspect.isclass(item))]:
         if isinstance(owner.__doc__, str):
@@ -157,11 +158,11 @@ def builtin_docstrings(name: str) -> Iterator[str]:
 
 
 def split(documents: dict[str, list[str]], seed: int) -> tuple[list[str], str, str]:
-    """(training documents, calibration text, held-out text).
+    """Return training documents, calibration text and held-out text.
 
-    Held-out documents are whole ones, and what they say is said nowhere else: the manual repeats itself under
-    several topics, so a paragraph of a held-out document leaves all others. Other repetitions stay once.
-    Calibration text is a part of the training text, as it is for the large models.
+    Held-out documents are whole. The manual repeats paragraphs under several topics: a paragraph of a held-out document
+    is removed from all others, and any other paragraph stays once. Calibration text is part of the training text, as it
+    is for large models.
     """
     names = sorted(documents, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     heldout: list[str] = []
@@ -176,13 +177,13 @@ def split(documents: dict[str, list[str]], seed: int) -> tuple[list[str], str, s
     for name in names:
         if name in heldout:
             continue
-        kept = []
+        new = []
         for part in documents[name]:
             if normal(part) not in seen:
-                kept.append(part)
+                new.append(part)
                 seen.add(normal(part))
-        if kept:
-            train.append("\n\n".join(kept))
+        if new:
+            train.append("\n\n".join(new))
     calibration: list[str] = []
     for text in train:
         if len(text.encode()) < CALIBRATION_BYTES // 8:  # many documents, not one package
@@ -202,7 +203,7 @@ def normal(paragraph: str) -> str:
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of VOCABULARY tokens, without tokens added around a text."""
+    """Train a byte-level BPE tokenizer of VOCABULARY tokens that adds no tokens around a text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -213,14 +214,16 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END
+    )
 
 
 # Training
 
 
 def fit(model: PreTrainedModel, ids: Tensor, heldout_ids: Tensor, steps: int, seed: int) -> None:
-    """AdamW on random windows of `ids` [n]; the rate rises for 5 % of the steps, then falls by cosine."""
+    """Train by AdamW on random windows of `ids` [n]; the rate rises for 5 % of the steps, then falls by cosine."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW(
@@ -244,7 +247,7 @@ def fit(model: PreTrainedModel, ids: Tensor, heldout_ids: Tensor, steps: int, se
             logits = model(batch[:, :-1]).logits
         loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
@@ -258,11 +261,11 @@ def fit(model: PreTrainedModel, ids: Tensor, heldout_ids: Tensor, steps: int, se
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
-    """Over windows of WINDOW tokens, one after another; all tokens but a window's first are predicted."""
-    model.eval()
+    """Return the perplexity over successive windows of WINDOW tokens; all tokens of a window but the first count."""
+    model.eval()  # type: ignore[no-untyped-call]
     windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
     losses = []
-    for batch in windows.split(BATCH):
+    for batch in torch.split(windows, BATCH):
         logits = model(batch).logits.float()[:, :-1]
         losses.append(cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"))
     return math.exp(torch.cat(losses).double().mean().item())
@@ -272,15 +275,15 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """The model as SHARDS safetensors files of about even size, their index, config and tokenizer."""
-    state = {name: p.detach() for name, p in model.named_parameters()}  # a tied head is there once
+    """Write the model as SHARDS safetensors files of about even size, with index, config and tokenizer."""
+    state = {name: p.detach() for name, p in model.named_parameters()}  # a tied head is listed once
     total = sum(tensor.nbytes for tensor in state.values())
     parts: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
     done = 0
     for name, tensor in state.items():
         parts[min(done * SHARDS // total, SHARDS - 1)][name] = tensor
         done += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         file = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
         write_shard(out / file, part, {"format": "pt"})
@@ -289,7 +292,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) 
     model.config.architectures = [type(model).__name__]
     model.config.dtype = torch.bfloat16
     model.config.save_pretrained(out)
-    GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
+    generation = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)  # type: ignore[no-untyped-call]
+    generation.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -19,7 +19,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         copy = x * 1
-        return self.c(self.a(x) + self.b(x)[..., :4] + copy)
+        y: Tensor = self.c(self.a(x) + self.b(x)[..., :4] + copy)
+        return y
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
@@ -68,7 +69,8 @@ def test_a_gram_is_the_sum_over_all_rows_of_all_samples(dtype: torch.dtype) -> N
 def test_equal_inputs_in_different_tensors_are_not_shared() -> None:
     class Twice(Attention):
         def forward(self, x: Tensor) -> Tensor:
-            return self.a(x.clone()) + self.b(x.clone())[..., :4] + self.c(x)
+            y: Tensor = self.a(x.clone()) + self.b(x.clone())[..., :4] + self.c(x)
+            return y
 
     block = Twice()
     assert len(collect_grams("block", linears(block), block, batches(torch.randn(2, 3, 4), 1))) == 3
@@ -89,7 +91,8 @@ def test_non_finite_inputs_are_refused_naming_block_layer_and_samples() -> None:
 def test_a_layer_that_sees_some_tokens_only_is_refused() -> None:
     class Routed(Attention):
         def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) + self.b(x)[..., :4] + self.c(x[:, :2]).sum()
+            y: Tensor = self.a(x) + self.b(x)[..., :4] + self.c(x[:, :2]).sum()
+            return y
 
     block = Routed()
     with pytest.raises(InputError, match=r"block.c saw 4 inputs where 10 tokens passed block 1"):

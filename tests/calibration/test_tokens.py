@@ -31,7 +31,7 @@ def jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def test_text_windows_start_where_pythons_random_says(tokenizer, tmp_path: Path) -> None:
+def test_text_windows_start_where_pythons_random_says(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """The rule that other implementations are measured with: randint(0, tokens - T - 1), seeded."""
     text = tmp_path / "a.txt"
     text.write_text(words(0, 500))
@@ -41,7 +41,7 @@ def test_text_windows_start_where_pythons_random_says(tokenizer, tmp_path: Path)
     assert ids.tolist() == [list(range(s, s + 10)) for s in starts]
 
 
-def test_windows_of_jsonl_lie_within_one_long_document(tokenizer, tmp_path: Path) -> None:
+def test_windows_of_jsonl_lie_within_one_long_document(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [words(100 * i, 60) for i in range(9)] + ["w1 w2"] * 50)
     ids = calibration_windows(tokenizer, path, num_windows=6, seq_len=20, seed=0).ids
     assert ids.shape == (6, 20)
@@ -49,13 +49,15 @@ def test_windows_of_jsonl_lie_within_one_long_document(tokenizer, tmp_path: Path
     assert all(torch.equal(w, torch.arange(w[0], w[0] + 20)) for w in ids)
 
 
-def test_few_long_documents_give_several_windows_when_they_hold_enough(tokenizer, tmp_path: Path) -> None:
+def test_few_long_documents_give_several_windows_when_they_hold_enough(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     path = jsonl(tmp_path / "a.jsonl", [words(0, 300), words(500, 300)])
     ids = calibration_windows(tokenizer, path, num_windows=8, seq_len=50, seed=0).ids
     assert len({tuple(w.tolist()) for w in ids}) == 8
 
 
-def test_gzip_reads_like_the_file_inside(tokenizer, tmp_path: Path) -> None:
+def test_gzip_reads_like_the_file_inside(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     plain = jsonl(tmp_path / "a.jsonl", [words(100 * i, 60) for i in range(9)])
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
@@ -68,7 +70,7 @@ def test_gzip_reads_like_the_file_inside(tokenizer, tmp_path: Path) -> None:
         assert windows[0].digest == windows[1].digest
 
 
-def test_the_digest_names_the_token_ids(tokenizer, tmp_path: Path) -> None:
+def test_the_digest_names_the_token_ids(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text(words(0, 500))
     same = [calibration_windows(tokenizer, text, 4, 10, seed).digest for seed in (0, 0, 1)]
@@ -90,18 +92,20 @@ def test_the_digest_names_the_token_ids(tokenizer, tmp_path: Path) -> None:
         ("a.txt.gz", "not gzip", r"cannot be read"),
     ],
 )
-def test_unusable_text_is_refused_saying_why(tokenizer, tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_unusable_text_is_refused_saying_why(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str, content: str, message: str
+) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
         calibration_windows(tokenizer, tmp_path / name, num_windows=4, seq_len=10, seed=0)
 
 
-def test_a_missing_file_is_named(tokenizer, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.txt does not exist"):
         calibration_windows(tokenizer, tmp_path / "nowhere.txt", 4, 10, 0)
 
 
-def test_evaluation_windows_follow_one_another(tokenizer, tmp_path: Path) -> None:
+def test_evaluation_windows_follow_one_another(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text(words(0, 47))
     assert text_windows(tokenizer, text, 10, None).flatten().tolist() == list(range(40))

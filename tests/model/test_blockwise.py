@@ -1,9 +1,8 @@
-"""BlockwiseModel: block by block gives the whole model's bits, one block at a time; what cannot be taken apart is refused."""
+"""The blockwise model gives the bits of the whole model, one block at a time, and refuses what it cannot take apart."""
 
 import gc
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,9 @@ def test_a_model_of_one_block(tmp_path: Path, architecture: str) -> None:
 def test_keys_as_the_bare_model_saves_them(tmp_path: Path) -> None:
     """Checkpoints without the base model's prefix, as the hub's Bloom has them."""
     model = tiny_model(tiny_config("bloom", tie_word_embeddings=True))
-    model.base_model.save_pretrained(tmp_path / "m")
+    bare = model.base_model
+    assert isinstance(bare, PreTrainedModel)
+    bare.save_pretrained(tmp_path / "m")
     assert not any("transformer" in key for key in open_checkpoint(str(tmp_path / "m")).tensors)
     logits = streamed_logits(blockwise_of(tmp_path / "m"), token_ids())
     assert torch.equal(logits, whole_logits(tmp_path / "m", token_ids()))
@@ -507,10 +508,9 @@ class OddForCausalLM(LlamaForCausalLM):
 
 
 @pytest.fixture(scope="module")
-def odd() -> Iterator[None]:
+def odd() -> None:
     AutoConfig.register(OddConfig.model_type, OddConfig)
     AutoModelForCausalLM.register(OddConfig, OddForCausalLM)
-    yield
 
 
 def odd_checkpoint(folder: Path, oddity: str) -> Checkpoint:

@@ -285,7 +285,8 @@ def compress(source: Path, folder: Path, pattern_text: str, rank: int, blocks: i
     pattern = parse_pattern(pattern_text)
     folder.mkdir()
     dense = open_checkpoint(str(source))
-    weight_map, merged = {}, {}
+    weight_map: dict[str, str] = {}
+    merged: dict[str, torch.Tensor] = {}
     for i in range(blocks):
         tensors, linears = {}, {}
         prefix = f"model.layers.{i}."

@@ -6,27 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import streamslr
 from streamslr.calibration.tokens import text_windows
 from streamslr.errors import InputError
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from tests.support.killing import compress_in_child
-from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 SEQ_LEN = 16
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 12)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", layers=2)
 
 
 def whole_model_nll(model: Path, text: Path) -> float:
@@ -34,32 +20,32 @@ def whole_model_nll(model: Path, text: Path) -> float:
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.inference_mode():
         log_p = dense(ids).logits.double().log_softmax(-1)
-    return -log_p[:, :-1].gather(2, ids[:, 1:, None]).mean().item()
+    return float(-log_p[:, :-1].gather(2, ids[:, 1:, None]).mean())
 
 
 @pytest.mark.parametrize("free_memory", [0, 10**9])
-def test_a_dense_checkpoint_has_the_whole_models_perplexity(model: Path, text: Path, free_memory: int) -> None:
-    result = evaluate(str(model), text, SEQ_LEN, device="cpu", free_memory=free_memory)
-    assert result.nll == pytest.approx(whole_model_nll(model, text), abs=1e-5)
+def test_a_dense_checkpoint_has_the_whole_models_perplexity(llama: Path, text: Path, free_memory: int) -> None:
+    result = evaluate(str(llama), text, SEQ_LEN, device="cpu", free_memory=free_memory)
+    assert result.nll == pytest.approx(whole_model_nll(llama, text), abs=1e-5)
     assert result.tokens == result.windows * (SEQ_LEN - 1)
 
 
-def test_a_compressed_folder_has_the_perplexity_of_its_merged_weights(model: Path, text: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    streamslr.compress(model, out, calibration=text, samples=4, seq_len=SEQ_LEN, rank=4, device="cpu")
-    checkpoint = open_checkpoint(str(out))
-    merged = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+def test_a_compressed_folder_has_the_perplexity_of_its_merged_weights(
+    llama: Path, matched: Path, text: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(matched))
+    merged = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     weights = {name: checkpoint.read([name])[name].float() for name in checkpoint.tensors}
     merged.load_state_dict(weights, strict=True)
     merged.save_pretrained(tmp_path / "merged")
-    open_checkpoint(str(model)).tokenizer().save_pretrained(tmp_path / "merged")
-    result = evaluate(str(out), text, SEQ_LEN, device="cpu", free_memory=10**9)
+    open_checkpoint(str(llama)).tokenizer().save_pretrained(tmp_path / "merged")
+    result = evaluate(str(matched), text, SEQ_LEN, device="cpu", free_memory=10**9)
     assert result.nll == pytest.approx(whole_model_nll(tmp_path / "merged", text), abs=1e-5)
-    assert result.nll != pytest.approx(whole_model_nll(model, text), abs=1e-3), "compression shows"
+    assert result.nll != pytest.approx(whole_model_nll(llama, text), abs=1e-3), "compression shows"
 
 
-def test_an_unfinished_folder_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
-    settings = {"model": model, "out": tmp_path / "out", "calibration": text, "device": "cpu", "rank": 4}
+def test_an_unfinished_folder_is_refused(llama: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"model": llama, "out": tmp_path / "out", "calibration": text, "device": "cpu", "rank": 4}
     assert compress_in_child(settings | {"samples": 4, "seq_len": SEQ_LEN}, die_at=11) == -9
     with pytest.raises(InputError, match="lacks"):
         evaluate(str(tmp_path / "out"), text, SEQ_LEN, device="cpu", free_memory=10**9)

@@ -3,7 +3,6 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +10,25 @@ import pytest
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamslr
 from streamslr.calibration.tokens import text_windows
 from streamslr.errors import BudgetError, InputError, ResumeError
-from streamslr.io.durable import file_sha256
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export, vllm_max_lora_rank
+from tests.support.compressed_folders import BLOCK, file_contents, rewrite_block
 from tests.support.killing import compress_in_child, export_in_child
-from tests.support.tiny_models import TEXT, tiny_checkpoint
+from tests.support.tiny_models import tiny_checkpoint
 
 SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
-BLOCK = "model-block-00000.safetensors"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 20)
-    return path
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    model = tiny_checkpoint(folder / "model", layers=2)
-    streamslr.compress(model, folder / "slr", calibration=text, **SETTINGS)
-    return folder / "slr"
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(made, tmp_path / "slr")
+def folder(compressed: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(compressed, tmp_path / "slr")
 
 
 def merged(folder: Path) -> torch.nn.Module:
@@ -54,6 +36,7 @@ def merged(folder: Path) -> torch.nn.Module:
     checkpoint = open_checkpoint(str(folder))
     config = type(checkpoint.config).from_dict(checkpoint.config.to_dict() | {"quantization_config": None})
     weights = {name: tensor.float() for name, tensor in checkpoint.read(checkpoint.tensors).items()}
+    assert config.architectures
     architecture = getattr(transformers, config.architectures[0])
     model: torch.nn.Module = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
     return model
@@ -64,26 +47,6 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.inference_mode():
         result: torch.Tensor = model(ids).logits
     return result
-
-
-def files(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Changes the first block's tensors; the journal agrees with the new shard."""
-    path = folder / BLOCK
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if v != BLOCK} | dict.fromkeys(tensors, BLOCK)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    journal = json.loads((folder / "streamslr.json").read_text())
-    journal["blocks"][0]["shard"] |= {"sha256": file_sha256(path), "nbytes": path.stat().st_size}
-    (folder / "streamslr.json").write_text(json.dumps(journal))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "opt", "gpt_neox"])
@@ -112,7 +75,7 @@ def test_ranks_that_differ_and_linears_without_one(folder: Path, tmp_path: Path)
         tensors[f"{attention}.o_proj.U"] = tensors[f"{attention}.o_proj.U"][:, :3].contiguous()
         tensors[f"{attention}.o_proj.V"] = tensors[f"{attention}.o_proj.V"][:3].contiguous()
 
-    rewrite(folder, change)
+    rewrite_block(folder, change)
     export(folder, tmp_path / "out", "peft")
     config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 4)
@@ -126,16 +89,16 @@ def test_ranks_that_differ_and_linears_without_one(folder: Path, tmp_path: Path)
     } == {"base_model.model.model.layers.1.self_attn.q_proj"}
 
 
-def test_text_and_perplexity_agree_with_the_streamed_evaluation(made: Path, text: Path, tmp_path: Path) -> None:
-    export(made, tmp_path / "dense", "dense", torch.float32)
-    export(made, tmp_path / "peft", "peft")
+def test_text_and_perplexity_agree_with_the_streamed_evaluation(compressed: Path, text: Path, tmp_path: Path) -> None:
+    export(compressed, tmp_path / "dense", "dense", torch.float32)
+    export(compressed, tmp_path / "peft", "peft")
     models = [
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense"),
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft/adapter", dtype=torch.float32),
     ]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "peft/base")
     ids = text_windows(tokenizer, text, 16, None)
-    streamed = evaluate(str(made), text, 16, device="cpu", free_memory=10**9).nll
+    streamed = evaluate(str(compressed), text, 16, device="cpu", free_memory=10**9).nll
     for model in models:
         with torch.inference_mode():
             log_p = model(ids).logits.double().log_softmax(-1)
@@ -145,47 +108,47 @@ def test_text_and_perplexity_agree_with_the_streamed_evaluation(made: Path, text
     assert torch.equal(one, other)
 
 
-def test_by_default_a_dense_export_rounds_the_sum_once_and_keeps_the_rest(made: Path, tmp_path: Path) -> None:
+def test_by_default_a_dense_export_rounds_the_sum_once_and_keeps_the_rest(compressed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = export(made, out, "dense")
+    result = export(compressed, out, "dense")
     assert (result.shards, result.made, result.rank) == (3, 3, 0)
-    checkpoint, exported = open_checkpoint(str(made)), open_checkpoint(str(out))
+    checkpoint, exported = open_checkpoint(str(compressed)), open_checkpoint(str(out))
     assert exported.tensors.keys() == checkpoint.tensors.keys()
     for name, tensor in exported.read(exported.tensors).items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, checkpoint.read([name])[name].bfloat16()), name
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (out / name).read_bytes() == (made / name).read_bytes()
+        assert (out / name).read_bytes() == (compressed / name).read_bytes()
 
 
 @pytest.mark.parametrize(("to", "die_at"), [("dense", 0), ("dense", 3), ("peft", 5), ("peft", 7), ("peft", 11)])
-def test_what_a_kill_left_goes_on_to_the_same_bytes(made: Path, tmp_path: Path, to: str, die_at: int) -> None:
+def test_what_a_kill_left_goes_on_to_the_same_bytes(compressed: Path, tmp_path: Path, to: str, die_at: int) -> None:
     out = tmp_path / "out"
-    export(made, out, to)
-    whole = files(out)
+    export(compressed, out, to)
+    whole = file_contents(out)
     shutil.rmtree(out)
-    assert export_in_child(made, out, to, die_at) == -9
+    assert export_in_child(compressed, out, to, die_at) == -9
     record = out / ".streamslr-export.json"
     done = json.loads(record.read_text())["shards"] if record.exists() else {}
     times = {path: (out / path).stat().st_mtime_ns for path in done}
-    result = export(made, out, to)
+    result = export(compressed, out, to)
     assert result.made == result.shards - len(done)
     assert {path: (out / path).stat().st_mtime_ns for path in done} == times, "what was finished is not made again"
-    assert files(out) == whole
+    assert file_contents(out) == whole
 
 
 def test_a_finished_export_is_checked_and_what_is_damaged_made_again(
-    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    compressed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    export(made, out, "dense")
-    whole = files(out)
+    export(compressed, out, "dense")
+    whole = file_contents(out)
     shard = out / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
-    assert export(made, out, "dense").made == 1
+    assert export(compressed, out, "dense").made == 1
     assert shard.name in caplog.text
-    assert files(out) == whole
+    assert file_contents(out) == whole
 
 
 def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path) -> None:
@@ -196,28 +159,27 @@ def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path) -> None:
         export(folder, tmp_path / "out", "dense")
 
 
-def test_an_unfinished_run_is_refused(text: Path, tmp_path: Path) -> None:
-    model = tiny_checkpoint(tmp_path / "model", layers=2)
-    settings = {"model": model, "out": tmp_path / "slr", "calibration": text, **SETTINGS}
+def test_an_unfinished_run_is_refused(llama: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"model": llama, "out": tmp_path / "slr", "calibration": text, **SETTINGS}
     assert compress_in_child(settings, die_at=9) == -9
     with pytest.raises(InputError, match=r"unfinished: \d of 2 blocks"):
         export(tmp_path / "slr", tmp_path / "out", "dense")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_something_else_is_refused_and_left_alone(made: Path, tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_refused_and_left_alone(compressed: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ResumeError, match=r"notes\.txt"):
-        export(made, tmp_path, "dense")
-    assert files(tmp_path) == {"notes.txt": b"mine"}
+        export(compressed, tmp_path, "dense")
+    assert file_contents(tmp_path) == {"notes.txt": b"mine"}
 
 
-def test_a_folder_of_another_export_is_refused(made: Path, tmp_path: Path) -> None:
-    export(made, tmp_path / "out", "dense")
+def test_a_folder_of_another_export_is_refused(compressed: Path, tmp_path: Path) -> None:
+    export(compressed, tmp_path / "out", "dense")
     with pytest.raises(ResumeError, match="to: 'dense' there, 'peft' now"):
-        export(made, tmp_path / "out", "peft")
+        export(compressed, tmp_path / "out", "peft")
     with pytest.raises(ResumeError, match="dtype: 'as stored' there, 'float32' now"):
-        export(made, tmp_path / "out", "dense", torch.float32)
+        export(compressed, tmp_path / "out", "dense", torch.float32)
 
 
 def test_an_export_into_the_compressed_folder_is_refused(folder: Path) -> None:
@@ -225,26 +187,28 @@ def test_an_export_into_the_compressed_folder_is_refused(folder: Path) -> None:
         export(folder, folder / "dense", "dense")
 
 
-def test_without_a_low_rank_part_there_is_no_adapter(text: Path, tmp_path: Path) -> None:
-    model = tiny_checkpoint(tmp_path / "model", layers=2)
-    streamslr.compress(model, tmp_path / "slr", calibration=text, **SETTINGS | {"rank": 0})
+def test_without_a_low_rank_part_there_is_no_adapter(llama: Path, text: Path, tmp_path: Path) -> None:
+    streamslr.compress(llama, tmp_path / "slr", calibration=text, **SETTINGS | {"rank": 0})
     with pytest.raises(InputError, match="--to dense"):
         export(tmp_path / "slr", tmp_path / "out", "peft")
     export(tmp_path / "slr", tmp_path / "dense", "dense")
 
 
 def test_a_full_disk_is_refused_before_the_first_shard(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = type("Statvfs", (), {"f_bavail": 10, "f_frsize": 4096})()
     monkeypatch.setattr("os.statvfs", lambda path: free)
     with pytest.raises(BudgetError, match=r"41\.0 kB free"):
-        export(made, tmp_path / "out", "dense")
+        export(compressed, tmp_path / "out", "dense")
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def test_what_overflows_the_dtype_asked_for_is_named(folder: Path, tmp_path: Path) -> None:
-    rewrite(folder, lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(1e5))
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.input_layernorm.weight"].fill_(1e5)
+
+    rewrite_block(folder, change)
     with pytest.raises(InputError, match=r"input_layernorm\.weight does not fit torch\.float16"):
         export(folder, tmp_path / "out", "dense", torch.float16)
 

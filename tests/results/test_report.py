@@ -11,54 +11,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
+import plotly.graph_objects as go  # type: ignore[import-untyped]
 import pytest
 from click.testing import CliRunner
 
 import streamslr
 from streamslr.cli import main
 from streamslr.errors import InputError
+from streamslr.results.inspect import read_run
 from streamslr.results.report.figures import draw_figures
 from streamslr.results.report.page import render_page, write_report
 from streamslr.results.verify import verify
-from streamslr.run.journal import JournalState, read_journal
-from tests.support.tiny_models import TEXT, tiny_checkpoint
+from streamslr.run.journal import JournalState
+from tests.support.browser import CHROMIUM
+from tests.support.tiny_models import tiny_checkpoint
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page was not opened in a browser")
-
-SETTINGS = {"samples": 4, "seq_len": 16, "device": "cpu", "host_mem": "4GB"}
+SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 16, "device": "cpu", "host_mem": "4GB"}
 ALWAYS = {"errors", "block-errors", "time", "host-memory", "sizes"}
 MATCHED = {"matching", "curves"}
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'<b>$title"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two matched blocks."""
-    folder = tmp_path_factory.mktemp("report")
-    (folder / "text.txt").write_text(TEXT * 20)
-    model = tiny_checkpoint(folder / "tiny-llama", layers=2)
-    streamslr.compress(
-        model, folder / "out", calibration=folder / "text.txt", rank=4, match_epochs=3, match_batch=2, **SETTINGS
-    )
-    return folder / "out"
-
-
 @pytest.fixture
-def state(made: Path) -> JournalState:
-    found = read_journal(made)
-    assert found
-    return found
+def state(matched: Path) -> JournalState:
+    return read_run(matched)
 
 
 @pytest.fixture(scope="module")
-def unmatched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unmatched(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one block of pure sparsity, not matched."""
     folder = tmp_path_factory.mktemp("unmatched")
-    (folder / "text.txt").write_text(TEXT * 20)
     model = tiny_checkpoint(folder / "one-block", layers=1)
-    streamslr.compress(model, folder / "out", calibration=folder / "text.txt", rank=0, match=False, **SETTINGS)
+    streamslr.compress(model, folder / "out", calibration=text, rank=0, match=False, **SETTINGS)
     return folder / "out"
 
 
@@ -94,8 +78,9 @@ def test_the_figures_hold_what_the_journal_says(state: JournalState) -> None:
                 assert told in errors["hovertext"][row][column]
     for block, curve in zip(state.blocks, drawn["curves"]["data"], strict=False):
         assert block.matching
-        assert tuple(curve["customdata"]) == block.matching.curve
-        assert curve["y"] == [loss / block.matching.curve[0] for loss in block.matching.curve]
+        losses = [loss for loss in block.matching.curve if loss is not None]
+        assert tuple(curve["customdata"]) == block.matching.curve == tuple(losses)
+        assert curve["y"] == [loss / losses[0] for loss in losses]
     lines = [(block.matching.loss_before, block.matching.loss_after) for block in state.blocks if block.matching]
     drawn_lines = iter(drawn["matching"]["data"][0]["y"])
     assert [(next(drawn_lines), next(drawn_lines), next(drawn_lines)) for _ in lines] == [
@@ -114,7 +99,8 @@ def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: 
     assert state.blocks[0].measured["solve"]["host_planned_bytes"] / 1e6 in traces["planned"]["y"]
     assert state.blocks[0].measured["solve"]["host_budget_bytes"] == 4 * 10**9
     starts = [x for trace in traces.values() if trace["type"] == "bar" for x in trace["x"]]
-    whole = sum(r["seconds"] for part in (state, *state.blocks) for r in part.measured.values())
+    parts = [state.measured, *(block.measured for block in state.blocks)]
+    whole = sum(reading["seconds"] for part in parts for reading in part.values())
     assert max(starts) <= whole
     assert traces["non_block"]["x"] == [0], "what comes before block 0 comes first"
 
@@ -133,8 +119,8 @@ def test_every_figure_is_one_that_plotly_knows(state: JournalState) -> None:
             go.Figure(figure)  # raises ValueError for a property that is misspelt
 
 
-def test_the_page_says_what_was_compressed_and_how(made: Path, state: JournalState) -> None:
-    text = html.unescape(re.sub("<[^>]*>", " ", render_page(made, state).split("<script>")[0]))
+def test_the_page_says_what_was_compressed_and_how(matched: Path, state: JournalState) -> None:
+    text = html.unescape(re.sub("<[^>]*>", " ", render_page(matched, state).split("<script>")[0]))
     what = "tiny-llama, 3basil at 2:4 + rank 4"
     for told in (what, "LlamaForCausalLM", state.fingerprint["model"], "Finished: 2 blocks."):
         assert told in text
@@ -143,35 +129,37 @@ def test_the_page_says_what_was_compressed_and_how(made: Path, state: JournalSta
     assert "at most, 4.0 GB allowed" in text
 
 
-def test_an_unfinished_run_says_so(made: Path, state: JournalState) -> None:
-    text = render_page(made, dataclasses.replace(state, blocks=state.blocks[:1]))
+def test_an_unfinished_run_says_so(matched: Path, state: JournalState) -> None:
+    text = render_page(matched, dataclasses.replace(state, blocks=state.blocks[:1]))
     assert "Unfinished: 1 of 2 blocks are done" in text
-    assert "No block is finished yet." in render_page(made, dataclasses.replace(state, blocks=()))
+    assert "No block is finished yet." in render_page(matched, dataclasses.replace(state, blocks=()))
 
 
-def test_every_warning_is_listed(made: Path, state: JournalState) -> None:
-    text = render_page(made, deep(state)).split("<h2>Warnings", 1)[1].split("</ul>")[0]
+def test_every_warning_is_listed(matched: Path, state: JournalState) -> None:
+    text = render_page(matched, deep(state)).split("<h2>Warnings", 1)[1].split("</ul>")[0]
     linears = sum(len(block.linears) for block in state.blocks)
     assert text.count("<li>") == 40 * linears + 1
     assert text.count("matching did not lower the loss") == 1
 
 
-def test_the_page_lies_in_the_folder_and_troubles_nobody(made: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(made, tmp_path / "out")
+def test_the_page_lies_in_the_folder_and_troubles_nobody(
+    matched: Path, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(matched, tmp_path / "out")
     result = CliRunner().invoke(main, ["report", str(folder)])
     assert result.exit_code == 0
     assert Path(result.output.strip()) == folder / "report.html"
     assert verify(folder).problems == ()
-    settings = {"calibration": made.parent / "text.txt", "rank": 4, "match_epochs": 3, "match_batch": 2, **SETTINGS}
-    assert streamslr.compress(made.parent / "tiny-llama", folder, **settings).complete, "the same line again"
+    settings = {"calibration": text, "rank": 4, "match_epochs": 3, "match_batch": 2, **SETTINGS}
+    assert streamslr.compress(llama, folder, **settings).complete, "the same line again"
     assert (folder / "report.html").is_file()
 
 
-def test_the_page_goes_where_it_is_asked_to(made: Path, tmp_path: Path) -> None:
-    assert write_report(made, tmp_path / "page.html") == tmp_path / "page.html"
-    assert not (made / "report.html").exists()
+def test_the_page_goes_where_it_is_asked_to(matched: Path, tmp_path: Path) -> None:
+    assert write_report(matched, tmp_path / "page.html") == tmp_path / "page.html"
+    assert not (matched / "report.html").exists()
     with pytest.raises(InputError, match="is no folder"):
-        write_report(made, tmp_path / "nowhere" / "page.html")
+        write_report(matched, tmp_path / "nowhere" / "page.html")
     with pytest.raises(InputError, match="not an output folder"):
         write_report(tmp_path)
 
@@ -235,9 +223,9 @@ def browse(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 Browse = Callable[..., dict[str, Any]]
 
 
-@needs_chromium
-def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, made: Path, state: JournalState) -> None:
-    seen = browse(render_page(made, state))
+@pytest.mark.browser
+def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, matched: Path, state: JournalState) -> None:
+    seen = browse(render_page(matched, state))
     assert seen["problems"] == []
     assert seen["requests"] == []
     assert set(seen["drawn"]) == ALWAYS | MATCHED
@@ -249,11 +237,9 @@ def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, made: 
     assert f"{linear.name}error {linear.error:.3g}, pruning alone {linear.wanda_error:.3g}" in seen["hover"]
 
 
-@needs_chromium
+@pytest.mark.browser
 def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) -> None:
-    found = read_journal(unmatched)
-    assert found
-    text = render_page(unmatched, found)
+    text = render_page(unmatched, read_run(unmatched))
     assert "not matched (--no-match)" in text
     seen = browse(text, width=500)
     assert seen["problems"] == []
@@ -261,9 +247,9 @@ def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) 
     assert seen["wider"] <= 0, "nothing sticks out to the side"
 
 
-@needs_chromium
-def test_eighty_blocks_of_hostile_names(browse: Browse, made: Path, state: JournalState) -> None:
-    seen = browse(render_page(made, deep(state)))
+@pytest.mark.browser
+def test_eighty_blocks_of_hostile_names(browse: Browse, matched: Path, state: JournalState) -> None:
+    seen = browse(render_page(matched, deep(state)))
     assert seen["problems"] == []
     assert set(seen["drawn"]) == ALWAYS | MATCHED | {"gpu-memory"}
     assert seen["title"] == f"{HOSTILE}, 3basil at 2:4 + rank 4"
@@ -271,7 +257,7 @@ def test_eighty_blocks_of_hostile_names(browse: Browse, made: Path, state: Journ
     assert seen["bars"] == 80 * 6
 
 
-@needs_chromium
-def test_a_request_would_have_been_seen(browse: Browse, made: Path, state: JournalState) -> None:
-    text = render_page(made, state).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
+@pytest.mark.browser
+def test_a_request_would_have_been_seen(browse: Browse, matched: Path, state: JournalState) -> None:
+    text = render_page(matched, state).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
     assert browse(text)["problems"][0] == "request: http://127.0.0.1:9/x.png"

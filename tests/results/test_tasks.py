@@ -4,10 +4,11 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
 import streamslr
@@ -15,9 +16,9 @@ from streamslr.errors import HubError, InputError
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.export import export
 from streamslr.results.tasks import evaluate_tasks
-from tests.support.tiny_models import TEXT, tiny_checkpoint
+from tests.support.tiny_models import tiny_checkpoint
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {
         "question": "Each block is replaced by",
         "choices": [" a sparse matrix", " a number of cats and dogs"],
@@ -95,10 +96,9 @@ def test_a_dense_checkpoint_scores_as_by_hand(model: Path, tasks: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_tasks_alone")
-def test_a_compressed_folder_scores_as_its_dense_export(model: Path, tasks: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXT * 20)
-    settings = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
-    streamslr.compress(model, tmp_path / "slr", calibration=tmp_path / "text.txt", **settings)
+def test_a_compressed_folder_scores_as_its_dense_export(model: Path, text: Path, tasks: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
+    streamslr.compress(model, tmp_path / "slr", calibration=text, **settings)
     export(tmp_path / "slr", tmp_path / "dense", "dense", torch.float32)
     found = evaluate_tasks(str(tmp_path / "slr"), ["tiny_choices"], include_path=tasks, device="cpu", limit=3).tasks[0]
     assert found.samples == 3

@@ -2,65 +2,34 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-import streamslr
 from streamslr.errors import InputError
-from streamslr.io.durable import file_sha256
-from streamslr.results.inspect import summary
+from streamslr.results.inspect import read_run, summary
 from streamslr.results.verify import verify
-from streamslr.run.journal import read_journal
-from tests.support.tiny_models import TEXT, tiny_checkpoint
+from tests.support.compressed_folders import BLOCK, rewrite_block
 
-BLOCK = "model-block-00000.safetensors"
 LINEAR = "model.layers.0.mlp.up_proj"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verify")
-    (folder / "text.txt").write_text(TEXT * 20)
-    model = tiny_checkpoint(folder / "model", layers=2)
-    settings = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu"}
-    streamslr.compress(model, folder / "out", calibration=folder / "text.txt", **settings)
-    return folder / "out"
-
-
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(made, tmp_path / "copied elsewhere")
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Changes a shard's tensors and makes digest and size agree again: what is left is the content itself."""
-    from safetensors import safe_open
-
-    path = folder / BLOCK
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata)
-    journal = json.loads((folder / "streamslr.json").read_text())
-    journal["blocks"][0]["shard"] |= {"sha256": file_sha256(path), "nbytes": path.stat().st_size}
-    (folder / "streamslr.json").write_text(json.dumps(journal))
+def folder(matched: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(matched, tmp_path / "copied elsewhere")
 
 
 def problems(folder: Path) -> str:
     return "\n".join(f"{file}: {problem}" for file, problem in verify(folder).problems)
 
 
-def test_a_copied_folder_is_sound_and_inspects_the_same(folder: Path, made: Path) -> None:
+def test_a_copied_folder_is_sound_and_inspects_the_same(folder: Path, matched: Path) -> None:
     result = verify(folder)
     assert result.problems == ()
     assert result.complete
-    states = [read_journal(f) for f in (folder, made)]
-    assert summary(folder, states[0])["blocks"] == summary(made, states[1])["blocks"]
+    assert summary(folder, read_run(folder))["blocks"] == summary(matched, read_run(matched))["blocks"]
 
 
 def test_a_flipped_bit_changes_the_digest(folder: Path) -> None:
@@ -84,7 +53,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 
 def test_a_missing_file_shows_in_inspect(folder: Path) -> None:
     (folder / BLOCK).unlink()
-    assert [block["present"] for block in summary(folder, read_journal(folder))["blocks"]] == [False, True]
+    assert [block["present"] for block in summary(folder, read_run(folder))["blocks"]] == [False, True]
 
 
 def test_an_extra_file_is_named(folder: Path) -> None:
@@ -101,7 +70,7 @@ def test_a_byte_that_describes_no_groups_is_found(folder: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{LINEAR}.meta"][3, 2] = 6**3
 
-    rewrite(folder, change)
+    rewrite_block(folder, change)
     assert f"{BLOCK}: {LINEAR}:" in problems(folder)
 
 
@@ -110,7 +79,7 @@ def test_a_value_that_is_not_finite_is_found(folder: Path, part: str) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{LINEAR}.{part}"][1, 1] = float("inf")
 
-    rewrite(folder, change)
+    rewrite_block(folder, change)
     assert LINEAR in problems(folder)
 
 
@@ -118,7 +87,7 @@ def test_a_norm_that_is_not_finite_is_found(folder: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.input_layernorm.weight"][0] = float("nan")
 
-    rewrite(folder, change)
+    rewrite_block(folder, change)
     assert "model.layers.0.input_layernorm.weight holds NaN" in problems(folder)
 
 
@@ -126,7 +95,7 @@ def test_factors_of_another_rank_are_found(folder: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{LINEAR}.U"] = tensors[f"{LINEAR}.U"][:, :2].contiguous()
 
-    rewrite(folder, change)
+    rewrite_block(folder, change)
     assert f"{LINEAR}.U has shape (128, 2), the journal says (128, 4)" in problems(folder)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError
 from streamslr.model.shape import BlockShape, ModelShape
+from streamslr.run.costs import PhaseCost
 from streamslr.run.plan import Pieces, Plan, make_plan
 from streamslr.solvers import find_method
 from streamslr.spec.allocation import allocate
@@ -28,7 +30,7 @@ def llama_70b() -> ModelShape:
 
 
 def plan(
-    model: ModelShape, host_mem: int = 10**12, device: str = "cuda", gpu_mem: int | None = None, **settings: object
+    model: ModelShape, host_mem: int = 10**12, device: str = "cuda", gpu_mem: int | None = None, **settings: Any
 ) -> Plan:
     config = RunConfig(model="m", out=Path("out"), **settings)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -37,7 +39,7 @@ def plan(
     return make_plan(config, model, allocation, solver, torch.device(device), dtype, GB, host_mem, gpu_mem)
 
 
-def phase(plan: Plan, name: str) -> object:
+def phase(plan: Plan, name: str) -> PhaseCost:
     return next(p for p in plan.phases if p.name == name)
 
 

@@ -26,10 +26,9 @@ from streamslr.run.journal import JournalState, read_journal
 from streamslr.run.loop import run
 from streamslr.run.passes import Passes
 from streamslr.spec.pattern import NofM
-from tests.run.test_run import content
-from tests.support.compressed_folders import dense_model
+from tests.support.compressed_folders import dense_model, run_contents
 from tests.support.killing import compress_in_child
-from tests.support.tiny_models import TEXT, tiny_checkpoint
+from tests.support.tiny_models import tiny_checkpoint
 
 LAYERS = 3
 IDS = torch.arange(5, 45).view(2, 20)
@@ -40,13 +39,6 @@ BY_NAME = {
     "layers.1.mlp.*": {"pattern": "30%", "rank": 3},
     "down_proj": {"pattern": "2:4"},
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 20)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
-    basics = {"calibration": text, "samples": 6, "seq_len": 16, "device": "cpu", "match_epochs": 3}
+    basics: dict[str, Any] = {"calibration": text, "samples": 6, "seq_len": 16, "device": "cpu", "match_epochs": 3}
     return {"model": model, "out": tmp_path / "out", **basics}
 
 
@@ -73,7 +65,7 @@ def settings(model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
 def by_owl(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an uninterrupted run by outliers writes."""
     out = tmp_path_factory.mktemp("owl") / "out"
-    basics = {"calibration": text, "samples": 6, "seq_len": 16, "device": "cpu", "match_epochs": 3}
+    basics: dict[str, Any] = {"calibration": text, "samples": 6, "seq_len": 16, "device": "cpu", "match_epochs": 3}
     assert compress_in_child({"model": model, "out": out, **basics, **OWL}) == 0
     return out
 
@@ -82,7 +74,7 @@ def by_owl(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def by_name(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("named")
     (folder / "allocation.json").write_text(json.dumps(BY_NAME))
-    basics = {"calibration": text, "samples": 6, "seq_len": 16, "device": "cpu", "match_epochs": 3}
+    basics: dict[str, Any] = {"calibration": text, "samples": 6, "seq_len": 16, "device": "cpu", "match_epochs": 3}
     streamslr.compress(model, folder / "out", allocation=folder / "allocation.json", **basics)
     return folder / "out"
 
@@ -165,14 +157,14 @@ def test_killed_at_a_commit_point_the_same_line_goes_on_to_the_same_bytes(
     """Before what the survey found is noted, right after, and among the blocks."""
     assert compress_in_child(settings | OWL, die_at=die_at) == -9
     assert compress_in_child(settings | OWL) == 0
-    assert content(settings["out"]) == content(by_owl)
+    assert run_contents(settings["out"]) == run_contents(by_owl)
 
 
 def test_killed_in_the_survey_it_begins_again(settings: dict[str, Any], by_owl: Path) -> None:
     assert compress_in_child(settings | OWL, die_at=6, counting="work") == -9
     assert state_of(settings["out"]).outliers is None
     assert compress_in_child(settings | OWL) == 0
-    assert content(settings["out"]) == content(by_owl)
+    assert run_contents(settings["out"]) == run_contents(by_owl)
 
 
 def test_a_survey_that_is_done_is_not_done_again(
@@ -185,7 +177,7 @@ def test_a_survey_that_is_done_is_not_done_again(
     assert "on average" not in plan.linears
     monkeypatch.delattr(Passes, "survey")
     streamslr.compress(**settings | OWL)
-    assert content(settings["out"]) == content(by_owl)
+    assert run_contents(settings["out"]) == run_contents(by_owl)
 
 
 def test_what_inspect_prints_is_a_file_for_another_run(settings: dict[str, Any], by_owl: Path, tmp_path: Path) -> None:

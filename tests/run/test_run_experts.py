@@ -23,10 +23,9 @@ from streamslr.results.report.page import write_report
 from streamslr.results.verify import verify
 from streamslr.run.context import open_run
 from streamslr.runtime.loader import packed_modules
-from tests.run.test_run import content
-from tests.support.compressed_folders import dense_model
+from tests.support.compressed_folders import dense_model, run_contents
 from tests.support.killing import compress_in_child
-from tests.support.tiny_models import TEXT, starved_checkpoint
+from tests.support.tiny_models import starved_checkpoint
 
 ARCHITECTURES = ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
 RUN: dict[str, Any] = {
@@ -37,13 +36,6 @@ RUN: dict[str, Any] = {
     "method": "eora-sparsegpt",
     "match_epochs": 8,
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 20)
-    return path
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -113,9 +105,9 @@ def test_the_loaded_model_is_the_dense_one_that_holds_s_plus_uv(folder: Path) ->
     linears = [linear for block in read_run(folder).blocks for linear in block.linears]
     assert len(packed_modules(loaded)) == len(linears)
     torch.testing.assert_close(logits(loaded), logits(dense_model(folder)), rtol=1e-4, atol=1e-4)
-    out = loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
-    expected = dense_model(folder).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
-    assert torch.equal(out, expected)
+    models: list[Any] = [loaded, dense_model(folder)]
+    one, other = (m.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False) for m in models)
+    assert torch.equal(one, other)
 
 
 def test_saved_by_transformers_it_loads_and_evaluates_again(folder: Path, text: Path, tmp_path: Path) -> None:
@@ -163,7 +155,7 @@ def test_killed_it_goes_on_to_the_same_bytes(
     if lose_scratch:  # the finished block is passed again, packed experts taken apart alike
         shutil.rmtree(tmp_path / "slr" / ".scratch")
     assert compress_in_child(settings) == 0
-    assert content(tmp_path / "slr") == content(mixtral / "slr")
+    assert run_contents(tmp_path / "slr") == run_contents(mixtral / "slr")
 
 
 def test_the_plan_counts_the_grams_of_every_expert_and_what_they_share(mixtral: Path, text: Path) -> None:
@@ -177,5 +169,6 @@ def test_outliers_of_experts_decide_their_blocks_shares(mixtral: Path, text: Pat
     settings = RUN | {"pattern": "50%", "owl": 0.1, "match": False}
     state = streamslr.compress(mixtral / "model", tmp_path / "slr", calibration=text, **settings)
     shares = [{linear.pattern for linear in block.linears} for block in state.blocks]
-    assert all(len(patterns) == 1 for patterns in shares) and shares[0] != shares[1]
+    assert all(len(patterns) == 1 for patterns in shares)
+    assert shares[0] != shares[1]
     assert verify(tmp_path / "slr").problems == ()

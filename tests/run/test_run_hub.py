@@ -2,7 +2,9 @@
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ LAYERS = 4
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Hub":  # type: ignore[misc]
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serve_hub() as server:
         server.use(monkeypatch, tmp_path / "cache")
         server.add("org/model", tiny_checkpoint(tmp_path / "model", layers=LAYERS, shards=4))
@@ -31,7 +33,7 @@ def add_c4(hub: Hub, folder: Path) -> None:
     hub.add("allenai/c4", folder, kind="dataset")
 
 
-def run(out: Path, **more: object) -> None:
+def run(out: Path, **more: Any) -> None:
     streamslr.compress("org/model", out, samples=4, seq_len=16, rank=4, device="cpu", **more)
 
 
@@ -39,35 +41,25 @@ def weights(cache: Path) -> list[str]:
     return [p.name for p in cache.rglob("model*.safetensors")]
 
 
-def test_a_hub_model_gives_what_its_folder_gives(hub: Hub, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXT * 20)
-    run(tmp_path / "a", calibration=tmp_path / "text.txt")
-    streamslr.compress(
-        tmp_path / "model",
-        tmp_path / "b",
-        calibration=tmp_path / "text.txt",
-        samples=4,
-        seq_len=16,
-        rank=4,
-        device="cpu",
-    )
+def test_a_hub_model_gives_what_its_folder_gives(hub: Hub, text: Path, tmp_path: Path) -> None:
+    run(tmp_path / "a", calibration=text)
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu"}
+    streamslr.compress(tmp_path / "model", tmp_path / "b", calibration=text, **settings)
     assert verify(tmp_path / "a").problems == ()
     for shard in (tmp_path / "b").glob("*.safetensors"):
         assert (tmp_path / "a" / shard.name).read_bytes() == shard.read_bytes()
 
 
-def test_evicted_shards_are_fetched_once_and_gone_at_the_end(hub: Hub, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXT * 20)
-    run(tmp_path / "out", calibration=tmp_path / "text.txt", evict_shards=True)
+def test_evicted_shards_are_fetched_once_and_gone_at_the_end(hub: Hub, text: Path, tmp_path: Path) -> None:
+    run(tmp_path / "out", calibration=text, evict_shards=True)
     fetched = hub.downloads(".safetensors")
     assert len(fetched) == len(set(fetched)) >= 3
     assert weights(tmp_path / "cache") == []
     assert verify(tmp_path / "out").problems == ()
 
 
-def test_without_evict_the_shards_stay(hub: Hub, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXT * 20)
-    run(tmp_path / "out", calibration=tmp_path / "text.txt")
+def test_without_evict_the_shards_stay(hub: Hub, text: Path, tmp_path: Path) -> None:
+    run(tmp_path / "out", calibration=text)
     assert len(weights(tmp_path / "cache")) >= 3
 
 
@@ -92,12 +84,11 @@ def test_a_plan_downloads_no_weights(hub: Hub, tmp_path: Path) -> None:
     assert plan.download_bytes == sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
 
 
-def test_a_moved_branch_is_another_model_for_a_resume(hub: Hub, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXT * 20)
-    run(tmp_path / "out", calibration=tmp_path / "text.txt")
+def test_a_moved_branch_is_another_model_for_a_resume(hub: Hub, text: Path, tmp_path: Path) -> None:
+    run(tmp_path / "out", calibration=text)
     hub.add("org/model", tiny_checkpoint(tmp_path / "newer", layers=LAYERS, shards=4, seed=1))
     with pytest.raises(streamslr.errors.ResumeError, match=r"model: 'hub:org/model@.* there, 'hub:org/model@.* now"):
-        run(tmp_path / "out", calibration=tmp_path / "text.txt")
+        run(tmp_path / "out", calibration=text)
 
 
 def test_a_model_that_is_not_there_is_named(hub: Hub, tmp_path: Path) -> None:

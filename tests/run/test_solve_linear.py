@@ -41,14 +41,16 @@ class Returns:
         ((48, 64), (48, 5), (5, 64), r"U \[48, 5\], V \[5, 64\] for"),
     ],
 )
-def test_what_is_no_solution_is_refused_naming_layer_and_solver(S, U, V, says):
+def test_what_is_no_solution_is_refused_naming_layer_and_solver(
+    S: tuple[int, int], U: tuple[int, int], V: tuple[int, int], says: str
+) -> None:
     problem = made_problem()
     solver = Returns(torch.ones(S), torch.ones(U), torch.ones(V))
     with pytest.raises(StreamslrError, match=rf"{problem.name}: Returns returned no valid solution: .*{says}"):
         compress_linear(problem, nn.Linear(64, 48), solver, torch.bfloat16)
 
 
-def test_so_are_values_that_are_not_finite():
+def test_so_are_values_that_are_not_finite() -> None:
     problem = made_problem()
     S = torch.full((48, 64), float("nan"))
     with pytest.raises(StreamslrError, match=r"S\[0, 0\] is nan"):

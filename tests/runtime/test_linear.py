@@ -69,7 +69,7 @@ def test_tiles_of_any_height_give_the_same(pattern: str, monkeypatch: pytest.Mon
     assert torch.allclose(torch.autograd.grad(linear(x).square().sum(), x)[0], expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("o, d", [(1, 4), (3, 12), (16, 8), (5, 36)])
+@pytest.mark.parametrize(("o", "d"), [(1, 4), (3, 12), (16, 8), (5, 36)])
 def test_small_and_odd_shapes(o: int, d: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         linear = packed_linear("2:4", 1, dtype, o, d)
@@ -84,6 +84,8 @@ def test_no_tokens_give_no_outputs() -> None:
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
 def test_gradients_reach_x_u_v_and_bias_but_not_s(pattern: str) -> None:
     linear = packed_linear(pattern)
+    assert linear.U is not None
+    assert linear.V is not None
     x = torch.randn(6, 80, requires_grad=True)
     linear(x).square().sum().backward()
     dense = dense_linear(linear)
@@ -92,19 +94,26 @@ def test_gradients_reach_x_u_v_and_bias_but_not_s(pattern: str) -> None:
     x64 = x.detach().double().requires_grad_()
     bias = dense.bias.detach().requires_grad_()
     nn.functional.linear(x64, S + U @ V, bias).square().sum().backward()
-    pairs = ((x, x64), (linear.U, U), (linear.V, V), (linear.bias, bias))
-    for got, expected in pairs:
+    for got, expected in ((x, x64), (linear.U, U), (linear.V, V), (linear.bias, bias)):
+        assert got is not None
+        assert got.grad is not None
+        assert expected.grad is not None
         assert_close(got.grad, expected.grad, torch.float32)
     assert [name for name, _ in linear.named_parameters()] == ["U", "V", "bias"]
 
 
 def test_backward_keeps_no_dense_s() -> None:
     linear = packed_linear(o=64, d=80, rank=0, bias=False)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved: list[Tensor] = []
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
         linear(torch.randn(2, 80, requires_grad=True))
-    assert kept
-    assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in linear.buffers()}
+    assert saved
+    assert {t.data_ptr() for t in saved} <= {t.data_ptr() for t in linear.buffers()}
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
@@ -172,7 +181,7 @@ def test_other_dtypes_by_to_and_autocast() -> None:
     assert_close(half(x.bfloat16()), expected, torch.bfloat16)
 
 
-@pytest.mark.parametrize("pattern, share", [("2:4", 0.5 + 1 / 24), ("1:4", 0.25 + 1 / 32), ("50%", 0.5 + 1 / 16)])
+@pytest.mark.parametrize(("pattern", "share"), [("2:4", 0.5 + 1 / 24), ("1:4", 0.25 + 1 / 32), ("50%", 0.5 + 1 / 16)])
 def test_bytes_in_memory_are_the_packed_ones(pattern: str, share: float) -> None:
     o, d, rank = 256, 384, 16
     linear = packed_linear(pattern, rank, torch.bfloat16, o, d, bias=False)

@@ -21,7 +21,7 @@ from streamslr.results.evaluate import evaluate
 from streamslr.runtime.linear import SparseLowRankLinear, _choose_gpu_kernel
 from streamslr.runtime.loader import packed_modules
 from tests.support.compressed_folders import compressed_folder, dense_model
-from tests.support.tiny_models import TEXT, VOCABULARY, tiny_checkpoint
+from tests.support.tiny_models import TEXT, VOCABULARY
 
 IDS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -42,7 +42,7 @@ def off_by(got: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "architecture, tie",
+    ("architecture", "tie"),
     [(name, False) for name in ("llama", "opt", "gpt_neox", "phi3", "qwen2", "bloom", "gptj")]
     + [(name, True) for name in ("llama", "opt", "gemma2")],
 )
@@ -54,7 +54,9 @@ def test_logits_are_those_of_the_dense_sum(architecture: str, tie: bool, tmp_pat
     assert off_by(logits(model), logits(dense_model(made))) < 1e-5
 
 
-@pytest.mark.parametrize("pattern, rank", [("2:4", 0), ("1:4", 4), ("4:8", 2), ("50%", 0), ("70%", 4), ("70%/row", 4)])
+@pytest.mark.parametrize(
+    ("pattern", "rank"), [("2:4", 0), ("1:4", 4), ("4:8", 2), ("50%", 0), ("70%", 4), ("70%/row", 4)]
+)
 def test_every_pattern_and_rank(pattern: str, rank: int, tmp_path: Path) -> None:
     made = compressed_folder(tmp_path, pattern=pattern, rank=rank, layers=2)
     model = streamslr.load(made, device="cpu", dtype=torch.float32)
@@ -93,19 +95,22 @@ def test_layers_offloaded_to_disk(folder: Path) -> None:
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
     model = streamslr.load(folder, device_map=places)
     offloaded = model.get_submodule("model.layers.1.mlp.up_proj")
+    assert isinstance(offloaded, SparseLowRankLinear)
     assert {tensor.device.type for tensor in offloaded.packed().values()} == {"meta"}
     assert torch.equal(logits(model), logits(streamslr.load(folder, device="cpu")))
     with pytest.raises(InputError, match="keep_dense"):
         offloaded.keep_dense()
     kernel = _choose_gpu_kernel(offloaded)  # what a GPU would be asked: it must not hold a copy of its own
-    assert kernel.weight is None and "offloaded" in kernel.name
+    assert kernel.weight is None
+    assert "offloaded" in kernel.name
 
 
 def test_generate_as_the_dense_model(folder: Path) -> None:
     settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    written = streamslr.load(folder, device="cpu", dtype="float32").generate(IDS[:, :5], **settings)
+    models: list[Any] = [streamslr.load(folder, device="cpu", dtype="float32"), dense_model(folder)]
+    written, expected = (model.generate(IDS[:, :5], **settings) for model in models)
     assert written.shape == (2, 21)
-    assert torch.equal(written, dense_model(folder).generate(IDS[:, :5], **settings))
+    assert torch.equal(written, expected)
 
 
 def test_keep_dense(folder: Path) -> None:
@@ -205,7 +210,7 @@ for dtype, taken in ("bfloat16", uss), ("float32", anonymous):
 
 
 def test_loading_takes_the_packed_model_and_a_shard(tmp_path: Path, folder: Path) -> None:
-    sizes = {"hidden": 512, "intermediate_size": 4096, "layers": 4, "rank": 8, "shards": 1}
+    sizes: dict[str, Any] = {"hidden": 512, "intermediate_size": 4096, "layers": 4, "rank": 8, "shards": 1}
     made = compressed_folder(tmp_path, **sizes)
     line = [sys.executable, "-c", _PEAK, str(folder), str(made)]
     out = subprocess.run(line, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -225,10 +230,9 @@ def test_an_unfinished_folder(folder: Path, tmp_path: Path) -> None:
             load(made)
 
 
-def test_an_unfinished_run_is_named_by_its_journal(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXT * 20)
-    settings = {"calibration": tmp_path / "text.txt", "samples": 2, "seq_len": 16, "rank": 2, "device": "cpu"}
-    streamslr.compress(tiny_checkpoint(tmp_path / "model", layers=2), tmp_path / "out", **settings, match=False)
+def test_an_unfinished_run_is_named_by_its_journal(llama: Path, text: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"calibration": text, "samples": 2, "seq_len": 16, "rank": 2, "device": "cpu"}
+    streamslr.compress(llama, tmp_path / "out", **settings, match=False)
     assert streamslr.load(tmp_path / "out", device="cpu")
     journal = json.loads((tmp_path / "out/streamslr.json").read_text())
     journal["blocks"].pop()
@@ -245,7 +249,7 @@ def test_folders_that_streamslr_did_not_write(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "entry, message",
+    ("entry", "message"),
     [({"format_version": 99}, "format_version 99"), ({"pattern": 24}, "is damaged: pattern 24")],
 )
 def test_a_config_of_another_version_or_damaged(
@@ -269,7 +273,7 @@ def test_a_truncated_shard(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"device": "cpu", "device_map": "auto"}, "give one of them"),
         ({"dtype": "float99"}, "dtype 'float99' is none of torch's; give bfloat16"),

@@ -9,14 +9,14 @@ from tests import reference
 from tests.support.problems import made_problem
 
 
-def test_relative_error_is_the_reference_loss():
+def test_relative_error_is_the_reference_loss() -> None:
     problem = made_problem()
     approximation = problem.weight + 0.01 * torch.randn(48, 64)
     error = relative_error(problem.weight, problem.gram, approximation)
     assert error == pytest.approx(reference.loss(problem.weight, problem.gram, approximation), rel=1e-6)
 
 
-def test_relative_error_crosses_its_tiles_unchanged():
+def test_relative_error_crosses_its_tiles_unchanged() -> None:
     torch.manual_seed(0)
     weight, approximation = torch.randn(1030, 1100), torch.randn(1030, 1100)
     X = torch.randn(64, 1100)
@@ -28,7 +28,7 @@ def test_relative_error_crosses_its_tiles_unchanged():
     assert relative_error(weight, gram, approximation) == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_relative_error_leaves_its_arguments_alone():
+def test_relative_error_leaves_its_arguments_alone() -> None:
     problem = made_problem()
     weight, gram = problem.weight.clone(), problem.gram.clone()
     gram[0] = 0
@@ -39,7 +39,7 @@ def test_relative_error_leaves_its_arguments_alone():
     assert torch.equal(gram, before)
 
 
-def test_dead_inputs_count_in_neither_energy():
+def test_dead_inputs_count_in_neither_energy() -> None:
     problem = made_problem()
     gram = problem.gram.clone()
     gram[5] = 0
@@ -53,7 +53,7 @@ def test_dead_inputs_count_in_neither_energy():
     )
 
 
-def test_nothing_and_everything():
+def test_nothing_and_everything() -> None:
     problem = made_problem()
     zero = torch.zeros_like(problem.weight)
     assert relative_error(problem.weight, problem.gram, zero) == pytest.approx(1)
@@ -62,7 +62,7 @@ def test_nothing_and_everything():
     assert relative_error(zero, problem.gram, problem.weight) == float("inf")
 
 
-def test_damping_scales_with_the_gram_matrix():
+def test_damping_scales_with_the_gram_matrix() -> None:
     gram = made_problem().gram
     gram[3] = 0
     gram[:, 3] = 0
@@ -75,7 +75,7 @@ def test_damping_scales_with_the_gram_matrix():
     torch.testing.assert_close(torch.diag(gram)[live] + added[live], reference.damped(gram).diag()[live].float())
 
 
-def test_dense_is_the_sum():
+def test_dense_is_the_sum() -> None:
     S, U, V = torch.randn(3, 4), torch.randn(3, 2), torch.randn(2, 4)
     torch.testing.assert_close(SparseLowRank(S, U, V, 1).dense(), S + U @ V)
     none = SparseLowRank(S, torch.zeros(3, 0), torch.zeros(0, 4), 1)

@@ -25,7 +25,7 @@ def doubles(problem: LinearProblem) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", ["magnitude", "wanda"])
-def test_plain_pruning_is_the_references(name, pattern):
+def test_plain_pruning_is_the_references(name: str, pattern: str) -> None:
     problem = made_problem(pattern=pattern, rank=0)
     W, H = doubles(problem)
     S = getattr(reference, name)(W, problem.gram.double() if name == "wanda" else H, pattern)
@@ -34,7 +34,7 @@ def test_plain_pruning_is_the_references(name, pattern):
 
 @pytest.mark.parametrize("d", [64, 240])  # one block, and two of which the second is short
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_sparsegpt_is_obs_column_by_column(pattern, d):
+def test_sparsegpt_is_obs_column_by_column(pattern: str, d: int) -> None:
     problem = made_problem(32, d, pattern, rank=0)
     S = Pruned(SparseGPT()).solve(problem).S.double()
     expected = reference.sparsegpt(*doubles(problem), pattern)
@@ -44,13 +44,13 @@ def test_sparsegpt_is_obs_column_by_column(pattern, d):
     assert agreeing.float().mean() > 0.5
 
 
-def test_blocks_are_bookkeeping_only():
+def test_blocks_are_bookkeeping_only() -> None:
     problem = made_problem(32, 240, rank=0)
     one, many = (Pruned(SparseGPT(block)).solve(problem) for block in (10**6, 16))
     assert error(problem, many) == pytest.approx(error(problem, one), rel=0.01)
 
 
-def test_alps_says_that_its_support_had_not_settled_and_hassle_free_goes_on_from_there():
+def test_alps_says_that_its_support_had_not_settled_and_hassle_free_goes_on_from_there() -> None:
     hurried = Alps(ThreeBasil(max_iterations=3))
     said = ("layers.0.made: the support had not settled after 3 iterations",)
     assert Pruned(hurried).solve(made_problem(rank=0)).warnings == said
@@ -59,7 +59,7 @@ def test_alps_says_that_its_support_had_not_settled_and_hassle_free_goes_on_from
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_alps_loses_no_more_than_the_reference(pattern):
+def test_alps_loses_no_more_than_the_reference(pattern: str) -> None:
     ours = theirs = 0.0
     for seed in range(3):
         problem = made_problem(pattern=pattern, rank=0, seed=seed)
@@ -68,7 +68,7 @@ def test_alps_loses_no_more_than_the_reference(pattern):
     assert ours <= 1.02 * theirs
 
 
-def test_the_refit_reaches_the_least_loss_of_the_support_and_never_leaves_it():
+def test_the_refit_reaches_the_least_loss_of_the_support_and_never_leaves_it() -> None:
     problem = made_problem(rank=0)
     W, H = doubles(problem)
     scale = H.diagonal().sqrt()
@@ -85,7 +85,7 @@ def test_the_refit_reaches_the_least_loss_of_the_support_and_never_leaves_it():
 
 
 @pytest.mark.parametrize(("name", "factor"), [("alps", 1.05), ("sparsegpt", 2.0)])
-def test_against_every_support_of_tiny_rows(name, factor):
+def test_against_every_support_of_tiny_rows(name: str, factor: float) -> None:
     """Alone among 36 or 256 supports: what a method finds can only be worse than the best, and is near it."""
     ours = best = 0.0
     for pattern, d in (("2:4", 8), ("1:4", 16)):
@@ -101,7 +101,7 @@ def test_against_every_support_of_tiny_rows(name, factor):
 
 
 @pytest.mark.parametrize("rank", [1, 4, 12])
-def test_the_low_rank_fit_is_the_truncated_svd(rank):
+def test_the_low_rank_fit_is_the_truncated_svd(rank: int) -> None:
     problem = made_problem(rank=rank)
     E, H = doubles(problem)
     fit = LowRankFit(problem.weight, rank, lambda y: problem.gram @ y + (H - problem.gram).float() @ y, 0)
@@ -114,7 +114,7 @@ def test_the_low_rank_fit_is_the_truncated_svd(rank):
 
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
 @pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt", "alps"])
-def test_eora_is_the_best_low_rank_correction_of_what_its_pruner_left(pruner, pattern):
+def test_eora_is_the_best_low_rank_correction_of_what_its_pruner_left(pruner: str, pattern: str) -> None:
     problem = made_problem(pattern=pattern, rank=4)
     result = find_method(f"eora-{pruner}").solver.solve(problem)
     alone = find_method(pruner).solver.solve(dataclasses.replace(problem, rank=0))
@@ -125,7 +125,7 @@ def test_eora_is_the_best_low_rank_correction_of_what_its_pruner_left(pruner, pa
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "50%"])
-def test_hassle_free_sparsegpt_loses_no_more_than_the_reference(pattern):
+def test_hassle_free_sparsegpt_loses_no_more_than_the_reference(pattern: str) -> None:
     ours = theirs = 0.0
     for seed in range(3):
         problem = made_problem(pattern=pattern, seed=seed)
@@ -136,7 +136,7 @@ def test_hassle_free_sparsegpt_loses_no_more_than_the_reference(pattern):
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
-def test_hassle_free_alps_loses_no_more_than_the_reference(pattern):
+def test_hassle_free_alps_loses_no_more_than_the_reference(pattern: str) -> None:
     ours = theirs = 0.0
     for seed in range(2):
         problem = made_problem(pattern=pattern, seed=seed)
@@ -147,7 +147,7 @@ def test_hassle_free_alps_loses_no_more_than_the_reference(pattern):
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "50%", "60%/row"])
-def test_oats_is_alternating_thresholding(pattern):
+def test_oats_is_alternating_thresholding(pattern: str) -> None:
     problem = made_problem(pattern=pattern)
     result = Oats(20).solve(problem)
     S, UV = reference.oats(*doubles(problem), pattern, 4, 20)
@@ -156,7 +156,7 @@ def test_oats_is_alternating_thresholding(pattern):
     assert ((result.S != 0) != (S != 0)).float().mean() < 0.03
 
 
-def test_a_longer_alternation_loses_less():
+def test_a_longer_alternation_loses_less() -> None:
     problem = made_problem(pattern="1:4")
     for solver in (HassleFree(SparseGPT()), HassleFree(Alps()), Oats()):
         few, many = (error(problem, dataclasses.replace(solver, iterations=n).solve(problem)) for n in (1, 20))

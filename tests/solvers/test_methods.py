@@ -4,12 +4,14 @@ import dataclasses
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
 from streamslr.errors import InputError
-from streamslr.solvers import LinearProblem, SparseLowRank, all_methods, find_method, parse_pattern
+from streamslr.solvers import LinearProblem, Solver, SparseLowRank, all_methods, find_method, parse_pattern
 from streamslr.solvers.methods import BUILT_IN, ENTRY_POINTS, Method
 from tests import reference
 from tests.support.problems import allocated_peak, assert_valid, error, made_problem
@@ -31,25 +33,25 @@ def solved(name: str, problem: LinearProblem) -> SparseLowRank:
 # The table
 
 
-def test_the_nine_methods_and_eora_on_each_pruner_are_there():
+def test_the_nine_methods_and_eora_on_each_pruner_are_there() -> None:
     pure = {"magnitude", "wanda", "sparsegpt", "alps"}
     low_rank = {"3basil", "hassle-free-alps", "hassle-free-sparsegpt", "oats"} | {f"eora-{name}" for name in pure}
     assert set(BUILT_IN) == pure | low_rank
     assert {name for name in BUILT_IN if name not in LOW_RANK} == pure
 
 
-def test_an_unknown_method_is_refused_with_those_there_are():
+def test_an_unknown_method_is_refused_with_those_there_are() -> None:
     with pytest.raises(InputError, match="method 'prune' is not known; there are 3basil, hassle-free-alps, "):
         find_method("prune")
 
 
-def test_rank_for_a_method_without_u_v_is_refused():
+def test_rank_for_a_method_without_u_v_is_refused() -> None:
     find_method("wanda").require(parse_pattern("2:4"), 0)
     with pytest.raises(InputError, match=r"wanda is pure sparsity, it has no U·V for --rank 16; give --rank 0.*3basil"):
         find_method("wanda").require(parse_pattern("2:4"), 16)
 
 
-def test_a_pattern_that_the_method_cannot_do_is_refused():
+def test_a_pattern_that_the_method_cannot_do_is_refused() -> None:
     only = dataclasses.replace(find_method("oats"), patterns=(type(parse_pattern("2:4")),))
     with pytest.raises(InputError, match="oats cannot do the pattern 50%, only n:m"):
         only.require(parse_pattern("50%"), 4)
@@ -75,12 +77,12 @@ class Halve:
 
 
 @pytest.fixture
-def install(tmp_path, monkeypatch) -> Callable[..., None]:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Installs a distribution that offers `value` as a method called `name`."""
 
     def made(value: object, name: str = "halve", package: str = "halver") -> None:
         module = types.ModuleType(f"{package}_module")
-        module.METHOD = value
+        vars(module)["METHOD"] = value
         monkeypatch.setitem(sys.modules, module.__name__, module)
         info = tmp_path / f"{package}-1.2.dist-info"
         info.mkdir()
@@ -91,7 +93,7 @@ def install(tmp_path, monkeypatch) -> Callable[..., None]:
     return made
 
 
-def test_a_method_of_another_package_is_found_listed_and_told_apart_by_version(install):
+def test_a_method_of_another_package_is_found_listed_and_told_apart_by_version(install: Callable[..., None]) -> None:
     install(Method("halve", Halve(), "arXiv 0000.00000", diagonal_only=True, low_rank=False))
     method = find_method("halve")
     assert method.identity == "halve (halver 1.2)"
@@ -104,18 +106,26 @@ def test_a_method_of_another_package_is_found_listed_and_told_apart_by_version(i
     ("value", "name", "message"),
     [
         (Halve(), "halve", "method 'halve' of halver 1.2 is a Halve, not a Method"),
-        (Method("x", object(), ""), "halve", "'halve' of halver 1.2: its object lacks solve, peak_bytes or flops"),
+        (
+            Method("x", cast(Solver, object()), ""),
+            "halve",
+            "'halve' of halver 1.2: its object lacks solve, peak_bytes or flops",
+        ),
         (Method("x", Halve(), ""), "wanda", "halver 1.2 registers a method 'wanda', which there is already"),
     ],
 )
-def test_what_another_package_gets_wrong_is_said(install, value, name, message):
+def test_what_another_package_gets_wrong_is_said(
+    install: Callable[..., None], value: object, name: str, message: str
+) -> None:
     install(value, name)
     with pytest.raises(InputError, match=message):
         all_methods()
     assert find_method("wanda") is BUILT_IN["wanda"], "ours are found all the same"
 
 
-def test_a_package_that_cannot_be_imported_is_named(install, monkeypatch):
+def test_a_package_that_cannot_be_imported_is_named(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(None)
     monkeypatch.delitem(sys.modules, "halver_module")
     with pytest.raises(InputError, match=r"'halve' of halver 1.2 cannot be loaded: ModuleNotFoundError"):
@@ -127,14 +137,14 @@ def test_a_package_that_cannot_be_imported_is_named(install, monkeypatch):
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:5", "5:16", "50%", "83%", "66%/row"])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_pattern_holds_and_no_method_is_worse_than_pruning_by_magnitude(name, pattern):
+def test_every_pattern_holds_and_no_method_is_worse_than_pruning_by_magnitude(name: str, pattern: str) -> None:
     problem = problem_for(name, 40, 80, pattern)
     S = reference.magnitude(problem.weight.double(), problem.gram.double(), pattern)
     assert error(problem, solved(name, problem)) <= reference.loss(problem.weight, problem.gram, S) * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_same_problem_gives_the_same_bits_and_stays_as_it_was(name):
+def test_the_same_problem_gives_the_same_bits_and_stays_as_it_was(name: str) -> None:
     problem = problem_for(name)
     weight, gram = problem.weight.clone(), problem.gram.clone()
     torch.manual_seed(1)
@@ -150,7 +160,7 @@ def test_the_same_problem_gives_the_same_bits_and_stays_as_it_was(name):
 
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_dead_inputs_get_nothing(name, pattern):
+def test_dead_inputs_get_nothing(name: str, pattern: str) -> None:
     problem = problem_for(name, pattern=pattern)
     dead = torch.zeros(64, dtype=torch.bool)
     dead[[0, 7, 8, 9, 10, 11, 63]] = True  # a whole group among them
@@ -168,14 +178,14 @@ def test_dead_inputs_get_nothing(name, pattern):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_all_inputs_dead(name):
+def test_all_inputs_dead(name: str) -> None:
     problem = dataclasses.replace(problem_for(name), gram=torch.zeros(64, 64))
     assert not solved(name, problem).dense().any()
 
 
 @pytest.mark.parametrize("samples", [1, 3, 40])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_grams_of_too_few_samples(name, samples):
+def test_grams_of_too_few_samples(name: str, samples: int) -> None:
     torch.manual_seed(0)
     X = torch.randn(samples, 64)
     problem = dataclasses.replace(problem_for(name), gram=X.T @ X)
@@ -183,14 +193,14 @@ def test_grams_of_too_few_samples(name, samples):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_gram_that_is_all_but_singular_twice_over(name):
+def test_a_gram_that_is_all_but_singular_twice_over(name: str) -> None:
     X = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
     X = torch.cat((X, X), 1) * torch.logspace(-4, 4, 64)  # duplicate inputs, eight decades of scale
     solved(name, dataclasses.replace(problem_for(name), gram=X.T @ X))
 
 
 @pytest.mark.parametrize("name", FULL_GRAM)
-def test_a_failed_factorization_raises_the_damping_and_says_so(name):
+def test_a_failed_factorization_raises_the_damping_and_says_so(name: str) -> None:
     problem = problem_for(name)
     values, vectors = torch.linalg.eigh(problem.gram)
     values[:3] = -0.01 * problem.gram.diagonal().mean()
@@ -201,7 +211,7 @@ def test_a_failed_factorization_raises_the_damping_and_says_so(name):
 
 
 @pytest.mark.parametrize("name", FULL_GRAM)
-def test_what_is_no_gram_is_refused(name):
+def test_what_is_no_gram_is_refused(name: str) -> None:
     gram = 1e6 * (1 - torch.eye(64)) + torch.eye(64)
     with pytest.raises(InputError, match=r"layers\.0\.made: its Gram matrix"):
         find_method(name).solver.solve(dataclasses.replace(problem_for(name), gram=gram))
@@ -209,7 +219,7 @@ def test_what_is_no_gram_is_refused(name):
 
 @pytest.mark.parametrize("where", ["weight", "gram"])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_non_finite_values_are_refused_by_layer(name, where):
+def test_non_finite_values_are_refused_by_layer(name: str, where: str) -> None:
     problem = problem_for(name)
     broken = getattr(problem, where).clone()
     broken[2, 5] = float("nan")
@@ -219,7 +229,7 @@ def test_non_finite_values_are_refused_by_layer(name, where):
 
 @pytest.mark.parametrize("pattern", ["2:4", "50%", "50%/row"])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_weight_that_is_sparse_already_is_kept_all_zeros_too(name, pattern):
+def test_a_weight_that_is_sparse_already_is_kept_all_zeros_too(name: str, pattern: str) -> None:
     problem = problem_for(name, pattern=pattern)
     for factor in (0, 1):
         sparse = factor * problem.weight * problem.pattern.project(problem.weight)
@@ -228,7 +238,7 @@ def test_a_weight_that_is_sparse_already_is_kept_all_zeros_too(name, pattern):
 
 @pytest.mark.parametrize("pattern", ["2:4", "50%/row"])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_weight_with_zero_rows_and_columns(name, pattern):
+def test_a_weight_with_zero_rows_and_columns(name: str, pattern: str) -> None:
     problem = problem_for(name, pattern=pattern)
     weight = problem.weight.clone()
     weight[3] = 0
@@ -238,7 +248,7 @@ def test_a_weight_with_zero_rows_and_columns(name, pattern):
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
-def test_rank_beyond_the_shape_is_clipped_with_a_warning_and_leaves_no_error(name):
+def test_rank_beyond_the_shape_is_clipped_with_a_warning_and_leaves_no_error(name: str) -> None:
     problem = problem_for(name, 12, 32, rank=40)
     result = solved(name, problem)
     assert any("rank 40 is more than a 12×32 weight can have; used 12" in w for w in result.warnings)
@@ -246,14 +256,14 @@ def test_rank_beyond_the_shape_is_clipped_with_a_warning_and_leaves_no_error(nam
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
-def test_rank_0_is_pure_sparsity(name):
+def test_rank_0_is_pure_sparsity(name: str) -> None:
     problem = problem_for(name, rank=0)
     assert solved(name, problem).U.shape == (48, 0)
 
 
 @pytest.mark.parametrize(("o", "d"), [(1, 8), (2, 4), (200, 8), (3, 320)])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_extreme_shapes(name, o, d):
+def test_extreme_shapes(name: str, o: int, d: int) -> None:
     torch.manual_seed(0)
     X = torch.randn(50, d)
     rank = 2 if BUILT_IN[name].low_rank else 0
@@ -263,7 +273,7 @@ def test_extreme_shapes(name, o, d):
 
 @pytest.mark.parametrize("factor", [1e-8, 1e8])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_loss_is_blind_to_the_scale_of_inputs_and_weights(name, factor):
+def test_loss_is_blind_to_the_scale_of_inputs_and_weights(name: str, factor: float) -> None:
     problem = problem_for(name)
     expected = error(problem, solved(name, problem))
     for scaled in ({"gram": problem.gram * factor}, {"weight": problem.weight * factor**0.5}):
@@ -274,12 +284,12 @@ def test_loss_is_blind_to_the_scale_of_inputs_and_weights(name, factor):
 @pytest.mark.parametrize("pattern", ["2:4", "50%", "50%/row"])
 @pytest.mark.parametrize(("o", "d"), [(768, 256), (256, 512)])
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "3basil"])  # tests/solvers/test_threebasil.py
-def test_a_solve_takes_no_more_than_it_says(name, o, d, pattern):
+def test_a_solve_takes_no_more_than_it_says(name: str, o: int, d: int, pattern: str) -> None:
     torch.manual_seed(0)
     X = torch.randn(2 * d, d)
     rank = 16 if BUILT_IN[name].low_rank else 0
     problem = LinearProblem("made", torch.randn(o, d), X.T @ X, parse_pattern(pattern), rank)
-    solver = BUILT_IN[name].solver
+    solver: Any = BUILT_IN[name].solver
     if name.startswith(("hassle-free", "oats")):  # a turn is like another
         solver = dataclasses.replace(solver, iterations=2)
     peak = allocated_peak(solver, problem)
@@ -289,7 +299,7 @@ def test_a_solve_takes_no_more_than_it_says(name, o, d, pattern):
 
 @pytest.mark.parametrize("pattern", ["2:4", "7:32", "50%"])
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
-def test_nor_does_it_where_weights_tie_and_groups_are_long(name, pattern):
+def test_nor_does_it_where_weights_tie_and_groups_are_long(name: str, pattern: str) -> None:
     torch.manual_seed(0)
     X = torch.randn(1024, 512)
     X[:, :384] = 0

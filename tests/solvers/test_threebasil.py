@@ -22,7 +22,7 @@ FLOAT32 = ThreeBasil(precision="float32")
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%", "60%/row"])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_loss_is_at_most_the_references(pattern, rank):
+def test_loss_is_at_most_the_references(pattern: str, rank: int) -> None:
     ours = theirs = 0.0
     for seed in range(3):
         problem = made_problem(pattern=pattern, rank=rank, seed=seed)
@@ -46,7 +46,7 @@ def projection_and_dual(state: _Admm) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tile_rows", [None, 20])
-def test_the_sparse_step_is_the_textbook_step(tile_rows):
+def test_the_sparse_step_is_the_textbook_step(tile_rows: int | None) -> None:
     problem = made_problem()
     metric = _metric(problem)
     state = _Admm(problem, metric, 4, torch.float32, tile_rows)
@@ -70,7 +70,7 @@ def test_the_sparse_step_is_the_textbook_step(tile_rows):
 
 
 @pytest.mark.parametrize("tile_rows", [None, 20])
-def test_s_and_u_v_are_the_minimum_together(tile_rows):
+def test_s_and_u_v_are_the_minimum_together(tile_rows: int | None) -> None:
     """Of the augmented Lagrangian for D and Y: what the paper's steps 1 and 4 creep to when they take turns."""
     problem = made_problem(rank=3)
     metric = _metric(problem)
@@ -98,7 +98,7 @@ def test_s_and_u_v_are_the_minimum_together(tile_rows):
 
 
 @pytest.mark.parametrize("tile_rows", [None, 20])
-def test_the_dual_is_rescaled_when_rho_changes(tile_rows):
+def test_the_dual_is_rescaled_when_rho_changes(tile_rows: int | None) -> None:
     problem = made_problem()
     metric = _metric(problem)
     plain, shrunk = (_Admm(problem, metric, 0, torch.float32, tile_rows) for _ in range(2))
@@ -112,7 +112,7 @@ def test_the_dual_is_rescaled_when_rho_changes(tile_rows):
     torch.testing.assert_close(D_shrunk, D, rtol=1e-6, atol=1e-6)
 
 
-def test_the_last_fit_of_u_and_v_is_the_best_for_s():
+def test_the_last_fit_of_u_and_v_is_the_best_for_s() -> None:
     problem = made_problem(rank=4)
     result = FLOAT32.solve(problem)
     S = result.S.double()
@@ -121,14 +121,14 @@ def test_the_last_fit_of_u_and_v_is_the_best_for_s():
     assert error(problem, result) <= 1.001 * reference.loss(problem.weight, problem.gram, S + best)
 
 
-def test_bfloat16_products_cost_no_loss():
+def test_bfloat16_products_cost_no_loss() -> None:
     problems = [made_problem(seed=seed) for seed in range(3)]
     low = sum(error(p, ThreeBasil(precision="bfloat16").solve(p)) for p in problems)
     full = sum(error(p, FLOAT32.solve(p)) for p in problems)
     assert low <= 1.03 * full
 
 
-def test_the_inverse_is_built_in_place_and_exact():
+def test_the_inverse_is_built_in_place_and_exact() -> None:
     gram = made_problem().gram
     matrix = gram + torch.eye(64)
     expected = torch.linalg.inv(matrix.double())
@@ -139,7 +139,7 @@ def test_the_inverse_is_built_in_place_and_exact():
     assert _inverse_(-torch.eye(4)) is None
 
 
-def test_factors_are_balanced_and_in_order():
+def test_factors_are_balanced_and_in_order() -> None:
     result = FLOAT32.solve(made_problem(rank=6))
     left, right = result.U.t() @ result.U, result.V @ result.V.t()
     torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4 * left.max().item())
@@ -149,7 +149,7 @@ def test_factors_are_balanced_and_in_order():
     assert off.abs().max() < 1e-4 * sizes.max()
 
 
-def test_balancing_changes_no_product_and_survives_zero_directions():
+def test_balancing_changes_no_product_and_survives_zero_directions() -> None:
     U = torch.linalg.qr(torch.randn(9, 3)).Q
     V = torch.randn(3, 7)
     V[2] = 0
@@ -161,7 +161,7 @@ def test_balancing_changes_no_product_and_survives_zero_directions():
 # Seeds and settings
 
 
-def test_the_same_problem_gives_the_same_bits_and_leaves_the_global_generator_alone():
+def test_the_same_problem_gives_the_same_bits_and_leaves_the_global_generator_alone() -> None:
     problem = made_problem()
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -174,7 +174,7 @@ def test_the_same_problem_gives_the_same_bits_and_leaves_the_global_generator_al
     assert first.iterations == second.iterations
 
 
-def test_the_problem_is_left_as_it_was():
+def test_the_problem_is_left_as_it_was() -> None:
     problem = made_problem()
     weight, gram = problem.weight.clone(), problem.gram.clone()
     ThreeBasil().solve(problem)
@@ -182,19 +182,19 @@ def test_the_problem_is_left_as_it_was():
     assert torch.equal(problem.gram, gram)
 
 
-def test_too_few_iterations_are_reported():
+def test_too_few_iterations_are_reported() -> None:
     result = ThreeBasil(max_iterations=7).solve(made_problem())
     assert_valid(made_problem(), result)
     assert "had not settled after 7 iterations" in result.warnings[0]
 
 
-def test_an_unknown_precision_is_refused():
+def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(InputError, match="float8"):
         ThreeBasil(precision="float8").solve(made_problem())
 
 
 @pytest.mark.parametrize("pattern", ["3:4", "1:8", "1:16", "3:5", "10%", "90%"])
-def test_other_densities(pattern):
+def test_other_densities(pattern: str) -> None:
     problem = made_problem(40, 80, pattern=pattern, rank=4)
     result = ThreeBasil().solve(problem)
     assert_valid(problem, result)
@@ -207,7 +207,7 @@ def test_other_densities(pattern):
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:24", "50%", "60%/row"])
 @pytest.mark.parametrize("tile_rows", [1, 50, 64, 159])
-def test_tiles_make_the_same_steps(pattern, tile_rows):
+def test_tiles_make_the_same_steps(pattern: str, tile_rows: int) -> None:
     problem = made_problem(160, 96, pattern=pattern, rank=16)
     whole = ThreeBasil(precision="float32", max_iterations=8).solve(problem)
     tiled = ThreeBasil(precision="float32", max_iterations=8, tile_rows=tile_rows).solve(problem)
@@ -218,7 +218,7 @@ def test_tiles_make_the_same_steps(pattern, tile_rows):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%", "60%/row"])
-def test_tiles_change_nothing_without_a_low_rank_part(pattern, precision):
+def test_tiles_change_nothing_without_a_low_rank_part(pattern: str, precision: str) -> None:
     problem = made_problem(160, 96, pattern=pattern, rank=0)
     whole = ThreeBasil(precision=precision).solve(problem)
     tiled = ThreeBasil(precision=precision, tile_rows=50).solve(problem)
@@ -228,7 +228,7 @@ def test_tiles_change_nothing_without_a_low_rank_part(pattern, precision):
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
-def test_tiles_cost_no_loss(pattern):
+def test_tiles_cost_no_loss(pattern: str) -> None:
     """U·V makes much of rounding: a weight changed by 1e-7 changes a loss here by up to 7 %, either way."""
     problems = [made_problem(160, 96, pattern=pattern, rank=16, seed=seed) for seed in range(4)]
     whole = sum(error(p, ThreeBasil().solve(p)) for p in problems)
@@ -237,14 +237,14 @@ def test_tiles_cost_no_loss(pattern):
 
 
 @pytest.mark.parametrize("tile_rows", [48, 1000])
-def test_one_tile_of_all_rows_is_the_whole_layer(tile_rows):
+def test_one_tile_of_all_rows_is_the_whole_layer(tile_rows: int) -> None:
     problem = made_problem()
     whole, tiled = ThreeBasil().solve(problem), ThreeBasil(tile_rows=tile_rows).solve(problem)
     for name in ("S", "U", "V"):
         assert torch.equal(getattr(whole, name), getattr(tiled, name))
 
 
-def test_a_tiled_solve_is_deterministic_and_leaves_the_problem_as_it_was():
+def test_a_tiled_solve_is_deterministic_and_leaves_the_problem_as_it_was() -> None:
     problem = made_problem()
     weight, gram = problem.weight.clone(), problem.gram.clone()
     first, second = (ThreeBasil(tile_rows=20).solve(problem) for _ in range(2))
@@ -254,7 +254,7 @@ def test_a_tiled_solve_is_deterministic_and_leaves_the_problem_as_it_was():
     assert torch.equal(problem.gram, gram)
 
 
-def test_dead_inputs_get_nothing_in_tiles_either():
+def test_dead_inputs_get_nothing_in_tiles_either() -> None:
     problem = made_problem(rank=4)
     dead = torch.zeros(64, dtype=torch.bool)
     dead[[0, 8, 9, 10, 11]] = True
@@ -271,7 +271,7 @@ def test_dead_inputs_get_nothing_in_tiles_either():
     assert error(problem, result) < 0.1
 
 
-def test_tiles_of_no_rows_are_refused():
+def test_tiles_of_no_rows_are_refused() -> None:
     with pytest.raises(InputError, match="tile_rows 0 must be at least 1"):
         ThreeBasil(tile_rows=0).solve(made_problem())
 
@@ -280,7 +280,9 @@ def test_tiles_of_no_rows_are_refused():
 @pytest.mark.parametrize("pattern", ["2:4", "50%", "50%/row"])
 @pytest.mark.parametrize("tile_rows", [None, 64, 256])
 @pytest.mark.parametrize(("o", "d"), [(1536, 512), (512, 1024)])
-def test_planned_memory_is_what_a_solve_takes(o, d, tile_rows, pattern, precision):
+def test_planned_memory_is_what_a_solve_takes(
+    o: int, d: int, tile_rows: int | None, pattern: str, precision: str
+) -> None:
     torch.manual_seed(0)
     X = torch.randn(2 * d, d)
     problem = LinearProblem("made", torch.randn(o, d), X.T @ X, parse_pattern(pattern), 16)
@@ -290,7 +292,7 @@ def test_planned_memory_is_what_a_solve_takes(o, d, tile_rows, pattern, precisio
     assert 0.83 * planned <= peak <= planned  # a level a row takes less than groups
 
 
-def test_plan_figures_grow_with_what_they_count():
+def test_plan_figures_grow_with_what_they_count() -> None:
     assert solve_bytes(64, 32, 8) < solve_bytes(128, 32, 8) < solve_bytes(128, 64, 8) < solve_bytes(128, 64, 32)
     assert solve_bytes(512, 64, 8, 64) < solve_bytes(512, 64, 8, 128) < solve_bytes(512, 64, 8)
     assert solve_bytes(512, 64, 8) == solve_bytes(512, 64, 8, 512)
@@ -307,7 +309,7 @@ def test_plan_figures_grow_with_what_they_count():
     by_row=st.booleans(),
     gpu=st.booleans(),
 )
-def test_the_largest_tile_that_fits_is_chosen(o, d, rank, share, by_row, gpu):
+def test_the_largest_tile_that_fits_is_chosen(o: int, d: int, rank: int, share: float, by_row: bool, gpu: bool) -> None:
     how = {"by_row": by_row, "gpu": gpu}
     workspace = int(share * solve_bytes(o, d, rank, **how))
     tile = tile_rows_for(o, d, rank, workspace, **how)
@@ -327,7 +329,7 @@ def test_the_largest_tile_that_fits_is_chosen(o, d, rank, share, by_row, gpu):
 # Matrices that real models surprise with
 
 
-def test_rank_beyond_the_shape_is_clipped_with_a_warning():
+def test_rank_beyond_the_shape_is_clipped_with_a_warning() -> None:
     problem = made_problem(12, 32, rank=40)
     result = ThreeBasil().solve(problem)
     assert_valid(problem, result)
@@ -336,7 +338,7 @@ def test_rank_beyond_the_shape_is_clipped_with_a_warning():
     assert error(problem, result) < 1e-5
 
 
-def test_dead_inputs_get_nothing_and_change_nothing_else():
+def test_dead_inputs_get_nothing_and_change_nothing_else() -> None:
     problem = made_problem(rank=4)
     gram = problem.gram.clone()
     dead = torch.zeros(64, dtype=torch.bool)
@@ -353,7 +355,7 @@ def test_dead_inputs_get_nothing_and_change_nothing_else():
     assert error(with_dead, result) < 0.1
 
 
-def test_all_inputs_dead():
+def test_all_inputs_dead() -> None:
     problem = dataclasses.replace(made_problem(), gram=torch.zeros(64, 64))
     result = ThreeBasil().solve(problem)
     assert_valid(problem, result)
@@ -362,7 +364,7 @@ def test_all_inputs_dead():
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
-def test_a_zero_weight_stays_zero(pattern, rank):
+def test_a_zero_weight_stays_zero(pattern: str, rank: int) -> None:
     problem = dataclasses.replace(made_problem(pattern=pattern, rank=rank), weight=torch.zeros(48, 64))
     result = ThreeBasil().solve(problem)
     assert_valid(problem, result)
@@ -370,7 +372,7 @@ def test_a_zero_weight_stays_zero(pattern, rank):
     assert error(problem, result) == 0
 
 
-def test_a_weight_with_zero_rows_and_columns():
+def test_a_weight_with_zero_rows_and_columns() -> None:
     problem = made_problem()
     weight = problem.weight.clone()
     weight[3] = 0
@@ -381,7 +383,7 @@ def test_a_weight_with_zero_rows_and_columns():
     assert error(problem, result) < 0.1
 
 
-def test_a_weight_that_is_sparse_already_is_kept():
+def test_a_weight_that_is_sparse_already_is_kept() -> None:
     problem = made_problem()
     sparse = problem.weight * problem.pattern.project(problem.weight)
     problem = dataclasses.replace(problem, weight=sparse)
@@ -391,7 +393,7 @@ def test_a_weight_that_is_sparse_already_is_kept():
 
 
 @pytest.mark.parametrize("samples", [1, 3, 40])
-def test_grams_of_too_few_samples(samples):
+def test_grams_of_too_few_samples(samples: int) -> None:
     torch.manual_seed(0)
     X = torch.randn(samples, 64)
     problem = dataclasses.replace(made_problem(), gram=X.T @ X)
@@ -400,7 +402,7 @@ def test_grams_of_too_few_samples(samples):
     assert error(problem, result) < 0.1
 
 
-def test_a_gram_that_is_all_but_singular_twice_over():
+def test_a_gram_that_is_all_but_singular_twice_over() -> None:
     problem = made_problem()
     X = torch.randn(200, 32)
     X = torch.cat((X, X), 1) * torch.logspace(-4, 4, 64)  # duplicate inputs, eight decades of scale
@@ -411,7 +413,7 @@ def test_a_gram_that_is_all_but_singular_twice_over():
 
 
 @pytest.mark.parametrize("factor", [1e-20, 1e-8, 1e8, 1e14])
-def test_loss_is_blind_to_the_scale_of_inputs_and_weights(factor):
+def test_loss_is_blind_to_the_scale_of_inputs_and_weights(factor: float) -> None:
     problem = made_problem()
     expected = error(problem, FLOAT32.solve(problem))
     scaled_gram = dataclasses.replace(problem, gram=problem.gram * factor)
@@ -421,7 +423,7 @@ def test_loss_is_blind_to_the_scale_of_inputs_and_weights(factor):
     assert error(scaled_weight, FLOAT32.solve(scaled_weight)) == pytest.approx(expected, rel=0.05)
 
 
-def test_a_failed_factorization_raises_the_damping_and_says_so():
+def test_a_failed_factorization_raises_the_damping_and_says_so() -> None:
     problem = made_problem()
     values, vectors = torch.linalg.eigh(problem.gram)
     values[:3] = -0.01 * problem.gram.diagonal().mean()  # as a Gram summed in too low a precision may have
@@ -435,14 +437,14 @@ def test_a_failed_factorization_raises_the_damping_and_says_so():
 
 
 @pytest.mark.parametrize("gram", [1e6 * (1 - torch.eye(64)) + torch.eye(64), -torch.eye(64)])
-def test_what_is_no_gram_is_refused(gram):
+def test_what_is_no_gram_is_refused(gram: torch.Tensor) -> None:
     with pytest.raises(InputError, match=r"layers\.0\.made: its Gram matrix"):
         ThreeBasil().solve(dataclasses.replace(made_problem(), gram=gram))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["weight", "gram"])
-def test_non_finite_values_are_refused_by_layer(where, bad):
+def test_non_finite_values_are_refused_by_layer(where: str, bad: float) -> None:
     problem = made_problem()
     broken = getattr(problem, where).clone()
     broken[2, 5] = bad
@@ -450,7 +452,7 @@ def test_non_finite_values_are_refused_by_layer(where, bad):
         ThreeBasil().solve(dataclasses.replace(problem, **{where: broken}))
 
 
-def test_shapes_that_do_not_fit_are_refused_by_layer():
+def test_shapes_that_do_not_fit_are_refused_by_layer() -> None:
     problem = made_problem()
     with pytest.raises(InputError, match=r"made: the weight is 48×64, so its Gram matrix must be 64×64, not 32×32"):
         ThreeBasil().solve(dataclasses.replace(problem, gram=torch.eye(32)))
@@ -461,7 +463,7 @@ def test_shapes_that_do_not_fit_are_refused_by_layer():
 
 
 @pytest.mark.parametrize(("o", "d"), [(1, 8), (2, 4), (200, 8), (3, 1024)])
-def test_extreme_shapes(o, d):
+def test_extreme_shapes(o: int, d: int) -> None:
     torch.manual_seed(0)
     X = torch.randn(50, d)
     problem = LinearProblem("odd", torch.randn(o, d), X.T @ X, parse_pattern("2:4"), 2)

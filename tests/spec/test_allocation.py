@@ -165,7 +165,7 @@ def test_outliers_are_counted_as_the_paper_defines_them(times: float) -> None:
         linears.append((torch.randn(o, d, generator=generator) ** 3, X))
     share = outlier_share([(W, X.square().sum(0)) for W, X in linears], times)
     assert 0 < share < 0.5
-    assert share == pytest.approx(reference.outlier_share(linears, times), abs=2e-5)  # of 80,000 weights one or two
+    assert share == pytest.approx(reference.outlier_ratio(linears, times), abs=2e-5)  # of 80,000 weights one or two
 
 
 # By name

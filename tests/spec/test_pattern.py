@@ -25,7 +25,9 @@ def scored(draw: st.DrawFn) -> tuple[str, torch.Tensor]:
 
 @settings(max_examples=150, deadline=None)
 @given(scored())
-def test_project_keeps_exactly_as_many_as_allowed_and_none_smaller_than_a_dropped_one(case):
+def test_project_keeps_exactly_as_many_as_allowed_and_none_smaller_than_a_dropped_one(
+    case: tuple[str, torch.Tensor],
+) -> None:
     text, scores = case
     pattern = parse_pattern(text)
     kept = pattern.project(scores)
@@ -51,7 +53,7 @@ def test_project_keeps_exactly_as_many_as_allowed_and_none_smaller_than_a_droppe
 
 @settings(max_examples=60, deadline=None)
 @given(scored())
-def test_project_is_the_same_for_every_layout_and_a_fixed_point(case):
+def test_project_is_the_same_for_every_layout_and_a_fixed_point(case: tuple[str, torch.Tensor]) -> None:
     text, scores = case
     pattern = parse_pattern(text)
     kept = pattern.project(scores)
@@ -61,7 +63,7 @@ def test_project_is_the_same_for_every_layout_and_a_fixed_point(case):
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-def test_project_and_marker_agree_with_topk_without_ties(text):
+def test_project_and_marker_agree_with_topk_without_ties(text: str) -> None:
     torch.manual_seed(0)
     scores = torch.randn(6, 160)
     pattern = parse_pattern(text)
@@ -72,7 +74,7 @@ def test_project_and_marker_agree_with_topk_without_ties(text):
 
 
 @pytest.mark.parametrize("text", ["2:4", "5:32", "50%", "30%/row"])
-def test_ties_leave_from_the_end_also_where_they_are_looked_at_piece_by_piece(text):
+def test_ties_leave_from_the_end_also_where_they_are_looked_at_piece_by_piece(text: str) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(-2, 3, (400, 320), generator=generator).float()
     pattern = parse_pattern(text)
@@ -84,7 +86,7 @@ def test_ties_leave_from_the_end_also_where_they_are_looked_at_piece_by_piece(te
 
 
 @pytest.mark.parametrize("text", ["70%", "90%"])
-def test_the_unstructured_marker_follows_the_share_as_scores_change(text):
+def test_the_unstructured_marker_follows_the_share_as_scores_change(text: str) -> None:
     torch.manual_seed(0)
     pattern = parse_pattern(text)
     scores = torch.randn(64, 64)
@@ -95,7 +97,7 @@ def test_the_unstructured_marker_follows_the_share_as_scores_change(text):
     assert abs(marked.mean().item() - pattern.density) < 0.005
 
 
-def test_the_marker_of_rows_follows_the_share_of_each_in_tiles_of_rows_and_columns():
+def test_the_marker_of_rows_follows_the_share_of_each_in_tiles_of_rows_and_columns() -> None:
     torch.manual_seed(0)
     pattern = parse_pattern("75%/row")
     before, after = torch.randn(8, 64), torch.randn(8, 64) * torch.logspace(-3, 3, 8)[:, None]
@@ -120,17 +122,17 @@ def test_the_marker_of_rows_follows_the_share_of_each_in_tiles_of_rows_and_colum
         ("2:4", [[1, 1, 0, 0, 1, 0]], "6 columns are not a multiple of 4"),
     ],
 )
-def test_check_says_what_is_wrong(text, support, says):
+def test_check_says_what_is_wrong(text: str, support: list[list[int]], says: str) -> None:
     assert says in (parse_pattern(text).check(torch.tensor(support, dtype=torch.bool)) or "")
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-def test_fewer_than_allowed_is_fine(text):
+def test_fewer_than_allowed_is_fine(text: str) -> None:
     assert parse_pattern(text).check(torch.zeros(4, 160, dtype=torch.bool)) is None
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
-def test_n_of_m_text_round_trips(n, m):
+def test_n_of_m_text_round_trips(n: int, m: int) -> None:
     if n < m:
         assert str(parse_pattern(f"{n}:{m}")) == f"{n}:{m}"
         assert parse_pattern(f" {n}:{m} ") == NofM(n, m)
@@ -141,7 +143,7 @@ def test_n_of_m_text_round_trips(n, m):
 
 
 @given(st.integers(1, 9999))
-def test_percent_text_round_trips(hundredths):
+def test_percent_text_round_trips(hundredths: int) -> None:
     text = f"{hundredths / 100:g}%"
     pattern = parse_pattern(text)
     assert str(pattern) == text
@@ -154,12 +156,12 @@ def test_percent_text_round_trips(hundredths):
 @pytest.mark.parametrize(
     "text", ["", "24", "2:4:8", "0:4", "4:4", "-1:4", "50", "0%", "100%", "120%", "x%", "2/4", "0%/row", "50%/column"]
 )
-def test_what_is_no_pattern_is_refused_by_name(text):
+def test_what_is_no_pattern_is_refused_by_name(text: str) -> None:
     with pytest.raises(InputError):
         parse_pattern(text)
 
 
-def test_a_width_that_m_does_not_divide_is_refused_by_layer():
+def test_a_width_that_m_does_not_divide_is_refused_by_layer() -> None:
     with pytest.raises(InputError, match=r"layers\.3\.q_proj.*2:4.*multiple of 4.*8×10"):
         parse_pattern("2:4").require_fits("layers.3.q_proj", (8, 10))
     parse_pattern("2:4").require_fits("q", (8, 12))

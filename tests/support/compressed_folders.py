@@ -1,17 +1,25 @@
-"""Compressed folders as `run` leaves them, made in a moment: pruned by magnitude, U and V random."""
+"""Compressed folders as `run` writes them, made in a moment, and what tests read and change in such folders."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from streamslr.io.durable import file_sha256
 from streamslr.io.folder import write_auxiliary_files, write_block, write_index, write_non_block
 from streamslr.io.packing import pack
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.spec.pattern import parse_pattern
 from tests.support.tiny_models import tiny_checkpoint
+
+BLOCK = "model-block-00000.safetensors"
 
 
 def compressed_folder(
@@ -22,7 +30,19 @@ def compressed_folder(
     blocks: int | None = None,
     **model: Any,
 ) -> Path:
-    """folder/slr, of a tiny model in folder/dense; `blocks`: only so many are done. `model`: of tiny_checkpoint."""
+    """Make a tiny checkpoint in folder/dense and compress it to folder/slr, by magnitude, U and V random.
+
+    Args:
+        folder: Folder for both.
+        architecture: Model type of transformers.
+        pattern: Sparsity pattern of S.
+        rank: Rank of U·V.
+        blocks: Number of blocks that are done; all by default.
+        **model: Arguments of `tiny_checkpoint`.
+
+    Returns:
+        The compressed folder.
+    """
     checkpoint = open_checkpoint(str(tiny_checkpoint(folder / "dense", architecture, **model)))
     parsed = parse_pattern(pattern)
     blockwise = BlockwiseModel(checkpoint, torch.float32, torch.device("cpu"))
@@ -47,12 +67,43 @@ def compressed_folder(
 
 
 def dense_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The whole model holding S + U·V, put together by the reader that `streamslr eval` uses."""
+    """Return the whole model with S + U·V merged, read as `streamslr eval` reads it."""
     checkpoint = open_checkpoint(str(folder))
     config = checkpoint.config
     del config.quantization_config
     architecture = type(AutoModelForCausalLM.from_config(config))
-    model: PreTrainedModel = architecture.from_pretrained(
+    model = architecture.from_pretrained(
         None, config=config, state_dict=checkpoint.read(checkpoint.tensors), dtype=torch.float32
     )
-    return model.to(dtype).eval()
+    made: PreTrainedModel = model.to(dtype).eval()
+    return made
+
+
+def file_contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a folder, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run_contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file of a run; of the journal all but the measurements, which differ between runs."""
+    files = file_contents(folder)
+    journal = json.loads(files["streamslr.json"])
+    for part in (journal, *journal["blocks"]):
+        part["measured"] = None
+    return files | {"streamslr.json": json.dumps(journal).encode()}
+
+
+def rewrite_block(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors of BLOCK; index and journal agree with the new shard, so that only its content is wrong."""
+    path = folder / BLOCK
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if v != BLOCK} | dict.fromkeys(tensors, BLOCK)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    journal = json.loads((folder / "streamslr.json").read_text())
+    journal["blocks"][0]["shard"] |= {"sha256": file_sha256(path), "nbytes": path.stat().st_size}
+    (folder / "streamslr.json").write_text(json.dumps(journal))

@@ -91,7 +91,7 @@ def _child(settings: dict[str, Any], die_at: int | None, counting: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         steps += 1
 
-    def watched(owner: type, name: str) -> None:
+    def watched(owner: Any, name: str) -> None:
         original: Callable[..., Any] = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ def _child(settings: dict[str, Any], die_at: int | None, counting: str) -> None:
 
         setattr(owner, name, call)
 
-    points = {
+    points: dict[str, list[tuple[Any, str]]] = {
         "renames": [(Path, "replace")],
         "work": [(OnDisk, "_store"), (BlockwiseModel, "run_block"), (ThreeBasil, "solve"), (os, "fsync")],
     }

@@ -53,4 +53,4 @@ def peak_of(work: Callable[[], object]) -> int:
         work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(held)
+    return int(max(held))

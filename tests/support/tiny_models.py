@@ -118,7 +118,8 @@ def tiny_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32, see
                     parameter.copy_(centre + 0.1 * torch.randn_like(parameter))
                 else:
                     parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
-    return model.to(dtype).eval()
+    made: PreTrainedModel = model.to(dtype).eval()
+    return made
 
 
 @cache

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from tests.support.killing import compress_in_child
-from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SIZES = ["--samples", "6", "--seq-len", "16", "--eval-windows", "4", "--set", "match_epochs=2"]
@@ -19,21 +18,19 @@ WANDA = {"method": "wanda", "pattern": "2:4", "rank": 0, "matched": False, "seed
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    text = folder / "text.txt"
-    text.write_text(TEXT * 20)
-    return {"model": tiny_checkpoint(folder / "llama", layers=2), "calibration": text}
+def inputs(llama: Path, text: Path) -> dict[str, Path]:
+    return {"model": llama, "calibration": text}
 
 
 def compare(inputs: dict[str, Path], out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    given = ["--model", inputs["model"], "--calibration", inputs["calibration"], "--text", inputs["calibration"]]
-    line = [sys.executable, ROOT / "tools" / "compare.py", *given, *SIZES, "--out", out, *more]
+    line: list[str | Path] = [sys.executable, ROOT / "tools" / "compare.py", "--model", inputs["model"]]
+    line += ["--calibration", inputs["calibration"], "--text", inputs["calibration"], *SIZES, "--out", out, *more]
     return subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    return json.loads(out.with_suffix(".json").read_text())["rows"]
+    found: list[dict[str, Any]] = json.loads(out.with_suffix(".json").read_text())["rows"]
+    return found
 
 
 @pytest.fixture(scope="module")
