@@ -9,6 +9,7 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.spec.pattern import SparsityPattern
+from streamslr.tensors import count_not_finite, is_finite
 
 # The official 3BASiL defaults (arXiv 2603.01376): a share of each input's own energy, and of the mean one.
 DAMPING = 0.005
@@ -99,9 +100,8 @@ def validate(problem: LinearProblem) -> tuple[int, list[str]]:
     problem.pattern.require_fits(name, (o, d))
     for what, tensor in (("weight", problem.weight), ("Gram matrix", problem.gram)):
         if not is_finite(tensor):
-            count = int((~tensor.isfinite()).sum())
             raise InputError(
-                f"{name}: {count} of {tensor.numel()} values of its {what} are NaN or infinite; check the "
+                f"{name}: {count_not_finite(tensor)} of {tensor.numel()} values of its {what} are NaN or infinite; check the "
                 f"checkpoint, and the calibration for overflow"
             )
     if bool((problem.gram.diagonal() < 0).any()):
@@ -120,14 +120,6 @@ def keep_weight(problem: LinearProblem, rank: int, warnings: list[str]) -> Spars
     o, d = problem.weight.shape
     U, V = problem.weight.new_zeros(o, rank), problem.weight.new_zeros(rank, d)
     return SparseLowRank(problem.weight.clone(), U, V, 0, 1.0, tuple(warnings))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Without a mask as large as the tensor."""
-    if not tensor.numel():
-        return True
-    low, high = tensor.aminmax()
-    return bool(low.isfinite() & high.isfinite())
 
 
 def relative_error(weight: Tensor, gram: Tensor, approximation: Tensor) -> float:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError, StreamslrError
-from streamslr.solvers.base import LinearProblem, SparseLowRank, damping_diagonal, is_finite, keep_weight, validate
+from streamslr.solvers.base import LinearProblem, SparseLowRank, damping_diagonal, keep_weight, validate
 from streamslr.solvers.low_rank import balance_factors
+from streamslr.tensors import is_finite
 
 # A Gram matrix that still has no Cholesky factor with this much damping is no Gram matrix.
 _DAMPING_LIMIT = 1e6

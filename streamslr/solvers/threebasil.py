@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError, StreamslrError
-from streamslr.solvers.base import LinearProblem, SparseLowRank, damping_diagonal, is_finite, keep_weight, validate
+from streamslr.solvers.base import LinearProblem, SparseLowRank, damping_diagonal, keep_weight, validate
 from streamslr.solvers.low_rank import balance_factors
+from streamslr.tensors import is_finite
 
 # Elements of a slice of the elementwise passes: on the CPU five float32 slices stay in a 2 MiB cache; on a GPU
 # they fill the device, and the temporaries of the projection stay small (size chosen, not measured).
