@@ -1,16 +1,23 @@
 """3BASiL in the fast form: one product an iteration finds S and U·V together (arXiv 2603.01376)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from streamslr.errors import InputError, StreamslrError
-from streamslr.solvers.base import LinearProblem, SparseLowRank, damping_diagonal, keep_weight, validate
+from streamslr.solvers.base import (
+    Damping,
+    LinearProblem,
+    SparseLowRank,
+    damp_until_positive_definite,
+    keep_weight,
+    require_finite,
+    validate,
+)
 from streamslr.solvers.low_rank import balance_factors
-from streamslr.tensors import is_finite
 
 # Elements of a slice of the elementwise passes: on the CPU five float32 slices stay in a 2 MiB cache; on a GPU
 # they fill the device, and the temporaries of the projection stay small (size chosen, not measured).
@@ -19,8 +26,6 @@ _SLICE, _SLICE_ON_GPU = 1 << 16, 1 << 22
 SMALLEST_TILE = 64
 # Subspace steps where accuracy is worth more than time: for the start and for the last fit of U·V.
 _CAREFUL_STEPS = 4
-# A Gram matrix that still has no Cholesky factor with this much damping is no Gram matrix.
-_DAMPING_LIMIT = 1e6
 # Bytes that MKL and oneDNN pack operands into, and that malloc leaves between buffers (measured, 1024 to 4096).
 _LIBRARY_SCRATCH = 32 << 20
 # The support is looked at every so many iterations.
@@ -74,17 +79,13 @@ class ThreeBasil:
         rank, warnings = validate(problem)
         if problem.pattern.check(problem.weight != 0) is None:
             return keep_weight(problem, rank, warnings)
-        metric = _metric(problem)
-        if metric.damping > 1:
-            warnings.append(
-                f"{problem.name}: the Gram matrix had no Cholesky factor; its damping was raised "
-                f"{metric.damping:g} times"
-            )
+        metric = _metric(problem, warnings)
         low = torch.bfloat16 if self._low_precision(problem.weight.device) else torch.float32
         state = _Admm(problem, metric, rank, low, self._tile_rows(problem, rank))
         if not self._iterate(state):
             warnings.append(f"{problem.name}: the support had not settled after {state.iterations} iterations")
         S, U, V = state.finish()
+        require_finite(problem, S, U, V)
         return SparseLowRank(S, U, V, state.iterations, metric.damping, tuple(warnings))
 
     def peak_bytes(
@@ -389,8 +390,6 @@ class _Admm:
         V = (self.B / scale[:, None]).t()
         V[:, dead] = 0
         U, V = balance_factors(self.U, V)
-        if not (is_finite(S) and is_finite(U) and is_finite(V)):
-            raise StreamslrError(f"{self.name}: the iteration diverged; try precision float32 or a lower momentum")
         return S, U, V
 
     def _sums(self) -> Tensor:
@@ -423,24 +422,18 @@ class _Admm:
             self.B = rest_times(self.U)
 
 
-def _metric(problem: LinearProblem) -> _Metric:
-    """The metric, its damping raised tenfold until the Gram matrix has a Cholesky factor."""
-    multiplier = 1.0
-    while multiplier <= _DAMPING_LIMIT:
-        added, dead = damping_diagonal(problem.gram, multiplier)
-        scale = (problem.gram.diagonal() + added).sqrt()
-        if bool((scale > 0).all()):
-            metric = _Metric(problem.gram, added, scale, dead, multiplier)
-            inverse = metric.inverse(0)
-            if inverse is not None:
-                # Optimal Brain Surgeon: leaving out w_j costs w_j² / [H⁻¹]_jj when the others adapt.
-                saliency = scale * inverse.diagonal().rsqrt()
-                return _Metric(problem.gram, added, saliency, dead, multiplier)
-        multiplier *= 10
-    raise InputError(
-        f"{problem.name}: its Gram matrix is not positive semidefinite, even with {_DAMPING_LIMIT:g} times the "
-        f"damping; was it summed over real inputs?"
-    )
+def _metric(problem: LinearProblem, warnings: list[str]) -> _Metric:
+    """Return the metric, its inputs scaled by Optimal Brain Surgeon's saliency, with the least damping that works."""
+
+    def scale_by_saliency(damping: Damping) -> _Metric | None:
+        metric = _Metric(problem.gram, damping.added, damping.scale, damping.dead, damping.multiplier)
+        inverse = metric.inverse(0)
+        if inverse is None:
+            return None
+        # Leaving out w_j costs w_j² / [H⁻¹]_jj when the others adapt.
+        return replace(metric, scale=damping.scale * inverse.diagonal().rsqrt())
+
+    return damp_until_positive_definite(problem, scale_by_saliency, warnings)
 
 
 def _inverse_(matrix: Tensor) -> Tensor | None:

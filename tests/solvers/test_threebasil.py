@@ -48,7 +48,7 @@ def projection_and_dual(state: _Admm) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("tile_rows", [None, 20])
 def test_the_sparse_step_is_the_textbook_step(tile_rows):
     problem = made_problem()
-    metric = _metric(problem)
+    metric = _metric(problem, [])
     state = _Admm(problem, metric, 4, torch.float32, tile_rows)
     rho = 0.7
     state.set_inverse(rho)
@@ -73,7 +73,7 @@ def test_the_sparse_step_is_the_textbook_step(tile_rows):
 def test_s_and_u_v_are_the_minimum_together(tile_rows):
     """Of the augmented Lagrangian for D and Y: what the paper's steps 1 and 4 creep to when they take turns."""
     problem = made_problem(rank=3)
-    metric = _metric(problem)
+    metric = _metric(problem, [])
     state = _Admm(problem, metric, 3, torch.float32, tile_rows)
     rho = 0.5
     state.set_inverse(rho)
@@ -100,7 +100,7 @@ def test_s_and_u_v_are_the_minimum_together(tile_rows):
 @pytest.mark.parametrize("tile_rows", [None, 20])
 def test_the_dual_is_rescaled_when_rho_changes(tile_rows):
     problem = made_problem()
-    metric = _metric(problem)
+    metric = _metric(problem, [])
     plain, shrunk = (_Admm(problem, metric, 0, torch.float32, tile_rows) for _ in range(2))
     for state in (plain, shrunk):
         state.set_inverse(0.7)
