@@ -100,9 +100,7 @@ def test_damping_is_raised_tenfold_until_there_is_a_factor(failures: int):
 
 
 def test_a_gram_that_no_damping_helps_is_refused():
-    with pytest.raises(
-        InputError, match=r"layers\.0\.made: its Gram matrix is not positive semidefinite, even with"
-    ):
+    with pytest.raises(InputError, match=r"layers\.0\.made: its Gram matrix is not positive semidefinite, even with"):
         damp_until_positive_definite(made_problem(), lambda _: None, [])
 
 
