@@ -8,7 +8,7 @@ from torch import Tensor
 
 from streamslr.errors import StreamslrError
 from streamslr.solvers.scaled import ScaledLinear
-from streamslr.spec.pattern import largest_of_rows
+from streamslr.spec.selection import largest_of_rows
 
 
 @dataclass(frozen=True)

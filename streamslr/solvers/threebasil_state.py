@@ -177,7 +177,7 @@ class AdmmState:
                 torch.mul(part.X, self.marker.mark_(part.X.abs().t(), tile.rows).t(), out=part.D)
                 torch.neg(part.D, out=part.X)
                 self._keep(part)
-        self.marker.settle()
+        self.marker.end_pass()
         self.buffer = torch.empty(d, d, device=self.weight.device)
         self.M = self.buffer  # ρ (G + ρI)⁻¹, after set_inverse
 
@@ -282,7 +282,7 @@ class AdmmState:
                     Z.mul_(dual_scale)
                 Z.sub_(part.D, alpha=1 + dual_scale)  # dual_scale·Y − D, for Y = Z − D
                 self._keep(part)
-        self.marker.settle()
+        self.marker.end_pass()
         self.iterations += 1
         return float(moved / num_kept.clamp_min(1)) if count_moved else 0.0
 

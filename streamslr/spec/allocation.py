@@ -130,8 +130,8 @@ def by_outliers(
             f"--owl {spread:g} is too much around {mean}: the sparsity of every block must lie between 0% and 100%"
         )
     if outliers is None:
-        return [_at_density(mean, mean.density + spread)] * len(sizes)
-    return [_at_density(mean, mean.density + spread * part) for part in lean]
+        return [mean.with_density(mean.density + spread)] * len(sizes)
+    return [mean.with_density(mean.density + spread * part) for part in lean]
 
 
 @torch.no_grad()
@@ -178,17 +178,12 @@ def parameter_fraction(allocation: Allocation, blocks: Iterable[Linears]) -> flo
 
 
 def in_words(specs: Iterable[LinearSpec]) -> str:
-    """Patterns and ranks for a table: "2:4 + rank 64", "52%–68% + rank 4–17"."""
+    """Return patterns and ranks for a table: "2:4 + rank 64", "52%–68% + rank 4–17"."""
     chosen = set(specs)
-    patterns = [_short(pattern) for pattern in sorted({t.pattern for t in chosen}, key=lambda p: (-p.density, str(p)))]
-    ranks = [str(rank) for rank in sorted({t.rank for t in chosen})]
+    by_density = sorted({spec.pattern for spec in chosen}, key=lambda pattern: (-pattern.density, str(pattern)))
+    patterns = [pattern.short_text() for pattern in by_density]
+    ranks = [str(rank) for rank in sorted({spec.rank for spec in chosen})]
     return " + rank ".join("–".join(dict.fromkeys((some[0], some[-1]))) for some in (patterns, ranks))
-
-
-def _short(pattern: SparsityPattern) -> str:
-    """Its text, of a share with no more than four digits."""
-    share, percent, kind = str(pattern).partition("%")
-    return f"{float(share):.4g}{percent}{kind}" if percent else share
 
 
 def file_digest(path: Path | None) -> str | None:
@@ -207,17 +202,11 @@ def _linear_spec(config: RunConfig, share: SparsityPattern, shape: tuple[int, in
     ratio = config.rank_ratio
     kept, pattern = share.density, share
     if config.compression:
-        pattern = _at_density(share, (1 - ratio) * kept)
+        pattern = share.with_density((1 - ratio) * kept)
     else:  # S alone has the pattern's density
         kept /= 1 - ratio
     o, d = shape
     return LinearSpec(pattern, floor(ratio * kept * o * d / (o + d) + 1e-9))  # 16 may come out as 15.999…
-
-
-def _at_density(pattern: SparsityPattern, density: float) -> SparsityPattern:
-    """A pattern of shares, of whatever kind, at another share; through its text, which is all that shards keep."""
-    kind = str(pattern).partition("%")[2]
-    return parse_pattern(f"{100 * (1 - density):.6g}%{kind}")
 
 
 def _by_name(config: RunConfig) -> dict[str, dict[str, Any]]:
