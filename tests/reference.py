@@ -291,7 +291,7 @@ def match(
 # How sparse each block may be
 
 
-def outlier_share(linears: Sequence[tuple[Tensor, Tensor]], times: float) -> float:
+def outlier_fraction(linears: Sequence[tuple[Tensor, Tensor]], times: float) -> float:
     """OWL (arXiv 2310.05175): the share of A_ij = ‖X_j‖·|W_ij| above `times` their mean; W [o, d], X [n, d] of each."""
     scores = torch.cat([(W.double().abs() * X.double().norm(dim=0)).flatten() for W, X in linears])
     return (scores > times * scores.mean()).double().mean().item()

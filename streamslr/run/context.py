@@ -36,7 +36,7 @@ from streamslr.spec.allocation import (
     from_json,
     in_words,
     parameter_fraction,
-    share_of_all,
+    parse_mean_pattern,
 )
 from streamslr.version import __version__
 
@@ -122,7 +122,7 @@ class RunContext:
 def open_run(config: RunConfig) -> RunContext:
     """Open the model and plan the run. Raises InputError for whatever headers can show to be wrong."""
     keep_no_freed_memory()
-    share, method = share_of_all(config), find_method(config.method)
+    share, method = parse_mean_pattern(config), find_method(config.method)
     device, dtype = pick_device(config.device)
     if device.type == "cuda":  # its context and libraries are host memory too
         torch.linalg.cholesky(torch.eye(8, device=device) @ torch.eye(8, device=device))

@@ -16,7 +16,7 @@ from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.run.context import RunContext
 from streamslr.run.progress import PhaseTimer
-from streamslr.spec.allocation import OUTLIER, outlier_share
+from streamslr.spec.owl import DEFAULT_OUTLIER_FACTOR, outlier_fraction
 
 log = logging.getLogger("streamslr")
 
@@ -107,7 +107,7 @@ class Passes:
             # per token, since experts see different numbers of them; one that saw none has no outliers
             energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in collector.grams()]
             scored = [(block.linears[name].weight, energy) for names, energy in energies for name in names]
-            return upcoming, outlier_share(scored, self.context.config.owl_outlier or OUTLIER)
+            return upcoming, outlier_fraction(scored, self.context.config.owl_outlier or DEFAULT_OUTLIER_FACTOR)
 
     def collect(self, block: Block, streams: Streams) -> tuple[list[Gram], HiddenStates | None]:
         """The dense pass: Gram matrices of the block, and the targets of what leaves it."""

@@ -13,7 +13,8 @@ from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import BudgetError
 from streamslr.matching import TILE
 from streamslr.solvers.base import Solver
-from streamslr.spec.allocation import SCORED_ROWS, Allocation, in_words, parameter_fraction
+from streamslr.spec.allocation import Allocation, in_words, parameter_fraction
+from streamslr.spec.owl import outlier_bytes
 
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: one window of the papers' length."""
@@ -379,8 +380,7 @@ class _Needs:
             ),
         ]
         if config.owl is not None:
-            scoring = 8 * SCORED_ROWS * widest  # some rows' scores, and their weights' magnitudes
-            surveying = self.block + activations + scores + gram_input + scoring
+            surveying = self.block + activations + scores + gram_input + outlier_bytes(widest)
             rows.insert(0, ("survey", surveying, (_READ + _WRITTEN) * hidden, forward))
         if config.match:
             micro = min(micro_batch, config.match_batch) * config.seq_len
