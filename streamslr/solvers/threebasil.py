@@ -27,9 +27,9 @@ class ThreeBasil:
         D   ← the projection of S + Y on the pattern
         Y   ← S + Y − D
 
-    ρ is constant in a stage and grows from one stage to the next, so it never falls and Σ 1/ρ converges, as the
-    paper's proof asks. The iteration ends when the support D ≠ 0 has settled; S is then the projection of S + Y, and
-    U·V the best fit of W − S.
+    ρ is constant in a stage and grows from one stage to the next, and Y is divided by its growth. So ρ never falls and
+    Σ 1/ρ converges, as the paper's proof asks. The iteration ends when the support D ≠ 0 has settled. The result is
+    the projection of S + Y, and U·V the best fit of the rest of W.
 
     Three things differ from the paper; tools/results/solver.md ("Against the paper") has what each gains:
 
@@ -52,7 +52,8 @@ class ThreeBasil:
         precision: Precision of the products with the weight's size, "bfloat16" or "float32"; "auto" takes bfloat16
             where the hardware multiplies it several times faster (AMX, CUDA from compute capability 8.0).
         tile_rows: Rows of the weight worked on at a time, None for all: less memory, more time, the same steps but for
-            rounding. `LinearProblem.workspace` chooses them where this is None.
+            rounding (tools/results/solver.md, "Rounding and precision"). `LinearProblem.workspace` chooses them where
+            this is None.
     """
 
     rho_start: float = 0.2
@@ -105,7 +106,7 @@ class ThreeBasil:
     def peak_bytes(
         self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        """Return `solve_bytes` of the tiles that the solver takes for this workspace."""
+        """Return `solve_bytes` for the tiles that the solver takes in this workspace."""
         tile_rows = self._tile_rows(o, d, rank, workspace, by_row, gpu)
         return solve_bytes(o, d, rank, tile_rows, by_row=by_row, gpu=gpu)
 
@@ -127,7 +128,7 @@ class ThreeBasil:
 
 
 def _multiplies_bfloat16_faster(device: torch.device) -> bool:
-    """Return True where bfloat16 products run several times faster than float32 (5 times with AMX, measured)."""
+    """Return True where bfloat16 products run several times faster than float32 (AMX: 5 times, solver.md)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)

@@ -19,7 +19,7 @@ DEFAULT_PATTERN, DEFAULT_RANK = "2:4", 64
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """What a linear becomes.
+    """The pattern and the rank that a linear gets.
 
     Attributes:
         pattern: Sparsity pattern of S.
@@ -39,13 +39,13 @@ Linears = Mapping[str, tuple[int, int]]
 """Name of each linear of a block -> its weight's shape (o, d)."""
 
 Allocation = Mapping[str, LinearSpec]
-"""Name of every linear of a model -> what it becomes."""
+"""Name of every linear of a model -> its spec."""
 
 
 def allocate(
     config: RunConfig, blocks: Sequence[Linears], outliers: Sequence[float] | None = None
 ) -> dict[str, LinearSpec]:
-    """Return what every linear of a model becomes.
+    """Return the spec of every linear of a model.
 
     Args:
         config: The settings of the run.
@@ -137,7 +137,7 @@ def file_digest(path: Path | None) -> str | None:
 
 
 def _linear_spec(config: RunConfig, pattern: SparsityPattern, shape: tuple[int, int]) -> LinearSpec:
-    """Return what a linear of a block with this pattern becomes.
+    """Return the spec of a linear in a block with this pattern.
 
     With --compression ρ, (1 - ρ)·od parameters are kept (OATS, arXiv 2409.13652). U and V take the fraction κ of them
     (--rank-ratio), so r = ⌊κ(1 - ρ)·od/(o + d)⌋, and S the rest, so its sparsity is ρ + κ - ρκ. Without --compression
