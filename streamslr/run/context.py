@@ -30,7 +30,7 @@ from streamslr.spec.allocation import (
     from_json,
     in_words,
     parameter_fraction,
-    share_of_all,
+    parse_mean_pattern,
 )
 from streamslr.version import __version__
 
@@ -66,7 +66,7 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
         ResumeError: The output folder holds a run with other settings.
     """
     keep_no_freed_memory()
-    share_of_all(config)  # refuses a wrong --pattern or --compression before the model is opened
+    parse_mean_pattern(config)  # refuses a wrong --pattern or --compression before the model is opened
     method = find_method(config.method)
     device, dtype = pick_device(config.device, gpu_required)
     for sentence in idle_settings(config, device.type):
@@ -164,7 +164,7 @@ def _overridden(config: RunConfig, blockwise: BlockwiseModel, allocation: Alloca
 
 def _fingerprint(config: RunConfig, checkpoint: Checkpoint, method: Method, device: torch.device) -> Mapping[str, Any]:
     """Return what must be equal for a resume, each setting in one form however it was given ("50%" and "50.0%")."""
-    sparsity = str(share_of_all(config))
+    sparsity = str(parse_mean_pattern(config))
     return {
         "model": checkpoint.identity,
         **config.fixed(),

@@ -15,7 +15,7 @@ from streamslr.memory import release_memory, retry_on_oom
 from streamslr.model.blockwise import Block, BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.run.progress import PhaseTimer
-from streamslr.spec.allocation import OUTLIER, outlier_share
+from streamslr.spec.owl import DEFAULT_OUTLIER_FACTOR, outlier_fraction
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ class Passes:
             # Per token, since experts see different numbers of them; an expert that saw none has no outliers.
             energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in collector.grams()]
             scored = [(block.linears[name].weight, energy) for names, energy in energies for name in names]
-            return leaving, outlier_share(scored, self.config.owl_outlier or OUTLIER)
+            return leaving, outlier_fraction(scored, self.config.owl_outlier or DEFAULT_OUTLIER_FACTOR)
 
     def collect(self, block: Block, streams: Streams) -> tuple[list[Gram], HiddenStates | None]:
         """Pass the dense block; return the Gram matrices of its linears' inputs, and the block's targets."""
