@@ -107,7 +107,7 @@ def fsync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot fsync a folder, and offer nothing in its place.
+        # Some network file systems cannot fsync a folder, and offer nothing instead.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -122,7 +122,7 @@ def lock_folder(folder: Path, advice: str) -> Iterator[None]:
 
     Args:
         folder: folder to lock.
-        advice: what the user can do about a refusal, for the error message, such as "give another --out".
+        advice: advice to the user in the error message, such as "give another --out".
 
     Raises:
         ResumeError: another process holds the folder, or it cannot be made or opened.
@@ -151,7 +151,7 @@ class DiskNeed:
     """Name of the bytes in the error message."""
     nbytes: int
     advice: str
-    """What the user can do, for the error message, such as "give --out on another disk"."""
+    """Advice to the user in the error message, such as "give --out on another disk"."""
 
 
 def require_disk_space(*needs: DiskNeed) -> None:
@@ -182,7 +182,7 @@ def _named_errors(path: Path, nbytes: int) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BudgetError(
                 f"cannot write {path}: {error.strerror}; it takes {nbytes} bytes. "
-                f"Make room there, then run the same line again, or choose another folder"
+                f"Free some space there, then run the same line again, or choose another folder"
             ) from error
         raise StreamslrError(
             f"cannot write {path}: {error.strerror}; check the folder, then run the same line again"

@@ -50,7 +50,7 @@ def write_non_block(folder: Path, tensors: Iterable[TensorInfo], read: Callable[
 
     Args:
         folder: compressed folder.
-        tensors: what the dense checkpoint says of each.
+        tensors: description of each, from the dense checkpoint.
         read: reads the tensor of a name; called for one after another.
     """
     sources: list[TensorSource] = [(info.name, info.dtype, info.shape, partial(read, info.name)) for info in tensors]

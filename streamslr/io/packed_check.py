@@ -1,4 +1,4 @@
-"""Checks of one packed linear: each problem a sentence that names the first place and the number of places."""
+"""Checks of one packed linear: each problem is a sentence with the first damaged row or value and their number."""
 
 from collections.abc import Mapping
 

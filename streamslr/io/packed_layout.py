@@ -33,8 +33,8 @@ from streamslr.errors import InputError
 from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, parse_pattern
 
 FORMAT_VERSION = 3
-"""3: names in the journal (`linears`, `wanda_error`, `non_block` …); 2: metadata of n:m in digits, the same bytes of
-shards as in 3; 1: a nibble for a group of 2:4."""
+"""Version that is written. 3: new names in the journal (`linears`, `wanda_error`, `non_block` …); 2: metadata of n:m
+in digits, the same bytes of shards as in 3; 1: a nibble for a group of 2:4."""
 READABLE_VERSIONS = (2, 3)
 QUANT_METHOD = "streamslr"
 MIXED = "mixed"
@@ -140,8 +140,8 @@ class MetaCode:
 def meta_code(pattern: SparsityPattern) -> MetaCode:
     """Return how a pattern's bytes of `meta` are read.
 
-    Digits take less than a bitmask where a byte has room for more than 8 columns. For 2:4 it holds 3 groups: 2.67 bits
-    a group, of log2 6 = 2.58 that any code needs; a bitmask takes 4.
+    Digits take less than a bitmask where those of a byte describe more than 8 columns. For 2:4 a byte holds 3 groups:
+    2.67 bits a group, of log2 6 = 2.58 that any code needs; a bitmask takes 4.
     """
     if isinstance(pattern, NofM) and pattern.m <= 256:  # no byte holds a digit of a wider group: C(m, n) ≥ m
         base, count = comb(pattern.m, pattern.n), 0
@@ -237,7 +237,7 @@ def packed_linears(metadata: Mapping[str, str] | None) -> Linears:
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """What config.json says of a compressed model; the rank of each linear is read off its U."""
+    """Format of a compressed model, from its config.json. The rank of each linear is read off its U."""
 
     pattern: SparsityPattern | None
     """Pattern of all linears. None where they differ: the header of each shard names the pattern of each linear."""

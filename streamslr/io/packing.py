@@ -222,8 +222,7 @@ def _groups_of_byte(code: MetaCode, group: NofM) -> list[list[tuple[int, ...]]]:
     columns = sorted(combinations(range(group.m), group.n), key=lambda columns: columns[::-1])  # by their digit
     base, count = code.base, code.count
     return [
-        [columns[byte // base**place % base] if byte < base**count else () for place in range(count)]
-        for byte in range(256)
+        [columns[byte // base**i % base] if byte < base**count else () for i in range(count)] for byte in range(256)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Decoders: a dense weight from the tensors that a checkpoint stores in its place.
+"""Decoders: a dense weight from the tensors that a checkpoint stores instead of it.
 
 So far there is one, for linears that streamslr packed. A decoder names the weight that it gives and the stored tensors
 that it takes, so that a checkpoint shows the one and hides the others. Another stored format needs a class like

@@ -242,7 +242,7 @@ class HubRepo:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise BudgetError(
-                    f"no room for {name} of {self.repo} in the cache {constants.HF_HUB_CACHE}: free some, "
+                    f"no space for {name} of {self.repo} in the cache {constants.HF_HUB_CACHE}: free some, "
                     f"run with --evict-shards, or set HF_HUB_CACHE to another disk"
                 ) from error
             raise self._unreachable(name, error) from error
