@@ -52,8 +52,8 @@ def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Ite
     """Turn a user's mistake, a full disk or Ctrl-C into one message and an exit code, without a traceback.
 
     Args:
-        how_to_go_on: advice after an interruption; None where nothing can be continued.
-        parts: name of the finished parts that an interruption leaves.
+        how_to_go_on: Advice after an interruption; None where nothing can be continued.
+        parts: Name of the finished parts that an interruption leaves.
     """
 
     def on_terminate(*_: object) -> None:  # batch systems send SIGTERM
