@@ -1,34 +1,35 @@
-"""Command line: arguments -> RunConfig, tables and bars; the only place that prints."""
+"""Command line: an option for each setting, a command for each job; terminal.py prints."""
 
 import dataclasses
-import json
-import logging
 import os
 import shlex
-import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from streamslr.config import RunConfig, default_out, parse_bytes
-from streamslr.errors import InputError, StreamslrError
+from streamslr.errors import InputError
+from streamslr.terminal import (
+    make_console,
+    print_json,
+    print_table,
+    report_errors,
+    send_log,
+    show_bar,
+    silence_libraries,
+)
 
 # The libraries behind the commands take seconds to import, so each command imports its own: --help stays instant.
 
 # OpenMP threads that spin while they wait slow each other down where other processes want the cores: a demo run beside
 # two others took 69 s, and 22 s with short spins, which cost nothing on an idle machine. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-_INTERRUPTED = 130  # the exit code that a shell reports for a process ended by Ctrl-C
 
 
 class _Size(click.ParamType[int]):
@@ -95,10 +96,10 @@ def main() -> None:
 def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
     """Compress a model into a folder; the same line again goes on where it stopped."""
     out = settings["out"] or default_out(settings["model"])
-    with _errors_and_interrupts(f"the same line goes on in {out}"):
+    with report_errors(f"the same line goes on in {out}"):
         config = RunConfig(**settings)
-        with _logging(quiet, log_file) as console:
-            _quiet_libraries()
+        with send_log(quiet, log_file) as console:
+            silence_libraries()
             from streamslr.results.inspect import run_table
             from streamslr.results.plan_table import plan_table
             from streamslr.run.context import open_run
@@ -123,17 +124,17 @@ def plan(as_json: bool, **settings: Any) -> None:
 
     With --device cuda it plans for a GPU that this machine may lack; give --gpu-mem to hold the plan to a budget.
     """
-    with _errors_and_interrupts():
+    with report_errors():
         config = RunConfig(**settings)
-        _quiet_libraries()
+        silence_libraries()
         from streamslr.results.plan_table import plan_table
         from streamslr.run.context import open_run, require_fit
 
         context = open_run(config, gpu_required=False)
         if as_json:
-            _print_json(context.plan.as_dict())
+            print_json(context.plan.as_dict())
         else:
-            _console().print(plan_table(context.plan))
+            make_console().print(plan_table(context.plan))
         require_fit(context)
 
 
@@ -144,14 +145,14 @@ def methods(as_json: bool) -> None:
 
     The table shows paper, patterns and ranks of each, and includes methods of other installed packages.
     """
-    with _errors_and_interrupts():
+    with report_errors():
         from streamslr.solvers.methods import all_methods, methods_table
 
         found = all_methods()
         if as_json:
-            _print_json([method.as_dict() for method in found])
+            print_json([method.as_dict() for method in found])
         else:
-            _print_table(methods_table(found))
+            print_table(methods_table(found))
 
 
 @main.command()
@@ -166,20 +167,20 @@ def inspect(folder: Path, block: int | None, allocation: bool, as_json: bool) ->
 
     A table has a row per block or, with --block, a row per linear. FOLDER may be unfinished.
     """
-    with _errors_and_interrupts():
+    with report_errors():
         from streamslr.results import inspect as view
 
         state = view.read_run(folder)
         if allocation:
-            _print_json(view.get_allocation(state))
+            print_json(view.get_allocation(state))
         elif block is None and as_json:
-            _print_json(view.summary(folder, state))
+            print_json(view.summary(folder, state))
         elif block is None:
-            _print_table(view.run_table(folder, state))
+            print_table(view.run_table(folder, state))
         elif as_json:
-            _print_json(view.block_summary(folder, view.get_block(state, block)))
+            print_json(view.block_summary(folder, view.get_block(state, block)))
         else:
-            _print_table(view.block_table(folder, view.get_block(state, block)))
+            print_table(view.block_table(folder, view.get_block(state, block)))
 
 
 @main.command()
@@ -192,14 +193,14 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
     Digests, patterns, shapes and finite values are checked against the journal. FOLDER may be unfinished. The exit
     code is 1 when there is a problem.
     """
-    with _errors_and_interrupts():
-        _quiet_libraries()
+    with report_errors():
+        silence_libraries()
         from streamslr.results.verify import verify as check
 
-        with _bar("verify", shown=not (quiet or as_json)) as step:
+        with show_bar("verify", shown=not (quiet or as_json)) as step:
             result = check(folder, step)
         if as_json:
-            _print_json(dataclasses.asdict(result))
+            print_json(dataclasses.asdict(result))
         else:
             for file, problem in result.problems:
                 click.echo(f"{file}: {problem}")
@@ -222,7 +223,7 @@ def report(folder: Path, out: Path | None) -> None:
     The page shows errors, matching, time, memory and sizes, and opens without a network. FOLDER may be unfinished.
     The path of the page is printed.
     """
-    with _errors_and_interrupts():
+    with report_errors():
         from streamslr.results.report.page import write_report
 
         click.echo(str(write_report(folder, out)))
@@ -249,13 +250,13 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 
     OUT is a new folder. After an interruption the same line goes on.
     """
-    with _errors_and_interrupts(f"the same line goes on in {out}", parts="shards"):
-        _quiet_libraries()
+    with report_errors(f"the same line goes on in {out}", parts="shards"):
+        silence_libraries()
         import torch
 
         from streamslr.results import export as exporting
 
-        with _bar("export", shown=not quiet) as step:
+        with show_bar("export", shown=not quiet) as step:
             result = exporting.export(folder, out, to, getattr(torch, dtype) if dtype else None, step)
         already = f"; {result.shards - result.made} of them were there already" if result.made < result.shards else ""
         click.echo(f"{out}: {result.shards} shards, {result.nbytes:,} bytes, read back and equal{already}")
@@ -301,11 +302,11 @@ def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
     S stays as it is, frozen and packed. The result is a new compressed folder. After an interruption the same line
     goes on.
     """
-    with _errors_and_interrupts(f"the same line goes on in {settings['out']}.partial", parts="checkpoints"):
-        _quiet_libraries()
+    with report_errors(f"the same line goes on in {settings['out']}.partial", parts="checkpoints"):
+        silence_libraries()
         from streamslr.finetune import finetune as train
 
-        with _logging(quiet, None):
+        with send_log(quiet, None):
             record = train(folder, **settings)
         click.echo(
             f"{settings['out']}: held-out loss {record.loss_before:.4f} before, {record.loss_after:.4f} after "
@@ -362,13 +363,13 @@ def eval(
     MODEL is a compressed folder, a dense checkpoint or a hub id. For --text it is streamed block by block. For --tasks
     it is loaded whole by lm-evaluation-harness, which `pip install 'streamslr[eval]'` installs.
     """
-    with _errors_and_interrupts():
+    with report_errors():
         if text is None and tasks is None:
             raise InputError("nothing to evaluate on: give --text FILE, --tasks NAME,…, or both")
         shown = not (quiet or as_json)
         if not shown:
             os.environ["TQDM_DISABLE"] = "1"  # for the bars of the harness's libraries; read when tqdm is imported
-        _quiet_libraries()
+        silence_libraries()
         found: dict[str, Any] = {}
         if tasks is not None:  # first, because an unknown name is refused before any work
             from streamslr.results.tasks import evaluate_tasks, task_table
@@ -378,12 +379,12 @@ def eval(
             )
             found |= dataclasses.asdict(scores)
             if not as_json:
-                _print_table(task_table(scores))
+                print_table(task_table(scores))
         if text is not None:
             from streamslr.memory import free_host_memory
             from streamslr.results.evaluate import evaluate
 
-            with _bar("eval", shown) as step:
+            with show_bar("eval", shown) as step:
                 result = evaluate(
                     model,
                     text,
@@ -402,97 +403,4 @@ def eval(
                     f"{result.seq_len:,} tokens of {text} ({result.dtype} on {result.device})"
                 )
         if as_json:
-            _print_json(found)
-
-
-def _console(stderr: bool = False) -> Console:
-    """Return the terminal, at its width; a file or pipe gets lines of 120 characters."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=120)
-
-
-def _print_table(table: Table) -> None:
-    """Print a table; a file or pipe gets its full width."""
-    console = _console()
-    if not console.is_terminal:
-        console.width = max(console.width, Console(width=1000).measure(table).maximum)
-    console.print(table)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, default=str))
-
-
-@contextmanager
-def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal, and yield the function that moves it: (done, total)."""
-    console = Console(stderr=True)  # where it is no terminal, a bar would leave an empty line
-    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _errors_and_interrupts(how_to_go_on: str | None = None, parts: str = "blocks") -> Iterator[None]:
-    """Turn a user's mistake, a full disk or Ctrl-C into one message and an exit code, without a traceback.
-
-    Args:
-        how_to_go_on: advice after an interruption; None where nothing can be continued.
-        parts: name of the finished parts that an interruption leaves.
-    """
-
-    def on_terminate(*_: object) -> None:  # batch systems send SIGTERM
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, on_terminate)
-    try:
-        yield
-    except StreamslrError as error:
-        click.echo(f"streamslr: {error}", err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        click.echo(f"streamslr: {error}", err=True)
-        sys.exit(StreamslrError.exit_code)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        message = f"; finished {parts} are kept, and {how_to_go_on}" if how_to_go_on else ""
-        click.echo(f"streamslr: interrupted{message}", err=True)
-        sys.exit(_INTERRUPTED)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _logging(quiet: bool, log_file: Path | None) -> Iterator[Console]:
-    """Send log lines to the terminal and, with times, to the log file; yield the console of the command."""
-    from rich.logging import RichHandler
-
-    console = _console()
-    logger = logging.getLogger("streamslr")
-    logger.setLevel(logging.INFO)
-    shown = RichHandler(console=_console(stderr=True) if quiet else console, show_path=False, markup=False)
-    shown.setLevel(logging.WARNING if quiet else logging.INFO)
-    handlers: list[logging.Handler] = [shown]
-    if log_file:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for handler in handlers:
-        logger.addHandler(handler)
-    try:
-        yield console
-    finally:
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
-
-
-def _quiet_libraries() -> None:
-    """Turn off the bars and messages of the libraries, which would tear our display."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers import logging as transformers_logging
-
-    transformers_logging.set_verbosity(logging.ERROR)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    disable_progress_bars()
+            print_json(found)

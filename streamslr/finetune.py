@@ -84,24 +84,24 @@ def finetune(
     training continues from the last twentieth. `out` has the S of `folder` byte for byte.
 
     Args:
-        folder: a finished compressed folder.
+        folder: A finished compressed folder.
         data: .txt, .jsonl with a `text` field, or .gz of either. Its last windows are held out
             of training; the loss on them is measured before and after.
-        out: new folder.
-        seq_len: tokens in a window.
-        epochs: passes over all windows.
-        steps: steps of `batch` windows each, in place of `epochs`.
-        batch: windows in a step.
-        lr: learning rate of an entry of U or V, relative to the root mean square of that U or V, so that it fits every
+        out: New folder.
+        seq_len: Tokens in a window.
+        epochs: Passes over all windows.
+        steps: Steps of `batch` windows each, in place of `epochs`.
+        batch: Windows in a step.
+        lr: Learning rate of an entry of U or V, relative to the root mean square of that U or V, so that it fits every
             width of a model. It rises over the first twentieth of the steps and falls to 0 by a cosine.
-        seed: of the order of the windows.
+        seed: Seed of the order of the windows.
         device: "cpu" or "cuda"; None stands for cuda where there is one.
 
     Raises:
-        InputError: the folder is unfinished, damaged or of rank 0, or the text is too short.
+        InputError: The folder is unfinished, damaged or of rank 0, or the text is too short.
         ResumeError: `out` or its .partial holds something else.
-        BudgetError: memory or disk are too small.
-        StreamslrError: training diverged.
+        BudgetError: Memory or disk are too small.
+        StreamslrError: Training diverged.
     """
     where, _ = pick_device(device)
     out = out.resolve()
@@ -322,8 +322,8 @@ def _train(trainer: _LowRankTrainer, work: Path, dtypes: Mapping[str, torch.dtyp
         The held-out loss before training and after rounding.
 
     Raises:
-        BudgetError: memory ran out.
-        StreamslrError: training diverged; `work` is deleted.
+        BudgetError: Memory ran out.
+        StreamslrError: Training diverged; `work` is deleted.
     """
     try:
         before = trainer.evaluate()["eval_loss"]

@@ -56,18 +56,18 @@ def evaluate(
     All tokens of a window but its first are predicted, as in the SparseGPT and 3BASiL papers.
 
     Args:
-        model: a compressed folder, a dense checkpoint or a hub id.
+        model: A compressed folder, a dense checkpoint or a hub id.
         text: .txt, .jsonl with a `text` field, or .gz of either.
-        seq_len: tokens in a window.
-        windows: evaluate only so many windows from the start of the text; None stands for all.
-        revision: branch, tag or commit of a hub model.
+        seq_len: Tokens in a window.
+        windows: Evaluate only so many windows from the start of the text; None stands for all.
+        revision: Branch, tag or commit of a hub model.
         device: "cpu" or "cuda"; None stands for cuda where there is one.
-        scratch: folder for hidden states on disk; None stands for the system's temporary folder.
-        free_memory: free host memory in bytes. Hidden states that would take more than a quarter of it lie on disk.
-        step: called with (blocks done, blocks in all).
+        scratch: Folder for hidden states on disk; None stands for the system's temporary folder.
+        free_memory: Free host memory in bytes. Hidden states that would take more than a quarter of it lie on disk.
+        step: Called with (blocks done, blocks in all).
 
     Raises:
-        InputError: the text is shorter than one window, the folder is unfinished, or the loss is not finite.
+        InputError: The text is shorter than one window, the folder is unfinished, or the loss is not finite.
     """
     checkpoint = open_checkpoint(model, revision)
     where, dtype = pick_device(device)

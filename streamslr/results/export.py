@@ -87,17 +87,17 @@ def export(
     recorded is not written again.
 
     Args:
-        folder: a finished compressed folder.
-        out: folder to write, outside of `folder`.
+        folder: A finished compressed folder.
+        out: Folder to write, outside of `folder`.
         to: "dense" writes W = S + U·V as a transformers folder. "peft" writes S, stored dense, as a transformers folder
             into `out`/base, and U, V into `out`/adapter as a LoRA with alpha = r.
-        dtype: of every weight. None keeps the stored dtype: exact for "peft", the sum rounded once for "dense".
-        step: called with (shards done, shards in all).
+        dtype: Dtype of every weight. None keeps the stored dtype: exact for "peft", the sum rounded once for "dense".
+        step: Called with (shards done, shards in all).
 
     Raises:
         InputError: `folder` is unfinished or damaged (the message names the shard), or has no U·V for an adapter, or
             has experts, which an adapter cannot reach.
-        BudgetError: the disk is too small.
+        BudgetError: The disk is too small.
         ResumeError: `out` holds something else, or another process writes it.
     """
     keep_no_freed_memory()
@@ -190,9 +190,9 @@ class _Source:
         """Return the tensors of a shard for the dense model.
 
         Args:
-            file: a shard of the compressed folder.
+            file: A shard of the compressed folder.
             low_rank: True for S + U·V [o, d] in the place of a packed linear, False for S.
-            dtype: of every weight; None keeps the stored dtype.
+            dtype: Dtype of every weight; None keeps the stored dtype.
         """
         rest = dict(self._stored[file])
         sources: list[TensorSource] = []
@@ -288,9 +288,9 @@ def _adapter_config(base: Path, ranks: Mapping[str, int], modules: set[str]) -> 
     but not the patterns (vllm/lora/peft_helper.py), so alpha = r gives the scale 1 for smaller ranks too.
 
     Args:
-        base: folder of the base model.
-        ranks: rank of each module that has an adapter.
-        modules: every module of the base model that holds a weight.
+        base: Folder of the base model.
+        ranks: Rank of each module that has an adapter.
+        modules: Every module of the base model that holds a weight.
     """
     rank = max(ranks.values())
     others = {name.rpartition(".")[2] for name in modules - ranks.keys()}

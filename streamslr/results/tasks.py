@@ -61,19 +61,19 @@ def evaluate_tasks(
     bfloat16 on a GPU.
 
     Args:
-        model: a compressed folder, a dense checkpoint or a hub id.
-        tasks: names of tasks or groups; "papers" stands for `PAPERS`.
-        num_fewshot: solved examples before each question; None leaves it to the task.
-        limit: use only so many questions of each task.
-        batch_size: questions at a time.
-        include_path: a folder of more tasks, in the harness's YAML.
-        revision: branch, tag or commit of a hub model.
+        model: A compressed folder, a dense checkpoint or a hub id.
+        tasks: Names of tasks or groups; "papers" stands for `PAPERS`.
+        num_fewshot: Solved examples before each question; None leaves it to the task.
+        limit: Use only so many questions of each task.
+        batch_size: Questions at a time.
+        include_path: A folder of more tasks, in the harness's YAML.
+        revision: Branch, tag or commit of a hub model.
         device: "cpu" or "cuda"; None stands for cuda where there is one.
-        progress: show the harness's bars.
+        progress: Show the harness's bars.
 
     Raises:
-        InputError: the harness is not installed, or has no task of that name.
-        HubError: the data of a task cannot be fetched.
+        InputError: The harness is not installed, or has no task of that name.
+        HubError: The data of a task cannot be fetched.
     """
     try:
         from lm_eval import simple_evaluate  # type: ignore[import-untyped]

@@ -41,8 +41,8 @@ def verify(folder: Path, step: Callable[[int, int], None] = lambda done, total: 
     """Read every byte of a folder, finished or not, and check it against its journal and its format.
 
     Args:
-        folder: a compressed folder.
-        step: called with (shards done, shards in all).
+        folder: A compressed folder.
+        step: Called with (shards done, shards in all).
 
     Raises:
         InputError: `folder` is no output folder.
@@ -107,10 +107,10 @@ def _check_linear(
     """Yield the problems of one packed linear.
 
     Args:
-        linear: its record in the journal.
-        linears: pattern and shape (o, d) of each packed linear, from the header of the shard.
-        names: the tensors of the shard.
-        read: returns a tensor of the shard by name.
+        linear: Its record in the journal.
+        linears: Pattern and shape (o, d) of each packed linear, from the header of the shard.
+        names: The tensors of the shard.
+        read: Function that returns a tensor of the shard by name.
     """
     pattern = parse_pattern(linear.pattern)
     if linears.get(linear.name) != (pattern, linear.shape):

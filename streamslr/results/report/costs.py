@@ -115,7 +115,7 @@ def draw_memory(state: JournalState, device: str) -> Figure:
     """Draw the peak of each phase over the time of the run, with plan and budget as lines.
 
     Args:
-        state: the journal.
+        state: The journal.
         device: "host" or "gpu".
     """
     readings = [reading for reading in list_readings(state) if f"{device}_peak_bytes" in reading.measured]

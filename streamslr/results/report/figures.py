@@ -1,4 +1,4 @@
-"""The plotly figures of the report; here those of errors and of matching, costs.py has the others."""
+"""The plotly figures of the report: errors and matching; costs.py has time, memory and size."""
 
 import math
 import textwrap

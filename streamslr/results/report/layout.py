@@ -26,10 +26,10 @@ def make_layout(height: int, x: str = "", y: str = "", **more: Any) -> Figure:
     """Return the layout of a figure.
 
     Args:
-        height: in CSS pixels.
-        x: title of the horizontal axis.
-        y: title of the vertical axis.
-        more: properties of plotly's layout; `xaxis` and `yaxis` are added to the axes.
+        height: Height in CSS pixels.
+        x: Title of the horizontal axis.
+        y: Title of the vertical axis.
+        more: Properties of plotly's layout; `xaxis` and `yaxis` are added to the axes.
     """
     axis = {"fixedrange": True, "zeroline": False, "automargin": True}
     return {

@@ -43,7 +43,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     The page has some 5 MB, nearly all of them plotly's JavaScript, so that it opens anywhere without a network.
 
     Args:
-        folder: a compressed folder, finished or not.
+        folder: A compressed folder, finished or not.
         out: HTML file to write; None stands for `folder`/report.html.
 
     Raises:
@@ -61,8 +61,8 @@ def render_page(folder: Path, state: JournalState) -> str:
     """Return the page as HTML, with everything that comes from the run escaped.
 
     Args:
-        folder: the compressed folder, for its config.json and to see which shards are there.
-        state: its journal.
+        folder: The compressed folder, for its config.json and to see which shards are there.
+        state: Its journal.
     """
     start_phases = [f"{phase} {m['seconds']:.3g} s" for phase, m in sort_phases(state.measured).items()]
     return _load_template().render(
