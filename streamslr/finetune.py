@@ -118,12 +118,11 @@ def finetune(
         "lr": lr,
         "seed": seed,
     }
-    headers = [shard_header(folder / block.shard.file) for block in state.blocks]
-    stored = {name: info for header in headers for name, info in header.tensors.items()}
+    dtypes = _stored_dtypes(folder, state)
     with _claimed(out, {"folder": [asdict(shard) for shard in state.shards], **training}) as work:
         count = sum(linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears)
-        needed = sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES
-        require_disk_space(DiskNeed(work, "result and checkpoints", needed, "give --out on another disk"))
+        nbytes = sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES
+        require_disk_space(DiskNeed(work, "result and checkpoints", nbytes, "give --out on another disk"))
         model = load(folder, where)
         in_bf16 = where.type == "cuda" and model.dtype == torch.bfloat16
         trained = _unfreeze_low_rank(model, state, in_bf16)
@@ -131,7 +130,7 @@ def finetune(
         trainer = _make_trainer(model, trained, windows, held_out, arguments, lr)
         message = "training %s parameters of U and V on %d windows of %d tokens of %s; %d more are held out"
         log.info(message, f"{count:,}", len(windows) - held_out, seq_len, data, held_out)
-        before, after = _train(trainer, work, {name: stored[name].dtype for name in trained})
+        before, after = _train(trainer, work, {name: dtypes[name] for name in trained})
         record = FinetuneRecord(
             **training,
             data=data.name,
@@ -209,6 +208,12 @@ def _read_windows(folder: Path, data: Path, seq_len: int, batch: int) -> tuple[T
             f"of {batch}; give more text, or a smaller --seq-len or --batch"
         )
     return windows, held_out
+
+
+def _stored_dtypes(folder: Path, state: JournalState) -> dict[str, torch.dtype]:
+    """Return the dtype of every tensor of the blocks, by its stored name."""
+    headers = [shard_header(folder / block.shard.file) for block in state.blocks]
+    return {name: info.dtype for header in headers for name, info in header.tensors.items()}
 
 
 @contextmanager

@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {"seq_len": 32, "batch": 8, "lr": 0.05, "steps": 10, 
 
 @pytest.fixture(scope="module")
 def tuned(compressed: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What fine-tuning makes of the compressed folder. Read only."""
+    """Result of fine-tuning the compressed folder. Read only."""
     out = tmp_path_factory.mktemp("tuned") / "out"
     finetune(compressed, text, out, **SETTINGS)
     return out

@@ -1,4 +1,4 @@
-"""What refining a block changes, what it must never change, and that it is the optimisation that it says it is."""
+"""Refining a block: what it changes, what it must never change, and that it minimises what it says."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,7 +75,7 @@ class Case:
         run: Callable[[Tensor], Tensor] | None = None,
         batches: Callable[[Sequence[Span]], Iterator[tuple[Tensor, Tensor]]] | None = None,
     ) -> tuple[BlockWeights, tuple[float, ...]]:
-        """As `Passes.match` calls it."""
+        """Refine the block as `Passes.match` does."""
         block, samples = self.compressed(run), len(self.inputs)
         return block.refine(self.weights, settings, batches or self.batches, samples, micro_batch)
 

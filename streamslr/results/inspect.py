@@ -15,6 +15,9 @@ from streamslr.run.progress import PHASES
 from streamslr.spec.allocation import LinearSpec, in_words
 from streamslr.spec.pattern import parse_pattern
 
+REPORT_FILE = "report.html"
+"""Name of the report in a compressed folder. `verify` allows it there."""
+
 
 def read_run(folder: Path) -> JournalState:
     """Return the journal of a compressed folder, finished or not. Raise InputError when there is none."""

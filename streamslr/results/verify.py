@@ -13,8 +13,7 @@ from streamslr.io.durable import file_sha256
 from streamslr.io.packed_check import check_packed
 from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
 from streamslr.io.safetensors_file import WrittenShard
-from streamslr.results.inspect import read_run
-from streamslr.results.report import REPORT_FILE
+from streamslr.results.inspect import REPORT_FILE, read_run
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 from streamslr.tensors import is_finite

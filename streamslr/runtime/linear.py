@@ -26,8 +26,8 @@ log = logging.getLogger("streamslr")
 class SparseLowRankLinear(nn.Module):
     """A linear y = x Sᵀ + (x Vᵀ) Uᵀ + bias, for x [..., d] and S [o, d] packed as in the folder's format.
 
-    The state dict is that format (`streamslr.io.packed_layout`). Gradients reach x, U, V and bias. The backward pass unpacks
-    S again, so that no dense S is held for it.
+    The state dict is that format (`streamslr.io.packed_layout`). Gradients reach x, U, V and bias. The backward pass
+    unpacks S again, so that no dense S is held for it.
 
     Attributes:
         values: buffer; values of S, frozen.

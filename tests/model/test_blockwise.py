@@ -395,7 +395,7 @@ def test_values_that_overflow_the_compute_dtype(single: Path) -> None:
 
 
 def test_a_block_from_another_checkpoint(tmp_path: Path) -> None:
-    """As the replay of finished blocks takes them: the blockwise's own weights are not touched."""
+    """A replay of finished blocks loads them so: the model's own weights are not touched."""
     a = tiny_checkpoint(tmp_path / "a", seed=0)
     b = tiny_checkpoint(tmp_path / "b", seed=1)
     hidden = torch.randn(2, 5, 64)

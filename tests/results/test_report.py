@@ -198,7 +198,7 @@ document.body.append(answer);
 @pytest.fixture
 def browse(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def look(text: str, width: int = 1000) -> dict[str, Any]:
-        """What a browser makes of the page."""
+        """Open the page in a browser and return what it draws."""
         start, _, end = text.rpartition("</body>")
         path = tmp_path / "page.html"
         path.write_text(start.replace("<head>", f"<head>{_WATCH}", 1) + _LOOK + "</body>" + end)

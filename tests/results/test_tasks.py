@@ -68,7 +68,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def right_answers(model: Path) -> list[bool]:
-    """Whether the model finds the right choice the most likely one, question by question."""
+    """Return for each question whether the right choice is the most likely one to the model."""
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = open_checkpoint(str(model)).tokenizer()
     right = []

@@ -1,4 +1,4 @@
-"""What the live display shows on a terminal."""
+"""The live display on a terminal, and the timer of phases."""
 
 import io
 import logging

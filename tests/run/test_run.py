@@ -56,7 +56,7 @@ def settings(model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def unbroken(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What an uninterrupted run of the settings above writes."""
+    """Contents of an uninterrupted run of the settings above."""
     out = tmp_path_factory.mktemp("unbroken") / "out"
     settings = {"calibration": text, "samples": 6, "seq_len": 16, "rank": 4, "device": "cpu"}
     assert compress_in_child({"model": model, "out": out, **settings}) == 0

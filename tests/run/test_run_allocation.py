@@ -63,7 +63,7 @@ def settings(model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def by_owl(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted run by outliers writes."""
+    """Folder of an uninterrupted run by outliers."""
     out = tmp_path_factory.mktemp("owl") / "out"
     basics: dict[str, Any] = {"calibration": text, "samples": 6, "seq_len": 16, "device": "cpu", "match_epochs": 3}
     assert compress_in_child({"model": model, "out": out, **basics, **OWL}) == 0

@@ -72,7 +72,7 @@ def test_the_sparse_step_is_the_textbook_step(tile_rows: int | None) -> None:
 
 @pytest.mark.parametrize("tile_rows", [None, 20])
 def test_s_and_u_v_are_the_minimum_together(tile_rows: int | None) -> None:
-    """Of the augmented Lagrangian for D and Y: what the paper's steps 1 and 4 creep to when they take turns."""
+    """The minimum of the augmented Lagrangian for D and Y, which the paper's steps 1 and 4 approach in turns."""
     problem = made_problem(rank=3)
     metric = build_metric(problem, [])
     state = AdmmState(problem, metric, 3, torch.float32, tile_rows)

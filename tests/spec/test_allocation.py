@@ -1,4 +1,4 @@
-"""What each linear is to become: the papers' arithmetic, names, and what is refused."""
+"""Allocation: the papers' arithmetic, linears by name, and what is refused."""
 
 import json
 from collections.abc import Sequence

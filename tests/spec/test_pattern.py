@@ -1,4 +1,4 @@
-"""What stays, what a support may look like, and what it costs to store."""
+"""Patterns: which weights stay, and which supports are allowed."""
 
 import pytest
 import torch

@@ -3,6 +3,3 @@
 page.py fills the template page.html. figures.py draws the errors of linears and blocks, costs.py time, memory and
 size, all from the journal alone; layout.py holds what they share.
 """
-
-REPORT_FILE = "report.html"
-"""Name of the page in a compressed folder; `verify` expects that it may be there."""

@@ -13,6 +13,7 @@ from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.io.durable import write_file
 from streamslr.results.inspect import (
+    REPORT_FILE,
     describe_method,
     describe_specs,
     list_linears,
@@ -21,7 +22,6 @@ from streamslr.results.inspect import (
     sort_phases,
     totals,
 )
-from streamslr.results.report import REPORT_FILE
 from streamslr.results.report.costs import bytes_by_part, list_readings, peak_memory
 from streamslr.results.report.figures import draw_figures
 from streamslr.run.journal import JournalState
