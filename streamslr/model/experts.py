@@ -104,6 +104,7 @@ def unfuse(
         Module path -> the `Experts` put there, and the conversions without those that fuse them.
     """
     conversions = list(conversions)
+    # Fused modules that compute the plain gated product, and the names of their linears in the checkpoint.
     fused: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     fusing: list[WeightTransform] = []
     plain: dict[type, bool] = {}  # class of a module -> whether it is the plain gated product
@@ -119,6 +120,7 @@ def unfuse(
             names = tuple(_leaf(pattern) for c in converters if c for pattern in c.source_patterns)
             fused[path] = module, names
             fusing += [c for c in converters if c]
+    # Of these, the ones whose experts the checkpoint stores one by one.
     linears = {
         f"{path}.{number}.{name}": path
         for path, (module, names) in fused.items()
@@ -142,12 +144,12 @@ def _find_converter(path: str, name: str, conversions: Iterable[WeightTransform]
     for converter in conversions:
         if not isinstance(converter, WeightConverter) or len(converter.target_patterns) != 1:
             continue
-        target = converter.target_patterns[0]
+        fused = converter.target_patterns[0]
         steps = [(type(step), getattr(step, "dim", None)) for step in converter.operations]
-        head = target.removesuffix(name)
+        head = fused.removesuffix(name)
         sources = [pattern.replace("\\", "") for pattern in converter.source_patterns]  # some are escaped
         beside = [source == f"{head}*.{_leaf(source)}.weight" for source in sources]
-        if f"{path}.{name}".endswith(target) and steps == _FUSED[name] and all(beside):
+        if f"{path}.{name}".endswith(fused) and steps == _FUSED[name] and all(beside):
             return converter
     return None
 
@@ -176,6 +178,6 @@ def _is_plain(module: nn.Module) -> bool:
             for linear, weight in zip(plain.linears(number), parts, strict=True):
                 linear.weight = nn.Parameter(weight)
         theirs = inspect.unwrap(type(module).forward)(twin, x, index, weights)
-    except Exception:  # anything that a module of another kind does with these
+    except Exception:  # a module of another kind may do anything with these
         return False
     return theirs.shape == x.shape and torch.allclose(theirs, plain(x, index, weights), rtol=1e-4)

@@ -64,7 +64,7 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of the parameter (without gradient) or buffer of this name, whatever its device."""
+    """Put a tensor in the place of the parameter (without gradient) or buffer of this name; devices may differ."""
     module, leaf = _owner(model, name)
     if leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -103,7 +103,7 @@ class ParameterNames:
         return int(index) if inside else None
 
     def in_block(self, block: int | None) -> list[str]:
-        """Return the parameters and persistent buffers of a block; of what is outside the blocks for None."""
+        """Return the parameters and persistent buffers of a block; those outside the blocks for None."""
         return [n for n in self.meta if n not in self.computed and self.block_of(n) == block]
 
     def stored_linear(self, path: str) -> str:
@@ -126,7 +126,7 @@ def find_routers(model: PreTrainedModel, experts: Mapping[str, int]) -> set[str]
 
     Args:
         model: the model.
-        experts: module path of each group of experts -> how many there are.
+        experts: module path of each group of experts -> number of experts.
     """
     routers = set()
     for path, number in experts.items():
@@ -178,7 +178,7 @@ def find_modules(model: PreTrainedModel, stored: Iterable[str], modules: Contain
     transformers does.
 
     Args:
-        model: the model, whatever loaded it.
+        model: a model of transformers.
         stored: names of modules as a checkpoint stores them.
         modules: module paths that may be returned.
     """

@@ -23,7 +23,7 @@ def register_with_transformers() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Import hook that finds no module; it registers our classes as soon as transformers' quantizers were imported."""
+    """Import hook that finds no module; it registers our classes as soon as transformers' quantizers are imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
