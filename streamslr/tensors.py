@@ -4,7 +4,10 @@ from torch import Tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return True when no value is NaN or infinite; without a mask as large as the tensor."""
+    """Return True when no value is NaN or infinite.
+
+    The smallest and the largest value carry any NaN or infinity, so no mask of the tensor's size is made.
+    """
     if not tensor.numel():
         return True
     low, high = tensor.aminmax()
@@ -12,5 +15,5 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def count_not_finite(tensor: Tensor) -> int:
-    """Return how many values are NaN or infinite."""
+    """Return how many values are NaN or infinite. It takes a mask of the tensor's size: ask `is_finite` first."""
     return int((~tensor.isfinite()).sum())

@@ -291,7 +291,12 @@ def match(
 # How sparse each block may be
 
 
-def outlier_fraction(linears: Sequence[tuple[Tensor, Tensor]], times: float) -> float:
-    """OWL (arXiv 2310.05175): the share of A_ij = ‖X_j‖·|W_ij| above `times` their mean; W [o, d], X [n, d] of each."""
+def outlier_ratio(linears: Sequence[tuple[Tensor, Tensor]], times: float) -> float:
+    """Return OWL's ratio of outliers (arXiv 2310.05175): how many of A_ij = ‖X_j‖·|W_ij| exceed `times` their mean.
+
+    Args:
+        linears: W [o, d] and the inputs X [n, d] of each linear of a block.
+        times: The factor of the mean.
+    """
     scores = torch.cat([(W.double().abs() * X.double().norm(dim=0)).flatten() for W, X in linears])
     return (scores > times * scores.mean()).double().mean().item()

@@ -83,8 +83,10 @@ def test_damping_scales_with_the_gram_matrix():
 
 
 @pytest.mark.parametrize("failures", [0, 1, 3])
-def test_damping_is_raised_tenfold_until_there_is_a_factor(failures: int):
-    problem, warnings, tried = made_problem(), [], []
+def test_damping_is_raised_tenfold_until_there_is_a_factor(failures: int) -> None:
+    problem = made_problem()
+    warnings: list[str] = []
+    tried: list[float] = []
 
     def factorize(damping: Damping) -> Damping | None:
         tried.append(damping.multiplier)
@@ -99,12 +101,12 @@ def test_damping_is_raised_tenfold_until_there_is_a_factor(failures: int):
     assert warnings == ([said] if failures else [])
 
 
-def test_a_gram_that_no_damping_helps_is_refused():
+def test_a_gram_that_no_damping_helps_is_refused() -> None:
     with pytest.raises(InputError, match=r"layers\.0\.made: its Gram matrix is not positive semidefinite, even with"):
         damp_until_positive_definite(made_problem(), lambda _: None, [])
 
 
-def test_a_solution_that_overflowed_is_refused_with_its_sizes():
+def test_a_solution_that_overflowed_is_refused_with_its_sizes() -> None:
     problem = made_problem()
     S = problem.weight.clone()
     require_finite(problem, S, S, S)

@@ -153,14 +153,14 @@ def test_percent_text_round_trips(hundredths):
 
 @pytest.mark.parametrize("unit", ["%", "%/row"])
 @given(st.floats(0.001, 0.999))
-def test_a_pattern_of_another_density_survives_its_text(unit: str, density: float):
+def test_a_pattern_of_another_density_survives_its_text(unit: str, density: float) -> None:
     pattern = parse_pattern(f"50{unit}").with_density(density)
     assert parse_pattern(str(pattern)) == pattern
     assert str(pattern).endswith(unit)
     assert pattern.density == pytest.approx(density, abs=5e-6)
 
 
-def test_groups_take_the_nearest_density_there_is():
+def test_groups_take_the_nearest_density_there_is() -> None:
     assert NofM(2, 4).with_density(0.3) == NofM(1, 4)
     assert NofM(4, 8).with_density(0.63) == NofM(5, 8)
     for pattern in (NofM(2, 4), Unstructured(0.5), UnstructuredRows(0.5)):
@@ -172,7 +172,7 @@ def test_groups_take_the_nearest_density_there_is():
     ("text", "short"),
     [("2:4", "2:4"), ("64.0%", "64%"), ("74.7073%", "74.71%"), ("74.7073%/row", "74.71%/row"), ("8.16%", "8.16%")],
 )
-def test_short_text_has_four_digits_at_most(text: str, short: str):
+def test_short_text_has_four_digits_at_most(text: str, short: str) -> None:
     assert parse_pattern(text).short_text() == short
 
 
