@@ -14,7 +14,7 @@ from streamslr.errors import BudgetError
 from streamslr.matching import TILE
 from streamslr.solvers.base import Solver
 from streamslr.spec.allocation import Allocation, in_words, parameter_fraction
-from streamslr.spec.owl import outlier_bytes
+from streamslr.spec.owl import scoring_bytes
 
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: one window of the papers' length."""
@@ -380,7 +380,7 @@ class _Needs:
             ),
         ]
         if config.owl is not None:
-            surveying = self.block + activations + scores + gram_input + outlier_bytes(widest)
+            surveying = self.block + activations + scores + gram_input + scoring_bytes(widest)
             rows.insert(0, ("survey", surveying, (_READ + _WRITTEN) * hidden, forward))
         if config.match:
             micro = min(micro_batch, config.match_batch) * config.seq_len
