@@ -312,7 +312,7 @@ def match(
 # How sparse each block may be
 
 
-def outlier_fraction(linears: Sequence[tuple[Tensor, Tensor]], times: float) -> float:
+def outlier_ratio(linears: Sequence[tuple[Tensor, Tensor]], times: float) -> float:
     """Return OWL's ratio of outliers (arXiv 2310.05175): how many of A_ij = ‖X_j‖·|W_ij| exceed `times` their mean.
 
     Args:

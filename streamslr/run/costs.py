@@ -14,7 +14,7 @@ from streamslr.model.pass_costs import activation_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.solvers.base import Solver
 from streamslr.spec.allocation import Allocation
-from streamslr.spec.owl import outlier_bytes
+from streamslr.spec.owl import scoring_bytes
 
 _LIBRARY_BUFFERS, _EARLY_BUFFERS = 120 * 2**20, 76 * 2**20
 """Host memory that torch, zarr and the tokenizer hold beside tensors, for buffers and pages of their code; and the part
@@ -99,7 +99,7 @@ class Costs:
 
     def _survey(self, micro_batch: int) -> PhaseCost:
         passing = self._pass_bytes(micro_batch) + self._input_copy(micro_batch)
-        compute = self._block_bytes + passing + outlier_bytes(self._widest)
+        compute = self._block_bytes + passing + scoring_bytes(self._widest)
         host = transfer_bytes(self._hidden_bytes(micro_batch), reads=1, writes=1)
         return self._cost("survey", compute, host, self._forward_flops)
 

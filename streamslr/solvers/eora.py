@@ -6,7 +6,7 @@ from torch import Tensor
 
 from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.low_rank import LowRankFit
-from streamslr.solvers.scaled import Pruner, ScaledLinear, scaled_bytes, solve_scaled
+from streamslr.solvers.scaled import Pruner, ScaledLinear, pruning_bytes, solve_scaled
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Eora:
     def peak_bytes(
         self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        linear = scaled_bytes(o, d, rank, full_gram=True, gpu=gpu)
-        return linear + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+        return pruning_bytes(self.pruner, o, d, rank, full_gram=True, by_row=by_row, gpu=gpu)
 
     def flops(self, o: int, d: int, rank: int) -> float:
         return self.pruner.prune_flops(o, d) + 8 * (4 * o * d + 2 * d * d) * rank

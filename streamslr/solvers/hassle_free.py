@@ -7,7 +7,7 @@ from torch import Tensor
 
 from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.low_rank import WARM_STEPS, LowRankFit
-from streamslr.solvers.scaled import Pruner, ScaledLinear, scaled_bytes, solve_scaled
+from streamslr.solvers.scaled import Pruner, ScaledLinear, pruning_bytes, solve_scaled
 
 # Extrapolation of U·V for the pruner: U·V + 0.65 (U·V − last U·V). 24 turns with it reach the loss of 40 without
 # (tools/results/solver.md, "HASSLE-free").
@@ -60,8 +60,7 @@ class HassleFree:
     def peak_bytes(
         self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        linear = scaled_bytes(o, d, rank, full_gram=True, gpu=gpu)
-        return linear + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+        return pruning_bytes(self.pruner, o, d, rank, full_gram=True, by_row=by_row, gpu=gpu)
 
     def flops(self, o: int, d: int, rank: int) -> float:
         turn = self.pruner.prune_flops(o, d) + 2 * (4 * o * d + 2 * d * d) * rank

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from streamslr.solvers.base import LinearProblem, SparseLowRank
-from streamslr.solvers.scaled import Pruner, ScaledLinear, scaled_bytes, solve_scaled
+from streamslr.solvers.scaled import Pruner, ScaledLinear, pruning_bytes, solve_scaled
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ class Pruned:
     def peak_bytes(
         self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        linear = scaled_bytes(o, d, 0, full_gram=self.pruner.full_gram, gpu=gpu)
-        return linear + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+        return pruning_bytes(self.pruner, o, d, 0, full_gram=self.pruner.full_gram, by_row=by_row, gpu=gpu)
 
     def flops(self, o: int, d: int, rank: int) -> float:
         return self.pruner.prune_flops(o, d)

@@ -132,3 +132,9 @@ def scaled_bytes(o: int, d: int, rank: int, *, full_gram: bool, gpu: bool) -> in
     """Return the bytes of a scaled linear, its check of G, and with a rank those of E = W − S and its factors."""
     low_rank = 4 * o * d + 4 * 10 * (o + d) * (rank + 8) if rank else 0
     return 4 * o * d + 4 * d * d * full_gram * (3 if gpu else 2) + low_rank + 64 * (o + d)
+
+
+def pruning_bytes(pruner: Pruner, o: int, d: int, rank: int, *, full_gram: bool, by_row: bool, gpu: bool) -> int:
+    """Return the bytes of a scaled linear and of one pruning of it."""
+    linear = scaled_bytes(o, d, rank, full_gram=full_gram, gpu=gpu)
+    return linear + pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)

@@ -37,7 +37,7 @@ def outlier_fraction(linears: Iterable[tuple[Tensor, Tensor]], factor: float) ->
     return above / count
 
 
-def outlier_bytes(d: int) -> int:
+def scoring_bytes(d: int) -> int:
     """Return the bytes that `outlier_fraction` takes for a linear of d inputs: scores and magnitudes of some rows."""
     return 8 * _SCORED_ROWS * d
 
