@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import streamslr
+from tests.support.forkserver import python_script
+from tests.support.forkserver import streamslr_command as call
 from tests.support.tiny_models import tiny_checkpoint
-
-COMMAND = [str(Path(sys.executable).with_name("streamslr"))]
 
 
 @pytest.fixture(scope="module")
@@ -22,24 +22,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "out"
-    streamslr.compress(model, out, calibration=text, samples=4, seq_len=16, rank=4, device="cpu")
+    streamslr.compress(model, out, calibration=text, samples=4, seq_len=16, rank=4, match_epochs=3, device="cpu")
     return out
 
 
 def run_line(model: Path, text: Path, out: Path, *more: str) -> list[str]:
-    line = [*COMMAND, "run", "--model", str(model), "--out", str(out), "--calibration", str(text)]
-    return [*line, "--samples", "4", "--seq-len", "16", "--rank", "4", "--device", "cpu", *more]
-
-
-def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
+    line = ["run", "--model", str(model), "--out", str(out), "--calibration", str(text)]
+    return [*line, "--samples", "4", "--seq-len", "16", "--rank", "4", "--match-epochs", "3", "--device", "cpu", *more]
 
 
 def test_run_prints_the_plan_a_line_a_block_and_the_result(model: Path, text: Path, tmp_path: Path) -> None:
     log = tmp_path / "logs" / "run.log"
-    done = subprocess.run(
-        run_line(model, text, tmp_path / "out", "--log-file", str(log)), capture_output=True, text=True
-    )
+    script = str(Path(sys.executable).with_name("streamslr"))  # as it is installed
+    line = run_line(model, text, tmp_path / "out", "--log-file", str(log))
+    done = subprocess.run([script, *line], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "plan: 4 blocks on cpu" in done.stdout
     assert "4 of 4 blocks" in done.stdout
@@ -50,25 +46,27 @@ def test_run_prints_the_plan_a_line_a_block_and_the_result(model: Path, text: Pa
 
 
 def test_the_command_and_the_api_write_the_same(model: Path, text: Path, finished: Path, tmp_path: Path) -> None:
-    assert subprocess.run(run_line(model, text, tmp_path / "out", "--quiet")).returncode == 0
+    assert call(*run_line(model, text, tmp_path / "out", "--quiet")).returncode == 0
     for shard in finished.glob("*.safetensors"):
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing(model: Path, text: Path, tmp_path: Path) -> None:
-    done = subprocess.run(run_line(model, text, tmp_path / "out", "--quiet"), capture_output=True, text=True)
+    done = call(*run_line(model, text, tmp_path / "out", "--quiet"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_without_out_the_same_line_writes_goes_on_and_says_where(
-    model: Path, text: Path, finished: Path, tmp_path: Path
+    model: Path, text: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = [part for part in run_line(model, text, tmp_path) if part not in ("--out", str(tmp_path))]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = call(*line)
     assert done.returncode == 0, done.stderr
     assert "the output folder is ./llama-slr" in done.stdout
     (tmp_path / "llama-slr" / "model-block-00003.safetensors").unlink()
-    again = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    again = call(*line)
     assert again.returncode == 0, again.stderr
     assert "llama-slr: 4 of 4 blocks are done, going on" in again.stdout
     for shard in finished.glob("*.safetensors"):
@@ -76,14 +74,13 @@ def test_without_out_the_same_line_writes_goes_on_and_says_where(
 
 
 def test_a_gpu_budget_on_a_cpu_is_warned_of(model: Path, text: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        run_line(model, text, tmp_path / "out", "--quiet", "--gpu-mem", "45GB"), capture_output=True, text=True
-    )
+    done = call(*run_line(model, text, tmp_path / "out", "--quiet", "--gpu-mem", "45GB"))
     assert (done.returncode, done.stdout) == (0, "")
     assert "--gpu-mem 45.0 GB has no effect: the device is cpu" in " ".join(done.stderr.split())
 
 
 # The command, sent a signal right after its first block is committed.
+# The command, which gets a signal right after its first block is committed.
 INTERRUPTED = """
 import os, signal, sys
 from streamslr.cli import main
@@ -102,19 +99,18 @@ main()
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_stops_cleanly_says_how_to_go_on_and_the_line_does(
     model: Path, text: Path, finished: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
     line = run_line(model, text, tmp_path / "out")
-    stopped = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, *line[1:], str(int(how))], capture_output=True, text=True
-    )
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    stopped = python_script(tmp_path / "interrupted.py", *line, str(int(how)))
     assert stopped.returncode == 130, stopped.stderr
     assert "interrupted" in stopped.stderr
     assert f"the same line goes on in {tmp_path / 'out'}" in stopped.stderr
     assert "Traceback" not in stopped.stderr
-    assert subprocess.run(line, capture_output=True).returncode == 0
+    assert call(*line).returncode == 0
     for shard in finished.glob("*.safetensors"):
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
 
@@ -133,14 +129,14 @@ def test_an_interrupt_stops_cleanly_says_how_to_go_on_and_the_line_does(
 def test_a_users_mistake_is_one_message_and_an_exit_code(
     model: Path, text: Path, tmp_path: Path, change: list[str], code: int, message: str
 ) -> None:
-    done = subprocess.run(run_line(model, text, tmp_path / "out", *change), capture_output=True, text=True)
+    done = call(*run_line(model, text, tmp_path / "out", *change))
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_changed_settings_exit_with_4(model: Path, text: Path, finished: Path) -> None:
-    done = subprocess.run(run_line(model, text, finished, "--rank", "8"), capture_output=True, text=True)
+    done = call(*run_line(model, text, finished, "--rank", "8"))
     assert done.returncode == 4
     assert "rank: 4 there, 8 now" in done.stderr
 
@@ -156,9 +152,9 @@ def test_inspect_json_is_only_json_and_holds_every_layer(finished: Path) -> None
 
 def test_matching_shows_in_inspect_and_can_be_left_out(model: Path, text: Path, finished: Path, tmp_path: Path) -> None:
     matching = json.loads(call("inspect", finished, "--json", "--block", "1").stdout)["matching"]
-    assert len(matching["curve"]) == 20
+    assert len(matching["curve"]) == 3
     assert f"{matching['loss_before']:.3g} → {matching['loss_after']:.3g}" in call("inspect", finished).stdout
-    assert subprocess.run(run_line(model, text, tmp_path / "out", "--quiet", "--no-match")).returncode == 0
+    assert call(*run_line(model, text, tmp_path / "out", "--quiet", "--no-match")).returncode == 0
     assert json.loads(call("inspect", tmp_path / "out", "--json", "--block", "1").stdout)["matching"] is None
 
 
@@ -214,7 +210,7 @@ def test_plan_for_a_gpu_is_held_to_its_budget(model: Path) -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_run_on_a_gpu_that_is_not_there_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
-    done = subprocess.run(run_line(model, text, tmp_path / "out", "--device", "cuda"), capture_output=True, text=True)
+    done = call(*run_line(model, text, tmp_path / "out", "--device", "cuda"))
     assert done.returncode == 2
     assert "--device cuda, but torch sees no GPU here" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -277,7 +273,7 @@ def test_methods_are_listed_for_people_and_programs() -> None:
 
 
 def test_rank_with_a_method_of_pure_sparsity_is_refused_before_work(model: Path, text: Path, tmp_path: Path) -> None:
-    done = subprocess.run(run_line(model, text, tmp_path / "out", "--method", "wanda"), capture_output=True, text=True)
+    done = call(*run_line(model, text, tmp_path / "out", "--method", "wanda"))
     assert done.returncode == 2
     assert "method wanda is pure sparsity" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -336,6 +336,7 @@ def test_offline_with_and_without_a_cache(hub: Hub, made: Path, monkeypatch: pyt
     assert f"{SHARD.format(2)} of org/llama is not in the cache" in str(failure("org/llama"))
 
 
+@pytest.mark.slow
 def test_the_environment_says_where_the_hub_is(hub: Hub, made: Path, tmp_path: Path) -> None:
     commit = hub.add("org/llama", made)
     script = (

@@ -10,7 +10,7 @@ from streamslr.calibration.tokens import text_windows
 from streamslr.errors import InputError
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
-from tests.support.killing import compress_in_child
+from tests.support.compressed_folders import compressed_folder
 
 SEQ_LEN = 16
 
@@ -44,8 +44,7 @@ def test_a_compressed_folder_has_the_perplexity_of_its_merged_weights(
     assert result.nll != pytest.approx(whole_model_nll(llama, text), abs=1e-3), "compression shows"
 
 
-def test_an_unfinished_folder_is_refused(llama: Path, text: Path, tmp_path: Path) -> None:
-    settings = {"model": llama, "out": tmp_path / "out", "calibration": text, "device": "cpu", "rank": 4}
-    assert compress_in_child(settings | {"samples": 4, "seq_len": SEQ_LEN}, die_at=11) == -9
+def test_an_unfinished_folder_is_refused(text: Path, tmp_path: Path) -> None:
+    unfinished = compressed_folder(tmp_path, blocks=1)
     with pytest.raises(InputError, match="lacks"):
-        evaluate(str(tmp_path / "out"), text, SEQ_LEN, device="cpu", free_memory=10**9)
+        evaluate(str(unfinished), text, SEQ_LEN, device="cpu", free_memory=10**9)

@@ -105,6 +105,7 @@ def test_a_compressed_folder_scores_as_its_dense_export(model: Path, text: Path,
     assert found.value == sum(right_answers(tmp_path / "dense")[:3]) / 3
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_refused_before_the_model_is_opened_and_the_papers_are_known() -> None:
     with pytest.raises(InputError, match="knows no task no_such_task;"):
         evaluate_tasks("/no/model", ["no_such_task", " papers"])

@@ -189,6 +189,7 @@ def test_each_linear_counts_with_its_own_rank_and_pattern() -> None:
     assert phase(shares, "match").gpu_bytes < phase(same, "match").gpu_bytes
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(10**8, 10**11), st.integers(10**8, 10**11))
 def test_more_memory_never_cuts_smaller(low: int, more: int) -> None:

@@ -28,6 +28,7 @@ from streamslr.run.passes import Passes
 from streamslr.spec.pattern import NofM
 from tests.support.compressed_folders import dense_model, run_contents
 from tests.support.killing import compress_in_child
+from tests.support.markers import slow
 from tests.support.tiny_models import tiny_checkpoint
 
 LAYERS = 3
@@ -150,7 +151,7 @@ def test_a_mixed_folder_can_be_finetuned(by_name: Path, text: Path, tmp_path: Pa
     assert get_allocation(state_of(tmp_path / "tuned")) == get_allocation(state_of(by_name))
 
 
-@pytest.mark.parametrize("die_at", [1, 2, 9])
+@pytest.mark.parametrize("die_at", [*slow(1, 2), 9])
 def test_killed_at_a_commit_point_the_same_line_goes_on_to_the_same_bytes(
     settings: dict[str, Any], by_owl: Path, die_at: int
 ) -> None:
@@ -160,6 +161,7 @@ def test_killed_at_a_commit_point_the_same_line_goes_on_to_the_same_bytes(
     assert run_contents(settings["out"]) == run_contents(by_owl)
 
 
+@pytest.mark.slow
 def test_killed_in_the_survey_it_begins_again(settings: dict[str, Any], by_owl: Path) -> None:
     assert compress_in_child(settings | OWL, die_at=6, counting="work") == -9
     assert state_of(settings["out"]).outliers is None
@@ -235,7 +237,7 @@ def test_a_linear_that_cannot_have_its_pattern_is_refused_before_any_work(
     assert not settings["out"].exists()
 
 
-@pytest.mark.parametrize("match", [True, False])
+@pytest.mark.parametrize("match", [True, *slow(False)])
 def test_the_plan_holds_whatever_the_survey_finds(settings: dict[str, Any], match: bool) -> None:
     context = open_run(RunConfig.of(**settings | OWL, match=match))
     state = run(context)

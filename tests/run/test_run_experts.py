@@ -25,9 +25,10 @@ from streamslr.run.context import open_run
 from streamslr.runtime.loader import packed_modules
 from tests.support.compressed_folders import dense_model, run_contents
 from tests.support.killing import compress_in_child
+from tests.support.markers import slow
 from tests.support.tiny_models import starved_checkpoint
 
-ARCHITECTURES = ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
+ARCHITECTURES = ["mixtral", *slow("qwen3_moe", "deepseek_v2"), "deepseek_v3"]
 RUN: dict[str, Any] = {
     "samples": 6,
     "seq_len": 16,
@@ -145,7 +146,7 @@ def test_u_and_v_of_experts_can_be_fine_tuned(mixtral: Path, text: Path, tmp_pat
     assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize(("die_at", "counting", "lose_scratch"), [(13, "renames", False), (45, "work", True)])
+@pytest.mark.parametrize(("die_at", "counting", "lose_scratch"), [*slow((13, "renames", False)), (45, "work", True)])
 def test_killed_it_goes_on_to_the_same_bytes(
     mixtral: Path, text: Path, tmp_path: Path, die_at: int, counting: str, lose_scratch: bool
 ) -> None:

@@ -15,6 +15,14 @@ from tests.support.hub_server import Hub, serve_hub
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 LAYERS = 4
+RUN: dict[str, Any] = {
+    "samples": 4,
+    "seq_len": 16,
+    "rank": 4,
+    "device": "cpu",
+    "method": "eora-wanda",
+    "match_epochs": 2,
+}
 
 
 @pytest.fixture
@@ -33,8 +41,8 @@ def add_c4(hub: Hub, folder: Path) -> None:
     hub.add("allenai/c4", folder, kind="dataset")
 
 
-def run(out: Path, **more: Any) -> None:
-    streamslr.compress("org/model", out, samples=4, seq_len=16, rank=4, device="cpu", **more)
+def run(out: Path, **more: object) -> None:
+    streamslr.compress("org/model", out, **RUN | more)
 
 
 def weights(cache: Path) -> list[str]:
@@ -43,8 +51,7 @@ def weights(cache: Path) -> list[str]:
 
 def test_a_hub_model_gives_what_its_folder_gives(hub: Hub, text: Path, tmp_path: Path) -> None:
     run(tmp_path / "a", calibration=text)
-    settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu"}
-    streamslr.compress(tmp_path / "model", tmp_path / "b", calibration=text, **settings)
+    streamslr.compress(tmp_path / "model", tmp_path / "b", calibration=text, **RUN)
     assert verify(tmp_path / "a").problems == ()
     for shard in (tmp_path / "b").glob("*.safetensors"):
         assert (tmp_path / "a" / shard.name).read_bytes() == shard.read_bytes()

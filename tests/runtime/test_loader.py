@@ -163,6 +163,7 @@ def test_trained_factors_are_saved(folder: Path, tmp_path: Path) -> None:
     assert not {"values", "meta"} & changed
 
 
+@pytest.mark.slow
 def test_a_compiled_model(folder: Path) -> None:
     model = streamslr.load(folder, device="cpu", dtype="float32")
     expected = logits(model)
@@ -209,6 +210,7 @@ for dtype, taken in ("bfloat16", uss), ("float32", anonymous):
 """
 
 
+@pytest.mark.slow
 def test_loading_takes_the_packed_model_and_a_shard(tmp_path: Path, folder: Path) -> None:
     sizes: dict[str, Any] = {"hidden": 512, "intermediate_size": 4096, "layers": 4, "rank": 8, "shards": 1}
     made = compressed_folder(tmp_path, **sizes)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.markers import slow
+
 KNOWN = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; assert 'streamslr' in known"
 
 
@@ -22,8 +24,7 @@ def test_importing_streamslr_imports_neither_torch_nor_transformers() -> None:
 @pytest.mark.parametrize(
     "first",
     [
-        "import transformers, streamslr",
-        "import streamslr; from transformers import AutoModelForCausalLM",
+        *slow("import transformers, streamslr", "import streamslr; from transformers import AutoModelForCausalLM"),
         "from transformers import PreTrainedModel; import streamslr",
         "import streamslr.model.transformers_compat",
         "import streamslr.model.blockwise",

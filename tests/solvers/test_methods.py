@@ -14,6 +14,7 @@ from streamslr.errors import InputError
 from streamslr.solvers import LinearProblem, Solver, SparseLowRank, all_methods, find_method, parse_pattern
 from streamslr.solvers.methods import BUILT_IN, ENTRY_POINTS, Method
 from tests import reference
+from tests.support.markers import slow
 from tests.support.problems import allocated_peak, assert_valid, error, made_problem
 
 LOW_RANK = [name for name, method in BUILT_IN.items() if method.low_rank]
@@ -281,8 +282,8 @@ def test_loss_is_blind_to_the_scale_of_inputs_and_weights(name: str, factor: flo
         assert error(changed, solved(name, changed)) == pytest.approx(expected, rel=0.15)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "50%", "50%/row"])
-@pytest.mark.parametrize(("o", "d"), [(768, 256), (256, 512)])
+@pytest.mark.parametrize("pattern", ["2:4", *slow("50%", "50%/row")])
+@pytest.mark.parametrize(("o", "d"), [(768, 256), *slow((256, 512))])
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "3basil"])  # tests/solvers/test_threebasil.py
 def test_a_solve_takes_no_more_than_it_says(name: str, o: int, d: int, pattern: str) -> None:
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from streamslr.solvers.low_rank import balance_factors
 from streamslr.solvers.threebasil_costs import solve_bytes, solve_flops, tile_rows_for
 from streamslr.solvers.threebasil_state import AdmmState, build_metric, invert_
 from tests import reference
+from tests.support.markers import slow
 from tests.support.problems import allocated_peak, assert_valid, error, made_problem
 
 FLOAT32 = ThreeBasil(precision="float32")
@@ -21,7 +22,7 @@ FLOAT32 = ThreeBasil(precision="float32")
 # Against the reference
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%", "60%/row"])
+@pytest.mark.parametrize("pattern", ["2:4", *slow("4:8", "1:4", "50%", "60%/row")])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_loss_is_at_most_the_references(pattern: str, rank: int) -> None:
     ours = theirs = 0.0
@@ -278,9 +279,9 @@ def test_tiles_of_no_rows_are_refused() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("pattern", ["2:4", "50%", "50%/row"])
+@pytest.mark.parametrize("pattern", ["2:4", *slow("50%", "50%/row")])
 @pytest.mark.parametrize("tile_rows", [None, 64, 256])
-@pytest.mark.parametrize(("o", "d"), [(1536, 512), (512, 1024)])
+@pytest.mark.parametrize(("o", "d"), [(1536, 512), *slow((512, 1024))])
 def test_planned_memory_is_what_a_solve_takes(
     o: int, d: int, tile_rows: int | None, pattern: str, precision: str
 ) -> None:

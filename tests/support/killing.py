@@ -1,50 +1,34 @@
-"""Compressions, exports and fine-tunings in a child process that is killed, as by kill -9, at a chosen step."""
+"""Compressions, exports and fine-tunings in a child process that is killed at a chosen step, as by kill -9."""
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# A fork server that has imported everything, and computed nothing: a child starts at once, and forks no threads.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "streamslr.run.loop",
-        "streamslr.run.context",
-        "streamslr.results.export",
-        "streamslr.finetune",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+from tests.support.forkserver import exit_code
 
 
 def compress_in_child(settings: dict[str, Any], die_at: int | None = None, counting: str = "renames") -> int:
-    """The child's exit code: 0, or -9 where it was killed at step `die_at` of what is counted.
+    """Compress in a child and return its exit code: 0, or -9 where it was killed.
 
-    counting: "renames", right before each file takes its final name, all earlier ones having theirs (the commit
-    points); "work", every chunk of hidden states written, every pass through a block, every solved layer.
+    Args:
+        settings: Arguments of `streamslr.compress`.
+        die_at: Number of steps before the kill; None for no kill.
+        counting: "renames" counts the files that take their final name, the points of commit; "work" counts chunks of
+            hidden states written, passes through a block, linears solved, and calls of fsync.
     """
-    return _exit_code(_child, settings, die_at, counting)
+    return exit_code(_child, settings, die_at, counting)
 
 
 def export_in_child(folder: Path, out: Path, to: str, die_at: int) -> int:
-    """The child's exit code: 0, or -9 where it was killed right before the file `die_at` took its final name."""
-    return _exit_code(_export, folder, out, to, die_at)
+    """Export in a child that is killed before the file `die_at` takes its final name; return its exit code."""
+    return exit_code(_export, folder, out, to, die_at)
 
 
 def finetune_in_child(folder: Path, data: Path, out: Path, settings: dict[str, Any], counting: str, die_at: int) -> int:
-    """The child's exit code: 0, or -9 where it was killed after so many "steps" of Adam, or "renames" of a file."""
-    return _exit_code(_finetune, folder, data, out, settings, counting, die_at)
-
-
-def _exit_code(target: Callable[..., None], *args: Any) -> int:
-    process = _context.Process(target=target, args=args)
-    process.start()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
+    """Fine-tune in a child that is killed after `die_at` "steps" of Adam or "renames"; return its exit code."""
+    return exit_code(_finetune, folder, data, out, settings, counting, die_at)
 
 
 def _export(folder: Path, out: Path, to: str, die_at: int) -> None:
@@ -64,7 +48,7 @@ def _finetune(folder: Path, data: Path, out: Path, settings: dict[str, Any], cou
 
 
 def _die_after(owner: type, name: str, calls: int) -> None:
-    """From now on the process is killed when this method is called once more than so often."""
+    """Kill the process when the method is called once more than `calls` times."""
     done, original = 0, getattr(owner, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:

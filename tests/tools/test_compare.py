@@ -1,18 +1,17 @@
 """A comparison on a tiny model: its rows, and what a killed one keeps."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.forkserver import python_script
 from tests.support.killing import compress_in_child
 
-ROOT = Path(__file__).parents[2]
+COMPARE = Path(__file__).parents[2] / "tools" / "compare.py"
 SIZES = ["--samples", "6", "--seq-len", "16", "--eval-windows", "4", "--set", "match_epochs=2"]
 WANDA = {"method": "wanda", "pattern": "2:4", "rank": 0, "matched": False, "seed": 0}
 
@@ -23,9 +22,9 @@ def inputs(llama: Path, text: Path) -> dict[str, Path]:
 
 
 def compare(inputs: dict[str, Path], out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    line: list[str | Path] = [sys.executable, ROOT / "tools" / "compare.py", "--model", inputs["model"]]
-    line += ["--calibration", inputs["calibration"], "--text", inputs["calibration"], *SIZES, "--out", out, *more]
-    return subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    line: list[str | Path] = ["--model", inputs["model"], "--calibration", inputs["calibration"]]
+    line += ["--text", inputs["calibration"], *SIZES, "--out", out, *more]
+    return python_script(COMPARE, *line)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,66 @@
+"""Child processes that start at once: forks of a server that has imported everything and computed nothing."""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "streamslr.cli",
+        "streamslr.run.loop",
+        "streamslr.run.context",
+        "streamslr.results.export",
+        "streamslr.finetune",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+
+
+def exit_code(target: Callable[..., None], *args: Any) -> int:
+    """Call a function in a child and return its exit code, negative for a signal."""
+    process = _context.Process(target=target, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def streamslr_command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command `streamslr` as a user does, in a child of its own."""
+    return _completed(_streamslr, [str(argument) for argument in arguments])
+
+
+def python_script(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a Python script as `python SCRIPT` does, in a child of its own."""
+    return _completed(_script, [str(script), *map(str, arguments)])
+
+
+def _completed(target: Callable[..., None], line: list[str]) -> subprocess.CompletedProcess[str]:
+    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
+        code = exit_code(_redirected, target, line, stdout.name, stderr.name)
+        return subprocess.CompletedProcess(line, code, stdout.read().decode(), stderr.read().decode())
+
+
+def _redirected(target: Callable[[list[str]], None], line: list[str], stdout: str, stderr: str) -> None:
+    for path, descriptor in ((stdout, 1), (stderr, 2)):
+        os.dup2(os.open(path, os.O_WRONLY), descriptor)
+    target(line)
+
+
+def _streamslr(arguments: list[str]) -> None:
+    from streamslr.cli import main
+
+    main(arguments, prog_name="streamslr")
+
+
+def _script(line: list[str]) -> None:
+    sys.argv = line
+    sys.path.insert(0, str(Path(line[0]).parent))
+    runpy.run_path(line[0], run_name="__main__")
