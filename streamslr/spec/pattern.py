@@ -1,4 +1,4 @@
-"""Sparsity patterns: which weights may be kept, whether a support obeys, the text form, and the bits of storing it."""
+"""Sparsity patterns: which weights may be kept, whether a support obeys, and the text form."""
 
 import re
 from dataclasses import dataclass
