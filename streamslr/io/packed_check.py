@@ -8,6 +8,7 @@ from torch import Tensor
 from streamslr.io.packed_layout import PACKED_PARTS, low_rank_misfits, max_values, pattern_misfit, sparse_misfits
 from streamslr.io.packing import decode_mask, describes_more, row_chunks
 from streamslr.spec.pattern import SparsityPattern
+from streamslr.tensors import count_not_finite, is_finite
 
 
 def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> list[str]:
@@ -37,12 +38,11 @@ def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape:
 
 
 def _non_finite(name: str, tensor: Tensor) -> list[str]:
-    finite = tensor.isfinite()
-    if finite.all():
+    if is_finite(tensor):
         return []
-    index = (~finite).nonzero()[0].tolist()
-    count = int(finite.numel() - finite.sum())
-    return [f"{name}{index} is {tensor[tuple(index)].item()}: {count} of {finite.numel()} values are not finite"]
+    index = (~tensor.isfinite()).nonzero()[0].tolist()
+    value, count = tensor[tuple(index)].item(), count_not_finite(tensor)
+    return [f"{name}{index} is {value}: {count} of {tensor.numel()} values are not finite"]
 
 
 def _padding_problems(meta: Tensor, pattern: SparsityPattern, d: int) -> list[str]:

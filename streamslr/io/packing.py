@@ -19,6 +19,7 @@ from streamslr.io.packed_layout import (
     sparse_misfits,
 )
 from streamslr.spec.pattern import NofM, SparsityPattern
+from streamslr.tensors import is_finite
 
 _CHUNK = 1 << 22
 """Elements of S worked on at once. Bounds the temporaries at about 100 MB, for a linear of any size."""
@@ -158,7 +159,7 @@ def describes_more(meta: Tensor, pattern: SparsityPattern, d: int) -> Tensor:
 def _cast(S: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     """Return S[rows] in `dtype`, contiguous, without -0.0."""
     part = S[rows].to(dtype) + 0.0
-    if not part.isfinite().all():
+    if not is_finite(part):
         row, column = (~part.isfinite()).nonzero()[0].tolist()
         value = S[rows.start + row, column].item()
         if part.dtype == S.dtype or value != value or abs(value) == float("inf"):

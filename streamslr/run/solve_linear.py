@@ -15,6 +15,7 @@ from streamslr.memory import retry_on_oom
 from streamslr.run.journal import LinearRecord
 from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, pruning_error, relative_error
 from streamslr.spec.allocation import Allocation, LinearSpec
+from streamslr.tensors import is_finite
 
 log = logging.getLogger("streamslr")
 
@@ -98,7 +99,7 @@ def compress_linear(
         ) from error
     if rank := solution.U.shape[1]:
         tensors |= {"U": solution.U.to(dtype), "V": solution.V.to(dtype)}
-    if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
+    if not all(is_finite(part) for part in tensors.values()):
         raise InputError(f"{problem.name}: its factors overflow {dtype}; give the model in bf16 or fp32")
     density = int(solution.S.count_nonzero()) / weight.numel()
     iterations, damping, warnings = solution.iterations, solution.damping, solution.warnings
