@@ -113,7 +113,7 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
             with LiveDisplay(console, context.host_mem) if live else nullcontext() as display:
                 state = compress(context, display)
             if not quiet:
-                console.print(run_table(config.out, state))
+                print_table(run_table(config.out, state))
 
 
 @main.command()

@@ -24,7 +24,9 @@ TILE = 1 << 24
 """Elements of a dense weight's gradient that exist at once: 64 MB in float32, and enough rows for a fast product."""
 
 _TILE_COPIES = 4
-"""Tiles of a dense weight that exist at once, counted: S, its sum with U·V, their gradient and a product."""
+"""Tiles of a dense weight that a refinement is planned to hold at once: two are made (a gradient, a product), and the
+products take temporaries of their own. With 4 the plan is 1.02 to 1.04 of the measured peak (in
+tools/results/run-llama-8m.json)."""
 
 _SAVED_HIDDEN = 6
 """Tensors [b, T, h] that a pass saves for its gradients beside the inputs and outputs of linears. Counted in Llama's
@@ -32,7 +34,7 @@ block in float32 on a CPU: inputs and outputs of two norms, two residuals."""
 
 
 @dataclass(frozen=True)
-class Matching:
+class MatchSettings:
     """Settings of matching: Adam on ‖f̂(X) − T‖² over all parts of a block at once (3BASiL-TM, arXiv 2603.01376).
 
     epochs: passes over the windows; the first one only measures.
@@ -119,7 +121,7 @@ def refine_flops(forward: float, epochs: int) -> float:
 
 
 class CompressedBlock:
-    """A live block whose linears are packed. A weight outside the support of S never changes."""
+    """A live block that computes with S + U·V, written dense into its weights. The support of S never changes."""
 
     def __init__(self, block: Block, patterns: Mapping[str, SparsityPattern]) -> None:
         """Wrap a live block.
@@ -147,7 +149,7 @@ class CompressedBlock:
     def refine(
         self,
         weights: BlockWeights,
-        settings: Matching,
+        settings: MatchSettings,
         batches: Callable[[Sequence[Span]], Iterable[tuple[Tensor, Tensor]]],
         windows: int,
         micro_batch: int,
@@ -167,7 +169,7 @@ class CompressedBlock:
 
         Returns:
             The weights to store, and the relative loss of each epoch. The first epoch trains nothing and gives the loss
-            to start from; the loss of every other is the mean while the block changes.
+            to start from; the loss of each later epoch is the mean over its steps.
         """
         self.load(weights)
         before = Loss()
@@ -241,7 +243,7 @@ class _Optimizer:
     def __init__(
         self,
         masters: Iterable["_LinearMasters | _VectorMaster"],
-        settings: Matching,
+        settings: MatchSettings,
         relative_loss: float,
         steps: int,
     ) -> None:
@@ -284,7 +286,7 @@ class _LinearMasters:
             self._tiles.append((slice(start, start + step), slice(first, first + len(positions)), positions))
             first += len(positions)
 
-    def learning_rates(self, settings: Matching) -> list[tuple[Tensor, float]]:
+    def learning_rates(self, settings: MatchSettings) -> list[tuple[Tensor, float]]:
         """Return each master with its learning rate at a relative block loss of 1."""
         rate = settings.lr * self.values_rms / math.sqrt(self.kept_per_row)
         low_rank = settings.low_rank_lr_ratio * rate
@@ -362,7 +364,7 @@ class _VectorMaster:
         self._parameter, self._output_rms = parameter, output_rms
         self.value = _master(stored.to(parameter.device))  # the stored dtype may be finer than the compute dtype
 
-    def learning_rates(self, settings: Matching) -> list[tuple[Tensor, float]]:
+    def learning_rates(self, settings: MatchSettings) -> list[tuple[Tensor, float]]:
         """Return the master with its learning rate at a relative block loss of 1."""
         return [(self.value, settings.lr * settings.vector_lr_ratio * self._output_rms)]
 

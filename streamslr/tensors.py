@@ -10,6 +10,8 @@ def is_finite(tensor: Tensor) -> bool:
     """
     if not tensor.numel():
         return True
+    if tensor.is_floating_point() and tensor.itemsize == 1:  # aminmax does not take float8
+        tensor = tensor.float()
     low, high = tensor.aminmax()
     return bool(low.isfinite() & high.isfinite())
 

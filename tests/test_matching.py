@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 from streamslr import matching
 from streamslr.calibration.hidden_states import Span
 from streamslr.io.packing import merge, pack, unpack
-from streamslr.matching import BlockWeights, CompressedBlock, Matching
+from streamslr.matching import BlockWeights, CompressedBlock, MatchSettings
 from streamslr.model.blockwise import Block
 from streamslr.solvers import parse_pattern
 from tests import reference
 
-SETTINGS = Matching(epochs=4, batch=3, lr=0.1)
+SETTINGS = MatchSettings(epochs=4, batch=3, lr=0.1)
 SAMPLES, TOKENS, WIDTH = 7, 4, 16
 
 
@@ -70,7 +70,7 @@ class Case:
     @torch.no_grad()
     def refine(
         self,
-        settings: Matching = SETTINGS,
+        settings: MatchSettings = SETTINGS,
         micro_batch: int = 3,
         run: Callable[[Tensor], Tensor] | None = None,
         batches: Callable[[Sequence[Span]], Iterator[tuple[Tensor, Tensor]]] | None = None,

@@ -25,8 +25,8 @@ Chosen between two measurements that disagree: tools/results/experts.md."""
 class Gram:
     """H [d, d] float32 = Σ x xᵀ over the `rows` inputs x that all of `linears` receive.
 
-    shared_fraction: fraction of H that comes from all experts beside this one, since too few tokens reached it
-    (`blend_experts`).
+    shared_fraction: weight 1 - w of the Gram of all experts of its kind, this one included, where too few tokens
+    reached an expert (`blend_experts`).
     """
 
     linears: tuple[str, ...]
@@ -81,7 +81,7 @@ def offload_grams(grams: list[Gram], tier: str, folder: Path) -> list[Callable[[
         For each Gram a function that returns it. It may be called once.
 
     Raises:
-        BudgetError: The disk is full.
+        BudgetError: A file cannot be written.
     """
     offloaded: list[Callable[[], Gram]] = []
     while grams:
@@ -96,15 +96,15 @@ def offload_grams(grams: list[Gram], tier: str, folder: Path) -> list[Callable[[
                     f"{path}: {error.strerror}; free space there or give --scratch another folder, then start the "
                     f"same line again"
                 ) from error
-            offloaded.append(partial(_map_from_disk, replace(gram, matrix=gram.matrix.to("meta")), path))
+            offloaded.append(partial(_take_from_disk, replace(gram, matrix=gram.matrix.to("meta")), path))
         else:
             moved = gram if tier == "device" else replace(gram, matrix=gram.matrix.cpu())
             offloaded.append(partial(replace, moved))
     return offloaded
 
 
-def _map_from_disk(gram: Gram, path: Path) -> Gram:
-    """Map the matrix into memory: the kernel reads pages as they are used, and can drop them again."""
+def _take_from_disk(gram: Gram, path: Path) -> Gram:
+    """Map the matrix into memory and delete its file; the kernel reads pages as they are used, and can drop them."""
     d = len(gram.matrix)
     matrix = torch.from_file(str(path), size=d**2).view(d, d)
     path.unlink()  # its space is free once the mapping goes
@@ -171,15 +171,15 @@ class GramCollector:
         if owner not in self._grams:
             self._grams[owner] = torch.zeros(x.shape[-1:] * (1 if self._diagonal else 2), device=x.device)
         if self._diagonal:
-            self._grams[owner] += torch.linalg.vector_norm(rows, dim=0).square()  # no copy of the activations
+            self._grams[owner] += torch.linalg.vector_norm(rows, dim=0).square()  # no second copy
         else:
             self._grams[owner].addmm_(rows.T, rows)
-        # a row's sum is finite only if its entries are, and needs no copy of the activations
+        # a row's sum is finite only if its entries are, and a sum needs no copy of the rows
         not_finite = (self._first, self._windows, ~torch.isfinite(rows.sum(1)))
         self._not_finite.setdefault(owner, []).append(not_finite)
 
     def grams(self) -> list[Gram]:
-        """Return the Grams in call order; those of experts with few tokens blended by `blend_experts`.
+        """Return the Grams in call order; those of experts with few tokens blended by `blend_experts`. Call it once.
 
         Raises:
             InputError: An input holds NaN or infinity, or a linear that is no expert's did not see every token of

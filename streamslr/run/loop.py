@@ -31,7 +31,7 @@ from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import RunContext, require_fit
 from streamslr.run.journal import BlockRecord, Journal, JournalState, LinearRecord, MatchRecord, made_with
-from streamslr.run.passes import Passes, Streams, drop_block, load_block
+from streamslr.run.passes import Boundary, Passes, drop_block, load_block
 from streamslr.run.progress import BlockProgress, Display, NoDisplay, PhaseTimer
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.run.survey import allocation_by_outliers
@@ -108,7 +108,7 @@ def _first_state(context: RunContext, calibration: Calibration) -> JournalState:
 
 @dataclass(frozen=True)
 class Compression:
-    """One process's work on a run, all of whose choices are made."""
+    """One process's part of a run; every choice is made before."""
 
     context: RunContext
     allocation: Allocation
@@ -126,15 +126,15 @@ class Compression:
         discard_uncommitted(config.out, state.shards)
         write_index(config.out, state.shards)
         if not state.complete:
-            streams = self.begin() if state.non_block is None else self.resume()
+            boundary = self.begin() if state.non_block is None else self.resume()
             for done in (blockwise.non_block_tensors, *blockwise.block_tensors[: len(state.blocks)]):
                 self.context.checkpoint.release(done)
             for i in range(len(state.blocks), state.blocks_total):
-                streams = self.compress_block(i, streams)
+                boundary = self.compress_block(i, boundary)
         for scratch in (config.scratch_folder, config.out / ".scratch"):  # an earlier start may have used the default
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def begin(self) -> Streams:
+    def begin(self) -> Boundary:
         """Write all before block 0: auxiliary files, non-block tensors, boundary 0; return that boundary."""
         context, out, journal = self.context, self.context.config.out, self.journal
         with self.timer.phase("non_block", steps=1):
@@ -144,47 +144,47 @@ class Compression:
                 out, checkpoint.config_json(), checkpoint.auxiliary_files(), common_pattern(self.allocation), rank
             )
             non_block = write_non_block(out, [checkpoint.tensors[name] for name in names], checkpoint.read_one)
-        streams = self.passes.retry("embed", partial(self.passes.embed, targets=context.config.match))
-        digest = streams.hidden.seal()
+        boundary = self.passes.retry("embed", partial(self.passes.embed, targets=context.config.match))
+        digest = boundary.hidden.seal()
         journal.commit_non_block(auxiliary_files, non_block, digest, self.passes.micro_batch, self.timer.take())
         write_index(out, journal.state.shards)
-        return streams
+        return boundary
 
-    def resume(self) -> Streams:
+    def resume(self) -> Boundary:
         """Return what enters the next block: from the scratch folder, or by passing the finished blocks again."""
         state, config = self.journal.state, self.context.config
         done = len(state.blocks)
-        digests = (state.hidden_states, state.hidden_states)  # boundary 0 is its own targets
+        digests = (state.hidden_states, state.hidden_states)  # at boundary 0 hidden states and targets are the same
         if done:
             digests = (state.blocks[-1].hidden_states, state.blocks[-1].targets)
-        if streams := self.passes.reopen(done, digests):
-            return streams
+        if boundary := self.passes.reopen(done, digests):
+            return boundary
         log.warning("hidden states in %s are lost; passing %d finished blocks again", config.scratch_folder, done)
-        streams = self.passes.replay(done, open_checkpoint(str(config.out)))
-        if any(new not in (None, old) for new, old in zip(streams.seal(), digests, strict=True)):
+        boundary = self.passes.replay(done, open_checkpoint(str(config.out)))
+        if any(new not in (None, old) for new, old in zip(boundary.seal(), digests, strict=True)):
             log.warning("replayed hidden states differ in their last bits: another machine, torch build or micro-batch")
-        return streams
+        return boundary
 
-    def compress_block(self, i: int, streams: Streams) -> Streams:
+    def compress_block(self, i: int, boundary: Boundary) -> Boundary:
         """Compress block i into its shard and a journal record; return what enters the next block."""
         blockwise, passes, timer = self.context.blockwise, self.passes, self.timer
-        timer.take()  # what a replay measured is no block's
+        timer.take()  # drop what a replay measured: it belongs to no block
         # Load the block, while the shards of the next are fetched.
         with timer.phase("load", steps=1, block=i):
             block = load_block(blockwise, i)
         # Collect Gram matrices and targets in one pass of the dense block.
-        grams, targets = passes.retry("grams", partial(passes.collect, block, streams))
+        grams, targets = passes.retry("grams", partial(passes.collect, block, boundary))
         # Solve each linear: S + U·V takes the place of its weight.
         with timer.phase("solve", steps=len(block.linears), block=i) as step:
             packed, records = self.solve_block(block, grams, step)
         solved = BlockWeights(packed, blockwise.as_stored(i))
         # Match the block to its targets; pass the windows through it; write its shard.
         if targets:
-            leaving, shard, matching = self.match_and_propagate(block, solved, streams.hidden, targets)
+            leaving, shard, matching = self.match_and_propagate(block, solved, boundary.hidden, targets)
         else:
-            (leaving, _), shard = self.propagate_and_write(block, solved, streams.hidden, None)
+            (leaving, _), shard = self.propagate_and_write(block, solved, boundary.hidden, None)
             matching = None
-        upcoming = Streams(leaving, targets)
+        upcoming = Boundary(leaving, targets)
         # Commit: from here on a resume starts behind this block.
         with timer.phase("commit", steps=1, block=i):
             digest, digest_of_targets = upcoming.seal()
@@ -192,7 +192,7 @@ class Compression:
         self.journal.commit_block(record, passes.micro_batch, self.linear_compressor.workspace)
         write_index(self.context.config.out, self.journal.state.shards)
         # Drop what only this block needed.
-        streams.drop()
+        boundary.drop()
         drop_block(blockwise, i)
         self.progress.committed(record)
         return upcoming
@@ -236,14 +236,14 @@ class Compression:
             )
             compressed.load(solved)
             leaving.drop()
-            (leaving, _), shard = self.propagate_and_write(block, solved, hidden, targets)
+            (leaving, _), shard = self.propagate_and_write(block, solved, hidden, None)
         record = MatchRecord(curve[0], _finite_or_none(loss), applied, tuple(map(_finite_or_none, curve)))
         return leaving, shard, record
 
     def propagate_and_write(
         self, block: Block, weights: BlockWeights, hidden: HiddenStates, targets: HiddenStates | None
     ) -> tuple[tuple[HiddenStates, float], WrittenShard]:
-        """Pass the windows through the block, which computes with `weights`, while these are written as its shard.
+        """Pass the windows through the block, while `weights`, which it must hold already, are written as its shard.
 
         Returns:
             The hidden states that leave the block, with their loss against `targets`; and the shard.

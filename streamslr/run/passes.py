@@ -10,7 +10,7 @@ from torch import Tensor
 from streamslr.calibration.grams import Gram, GramCollector
 from streamslr.calibration.hidden_states import HiddenStates, HiddenStateStream, Span, read_batches, spans
 from streamslr.config import RunConfig
-from streamslr.matching import BlockWeights, CompressedBlock, Loss, Matching
+from streamslr.matching import BlockWeights, CompressedBlock, Loss, MatchSettings
 from streamslr.memory import release_memory, retry_on_oom
 from streamslr.model.blockwise import Block, BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Streams:
+class Boundary:
     """One boundary: what enters a block, and where blocks are matched, the targets of the block before it.
 
     targets of block i = dense_block_i(hidden) + match_recover · (targets of block i - 1 - hidden). The second term
@@ -48,44 +48,44 @@ class Passes:
 
     config: RunConfig
     blockwise: BlockwiseModel
-    ids: Tensor  # the calibration windows, [samples, T] int64
+    ids: Tensor  # the calibration windows, [windows, T] int64
     timer: PhaseTimer
     micro_batch: int  # halved for good when memory runs out
     in_memory: bool  # whether boundaries are kept in host memory beside the disk (Plan.in_memory)
 
-    def embed(self, targets: bool) -> Streams:
+    def embed(self, targets: bool) -> Boundary:
         """Write boundary 0, and a copy of it as `targets` where they are wanted."""
         names = ("hidden", "targets") if targets else ("hidden",)
         with self.timer.phase("embed", steps=len(self.ids)) as step, ExitStack() as stack:
-            streams = [stack.enter_context(self._new(name, 0)) for name in names]
+            written = [stack.enter_context(self._new(name, 0)) for name in names]
             stack.callback(self.blockwise.evict_non_block)
             self.blockwise.load_non_block()
             for start, stop in self._spans():
                 hidden = self.blockwise.embed(self.ids[start:stop].to(self.blockwise.device))
-                for stream in streams:
-                    stream.write(start, hidden)
+                for states in written:
+                    states.write(start, hidden)
                 step(stop - start)
-        return Streams(streams[0], streams[1] if targets else None)
+        return Boundary(written[0], written[1] if targets else None)
 
-    def reopen(self, index: int, digests: tuple[str | None, str | None]) -> Streams | None:
+    def reopen(self, index: int, digests: tuple[str | None, str | None]) -> Boundary | None:
         """Return boundary `index` as an earlier process sealed it under these digests; None where any of it is lost."""
         hidden = self._stream("hidden").reopen(index, digests[0] or "")
         if not self.config.match:
-            return Streams(hidden, None) if hidden else None
+            return Boundary(hidden, None) if hidden else None
         targets = self._stream("targets").reopen(index, digests[1] or "")
-        return Streams(hidden, targets) if hidden and targets else None
+        return Boundary(hidden, targets) if hidden and targets else None
 
-    def replay(self, blocks: int, finished: Checkpoint) -> Streams:
-        """Write boundary `blocks` anew: from the embeddings through the finished blocks, for targets the dense ones."""
-        streams = self.embed(self.config.match)
+    def replay(self, blocks: int, finished: Checkpoint) -> Boundary:
+        """Make boundary `blocks` again: hidden states through the finished blocks, targets through the dense ones."""
+        boundary = self.embed(self.config.match)
         for i in range(blocks):
-            targets = self._targets(self.blockwise.load_block(i), streams) if streams.targets else None
+            targets = self._targets(self.blockwise.load_block(i), boundary) if boundary.targets else None
             block = self.blockwise.load_block(i, finished)
-            upcoming = Streams(self.propagate(block, streams.hidden, None)[0], targets)
+            upcoming = Boundary(self.propagate(block, boundary.hidden, None)[0], targets)
             self.blockwise.evict_block(i)
-            streams.drop()
-            streams = upcoming
-        return streams
+            boundary.drop()
+            boundary = upcoming
+        return boundary
 
     def survey(self, i: int, hidden: HiddenStates) -> tuple[HiddenStates, float]:
         """Pass dense block i; return the dense model's boundary i + 1, and the block's fraction of outliers."""
@@ -102,13 +102,13 @@ class Passes:
             scored = [(block.linears[name].weight, energy) for names, energy in energies for name in names]
             return leaving, outlier_fraction(scored, self.config.owl_outlier or DEFAULT_OUTLIER_FACTOR)
 
-    def collect(self, block: Block, streams: Streams) -> tuple[list[Gram], HiddenStates | None]:
+    def collect(self, block: Block, boundary: Boundary) -> tuple[list[Gram], HiddenStates | None]:
         """Pass the dense block; return the Gram matrices of its linears' inputs, and the block's targets."""
         with (
             self.timer.phase("grams", steps=len(self.ids), block=block.index) as step,
             GramCollector(block) as collector,
         ):
-            targets = self._dense_pass(block, streams, collector.run, step)
+            targets = self._dense_pass(block, boundary, collector.run, step)
             return collector.grams(), targets
 
     def match(
@@ -116,7 +116,7 @@ class Passes:
     ) -> tuple[BlockWeights, tuple[float, ...]]:
         """Refine the live block from `solved` towards its targets; return its weights, and the loss of each epoch."""
         config = self.config
-        settings = Matching(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
+        settings = MatchSettings(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
         with self.timer.phase("match", steps=settings.epochs * len(self.ids), block=block.index) as step:
 
             def batches(wanted: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -130,7 +130,7 @@ class Passes:
         return refined
 
     def propagate(self, block: Block, hidden: HiddenStates, targets: HiddenStates | None) -> tuple[HiddenStates, float]:
-        """Pass the block as it is now; return the hidden states that leave it, and their loss against the targets."""
+        """Pass the block as it is now; return what leaves it, and its loss against the targets (0 without any)."""
         loss = Loss()
         with (
             self.timer.phase("propagate", steps=len(self.ids), block=block.index) as step,
@@ -149,7 +149,7 @@ class Passes:
         return retry_on_oom(work, self.halve_micro_batch, phase=phase, device=self.blockwise.device)
 
     def halve_micro_batch(self, at_most: int | None = None) -> str | None:
-        """Halve the micro-batch, or `at_most` where fewer passed at a time; say so, or return None where it is 1."""
+        """Halve the windows that passed together, `at_most` so many; say so, or return None where it was one."""
         passing = min(self.micro_batch, at_most or self.micro_batch)
         if passing == 1:
             return None
@@ -172,23 +172,23 @@ class Passes:
             states.drop()
             raise
 
-    def _targets(self, dense: Block, streams: Streams) -> HiddenStates | None:
+    def _targets(self, dense: Block, boundary: Boundary) -> HiddenStates | None:
         """Return the targets of a dense block whose Gram matrices are not wanted."""
         with self.timer.phase("targets", steps=len(self.ids), block=dense.index) as step:
-            return self._dense_pass(dense, streams, lambda _, x: dense.run(x), step)
+            return self._dense_pass(dense, boundary, lambda _, x: dense.run(x), step)
 
     def _dense_pass(
-        self, block: Block, streams: Streams, run: Callable[[int, Tensor], Tensor], step: Callable[[int], None]
+        self, block: Block, boundary: Boundary, run: Callable[[int, Tensor], Tensor], step: Callable[[int], None]
     ) -> HiddenStates | None:
         """Pass the windows through the dense block by `run`(first window, x); return the block's targets."""
-        if not streams.targets:
-            for first, x in self._batches(streams.hidden, step):
+        if not boundary.targets:
+            for first, x in self._batches(boundary.hidden, step):
                 run(first, x)
             return None
         recover = self.config.match_recover
-        earlier = self._batches(streams.targets)
+        earlier = self._batches(boundary.targets)
         with self._new("targets", block.index + 1) as targets:
-            for first, x in self._batches(streams.hidden, step):
+            for first, x in self._batches(boundary.hidden, step):
                 output = run(first, x)
                 _, target = next(earlier)
                 targets.write(first, output + recover * (target - x))

@@ -13,7 +13,7 @@ from streamslr.errors import InputError, StreamslrError
 from streamslr.io.packing import merge, pack
 from streamslr.memory import retry_on_oom
 from streamslr.run.journal import LinearRecord
-from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, pruning_error, relative_error
+from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, relative_error, wanda_error
 from streamslr.spec.allocation import Allocation, LinearSpec
 from streamslr.tensors import is_finite
 
@@ -88,7 +88,7 @@ def compress_linear(
     """
     weight, pattern = problem.weight, problem.pattern  # [o, d]
     shape = (weight.shape[0], weight.shape[1])
-    pruned = pruning_error(problem)
+    pruned = wanda_error(problem)
     solution = solver.solve(problem)
     try:
         _require_shapes(problem, solution)

@@ -25,8 +25,8 @@ _Factorized = TypeVar("_Factorized")
 class LinearProblem:
     """One linear to compress: the S and U·V that change its outputs least.
 
-    A solver minimises tr(R H Rᵀ) for R = weight − S − U·V, H the damped Gram matrix, over S in the pattern and U·V of
-    the rank. That is the squared change of the linear's outputs on the calibration inputs X (3BASiL, arXiv 2603.01376).
+    A solution is measured by tr(R H Rᵀ) for R = weight − S − U·V and H the damped Gram matrix: without damping, the
+    squared change of the linear's outputs on the calibration inputs X (3BASiL, arXiv 2603.01376).
 
     Attributes:
         name: Name of the linear, for messages.
@@ -74,7 +74,7 @@ class SparseLowRank:
 
 @runtime_checkable
 class Solver(Protocol):
-    """A method: tensors in, tensors out, on the device of the problem's tensors, which it leaves unchanged."""
+    """The solver of a method: tensors in, tensors out, on the device of the problem, whose tensors stay unchanged."""
 
     def solve(self, problem: LinearProblem) -> SparseLowRank:
         """Return S, U and V for the problem; the same bits for the same problem, device and thread count.
@@ -147,7 +147,7 @@ def damp_until_positive_definite(
 ) -> _Factorized:
     """Return what `factorize` makes with the least damping for which the Gram matrix has a Cholesky factor.
 
-    The damping starts at the default and is raised tenfold after each failure, which adds to `warnings`.
+    The damping starts at the default and is raised tenfold after each failure. If it was raised, one warning is added.
 
     Args:
         problem: The linear, already validated.
@@ -241,8 +241,8 @@ def relative_error(weight: Tensor, gram: Tensor, approximation: Tensor) -> float
     return _relative_error(weight, gram, lambda rows: approximation[rows].float())
 
 
-def pruning_error(problem: LinearProblem) -> float:
-    """Return the relative error of pruning by |W_ij|·‖X_j‖ (Wanda, arXiv 2306.11695), the yardstick in the record."""
+def wanda_error(problem: LinearProblem) -> float:
+    """Return the relative error of pruning by |W_ij|·‖X_j‖, ‖X_j‖ damped: the yardstick (Wanda, arXiv 2306.11695)."""
     added, _ = damping_diagonal(problem.gram)
     scale = (problem.gram.diagonal() + added).sqrt()
     weight, pattern = problem.weight, problem.pattern
@@ -253,7 +253,7 @@ def pruning_error(problem: LinearProblem) -> float:
 
 
 def _relative_error(weight: Tensor, gram: Tensor, approximation: Callable[[slice], Tensor]) -> float:
-    """Return `relative_error` of an approximation made in slices of rows: no tensor of the weight's size is held."""
+    """Return `relative_error` of an approximation made in slices of rows; make no tensor of the weight's size here."""
     added, dead = damping_diagonal(gram)
     numerator = denominator = 0.0
     for start in range(0, len(weight), _TILE):

@@ -1,4 +1,4 @@
-"""3BASiL in a fast form: one product an iteration finds S and U·V together (arXiv 2603.01376)."""
+"""3BASiL in a fast form: one product of the weight's size an iteration finds S and U·V together (2603.01376)."""
 
 import math
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ _TYPICAL_ITERATIONS = 250
 
 @dataclass(frozen=True)
 class ThreeBasil:
-    """Sparse plus low rank by ADMM in two blocks, (S, U·V) and D (3BASiL, arXiv 2603.01376).
+    """Sparse plus low rank by ADMM over two groups of variables, (S, U·V) and D (3BASiL, arXiv 2603.01376).
 
     Scaled by the inputs' saliency, with G the Gram matrix, Y the scaled dual and M = ρ (G + ρI)⁻¹, an iteration is
 
-        U·V ← the best rank-r fit of W − D + Y in the metric G M
+        U·V ← one subspace step towards the best rank-r fit of W − D + Y in the metric G M
         S   ← E + (D − Y − E) M,  E = W − U·V
         D   ← the projection of S + Y on the pattern
         Y   ← S + Y − D
