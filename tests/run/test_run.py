@@ -328,7 +328,8 @@ def test_changed_windows_are_named_before_memory_is_looked_at(begun: dict[str, A
         streamslr.compress(**begun | {"seq_len": 4096, "host_mem": "1MB"})
 
 
-@pytest.mark.parametrize("host_mem", ["10GB", *slow(None)])
+@pytest.mark.slow
+@pytest.mark.parametrize("host_mem", ["10GB", None])
 def test_the_tier_of_hidden_states_does_not_show_in_the_bytes(
     settings: dict[str, Any], unbroken: dict[str, bytes], host_mem: str | None, tmp_path: Path
 ) -> None:
@@ -642,6 +643,7 @@ def test_matching_and_propagation_are_cut_too(
     assert verify(cheap["out"]).problems == ()
 
 
+@pytest.mark.slow
 def test_a_run_begun_under_a_tight_budget_goes_on_in_its_pieces_under_a_generous_one(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.markers import slow
-
 KNOWN = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; assert 'streamslr' in known"
 
 
@@ -21,10 +19,12 @@ def test_importing_streamslr_imports_neither_torch_nor_transformers() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [
-        *slow("import transformers, streamslr", "import streamslr; from transformers import AutoModelForCausalLM"),
+        "import transformers, streamslr",
+        "import streamslr; from transformers import AutoModelForCausalLM",
         "from transformers import PreTrainedModel; import streamslr",
         "import streamslr.model.transformers_compat",
         "import streamslr.model.blockwise",

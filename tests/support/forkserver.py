@@ -1,5 +1,6 @@
 """Child processes that start at once: forks of a server that has imported everything and computed nothing."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -25,11 +26,16 @@ _context.set_forkserver_preload(
 
 def exit_code(target: Callable[..., None], *args: Any) -> int:
     """Call a function in a child and return its exit code, negative for a signal."""
-    process = _context.Process(target=target, args=args)
+    process = _context.Process(target=_child, args=(target, *args))
     process.start()
     process.join()
     assert process.exitcode is not None
     return process.exitcode
+
+
+def _child(target: Callable[..., None], *args: Any) -> None:
+    gc.freeze()  # what the server imported is no garbage
+    target(*args)
 
 
 def streamslr_command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

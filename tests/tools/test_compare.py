@@ -44,6 +44,7 @@ def compared(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
+@pytest.mark.slow
 def test_every_combination_is_a_row_of_the_table_or_named_as_skipped(compared: Path) -> None:
     dense, wanda = rows(compared)[:2]
     assert dense["method"] == "dense"
@@ -58,6 +59,7 @@ def test_every_combination_is_a_row_of_the_table_or_named_as_skipped(compared: P
     assert not compared.with_name("tiny.work").exists()
 
 
+@pytest.mark.slow
 def test_after_a_kill_finished_rows_stay_and_the_run_under_way_resumes(
     compared: Path, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
