@@ -253,7 +253,7 @@ def test_the_plan_holds_whatever_the_survey_finds(settings: dict[str, Any], matc
 
 
 def test_n_of_m_varies_by_block(settings: dict[str, Any]) -> None:
-    cheap = {"method": "eora-wanda", "match": False}
+    cheap: dict[str, Any] = {"method": "eora-wanda", "match": False}
     state = streamslr.compress(**settings, pattern="4:8", rank=2, owl=0.13, owl_outlier=3.0, **cheap)
     assert [{linear.pattern for linear in block.linears} for block in state.blocks] == [{"5:8"}, {"3:8"}, {"4:8"}]
     assert verify(settings["out"]).problems == ()
