@@ -35,8 +35,8 @@ def test_run_prints_the_plan_a_line_a_block_and_the_result(model: Path, text: Pa
     log = tmp_path / "logs" / "run.log"
     done = call(*run_line(model, text, tmp_path / "out", "--log-file", str(log)))
     assert done.returncode == 0, done.stderr
-    assert "plan: 4 blocks on cpu" in done.stdout
-    assert "4 of 4 blocks" in done.stdout
+    assert "plan: 4 blocks on cpu" in " ".join(done.stdout.split())
+    assert "4 of 4 blocks" in " ".join(done.stdout.split())
     lines = log.read_text().splitlines()
     assert sum(" INFO block " in line for line in lines) == 4
     assert "left" in lines[0]
