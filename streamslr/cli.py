@@ -1,36 +1,40 @@
-"""The command line: arguments -> RunConfig, tables and bars; the only place that prints."""
+"""Command line: an option for each setting, a command for each job; terminal.py prints."""
 
 import dataclasses
-import json
-import logging
 import os
 import shlex
-import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
-from streamslr.config import RunConfig, parse_bytes
-from streamslr.errors import InputError, StreamslrError
+from streamslr.config import RunConfig, default_out, parse_bytes
+from streamslr.errors import InputError
+from streamslr.terminal import (
+    make_console,
+    print_json,
+    print_table,
+    report_errors,
+    send_log,
+    show_bar,
+    silence_libraries,
+)
 
 # The libraries behind the commands take seconds to import, so each command imports its own: --help stays instant.
 
-# OpenMP threads that only spin while they wait slow each other where other processes want the cores (demo run beside
-# two of them: 69 s, and 22 s where they do not spin). Short spins keep the speed alone. Read when torch is imported.
+# OpenMP threads that spin while they wait slow each other down where other processes want the cores: a demo run beside
+# two others took 69 s, and 22 s with short spins, which cost nothing on an idle machine. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-_INTERRUPTED = 130  # as a shell reports a process ended by Ctrl-C
 
 
 class _Size(click.ParamType[int]):
+    """Number of bytes, written like 45GB."""
+
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -40,131 +44,143 @@ class _Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-def _run_options(optional: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """An option for every field of RunConfig: name, type, default and help come from there."""
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for every field of RunConfig: name, type, default and help come from there."""
     hints = typing.get_type_hints(RunConfig)
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for field in reversed(dataclasses.fields(RunConfig)):
-            flag = "--" + field.name.replace("_", "-")
-            kinds = [kind for kind in (*typing.get_args(hints[field.name]), hints[field.name]) if kind is not NoneType]
-            settings: dict[str, Any] = {"help": field.metadata["help"]}
-            if field.default is dataclasses.MISSING:
-                settings["required"] = field.name != optional
-            else:
-                settings |= {"default": field.default, "show_default": field.default is not None}
-            if kinds[0] is bool:
-                settings["is_flag"] = True
-                flag += f"/--no-{flag[2:]}" if field.default else ""
-            elif field.name.endswith("_mem"):
-                settings["type"] = _Size()
-            else:
-                settings["type"] = click.Path(path_type=Path) if kinds[0] is Path else kinds[0]
-            command = click.option(flag, field.name, **settings)(command)
-        return command
-
-    return decorate
+    for field in reversed(dataclasses.fields(RunConfig)):
+        flag = "--" + field.name.replace("_", "-")
+        kinds = [kind for kind in (*typing.get_args(hints[field.name]), hints[field.name]) if kind is not NoneType]
+        settings: dict[str, Any] = {"help": field.metadata["help"]}
+        if field.default is dataclasses.MISSING:
+            settings["required"] = True
+        else:
+            settings |= {"default": field.default, "show_default": field.default is not None}
+        if kinds[0] is bool:
+            settings["is_flag"] = True
+            flag += f"/--no-{flag[2:]}" if field.default else ""
+        elif field.name.endswith("_mem"):
+            settings["type"] = _Size()
+        else:
+            settings["type"] = click.Path(path_type=Path) if kinds[0] is Path else kinds[0]
+        command = click.option(flag, field.name, **settings)(command)
+    return command
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Only JSON on stdout, for programs.")
-_quiet_option = click.option("--quiet", is_flag=True, help="No progress on the terminal; warnings and errors stay.")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else, for programs.")
+_quiet_option = click.option("--quiet", is_flag=True, help="Show no progress; warnings and errors stay.")
+_device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device to compute on [default: cuda where there is one]."
+)
+_seq_len_option = click.option(
+    "--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of the text."
+)
 _folder_argument = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 
 
 @click.group(context_settings={"max_content_width": 110})
 @click.version_option(package_name="streamslr")
 def main() -> None:
-    """Make a language model that is bigger than your GPU smaller, one block at a time: W ≈ S + U·V.
+    """Compress a language model that does not fit your GPU, one block at a time.
 
-    Exit codes: 0 done, 1 failed or verify found something, 2 wrong input, 3 does not fit memory or disk,
+    Every weight W of a block becomes S + U·V, S sparse and U·V of low rank.
+
+    Exit codes: 0 done, 1 failed or verify found a problem, 2 wrong input, 3 does not fit memory or disk,
     4 the output folder belongs to another run, 5 the hub could not be reached, 130 interrupted.
     """
 
 
 @main.command()
-@_run_options()
+@_run_options
 @_quiet_option
 @click.option("--log-file", type=click.Path(path_type=Path), help="Append a line a block, and every warning, to FILE.")
 def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
-    """Compress a model into --out; the same line again goes on where it stopped."""
-    with _errors_and_interrupts(f"the same line goes on in {settings['out']}"):
+    """Compress a model into a folder; the same line again goes on where it stopped."""
+    out = settings["out"] or default_out(settings["model"])
+    with report_errors(f"the same line goes on in {out}"):
         config = RunConfig(**settings)
-        with _logging(quiet, log_file) as console:
-            _quiet_libraries()
+        with send_log(quiet, log_file) as console:
+            silence_libraries()
             from streamslr.results.inspect import run_table
+            from streamslr.results.plan_table import plan_table
             from streamslr.run.context import open_run
             from streamslr.run.loop import run as compress
             from streamslr.run.progress import LiveDisplay
 
             context = open_run(config)
             if not quiet:
-                console.print(context.plan.table(context.host_mem, context.gpu_mem))
+                console.print(plan_table(context.plan))
             live = not quiet and console.is_terminal
             with LiveDisplay(console, context.host_mem) if live else nullcontext() as display:
                 state = compress(context, display)
             if not quiet:
-                console.print(run_table(config.out, state))
+                print_table(run_table(config.out, state))
 
 
 @main.command()
-@_run_options(optional="out")
+@_run_options
 @_json_option
 def plan(as_json: bool, **settings: Any) -> None:
-    """What a run would take, phase by phase, from headers alone; exit code 3 when it does not fit."""
-    with _errors_and_interrupts():
-        # without --out it plans for a new folder here
-        out = settings["out"] or Path(f"{Path(settings['model']).name}-slr")
-        config = RunConfig(**settings | {"out": out})
-        _quiet_libraries()
-        from streamslr.run.context import open_run
+    """Show what a run would need, phase by phase, from headers alone; exit code 3 where it does not fit.
 
-        context = open_run(config)
+    With --device cuda it plans for a GPU that this machine may lack; give --gpu-mem to hold the plan to a budget.
+    """
+    with report_errors():
+        config = RunConfig(**settings)
+        silence_libraries()
+        from streamslr.results.plan_table import plan_table
+        from streamslr.run.context import open_run, require_fit
+
+        context = open_run(config, gpu_required=False)
         if as_json:
-            _print_json(
-                context.plan.as_dict() | {"host_budget_bytes": context.host_mem, "gpu_budget_bytes": context.gpu_mem}
-            )
+            print_json(context.plan.as_dict())
         else:
-            _console().print(context.plan.table(context.host_mem, context.gpu_mem))
-        context.require_fit()
+            make_console().print(plan_table(context.plan))
+        require_fit(context)
 
 
 @main.command()
 @_json_option
 def methods(as_json: bool) -> None:
-    """The methods that --method takes, those of other packages too: paper, needs, what they allow."""
-    with _errors_and_interrupts():
+    """List the methods of `run --method`.
+
+    The table shows paper, patterns and ranks of each, and includes methods of other installed packages.
+    """
+    with report_errors():
         from streamslr.solvers.methods import all_methods, methods_table
 
         found = all_methods()
         if as_json:
-            _print_json([method.as_dict() for method in found])
+            print_json([method.as_dict() for method in found])
         else:
-            _console().print(methods_table(found))
+            print_table(methods_table(found))
 
 
 @main.command()
 @_folder_argument
-@click.option("--block", type=int, help="Show the linears of this block, counted from 0.")
-@click.option("--allocation", is_flag=True, help="Pattern and rank of each linear, as `run --allocation` reads them.")
+@click.option("--block", type=int, help="Show one block, counted from 0: a row per linear.")
+@click.option(
+    "--allocation", is_flag=True, help="Print pattern and rank of each linear, as `run --allocation` reads them."
+)
 @_json_option
 def inspect(folder: Path, block: int | None, allocation: bool, as_json: bool) -> None:
-    """What each block's shard holds, and how good it is; finished or not."""
-    with _errors_and_interrupts():
+    """Show errors, sizes and times of a compressed FOLDER.
+
+    A table has a row per block or, with --block, a row per linear. FOLDER may be unfinished.
+    """
+    with report_errors():
         from streamslr.results import inspect as view
 
         state = view.read_run(folder)
         if allocation:
-            _print_json(view.allocation(state))
-            return
-        if block is None:
-            shown = view.summary(folder, state) if as_json else view.run_table(folder, state)
+            print_json(view.get_allocation(state))
+        elif block is None and as_json:
+            print_json(view.summary(folder, state))
+        elif block is None:
+            print_table(view.run_table(folder, state))
+        elif as_json:
+            print_json(view.block_summary(folder, view.get_block(state, block)))
         else:
-            one = view.get_block(state, block)
-            shown = view.block_summary(folder, one) if as_json else view.block_table(folder, one)
-        if as_json:
-            _print_json(shown)
-        else:
-            _console().print(shown)
+            print_table(view.block_table(folder, view.get_block(state, block)))
 
 
 @main.command()
@@ -172,21 +188,25 @@ def inspect(folder: Path, block: int | None, allocation: bool, as_json: bool) ->
 @_json_option
 @_quiet_option
 def verify(folder: Path, as_json: bool, quiet: bool) -> None:
-    """Check every digest, pattern, value and file again; exit code 1 when anything is off."""
-    with _errors_and_interrupts():
-        _quiet_libraries()
+    """Check all files and values of a compressed FOLDER.
+
+    Digests, patterns, shapes and finite values are checked against the journal. FOLDER may be unfinished. The exit
+    code is 1 when there is a problem.
+    """
+    with report_errors():
+        silence_libraries()
         from streamslr.results.verify import verify as check
 
-        with _bar("verify", shown=not (quiet or as_json)) as step:
+        with show_bar("verify", shown=not (quiet or as_json)) as step:
             result = check(folder, step)
         if as_json:
-            _print_json(dataclasses.asdict(result))
+            print_json(dataclasses.asdict(result))
         else:
             for file, problem in result.problems:
                 click.echo(f"{file}: {problem}")
-            advice = "; delete what is damaged and start the same run again to make it anew"
-            verdict = f"{len(result.problems)} problems{advice}" if result.problems else "all sound"
-            unfinished = "" if result.complete else " (an unfinished run: what is there was checked)"
+            advice = "; delete the damaged files and start the same run again, which writes them anew"
+            verdict = f"{len(result.problems)} problems{advice}" if result.problems else "no problems"
+            unfinished = "" if result.complete else " (unfinished run: only its finished part was checked)"
             click.echo(f"{folder}: {result.files} shards, {result.tensors} tensors, {verdict}{unfinished}")
         if result.problems:
             sys.exit(1)
@@ -194,11 +214,17 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
 
 @main.command()
 @_folder_argument
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file [default: FOLDER/report.html].")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file to write [default: FOLDER/report.html]."
+)
 def report(folder: Path, out: Path | None) -> None:
-    """One HTML page of what was compressed and how well, finished or not; prints its path."""
-    with _errors_and_interrupts():
-        from streamslr.results.report import write_report
+    """Write an HTML page about a compressed FOLDER.
+
+    The page shows errors, matching, time, memory and sizes, and opens without a network. FOLDER may be unfinished.
+    The path of the page is printed.
+    """
+    with report_errors():
+        from streamslr.results.report.page import write_report
 
         click.echo(str(write_report(folder, out)))
 
@@ -210,26 +236,29 @@ def report(folder: Path, out: Path | None) -> None:
     "--to",
     type=click.Choice(["dense", "peft"]),
     required=True,
-    help="dense: W = S + U·V, one transformers folder. peft: OUT/base holds S, OUT/adapter U·V as a LoRA.",
+    help="dense: one transformers folder with W = S + U·V. peft: S in OUT/base, and U·V as a LoRA in OUT/adapter.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of every weight [default: as it is stored: exact for peft; for dense the sum S + U·V is rounded to it, which "
-    "in bfloat16 can change generated text; with float32 dense generates what FOLDER does, in twice the bytes].",
+    help="Data type of every weight [default: as stored]. The default is exact for peft. For dense it rounds the sum "
+    "S + U·V, which in bfloat16 can change generated text; float32 generates what FOLDER does, in twice the bytes.",
 )
 @_quiet_option
 def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> None:
-    """Write a compressed FOLDER into OUT for software that does not know the format; the same line goes on."""
-    with _errors_and_interrupts(f"the same line goes on in {out}", kept="shards"):
-        _quiet_libraries()
+    """Write a compressed FOLDER in a format of other software.
+
+    OUT is a new folder. After an interruption the same line goes on.
+    """
+    with report_errors(f"the same line goes on in {out}", parts="shards"):
+        silence_libraries()
         import torch
 
         from streamslr.results import export as exporting
 
-        with _bar("export", shown=not quiet) as step:
+        with show_bar("export", shown=not quiet) as step:
             result = exporting.export(folder, out, to, getattr(torch, dtype) if dtype else None, step)
-        already = f", {result.shards - result.made} of them were there" if result.made < result.shards else ""
+        already = f"; {result.shards - result.made} of them were there already" if result.made < result.shards else ""
         click.echo(f"{out}: {result.shards} shards, {result.nbytes:,} bytes, read back and equal{already}")
         if to == "dense":
             click.echo(f'load it: AutoModelForCausalLM.from_pretrained("{out}")')
@@ -244,25 +273,40 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 
 @main.command()
 @_folder_argument
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Text: .txt, .jsonl, .gz of either.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="New folder.")
-@click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window.")
-@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the text.")
-@click.option("--steps", type=click.IntRange(1), help="Only so many steps, instead of --epochs.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows in a step.")
 @click.option(
-    "--lr", type=click.FloatRange(0, min_open=True), default=2e-3, show_default=True, help="Relative to U, V."
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Text to train on: .txt, .jsonl with a `text` field, or .gz of either.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the windows.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="New folder for the result."
+)
+@_seq_len_option
+@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the text.")
+@click.option("--steps", type=click.IntRange(1), help="Number of optimizer steps, in place of --epochs.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows in an optimizer step.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(0, min_open=True),
+    default=2e-3,
+    show_default=True,
+    help="Learning rate, relative to the root mean square of each U and V.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the windows.")
+@_device_option
 @_quiet_option
 def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
-    """Train U and V of a compressed FOLDER on text, S frozen and packed, and write the result into --out."""
-    with _errors_and_interrupts(f"the same line goes on in {settings['out']}.partial", kept="checkpoints"):
-        _quiet_libraries()
+    """Train U and V of a compressed FOLDER on a text.
+
+    S stays as it is, frozen and packed. The result is a new compressed folder. After an interruption the same line
+    goes on.
+    """
+    with report_errors(f"the same line goes on in {settings['out']}.partial", parts="checkpoints"):
+        silence_libraries()
         from streamslr.finetune import finetune as train
 
-        with _logging(quiet, None):
+        with send_log(quiet, None):
             record = train(folder, **settings)
         click.echo(
             f"{settings['out']}: held-out loss {record.loss_before:.4f} before, {record.loss_after:.4f} after "
@@ -273,18 +317,32 @@ def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
 @main.command()
 @click.argument("model")
 @click.option(
-    "--text", type=click.Path(path_type=Path, exists=True), help="Perplexity on this: .txt, .jsonl, .gz of either."
+    "--text",
+    type=click.Path(path_type=Path, exists=True),
+    help="Text to measure the perplexity on: .txt, .jsonl with a `text` field, or .gz of either.",
 )
-@click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of it.")
-@click.option("--windows", type=click.IntRange(1), help="Only the first so many of these windows [default: all].")
-@click.option("--scratch", type=click.Path(path_type=Path), help="Folder for hidden states that memory cannot hold.")
-@click.option("--tasks", help="Tasks of lm-evaluation-harness, like arc_easy,piqa; `papers` is the papers' eight.")
-@click.option("--num-fewshot", type=click.IntRange(0), help="Examples before each question [default: the task's own].")
-@click.option("--limit", type=click.IntRange(1), help="Only the first so many questions of each task.")
-@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Questions at a time.")
-@click.option("--include-path", type=click.Path(path_type=Path, exists=True), help="Folder of more tasks, in YAML.")
+@_seq_len_option
+@click.option("--windows", type=click.IntRange(1), help="Number of windows from the start of the text [default: all].")
+@click.option(
+    "--scratch",
+    type=click.Path(path_type=Path),
+    help="Folder for hidden states that memory cannot hold [default: the system's temporary folder].",
+)
+@click.option(
+    "--tasks", help="Tasks of lm-evaluation-harness, like arc_easy,piqa; `papers` stands for the papers' eight."
+)
+@click.option(
+    "--num-fewshot", type=click.IntRange(0), help="Solved examples before each question [default: the task's]."
+)
+@click.option("--limit", type=click.IntRange(1), help="Number of questions from the start of each task [default: all].")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Questions evaluated together."
+)
+@click.option(
+    "--include-path", type=click.Path(path_type=Path, exists=True), help="Folder of more tasks, in the harness's YAML."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@_device_option
 @_json_option
 @_quiet_option
 def eval(
@@ -300,20 +358,20 @@ def eval(
     device: str | None,
     **settings: Any,
 ) -> None:
-    """Perplexity (--text) or scores (--tasks) of MODEL, a compressed folder or a dense checkpoint.
+    """Measure MODEL: perplexity on a text, or scores on tasks.
 
-    For --text the model is streamed block by block; for --tasks it is loaded whole, and `pip install
-    'streamslr[eval]'` brings the harness.
+    MODEL is a compressed folder, a dense checkpoint or a hub id. For --text it is streamed block by block. For --tasks
+    it is loaded whole by lm-evaluation-harness, which `pip install 'streamslr[eval]'` installs.
     """
-    with _errors_and_interrupts():
+    with report_errors():
         if text is None and tasks is None:
             raise InputError("nothing to evaluate on: give --text FILE, --tasks NAME,…, or both")
         shown = not (quiet or as_json)
         if not shown:
-            os.environ["TQDM_DISABLE"] = "1"  # the bars of the harness's libraries; read when tqdm is imported
-        _quiet_libraries()
+            os.environ["TQDM_DISABLE"] = "1"  # for the bars of the harness's libraries; read when tqdm is imported
+        silence_libraries()
         found: dict[str, Any] = {}
-        if tasks is not None:  # first: their names are checked before any work
+        if tasks is not None:  # first, because an unknown name is refused before any work
             from streamslr.results.tasks import evaluate_tasks, task_table
 
             scores = evaluate_tasks(
@@ -321,12 +379,12 @@ def eval(
             )
             found |= dataclasses.asdict(scores)
             if not as_json:
-                _console().print(task_table(scores))
+                print_table(task_table(scores))
         if text is not None:
             from streamslr.memory import free_host_memory
             from streamslr.results.evaluate import evaluate
 
-            with _bar("eval", shown) as step:
+            with show_bar("eval", shown) as step:
                 result = evaluate(
                     model,
                     text,
@@ -345,83 +403,4 @@ def eval(
                     f"{result.seq_len:,} tokens of {text} ({result.dtype} on {result.device})"
                 )
         if as_json:
-            _print_json(found)
-
-
-def _console(stderr: bool = False) -> Console:
-    """The terminal, at its width; a file or pipe gets lines wide enough for the tables."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=120)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, default=str))
-
-
-@contextmanager
-def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    console = Console(stderr=True)  # where it is no terminal, a bar would leave an empty line
-    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _errors_and_interrupts(how_to_go_on: str | None = None, kept: str = "blocks") -> Iterator[None]:
-    """A user's mistake, a full disk, Ctrl-C: one message and an exit code, no traceback."""
-
-    def on_terminate(*_: object) -> None:  # what batch systems send; a process that must end says so once
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, on_terminate)
-    try:
-        yield
-    except StreamslrError as error:
-        click.echo(f"streamslr: {error}", err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        click.echo(f"streamslr: {error}", err=True)
-        sys.exit(StreamslrError.exit_code)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        message = f"; finished {kept} are kept, and {how_to_go_on}" if how_to_go_on else ""
-        click.echo(f"streamslr: interrupted{message}", err=True)
-        sys.exit(_INTERRUPTED)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _logging(quiet: bool, log_file: Path | None) -> Iterator[Console]:
-    """Log lines on the terminal (a line a block where it is no terminal) and, with times, in the log file."""
-    from rich.logging import RichHandler
-
-    console = _console()
-    logger = logging.getLogger("streamslr")
-    logger.setLevel(logging.INFO)
-    shown = RichHandler(console=_console(stderr=True) if quiet else console, show_path=False, markup=False)
-    shown.setLevel(logging.WARNING if quiet else logging.INFO)
-    handlers: list[logging.Handler] = [shown]
-    if log_file:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for handler in handlers:
-        logger.addHandler(handler)
-    try:
-        yield console
-    finally:
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
-
-
-def _quiet_libraries() -> None:
-    """Our own progress and messages say it; the libraries' bars would tear the display."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity(logging.ERROR)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    disable_progress_bars()
+            print_json(found)

@@ -1,4 +1,4 @@
-"""What can go wrong, by what the user does next; the command line turns each into its exit code."""
+"""Errors for the user, one class for each thing to do next; the command line maps each to its exit code."""
 
 
 class StreamslrError(Exception):
@@ -29,3 +29,9 @@ class HubError(StreamslrError):
     """The hub could not be reached or refused; trying again later may help."""
 
     exit_code = 5
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's error, at most 200 characters, or the error's type if it is empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

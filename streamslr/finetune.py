@@ -1,16 +1,13 @@
-"""Trains U and V of a compressed folder on text, S frozen and packed, and writes them back in the same format.
+"""Train U and V of a compressed folder on text, S frozen and packed, and write them back in the same format.
 
-No adapter of PEFT is added: U·V is one already, and what it learns stays where `load`, `eval` and `export` look for it.
-A second one would have to be merged into it, at a higher rank, to come back into this format. Who wants PEFT itself
-has U·V as a LoRA from `streamslr export --to peft`.
+U·V is a low-rank adapter already, so no adapter of PEFT is added: a second one would have to be merged into it at a
+higher rank to come back into this format. `streamslr export --to peft` gives U·V as a LoRA for training with PEFT.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -24,37 +21,45 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from streamslr.calibration.tokens import text_windows
-from streamslr.config import format_bytes
-from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
-from streamslr.io.folder import write_index
-from streamslr.io.shards import (
+from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError, first_line
+from streamslr.io.durable import (
     PARTIAL_SUFFIX,
-    TensorSource,
-    WrittenShard,
+    DiskNeed,
     fsync_folder,
+    lock_folder,
+    require_disk_space,
     write_file,
     write_json,
-    write_shard,
 )
-from streamslr.memory import why_out_of_memory
-from streamslr.model.checkpoint import open_checkpoint, shard_header
-from streamslr.model.experts import names_in
+from streamslr.io.folder import write_index
+from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
+from streamslr.memory import is_out_of_memory
+from streamslr.model.checkpoint import open_checkpoint
+from streamslr.model.parameter_names import find_modules
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from streamslr.run.context import pick_device
 from streamslr.run.journal import JOURNAL_FILE, FinetuneRecord, JournalState
 from streamslr.runtime.loader import load, packed_modules
 
-_HELD_OUT = 1 / 20, 64
-"""Of the windows, but at most so many: enough for a mean, little to lose for training."""
+_HELD_OUT_FRACTION, _MAX_HELD_OUT = 1 / 20, 64
+"""Windows held out of training: a fraction of all, but at most so many, which is enough for a mean."""
 _SETTINGS_FILE, _RESULT = "settings.json", "result"
-"""In `out`.partial, beside Trainer's checkpoints."""
+"""Names in `out`.partial, beside Trainer's checkpoints."""
 _CHECKPOINT_BYTES = 2 * 12
-"""Of a trained parameter: itself and Adam's two moments in float32; the old checkpoint goes after the new is there."""
+"""Bytes on disk per trained parameter. A checkpoint holds it and Adam's two moments in float32, and the old checkpoint
+is deleted after the new one is written."""
 
 log = logging.getLogger("streamslr")
 
@@ -72,102 +77,65 @@ def finetune(
     seed: int = 0,
     device: str | None = None,
 ) -> FinetuneRecord:
-    """Train U [o, r] and V [r, d] of every linear in `folder` to predict `data`; the result is the folder `out`.
+    """Train U [o, r] and V [r, d] of every linear in `folder` to predict `data`; write the result as the folder `out`.
 
-    data: .txt, .jsonl with a `text` field, or .gz of either, cut into windows of `seq_len` tokens; the last of them
-    are held out, and the loss on them is measured before and after. steps: of `batch` windows each, instead of
-    `epochs` over all windows. lr: how far a step of Adam moves an entry, as a share of the root mean square of its U or
-    V, so that it need not follow the model's width; it rises over the first twentieth and falls to 0 by a cosine.
-    U and V are trained in float32 and rounded to the dtype they had; gradients and Adam's moments exist for them
-    alone. On a GPU a bf16 folder computes in bf16 (autocast), everything else in float32.
+    U and V are trained in float32 and rounded to the dtype they had. On a GPU a bf16 folder computes in bf16, all else
+    in float32. All work is in `out`.partial, which becomes `out` at the end; called again after an interruption,
+    training continues from the last twentieth. `out` has the S of `folder` byte for byte.
 
-    All work is in `out`.partial, which becomes `out` when it is whole; called again after an interruption, it goes on
-    from the last twentieth. `folder` stays as it is; `out` has its S byte for byte, and errors of linears as solved.
-    Raises InputError for an unfinished or damaged folder, rank 0 and too little text; ResumeError when `out` or its
-    .partial holds something else; BudgetError when memory or disk are too small; StreamslrError when training diverges.
+    Args:
+        folder: A finished compressed folder.
+        data: .txt, .jsonl with a `text` field, or .gz of either. Its last windows are held out
+            of training; the loss on them is measured before and after.
+        out: New folder.
+        seq_len: Tokens in a window.
+        epochs: Passes over all windows.
+        steps: Steps of `batch` windows each, in place of `epochs`.
+        batch: Windows in a step.
+        lr: Learning rate of an entry of U or V, relative to the root mean square of that U or V, so that it fits every
+            width of a model. It rises over the first twentieth of the steps and falls to 0 by a cosine.
+        seed: Seed of the order of the windows.
+        device: "cpu" or "cuda"; None stands for cuda where there is one.
+
+    Raises:
+        InputError: The folder is unfinished, damaged or of rank 0, or the text is too short.
+        ResumeError: `out` or its .partial holds something else.
+        BudgetError: Memory or disk are too small.
+        StreamslrError: Training diverged.
     """
     where, _ = pick_device(device)
     out = out.resolve()
     if out.is_relative_to(folder.resolve()):
         raise InputError(f"{out} lies in the compressed folder itself; give an --out outside of {folder}")
-    state = _sound(folder)
-    windows = text_windows(open_checkpoint(str(folder)).tokenizer(), data, seq_len, limit=None)  # [n, T]
-    held_out = min(math.ceil(len(windows) * _HELD_OUT[0]), _HELD_OUT[1])
-    if len(windows) - held_out < batch:
-        raise InputError(
-            f"{data} holds {len(windows)} windows of {seq_len} tokens, {held_out} of them held out: less than a batch "
-            f"of {batch}; give more text, or a smaller --seq-len or --batch"
-        )
+    state = _read_trainable(folder)
+    windows, held_out = _read_windows(folder, data, seq_len, batch)
     total = steps or epochs * math.ceil((len(windows) - held_out) / batch)
-    tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    settings = {
-        "folder": [asdict(shard) for shard in state.shards],
-        "tokens": tokens,
+    training: dict[str, Any] = {
+        "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "seq_len": seq_len,
         "steps": total,
         "batch": batch,
         "lr": lr,
         "seed": seed,
     }
-    stored = {name: info for block in state.blocks for name, info in shard_header(folder / block.shard.file).items()}
-    with _claimed(out, settings) as work:
+    dtypes = _stored_dtypes(folder, state)
+    with _claimed(out, {"folder": [asdict(shard) for shard in state.shards], **training}) as work:
         count = sum(linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears)
-        _require_disk(work, sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES)
+        nbytes = sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES
+        require_disk_space(DiskNeed(work, "result and checkpoints", nbytes, "give --out on another disk"))
         model = load(folder, where)
-        trained = _low_rank(model, state)
         in_bf16 = where.type == "cuda" and model.dtype == torch.bfloat16
-        for parameter in model.parameters():  # packed values stay as they are: bf16 to float32 is exact
-            if parameter.requires_grad or not in_bf16:
-                parameter.data = parameter.data.float()
-        samples = [{"input_ids": window, "labels": window} for window in windows]
-        trainer = _LowRankTrainer(
-            trained,
-            model=model,
-            args=_arguments(work, total, batch, seed, where, in_bf16),
-            train_dataset=samples[:-held_out],
-            eval_dataset=samples[-held_out:],
-            optimizers=(_adam(trained, lr), None),
-            callbacks=[_Say()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        log.info(
-            f"training {count:,} parameters of U and V on {len(samples) - held_out} windows of {seq_len} tokens "
-            f"of {data}; {held_out} more are held out"
-        )
-        try:
-            before = trainer.evaluate()["eval_loss"]
-            log.info("held-out loss %.4f", before)
-            done, last = _last_checkpoint(work)
-            if last and done == total:  # Trainer would make one step more
-                trainer._load_from_checkpoint(last)
-            else:
-                trainer.train(resume_from_checkpoint=last)
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    parameter.copy_(parameter.to(stored[name].dtype))
-            after = trainer.evaluate()["eval_loss"]
-        except (RuntimeError, MemoryError) as error:
-            raise BudgetError(
-                f"fine-tuning does not fit the memory ({why_out_of_memory(error)}); give a smaller --batch or --seq-len"
-            ) from error
-        if not math.isfinite(after):
-            shutil.rmtree(work)
-            raise StreamslrError(f"training diverged, the held-out loss is {after}; nothing was written. Lower --lr")
-        if after >= before:
-            log.warning(
-                f"the held-out loss did not fall: {before:.4f} before, {after:.4f} after; "
-                f"lower --lr, or train on more text"
-            )
+        trained = _unfreeze_low_rank(model, state, in_bf16)
+        arguments = _training_arguments(work, total, batch, seed, where, in_bf16)
+        trainer = _make_trainer(model, trained, windows, held_out, arguments, lr)
+        message = "training %s parameters of U and V on %d windows of %d tokens of %s; %d more are held out"
+        log.info(message, f"{count:,}", len(windows) - held_out, seq_len, data, held_out)
+        before, after = _train(trainer, work, {name: dtypes[name] for name in trained})
         record = FinetuneRecord(
+            **training,
             data=data.name,
-            tokens=tokens,
-            windows=len(samples) - held_out,
+            windows=len(windows) - held_out,
             held_out=held_out,
-            seq_len=seq_len,
-            batch=batch,
-            steps=total,
-            lr=lr,
-            seed=seed,
             loss_before=before,
             loss_after=after,
         )
@@ -179,35 +147,35 @@ def finetune(
 
 
 class _LowRankTrainer(Trainer):
-    """Its checkpoints hold U and V alone, by their stored names: the rest of the model does not change."""
+    """Trainer whose checkpoints hold U and V alone, by their stored names; the rest of the model does not change."""
 
-    def __init__(self, trained: Mapping[str, nn.Parameter], **arguments: Any) -> None:
+    def __init__(self, low_rank: Mapping[str, nn.Parameter], **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._trained = trained
+        self.low_rank = low_rank
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_file(
-            {name: p.detach().cpu() for name, p in self._trained.items()}, Path(output_dir) / "low-rank.safetensors"
+            {name: p.detach().cpu() for name, p in self.low_rank.items()}, Path(output_dir) / "low-rank.safetensors"
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         found = load_file(Path(resume_from_checkpoint) / "low-rank.safetensors")
         with torch.no_grad():
-            for name, parameter in self._trained.items():
+            for name, parameter in self.low_rank.items():
                 parameter.copy_(found[name])
 
 
-class _Say(TrainerCallback):
-    """A line every twentieth: loss, and the time that is left."""
+class _ProgressLog(TrainerCallback):
+    """Log loss and time left, a line every twentieth of the steps."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._start, self._first = time.monotonic(), state.global_step
         if self._first:
-            log.info("going on from step %d of %d", self._first, state.max_steps)
+            log.info("continuing from step %d of %d", self._first, state.max_steps)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -218,8 +186,8 @@ class _Say(TrainerCallback):
             log.info("step %d of %d: loss %.4f, %.0f s left", state.global_step, state.max_steps, logs["loss"], left)
 
 
-def _sound(folder: Path) -> JournalState:
-    """The journal of a finished folder with something to train, every byte as it says. Raises InputError."""
+def _read_trainable(folder: Path) -> JournalState:
+    """Return the journal of a folder that can be trained. Raise InputError for one that is not finished and sound."""
     state = read_run(folder)
     state.require_complete(folder)
     if not any(linear.rank for block in state.blocks for linear in block.linears):
@@ -230,23 +198,32 @@ def _sound(folder: Path) -> JournalState:
     return state
 
 
+def _read_windows(folder: Path, data: Path, seq_len: int, batch: int) -> tuple[Tensor, int]:
+    """Return the windows of `data` [n, T], and how many of the last are held out. Raise InputError for too few."""
+    windows = text_windows(open_checkpoint(str(folder)).tokenizer(), data, seq_len, limit=None)
+    held_out = min(math.ceil(len(windows) * _HELD_OUT_FRACTION), _MAX_HELD_OUT)
+    if len(windows) - held_out < batch:
+        raise InputError(
+            f"{data} holds {len(windows)} windows of {seq_len} tokens, {held_out} of them held out: less than a batch "
+            f"of {batch}; give more text, or a smaller --seq-len or --batch"
+        )
+    return windows, held_out
+
+
+def _stored_dtypes(folder: Path, state: JournalState) -> dict[str, torch.dtype]:
+    """Return the dtype of every tensor of the blocks, by its stored name."""
+    headers = [shard_header(folder / block.shard.file) for block in state.blocks]
+    return {name: info.dtype for header in headers for name, info in header.tensors.items()}
+
+
 @contextmanager
 def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
-    """The folder of the work, `out`.partial, new or of this very fine-tuning; nobody else writes it while entered."""
+    """Lock `out`.partial, new or with earlier work of this fine-tuning, and yield it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ResumeError(f"{out} is there already; give a new folder as --out")
     work = out.with_name(out.name + PARTIAL_SUFFIX)
     record = work / _SETTINGS_FILE
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work, os.O_RDONLY)
-    except OSError as error:
-        raise ResumeError(f"{work} cannot be made or opened: {error.strerror}; give another --out") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResumeError(f"another process is writing {work}; wait for it, or give another --out") from error
+    with lock_folder(work, "give another --out"):
         if not record.is_file():
             if any(path.name != _SETTINGS_FILE + PARTIAL_SUFFIX for path in work.iterdir()):
                 raise ResumeError(f"{work} holds files that are no fine-tuning's; delete it, or give another --out")
@@ -258,30 +235,36 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
                 f"give the same to go on, delete it, or give another --out"
             )
         yield work
-    finally:
-        os.close(lock)
-
-
-def _last_checkpoint(work: Path) -> tuple[int, str | None]:
-    """(steps done, folder). Trainer writes trainer_state.json last: a checkpoint without it was cut off."""
-    whole = {int(path.parent.name.rpartition("-")[2]): str(path.parent) for path in work.glob("*/trainer_state.json")}
-    return max(whole.items(), default=(0, None))
 
 
 def _low_rank(model: PreTrainedModel, state: JournalState) -> dict[str, nn.Parameter]:
-    """U and V by their stored names, from now on the only parameters with a gradient."""
+    """Return U and V by their stored names."""
     modules = packed_modules(model)
     trained: dict[str, nn.Parameter] = {}
     linears = [linear.name for block in state.blocks for linear in block.linears if linear.rank]
-    for stored, name in names_in(model, linears, modules).items():
+    for stored, name in find_modules(model, linears, modules).items():
         trained |= {f"{stored}.{part}": modules[name].get_parameter(part) for part in ("U", "V")}
-    model.requires_grad_(False)
-    for parameter in trained.values():
-        parameter.requires_grad_(True)
     return trained
 
 
-def _arguments(work: Path, steps: int, batch: int, seed: int, device: torch.device, in_bf16: bool) -> TrainingArguments:
+def _unfreeze_low_rank(model: PreTrainedModel, state: JournalState, in_bf16: bool) -> dict[str, nn.Parameter]:
+    """Give a gradient to U and V alone, and return them in float32 by their stored names.
+
+    The other parameters, packed values of S excepted, become float32 too unless the model computes `in_bf16`.
+    """
+    trained = _low_rank(model, state)
+    model.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad or not in_bf16:
+            parameter.data = parameter.data.float()
+    return trained
+
+
+def _training_arguments(
+    work: Path, steps: int, batch: int, seed: int, device: torch.device, in_bf16: bool
+) -> TrainingArguments:
     twentieth = math.ceil(steps / 20)
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -305,24 +288,88 @@ def _arguments(work: Path, steps: int, batch: int, seed: int, device: torch.devi
     return arguments
 
 
-def _adam(trained: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """A rate for each tensor, from its size before any step; no weight decay: it would pull U·V off its solution."""
+def _make_trainer(
+    model: PreTrainedModel,
+    trained: Mapping[str, nn.Parameter],
+    windows: Tensor,
+    held_out: int,
+    arguments: TrainingArguments,
+    lr: float,
+) -> _LowRankTrainer:
+    """Return a trainer of U and V on the windows [n, T]; the last `held_out` of them are for evaluation."""
+    examples = [{"input_ids": window, "labels": window} for window in windows]
+    trainer = _LowRankTrainer(
+        trained,
+        model=model,
+        args=arguments,
+        train_dataset=examples[:-held_out],
+        eval_dataset=examples[-held_out:],
+        optimizers=(_make_adam(trained, lr), None),
+        callbacks=[_ProgressLog()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _make_adam(trained: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Return Adam with a rate for each tensor, `lr` times the root mean square that the tensor has now.
+
+    There is no weight decay: it would pull U·V away from the solution of the compression.
+    """
     groups = [{"params": [p], "lr": lr * float(p.detach().square().mean().sqrt())} for p in trained.values()]
     return torch.optim.Adam(groups)
 
 
-def _require_disk(work: Path, need: int) -> None:
-    free = shutil.disk_usage(work).free
-    if need > free:
+def _train(trainer: _LowRankTrainer, work: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[float, float]:
+    """Train from the last checkpoint, if there is one, to the last step; round U and V to `dtypes`, by stored name.
+
+    Returns:
+        The held-out loss before training and after rounding.
+
+    Raises:
+        BudgetError: Memory ran out.
+        StreamslrError: Training diverged; `work` is deleted.
+    """
+    try:
+        before = trainer.evaluate()["eval_loss"]
+        log.info("held-out loss %.4f", before)
+        done, last = _last_checkpoint(work)
+        if last and done == trainer.args.max_steps:  # train() would make one step more
+            trainer._load_from_checkpoint(last)
+        else:
+            trainer.train(resume_from_checkpoint=last)
+        with torch.no_grad():
+            for name, parameter in trainer.low_rank.items():
+                parameter.copy_(parameter.to(dtypes[name]))
+        after = trainer.evaluate()["eval_loss"]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise BudgetError(
-            f"{work} needs {format_bytes(need)} while training, the disk has {format_bytes(free)} free; make room"
-        )
+            f"fine-tuning does not fit the memory ({first_line(error)}); give a smaller --batch or --seq-len"
+        ) from error
+    if not math.isfinite(after):
+        shutil.rmtree(work)
+        raise StreamslrError(f"training diverged, the held-out loss is {after}; nothing was written. Lower --lr")
+    if after >= before:
+        message = "the held-out loss did not fall: %.4f before, %.4f after; lower --lr, or train on more text"
+        log.warning(message, before, after)
+    return before, after
+
+
+def _last_checkpoint(work: Path) -> tuple[int, str | None]:
+    """Return (steps done, folder) of the last whole checkpoint; (0, None) where there is none.
+
+    Trainer writes trainer_state.json last, so a checkpoint without it was cut off.
+    """
+    whole = {int(path.parent.name.rpartition("-")[2]): str(path.parent) for path in work.glob("*/trainer_state.json")}
+    return max(whole.items(), default=(0, None))
 
 
 def _write(
     folder: Path, out: Path, state: JournalState, trained: Mapping[str, nn.Parameter], record: FinetuneRecord
 ) -> None:
-    """The folder again, with these U and V; one tensor in memory at a time, the journal last."""
+    """Write the folder again, with the trained U and V; one tensor in memory at a time, the journal last."""
 
     def rewritten(file: str) -> WrittenShard:
         with safe_open(folder / file, "pt") as opened:
@@ -331,7 +378,7 @@ def _write(
                 tensor: Tensor = trained[name].to(dtype) if name in trained else opened.get_tensor(name)
                 return tensor
 
-            header = shard_header(folder / file)
+            header = shard_header(folder / file).tensors
             sources: list[TensorSource] = [
                 (name, info.dtype, info.shape, partial(fetch, name, info.dtype)) for name, info in header.items()
             ]

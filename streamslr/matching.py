@@ -1,4 +1,7 @@
-"""Transformer matching: kept values, U, V, norms and biases of a block move until its output is the dense one's."""
+"""Transformer matching: train kept values, U, V, norms and biases of a block towards the dense block's output.
+
+What was tried, and what it gave: tools/results/matching.md.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,36 +15,51 @@ from torch import Tensor, nn
 from streamslr.calibration.hidden_states import Span, spans
 from streamslr.io.packing import merge, unpack
 from streamslr.model.blockwise import Block
+from streamslr.model.pass_costs import routed_bytes
+from streamslr.model.shape import BlockShape
+from streamslr.spec.allocation import Allocation
 from streamslr.spec.pattern import SparsityPattern
 
 TILE = 1 << 24
-"""Elements of a weight's gradient that exist at once: 64 MB in float32, and rows enough for a fast product."""
+"""Elements of a dense weight's gradient that exist at once: 64 MB in float32, and enough rows for a fast product."""
+
+_TILE_COPIES = 4
+"""Tiles of a dense weight that a refinement is planned to hold at once: two are made (a gradient, a product), and the
+products take temporaries of their own. With 4 the plan is 1.02 to 1.04 of the measured peak (in
+tools/results/run-llama-8m.json)."""
+
+_SAVED_HIDDEN = 6
+"""Tensors [b, T, h] that a pass saves for its gradients beside the inputs and outputs of linears. Counted in Llama's
+block in float32 on a CPU: inputs and outputs of two norms, two residuals."""
 
 
 @dataclass(frozen=True)
-class Matching:
-    """Adam on ‖f̂(X) − T‖², all parts of a block at once (3BASiL-TM, arXiv 2603.01376).
+class MatchSettings:
+    """Settings of matching: Adam on ‖f̂(X) − T‖² over all parts of a block at once (3BASiL-TM, arXiv 2603.01376).
 
-    epochs: passes over the samples, of which the first only measures. batch: samples a step. lr: of a linear's
-    values, in units of √(the block's relative loss) · their rms / √(kept values a row): so far, relative to it, can
-    one step move the linear's output, whatever its width (Yang et al., arXiv 2203.03466), and the more the more the
-    block lacks. low_rank_share: of that rate for U and V (1 and 0.3 train the reference model's first blocks to the
-    same loss, 0.3 to 1 or 2 % less on other text; 3 is far worse). vector_share: of the rate for norms and biases,
-    in units of the output of what they belong to, for inputs of size one. At 1:4 + 8 the default is about 1e-3 for
-    the reference model's values and norms. All rates fall by cosine to `final` of themselves, as in the paper's code.
+    epochs: passes over the windows; the first one only measures.
+    batch: windows in one step.
+    lr: learning rate of the kept values, multiplied by sqrt(relative block loss) · rms(values) / sqrt(kept values per
+        row). One Adam step then changes a linear's output by about lr · sqrt(relative block loss) of its size, at any
+        width (muP, arXiv 2203.03466).
+    low_rank_lr_ratio: learning rate of U and V, relative to that of the linear's kept values.
+    vector_lr_ratio: learning rate of norms and biases, relative to `lr` and multiplied by sqrt(relative block loss) ·
+        rms(output of the norm or linear for inputs of rms 1).
+    final_lr_ratio: fraction of each learning rate that is left at the end of a cosine, as in the paper's code.
+    seed: seed of the order of the steps.
     """
 
     epochs: int
     batch: int
     lr: float
-    low_rank_share: float = 0.3
-    vector_share: float = 1 / 120
-    final: float = 0.2
+    low_rank_lr_ratio: float = 0.3
+    vector_lr_ratio: float = 1 / 120
+    final_lr_ratio: float = 0.2
     seed: int = 0
 
-    def schedule(self, done: float) -> float:
-        """What share of the learning rates holds when this share of the steps is done."""
-        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+    def lr_factor(self, done: float) -> float:
+        """Return the factor of all learning rates when the fraction `done` of the steps is done."""
+        return self.final_lr_ratio + (1 - self.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -54,11 +72,11 @@ class BlockWeights:
 
 @dataclass
 class Loss:
-    """‖f̂(X) − T‖² / ‖T‖² over batches, summed in float64."""
+    """Relative loss ‖f̂(X) − T‖² / ‖T‖² over batches, summed in float64."""
 
     error: float = 0.0
     energy: float = 0.0
-    numbers: int = 0
+    numbers: int = 0  # in all targets
 
     def add(self, output: Tensor, target: Tensor) -> None:
         self.error += float((output.float() - target.float()).square().sum(dtype=torch.float64))
@@ -70,11 +88,48 @@ class Loss:
         return self.error / self.energy if self.energy else 0.0
 
 
+def refine_bytes(block: BlockShape, allocation: Allocation, tokens: int, hidden_size: int, value_bytes: int) -> int:
+    """Return the bytes that `CompressedBlock.refine` takes beside the live block and the weights before and after.
+
+    Counted are, in float32, master, gradient and two moments of each kept value, of U, V and of every parameter that is
+    no linear's weight; the int32 position of each kept value; what a micro-batch saves for its gradients; and tiles of
+    a dense weight. The plan of phase match is 1.02 to 1.04 times its measured peak (tools/results/run-llama-8m.json,
+    tools/results/block-small-cpu.json).
+
+    Args:
+        block: Shapes of the block.
+        allocation: Pattern and rank of each of its linears.
+        tokens: Tokens of one micro-batch.
+        hidden_size: Width h of the residual stream.
+        value_bytes: Bytes of one number in the compute dtype.
+    """
+    specs = [(allocation[name], o, d) for name, (o, d) in block.linears.items()]
+    kept_values = sum(round(spec.pattern.density * o * d) for spec, o, d in specs)
+    low_rank = sum(min(spec.rank, o, d) * (o + d) for spec, o, d in specs)
+    vectors = block.parameters - sum(o * d for o, d in block.linears.values())
+    inputs = sum(block.token_fraction(name) * d for name, d in block.grams.items())
+    outputs = sum(block.token_fraction(name) * o for name, (o, _) in block.linears.items())
+    saved = round(inputs + outputs) + _SAVED_HIDDEN * hidden_size  # numbers a token
+    routed = routed_bytes(block, tokens, hidden_size, value_bytes)
+    tiles = _TILE_COPIES * 4 * min(max(o * d for o, d in block.linears.values()), TILE)
+    return 16 * (kept_values + low_rank + vectors) + 4 * kept_values + tokens * saved * value_bytes + routed + tiles
+
+
+def refine_flops(forward: float, epochs: int) -> float:
+    """Return the FLOPs of `epochs` epochs, given those of one forward pass: backward costs two, the first has none."""
+    return forward * (3 * epochs - 2)
+
+
 class CompressedBlock:
-    """A live block whose linears are packed. What of it is not on a support can never change."""
+    """A live block that computes with S + U·V, written dense into its weights. The support of S never changes."""
 
     def __init__(self, block: Block, patterns: Mapping[str, SparsityPattern]) -> None:
-        """patterns: of each of the block's linears, by its stored name."""
+        """Wrap a live block.
+
+        Args:
+            block: Live block; its weights are overwritten by `load` and `refine`.
+            patterns: Pattern of each of the block's linears, by its stored name.
+        """
         self._block, self._patterns, self._parameters = block, patterns, block.parameters()
 
     @property
@@ -83,8 +138,8 @@ class CompressedBlock:
         return self._block.index
 
     @torch.no_grad()
-    def place(self, weights: BlockWeights) -> None:
-        """Has the block compute with what is stored."""
+    def load(self, weights: BlockWeights) -> None:
+        """Copy stored weights into the live block."""
         for name, parts in weights.packed.items():
             weight = self._block.linears[name].weight
             weight.copy_(merge(parts, self._patterns[name], (weight.shape[0], weight.shape[1]), weight.dtype))
@@ -94,86 +149,123 @@ class CompressedBlock:
     def refine(
         self,
         weights: BlockWeights,
-        settings: Matching,
+        settings: MatchSettings,
         batches: Callable[[Sequence[Span]], Iterable[tuple[Tensor, Tensor]]],
-        samples: int,
+        windows: int,
         micro_batch: int,
     ) -> tuple[BlockWeights, tuple[float, ...]]:
-        """Trains from `weights` on; places and returns what came out, and the relative loss of each epoch.
+        """Train the block from `weights` on, and load the result into it.
 
-        batches: for spans of samples, in their order, what enters the block and what should
-        leave it, both [b, T, h]. The first epoch trains nothing and gives the loss to start from; the others'
-        losses are means while the block moves. Gradients and Adam's moments exist in float32 for kept values,
-        U, V and the other parameters alone; the dense weight that products read is in the compute dtype.
+        Gradients and Adam's moments exist in float32 for kept values, U, V and the other parameters alone. The dense
+        weight that products read is in the compute dtype.
+
+        Args:
+            weights: Weights to start from; they stay as they are.
+            settings: Epochs, steps and learning rates.
+            batches: Function of spans of windows. For each span, in their order, it yields what enters the block and
+                what should leave it, both [b, T, h].
+            windows: Number of windows.
+            micro_batch: Windows that pass the block together; a step adds up as many micro-batches as it needs.
+
+        Returns:
+            The weights to store, and the relative loss of each epoch. The first epoch trains nothing and gives the loss
+            to start from; the loss of each later epoch is the mean over its steps.
         """
-        self.place(weights)
+        self.load(weights)
         before = Loss()
-        for x, target in batches(spans([(0, samples)], micro_batch)):
+        for x, target in batches(spans([(0, windows)], micro_batch)):
             before.add(self._block.run(x), target)
         curve = [before.relative]
+
+        linears, vectors = self._masters(weights)
+        masters: tuple[_LinearMasters | _VectorMaster, ...] = (*linears.values(), *vectors.values())
+        steps = [(start, min(start + settings.batch, windows)) for start in range(0, windows, settings.batch)]
+        ends = {stop for _, stop in steps}
+        optimizer = _Optimizer(masters, settings, before.relative, (settings.epochs - 1) * len(steps))
         scale = before.numbers / max(before.energy, 1e-30)  # gradients of order one, whatever the model's scale
-        linears = {
-            name: _Linear(self._block.linears[name], parts, self._patterns[name])
-            for name, parts in weights.packed.items()
-        }
-        vectors = {
-            name: _Vector(parameter, weights.other_tensors[name], self._output_size(name, linears))
-            for name, parameter in self._parameters.items()
-            if name.removesuffix(".weight") not in linears
-        }
-        trained: tuple[_Linear | _Vector, ...] = (*linears.values(), *vectors.values())
-        lacking = math.sqrt(before.relative)
-        rates = [pair for part in trained for pair in part.masters(settings)]
-        groups = [{"params": [master], "full": lacking * rate} for master, rate in rates]
-        optimizer = torch.optim.Adam(groups, fused=True)
-        draw = torch.Generator().manual_seed(settings.seed)
-        steps = [(start, min(start + settings.batch, samples)) for start in range(0, samples, settings.batch)]
-        last = {stop for _, stop in steps}
-        taken = 0
-        with ExitStack() as learning:
-            for part in trained:
-                learning.enter_context(part.learning())
+        generator = torch.Generator().manual_seed(settings.seed)
+        with ExitStack() as training:
+            for master in masters:
+                training.enter_context(master.training())
             for _ in range(settings.epochs - 1):
-                order = spans([steps[i] for i in torch.randperm(len(steps), generator=draw)], micro_batch)
+                order = spans([steps[i] for i in torch.randperm(len(steps), generator=generator)], micro_batch)
                 error = 0.0
                 for (_, stop), (x, target) in zip(order, batches(order), strict=True):
-                    with torch.enable_grad():
-                        loss = (self._block.run(x).float() - target.float()).square().sum()
-                        (loss * scale).backward()  # type: ignore[no-untyped-call]
-                    error += float(loss)
-                    if stop not in last:
-                        continue  # more of this step is to come
-                    share = settings.schedule(taken / ((settings.epochs - 1) * len(steps)))
-                    taken += 1
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["full"] * share
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=False)
-                    for part in trained:
-                        part.show()
+                    error += self._add_gradients(x, target, scale)
+                    if stop in ends:  # else more micro-batches of this step follow
+                        optimizer.step()
+                        for master in masters:
+                            master.write_to_block()
                 curve.append(error / max(before.energy, 1e-30))
                 if not math.isfinite(error):
                     break
-        stored = BlockWeights(
+        refined = BlockWeights(
             {name: linear.parts() for name, linear in linears.items()},
             {
                 **weights.other_tensors,
                 **{name: v.value.detach().to(weights.other_tensors[name].dtype) for name, v in vectors.items()},
             },
         )
-        self.place(stored)
-        return stored, tuple(curve)
+        self.load(refined)
+        return refined, tuple(curve)
 
-    def _output_size(self, name: str, linears: Mapping[str, "_Linear"]) -> float:
-        """Of the module that a norm's weight or a bias is of, for inputs of size one."""
+    def _masters(self, weights: BlockWeights) -> tuple[dict[str, "_LinearMasters"], dict[str, "_VectorMaster"]]:
+        """Return masters of the linears, and of every other parameter."""
+        linears = {
+            name: _LinearMasters(self._block.linears[name], parts, self._patterns[name])
+            for name, parts in weights.packed.items()
+        }
+        vectors = {
+            name: _VectorMaster(parameter, weights.other_tensors[name], self._output_rms(name, linears))
+            for name, parameter in self._parameters.items()
+            if name.removesuffix(".weight") not in linears
+        }
+        return linears, vectors
+
+    def _output_rms(self, name: str, linears: Mapping[str, "_LinearMasters"]) -> float:
+        """Return the rms, for inputs of rms 1, of the output of the norm or linear that parameter `name` belongs to."""
         module = name.rpartition(".")[0]
         if module in linears:
-            return linears[module].size * math.sqrt(linears[module].kept_a_row)
+            return linears[module].values_rms * math.sqrt(linears[module].kept_per_row)
         return _rms(self._parameters.get(f"{module}.weight", self._parameters[name])) or 1.0
 
+    def _add_gradients(self, x: Tensor, target: Tensor, scale: float) -> float:
+        """Add the gradients of one micro-batch, times `scale`, to the masters'; return its squared error."""
+        with torch.enable_grad():
+            error = (self._block.run(x).float() - target.float()).square().sum()
+            (error * scale).backward()  # type: ignore[no-untyped-call]
+        return float(error)
 
-class _Linear:
-    """One linear [o, d]: float32 masters of its kept values [nnz], U [o, r] and V [r, d]."""
+
+class _Optimizer:
+    """Adam over all masters, each with its learning rate, which falls from step to step."""
+
+    def __init__(
+        self,
+        masters: Iterable["_LinearMasters | _VectorMaster"],
+        settings: MatchSettings,
+        relative_loss: float,
+        steps: int,
+    ) -> None:
+        """Build Adam's groups. relative_loss: of the block before training; steps: all that will be taken."""
+        lacking = math.sqrt(relative_loss)
+        rates = [pair for master in masters for pair in master.learning_rates(settings)]
+        groups = [{"params": [tensor], "first_lr": lacking * rate} for tensor, rate in rates]
+        self._adam = torch.optim.Adam(groups, fused=True)
+        self._settings, self._taken, self._steps = settings, 0, steps
+
+    def step(self) -> None:
+        """Take one step and zero the gradients."""
+        factor = self._settings.lr_factor(self._taken / self._steps)
+        self._taken += 1
+        for group in self._adam.param_groups:
+            group["lr"] = group["first_lr"] * factor
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=False)
+
+
+class _LinearMasters:
+    """Float32 masters of one linear [o, d]: its kept values [nnz], U [o, r] and V [r, d]."""
 
     def __init__(self, linear: nn.Linear, parts: Mapping[str, Tensor], pattern: SparsityPattern) -> None:
         self.linear, self._parts = linear, parts
@@ -181,28 +273,28 @@ class _Linear:
         self.values = _master(parts["values"].flatten())
         self.U = _master(parts["U"] if "U" in parts else linear.weight.new_zeros(o, 0))
         self.V = _master(parts["V"] if "V" in parts else linear.weight.new_zeros(0, d))
-        empty = parts["values"].flatten() == 0  # slots of the pattern that the solver left empty: they stay so
+        empty = parts["values"].flatten() == 0  # slots of the pattern that the solver left empty stay empty
         self._empty = empty if bool(empty.any()) else None
         kept_values = self.values if self._empty is None else self.values[~empty]
-        self.size = _rms(kept_values)
-        self.kept_a_row = max(1.0, len(kept_values) / o)
-        kept = unpack({**parts, "values": torch.ones_like(parts["values"])}, pattern, (o, d))
-        self._tiles = []  # (rows of W, where their values are, which of the rows' elements those are)
+        self.values_rms = _rms(kept_values)
+        self.kept_per_row = max(1.0, len(kept_values) / o)
+        mask = unpack({**parts, "values": torch.ones_like(parts["values"])}, pattern, (o, d))
+        self._tiles = []  # (rows of W, their part of `values`, positions of those values in the flat rows)
         first = 0
         for start in range(0, o, step := max(1, TILE // d)):
-            positions = kept[start : start + step].flatten().nonzero().flatten().int()
+            positions = mask[start : start + step].flatten().nonzero().flatten().int()
             self._tiles.append((slice(start, start + step), slice(first, first + len(positions)), positions))
             first += len(positions)
 
-    def masters(self, settings: Matching) -> list[tuple[Tensor, float]]:
-        """Each with its learning rate."""
-        rate = settings.lr * self.size / math.sqrt(self.kept_a_row)
-        low_rank = settings.low_rank_share * rate
+    def learning_rates(self, settings: MatchSettings) -> list[tuple[Tensor, float]]:
+        """Return each master with its learning rate at a relative block loss of 1."""
+        rate = settings.lr * self.values_rms / math.sqrt(self.kept_per_row)
+        low_rank = settings.low_rank_lr_ratio * rate
         return [(self.values, rate), *([(self.U, low_rank), (self.V, low_rank)] if len(self.V) else [])]
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
-        """While entered, a backward pass through the linear adds to the masters' gradients."""
+    def training(self) -> Iterator[None]:
+        """Make backward passes through the linear add to the masters' gradients while entered."""
 
         def forward(x: Tensor) -> Tensor:
             y: Tensor = _Product.apply(x, self.values, self.linear.bias, self)  # type: ignore[no-untyped-call]
@@ -215,11 +307,13 @@ class _Linear:
             del self.linear.forward
 
     def add_gradients(self, grad: Tensor, x: Tensor) -> None:
-        """Those of y = x Wᵀ for grad [n, o] of y and x [n, d]."""
-        assert self.values.grad is not None and self.U.grad is not None and self.V.grad is not None
+        """Add the masters' gradients of y = x Wᵀ, for `grad` [n, o] of y and x [n, d]."""
+        assert self.values.grad is not None
+        assert self.U.grad is not None
+        assert self.V.grad is not None
         V = self.V.detach().to(x.dtype)
         for rows, span, positions in self._tiles:
-            tile = grad[:, rows].t() @ x  # [rows, d], of the dense weight
+            tile = grad[:, rows].t() @ x  # [rows, d], gradient of the dense weight
             values = tile.view(-1).index_select(0, positions)
             if self._empty is not None:
                 values.masked_fill_(self._empty[span], 0)
@@ -229,28 +323,28 @@ class _Linear:
                 self.V.grad += self.U.detach()[rows].to(x.dtype).t() @ tile
 
     @torch.no_grad()
-    def show(self) -> None:
-        """Puts S + U·V into the weight that products read."""
+    def write_to_block(self) -> None:
+        """Write S + U·V into the dense weight that products read."""
         for rows, span, positions in self._tiles:
             tile = self.U[rows] @ self.V  # [rows, d] float32
             tile.view(-1).index_add_(0, positions, self.values[span])
             self.linear.weight[rows] = tile.to(self.linear.weight.dtype)
 
     def parts(self) -> dict[str, Tensor]:
-        """As `pack` stores it."""
-        moved = {"values": self.values, "U": self.U, "V": self.V}
+        """Return the linear's parts as `pack` stores them."""
+        trained = {"values": self.values, "U": self.U, "V": self.V}
         return {
-            name: moved[name].detach().to(part.dtype).view_as(part) if name in moved else part
+            name: trained[name].detach().to(part.dtype).view_as(part) if name in trained else part
             for name, part in self._parts.items()
         }
 
 
 class _Product(torch.autograd.Function):
-    """y = x Wᵀ + b. Its backward pass hands the masters their gradients and forms none of W."""
+    """y = x Wᵀ + b. The backward pass adds to the masters' gradients and never holds a whole gradient of W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, linear: _Linear) -> Tensor:
-        ctx.linear, ctx.has_bias = linear, bias is not None  # `values` comes along so that y wants a gradient
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, linear: _LinearMasters) -> Tensor:
+        ctx.linear, ctx.has_bias = linear, bias is not None  # `values` is an input so that y requires a gradient
         ctx.save_for_backward(x)
         return nn.functional.linear(x, linear.linear.weight, bias)
 
@@ -263,20 +357,24 @@ class _Product(torch.autograd.Function):
         return of_x, None, rows.sum(0) if ctx.has_bias else None, None
 
 
-class _Vector:
-    """A norm's weight or a bias: its float32 master."""
+class _VectorMaster:
+    """Float32 master of a norm's weight or of a bias."""
 
-    def __init__(self, parameter: nn.Parameter, stored: Tensor, output_size: float) -> None:
-        self._parameter, self._output_size = parameter, output_size
-        self.value = _master(stored.to(parameter.device))  # which may be finer than the compute dtype
+    def __init__(self, parameter: nn.Parameter, stored: Tensor, output_rms: float) -> None:
+        self._parameter, self._output_rms = parameter, output_rms
+        self.value = _master(stored.to(parameter.device))  # the stored dtype may be finer than the compute dtype
 
-    def masters(self, settings: Matching) -> list[tuple[Tensor, float]]:
-        return [(self.value, settings.lr * settings.vector_share * self._output_size)]
+    def learning_rates(self, settings: MatchSettings) -> list[tuple[Tensor, float]]:
+        """Return the master with its learning rate at a relative block loss of 1."""
+        return [(self.value, settings.lr * settings.vector_lr_ratio * self._output_rms)]
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
+    def training(self) -> Iterator[None]:
+        """Make backward passes through the parameter add to the master's gradient while entered."""
+
         def move(parameter: Tensor) -> None:
-            assert self.value.grad is not None and parameter.grad is not None
+            assert self.value.grad is not None
+            assert parameter.grad is not None
             self.value.grad += parameter.grad
             parameter.grad = None
 
@@ -289,12 +387,13 @@ class _Vector:
             self._parameter.requires_grad_(False)
 
     @torch.no_grad()
-    def show(self) -> None:
+    def write_to_block(self) -> None:
+        """Write the master into the parameter."""
         self._parameter.copy_(self.value)
 
 
 def _master(tensor: Tensor) -> Tensor:
-    """A float32 copy that can be trained, with room for its gradient."""
+    """Return a float32 copy that can be trained, its gradient allocated."""
     master = tensor.detach().to(torch.float32, copy=True).requires_grad_()
     master.grad = torch.zeros_like(master)
     return master

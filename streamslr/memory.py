@@ -1,27 +1,35 @@
-"""Host memory: what this process holds, what it may still take, and making the C library give back what is freed."""
+"""Host and GPU memory: what this process holds and may hold, giving freed memory back, retrying with less."""
 
 import ctypes
 import gc
+import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
+
+from streamslr.errors import first_line
 
 _SAMPLE_SECONDS = 0.05
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # mallopt(3)
 _LARGE = 2**20
 
+log = logging.getLogger("streamslr")
+
+T = TypeVar("T")
+
 
 def keep_no_freed_memory() -> None:
-    """Has glibc return every freed tensor of 1 MB or more to the system at once, for the rest of the process.
+    """Make glibc return every freed tensor of 1 MB or more to the system at once, for the rest of the process.
 
-    By itself it raises that size with every large block freed, to 32 MB, and keeps the rest in an arena a
-    thread: on the reference model the private peak then creeps from 500 to 570 MB over eight blocks, and
-    stays at 440 MB like this, at the same speed. Elsewhere than on glibc nothing happens.
+    By default glibc raises that size to 32 MB as large tensors are freed, and keeps what is below it in one arena a
+    thread. The private peak of a run on the 8 M reference model then creeps from 500 to 570 MB over eight blocks;
+    with this call it stays at 440 MB, at the same speed. Does nothing where the C library is not glibc.
     """
     if libc := _glibc():
         libc.mallopt(_MMAP_THRESHOLD, _LARGE)
@@ -29,13 +37,13 @@ def keep_no_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives the system what many small allocations left behind (tokenizers build millions)."""
+    """Return the small freed allocations to the system too (tokenizers make millions)."""
     if libc := _glibc():
         libc.malloc_trim(0)
 
 
 def release_memory(device: torch.device) -> None:
-    """Frees what only garbage holds, and what torch keeps of a GPU's memory for later."""
+    """Free what only reference cycles hold, and what torch's allocator keeps of a GPU's memory for later use."""
     gc.collect()
     return_freed_memory()
     if device.type == "cuda":
@@ -44,7 +52,7 @@ def release_memory(device: torch.device) -> None:
 
 @contextmanager
 def held_to_gpu_budget(device: torch.device, budget: int | None) -> Iterator[None]:
-    """While entered, torch refuses to take more of a GPU's memory than the budget."""
+    """Make torch refuse to reserve more of a GPU's memory than `budget` bytes while entered."""
     if device.type != "cuda" or budget is None:
         yield
         return
@@ -56,15 +64,44 @@ def held_to_gpu_budget(device: torch.device, budget: int | None) -> Iterator[Non
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def why_out_of_memory(error: Exception) -> str:
-    """What an error says whose cause is memory, the host's or a GPU's; raises any other again.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for an error whose cause is memory that ran out, on the host or on a GPU.
 
-    Not every allocator has an error of its own: torch's on the CPU, cuBLAS and cuSOLVER say it in words.
+    Not every allocator has an error type of its own: torch's on the CPU, cuBLAS and cuSOLVER raise a RuntimeError
+    that says it in words.
     """
     words = ("DefaultCPUAllocator", "ALLOC_FAILED", "out of memory")
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words):
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    raise error
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def retry_on_oom(work: Callable[[], T], shrink: Callable[[], str | None], *, phase: str, device: torch.device) -> T:
+    """Call `work`; where memory runs out in it, shrink and call it once more.
+
+    Args:
+        work: What to do. It must leave nothing behind when it fails.
+        shrink: Makes the second call need less memory and says how, in words; returns None where nothing can shrink.
+        phase: Name of the work, for messages.
+        device: Where the work computes; its unused memory is released before the second call.
+
+    Returns:
+        What `work` returns.
+
+    Raises:
+        MemoryError: Memory ran out and nothing can shrink. Errors of the second call pass through.
+    """
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    # Outside of the except clause: the traceback holds the tensors of the call that failed.
+    release_memory(device)
+    smaller = shrink()
+    if smaller is None:
+        raise MemoryError(f"phase {phase}, as small as it can be: {reason}")
+    log.warning("phase %s ran out of memory (%s): once more with %s", phase, reason, smaller)
+    return work()
 
 
 def _glibc() -> ctypes.CDLL | None:
@@ -75,22 +112,22 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def uss() -> int:
-    """Unique set size: all that ending this process would free. Walks every page, so not for every moment."""
+    """Return the unique set size: the bytes that the end of this process would free. Slow: it walks every page."""
     return int(psutil.Process().memory_full_info().uss)
 
 
 def anonymous() -> int:
-    """Memory of this process without mapped files: shards and libraries are not in it."""
+    """Return this process's memory without mapped files, so without shards and libraries, in bytes."""
     memory = psutil.Process().memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
 def free_host_memory() -> int:
-    """What this process may hold in all: its own, and what is free on the machine or in its container."""
+    """Return the bytes that this process may hold: its own, and what is free on the machine or in its container."""
     free = int(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        # files that the kernel merely remembers count as used, and are given up on demand
+        # The page cache counts as used here, though the kernel gives it up on demand.
         stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
         cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
         free = min(free, int(text) - int(used.read_text()) + cached)
@@ -98,10 +135,10 @@ def free_host_memory() -> int:
 
 
 class MemoryWatch(threading.Thread):
-    """Peak private host memory since the last take(), sampled 20 times a second.
+    """Peak of the private host memory since the last take().
 
-    Counts what is anonymous at each moment, and what was mapped at the last take(): USS, but for the pages of
-    shards being read, which the system takes back whenever it needs them.
+    Approximates the unique set size: anonymous memory, sampled every 50 ms, plus private mapped memory at the last
+    take(). Pages of mapped shards are left out, since the kernel can reclaim them.
     """
 
     def __init__(self) -> None:
@@ -119,8 +156,8 @@ class MemoryWatch(threading.Thread):
         self._peak = max(self._peak, self.now)
 
     def take(self) -> int:
-        """The peak in bytes; starts the next one from what is held now."""
-        mapped = uss() - anonymous()  # libraries come in page by page, as their code is first run
+        """Return the peak in bytes, and start the next one from what is held now."""
+        mapped = uss() - anonymous()  # grows as pages of libraries are first run
         grown, self._mapped = mapped - self._mapped, mapped
         self._look()
         peak, self._peak = self._peak + max(0, grown), self.now

@@ -3,6 +3,7 @@
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,6 @@ def compressed(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 def matched(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that `run` makes of `llama` at 2:4 + 4 with matching, within 4 GB of host memory. Read only."""
     out = tmp_path_factory.mktemp("matched") / "slr"
-    settings = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "host_mem": "4GB"}
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "host_mem": "4GB"}
     streamslr.compress(llama, out, calibration=text, match_epochs=3, match_batch=2, **settings)
     return out

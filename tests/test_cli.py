@@ -55,6 +55,29 @@ def test_quiet_says_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_without_out_the_same_line_writes_goes_on_and_says_where(
+    model: Path, text: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = [part for part in run_line(model, text, tmp_path) if part not in ("--out", str(tmp_path))]
+    monkeypatch.chdir(tmp_path)
+    done = call(*line)
+    assert done.returncode == 0, done.stderr
+    assert "the output folder is ./llama-slr" in done.stdout
+    (tmp_path / "llama-slr" / "model-block-00003.safetensors").unlink()
+    again = call(*line)
+    assert again.returncode == 0, again.stderr
+    assert "llama-slr: 4 of 4 blocks are done, going on" in again.stdout
+    for shard in finished.glob("*.safetensors"):
+        assert (tmp_path / "llama-slr" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_a_gpu_budget_on_a_cpu_is_warned_of(model: Path, text: Path, tmp_path: Path) -> None:
+    done = call(*run_line(model, text, tmp_path / "out", "--quiet", "--gpu-mem", "45GB"))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "--gpu-mem 45.0 GB has no effect: the device is cpu" in " ".join(done.stderr.split())
+
+
+# The command, sent a signal right after its first block is committed.
 # The command, which gets a signal right after its first block is committed.
 INTERRUPTED = """
 import os, signal, sys
@@ -64,8 +87,8 @@ from streamslr.run.journal import Journal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without it
 how, commit = int(sys.argv.pop()), Journal.commit_block
 
-def commit_and_signal(self, record, micro_batch):
-    commit(self, record, micro_batch)
+def commit_and_signal(self, record, *settings):
+    commit(self, record, *settings)
     if record.index == 0:
         os.kill(os.getpid(), how)
 
@@ -155,6 +178,41 @@ def test_plan_json_needs_no_output_folder(model: Path) -> None:
     plan = json.loads(done.stdout)
     assert plan["blocks"] == 4
     assert {phase["name"] for phase in plan["phases"]} >= {"grams", "solve", "propagate"}
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_plan_for_a_gpu_needs_none(model: Path) -> None:
+    line = ("plan", "--model", model, "--device", "cuda", "--samples", "4", "--seq-len", "16")
+    shown = call(*line)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "4 blocks on cuda" in shown.stdout
+    assert "no gpu budget given" in " ".join(shown.stdout.split())
+    plan = json.loads(call(*line, "--json").stdout)
+    assert (plan["device"], plan["gpu_budget_bytes"]) == ("cuda", None)
+    assert all(phase["gpu_bytes"] > 0 for phase in plan["phases"])
+    held = call(*line, "--gpu-mem", "45GB")
+    assert (held.returncode, held.stderr) == (0, "")
+    assert "gpu budget 45.0 GB" in " ".join(held.stdout.split())
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_plan_for_a_gpu_is_held_to_its_budget(model: Path) -> None:
+    done = call("plan", "--model", model, "--device", "cuda", "--gpu-mem", "10kB")
+    assert done.returncode == 3
+    assert "of gpu memory, the budget is 10.0 kB; raise --gpu-mem" in done.stderr
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_run_on_a_gpu_that_is_not_there_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    done = call(*run_line(model, text, tmp_path / "out", "--device", "cuda"))
+    assert done.returncode == 2
+    assert "--device cuda, but torch sees no GPU here" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_plan_says_what_does_not_fit_and_exits_with_3(model: Path) -> None:

@@ -1,13 +1,17 @@
-"""Settings: sizes as people write them, and what is refused before anything starts."""
+"""Settings: sizes as people write them, the default folder, and what is refused or warned of before work begins."""
 
+import inspect
+import os
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamslr.config import RunConfig, format_bytes, parse_bytes
+import streamslr
+from streamslr.config import RunConfig, default_out, format_bytes, idle_settings, parse_bytes
 from streamslr.errors import InputError
 
 
@@ -65,3 +69,75 @@ def test_a_formatted_size_reads_back_within_its_digits(count: int) -> None:
 def test_impossible_settings_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         RunConfig(model="m", out=Path("o"), **setting)
+
+
+def test_compress_has_the_settings_of_run_config_with_their_defaults() -> None:
+    parameters = inspect.signature(streamslr.compress).parameters
+    assert list(parameters) == [field.name for field in fields(RunConfig)]
+    for field in fields(RunConfig):
+        expected = inspect.Parameter.empty if field.default is MISSING else field.default
+        assert parameters[field.name].default == expected, field.name
+
+
+def test_compress_takes_what_run_config_holds_and_what_people_type_for_it() -> None:
+    held = get_type_hints(RunConfig)
+    for name, parameter in inspect.signature(streamslr.compress).parameters.items():
+        kinds = set(get_args(parameter.annotation)) or {parameter.annotation}
+        expected = set(get_args(held[name])) or {held[name]}
+        if Path in expected or name.endswith("_mem"):
+            expected |= {str}
+        if name == "model":
+            expected |= {Path}
+        if name == "out":
+            expected |= {type(None)}
+        assert kinds == expected, name
+
+
+@pytest.mark.parametrize(
+    ("model", "out"),
+    [
+        ("meta-llama/Meta-Llama-3-70B", "Meta-Llama-3-70B-slr"),
+        ("gpt2", "gpt2-slr"),
+        ("/models/llama/", "llama-slr"),
+        ("models/llama/.", "llama-slr"),
+    ],
+)
+def test_without_out_the_folder_is_named_after_the_model(model: str, out: str) -> None:
+    assert default_out(model) == RunConfig(model=model).out == RunConfig.of(model=model, out=None).out == Path(out)
+
+
+def test_a_dot_is_named_after_the_folder_that_it_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llama" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "llama")
+    assert default_out(".") == default_out("./") == Path("llama-slr")
+    monkeypatch.chdir("deep")
+    assert default_out("..") == default_out(f"..{os.sep}") == Path("llama-slr")
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "warnings"),
+    [
+        ({"gpu_mem": 45 * 10**9}, "cpu", ["--gpu-mem 45.0 GB has no effect: the device is cpu"]),
+        ({"gpu_mem": 45 * 10**9}, "cuda", []),
+        ({"evict_shards": True}, "cpu", ["--evict-shards has no effect: . is a folder"]),
+        ({"model": "org/model", "evict_shards": True}, "cpu", []),
+        ({"match": False}, "cpu", []),
+        ({"match": False, "match_epochs": 20, "match_lr": 0.75}, "cpu", []),
+        ({"match": False, "match_batch": 4}, "cpu", ["--match-batch 4 has no effect with --no-match"]),
+        (
+            {"match": False, "match_epochs": 5, "match_lr": 0.5, "match_recover": 0.0},
+            "cuda",
+            [
+                f"--{name} has no effect with --no-match"
+                for name in ("match-epochs 5", "match-lr 0.5", "match-recover 0")
+            ],
+        ),
+        ({"match_epochs": 5}, "cpu", []),
+    ],
+)
+def test_a_setting_without_effect_is_named(setting: dict[str, Any], device: str, warnings: list[str]) -> None:
+    settings: dict[str, Any] = {"model": ".", "out": Path("o")} | setting
+    found = idle_settings(RunConfig(**settings), device)
+    assert len(found) == len(warnings)
+    for text, expected in zip(found, warnings, strict=True):
+        assert text.startswith(expected)

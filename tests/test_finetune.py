@@ -18,7 +18,7 @@ from streamslr.memory import free_host_memory
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.inspect import read_run, run_table
-from streamslr.results.report import write_report
+from streamslr.results.report.page import write_report
 from streamslr.results.verify import verify
 from tests.support.compressed_folders import file_contents
 from tests.support.killing import finetune_in_child
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {"seq_len": 32, "batch": 8, "lr": 0.05, "steps": 10, 
 
 @pytest.fixture(scope="module")
 def tuned(compressed: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What fine-tuning makes of the compressed folder. Read only."""
+    """Result of fine-tuning the compressed folder. Read only."""
     out = tmp_path_factory.mktemp("tuned") / "out"
     finetune(compressed, text, out, **SETTINGS)
     return out
@@ -115,7 +115,7 @@ def test_going_on_begins_at_the_last_checkpoint(
         finetune(compressed, text, tmp_path / "out", **SETTINGS | {"lr": 0.01})
     with caplog.at_level("INFO", logger="streamslr"):
         finetune(compressed, text, tmp_path / "out", **SETTINGS)
-    assert "going on from step 6 of 10" in caplog.text
+    assert "continuing from step 6 of 10" in caplog.text
 
 
 def test_a_run_does_not_go_on_in_the_result(llama: Path, tuned: Path, text: Path) -> None:

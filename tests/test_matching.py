@@ -1,4 +1,4 @@
-"""What refining a block changes, what it must never change, and that it is the optimisation that it says it is."""
+"""Refining a block: what it changes, what it must never change, and that it minimises what it says."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 from streamslr import matching
 from streamslr.calibration.hidden_states import Span
 from streamslr.io.packing import merge, pack, unpack
-from streamslr.matching import BlockWeights, CompressedBlock, Matching
+from streamslr.matching import BlockWeights, CompressedBlock, MatchSettings
 from streamslr.model.blockwise import Block
 from streamslr.solvers import parse_pattern
 from tests import reference
 
-SETTINGS = Matching(epochs=4, batch=3, lr=0.1)
+SETTINGS = MatchSettings(epochs=4, batch=3, lr=0.1)
 SAMPLES, TOKENS, WIDTH = 7, 4, 16
 
 
@@ -70,12 +70,12 @@ class Case:
     @torch.no_grad()
     def refine(
         self,
-        settings: Matching = SETTINGS,
+        settings: MatchSettings = SETTINGS,
         micro_batch: int = 3,
         run: Callable[[Tensor], Tensor] | None = None,
         batches: Callable[[Sequence[Span]], Iterator[tuple[Tensor, Tensor]]] | None = None,
     ) -> tuple[BlockWeights, tuple[float, ...]]:
-        """As `Passes.match` calls it."""
+        """Refine the block as `Passes.match` does."""
         block, samples = self.compressed(run), len(self.inputs)
         return block.refine(self.weights, settings, batches or self.batches, samples, micro_batch)
 
@@ -170,7 +170,7 @@ def test_refining_is_the_documented_optimisation(pattern: str, rank: int) -> Non
     weights, curve = case.refine()
     steps = [slice(*span) for span in case.served[3:]]  # as drawn; the first epoch only measured
     start = made_case(pattern, rank, off=1.0)
-    start.compressed().place(start.weights)
+    start.compressed().load(start.weights)
     factors = {
         name: (
             start.sparse(start.weights, name),
@@ -256,7 +256,7 @@ def test_without_steps_what_was_given_comes_back(compute: torch.dtype) -> None:
 
 def test_the_curve_starts_at_the_relative_loss_and_falls() -> None:
     case = made_case()
-    case.compressed().place(case.weights)
+    case.compressed().load(case.weights)
     before = (case.block(case.inputs) - case.targets).square().sum() / case.targets.square().sum()
     _, curve = case.refine(replace(SETTINGS, epochs=30))
     after = (case.block(case.inputs) - case.targets).square().sum() / case.targets.square().sum()

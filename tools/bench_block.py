@@ -1,26 +1,27 @@
-"""Measure seconds, memory and FLOP/s of the whole pipeline on one block of a large model, beside the plan.
+"""Measure time, memory and FLOP/s of a whole run on one block of a large model, against its plan.
 
     export PYTHONPATH=.
     python tools/bench_block.py --shape llama-3-70b --gpu-mem 45GB --host-mem 24GB --device cuda --json 70b-45gb.json
     python tools/bench_block.py --shape llama-3-70b --gpu-mem 24GB --host-mem 24GB --device cuda --json 70b-24gb.json
     python tools/bench_block.py --shape small --device cpu      # under a minute
 
-A checkpoint with blocks of the given shape and a vocabulary of 2048 is made in a temporary folder under --scratch, and
-`open_run` and `run` compress it; every figure is the journal's or the plan's. Linears are packed in phase solve as each
-is done, and the shard is written while propagate runs. The shards are dropped from the page cache before the run.
-FLOP/s are the plan's FLOPs of a phase, for one block, over its seconds; they are compared with one large matrix product
-on the same device after the run: in bf16, and on a CPU in float32 too. The time of all blocks is that of the last block
-measured times the depth of the real model; with `--blocks 2` the last block is one whose tensors were prefetched.
+The tool makes a checkpoint with blocks of the model's true shape and a vocabulary of 2048, in a temporary folder under
+--scratch, drops it from the page cache, and compresses it as `streamslr run` does. Every figure is the journal's or the
+plan's. A linear is packed in phase solve as soon as it is solved, and the shard is written during propagate.
 
-Weights are drawn with the structure of trained ones: normal entries, columns scaled lognormally, and 32 directions more
-whose singular values fall as k^-0.7 from three times the largest of the rest. Embeddings have lognormal channels, a few
-of them 20 times larger, so that Gram matrices have outlier directions. Norms are lognormal around 1. The text is the
-demo model's, its paragraphs shuffled and repeated until there is enough.
+FLOP/s of a phase are the plan's FLOPs of one block over the measured seconds. They are compared with one large matrix
+product on the same device after the run, in bf16 and on a CPU also in float32. The time of all blocks is the time of
+the last block times the real model's number of blocks; with `--blocks 2` the last block's tensors were prefetched.
 
-A bare machine with a GPU needs this working tree and no network; the lines above work in its root. Bring wheels for its
-Python (3.11 or newer), made by `pip download -d wheels` on a machine like it, with what they depend on: torch built for
-its CUDA, transformers, safetensors, huggingface-hub, zarr, psutil, click and rich, in the ranges of pyproject.toml. The
-disk must hold the block in bf16 and two boundaries of hidden states: 12 GB for 70B.
+Weights resemble trained ones: normal entries, columns scaled lognormally, and 32 directions added whose singular values
+fall as k^-0.7 from three times the largest of the rest. Embeddings have lognormal channels, a few of them 20 times
+larger, so that Grams have outlier directions. Norms are lognormal around 1. The text is the demo model's, its
+paragraphs shuffled and repeated.
+
+A machine with a GPU needs this working tree, but no network. Bring wheels made for its Python (3.11 or newer) by
+`pip download -d wheels` on a machine like it: torch built for its CUDA, transformers, safetensors, huggingface-hub,
+zarr, psutil, click and rich in pyproject.toml's ranges, and what these depend on. Then the lines above work in the root
+of the tree. Disk: the block in bf16 and two boundaries of hidden states, 12 GB for 70B.
 """
 
 import json
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from logging.handlers import BufferingHandler
@@ -50,21 +51,26 @@ from torch import Tensor
 
 from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import StreamslrError
-from streamslr.io.shards import DTYPE_NAMES
+from streamslr.io.safetensors_file import DTYPE_NAMES
 from streamslr.memory import uss
+from streamslr.results.plan_table import plan_table
 from streamslr.run.context import open_run
+from streamslr.run.costs import PhaseCost
 from streamslr.run.loop import run
-from streamslr.run.plan import PhaseCost, Plan
+from streamslr.run.plan import Plan
 from streamslr.run.progress import NoDisplay
 
 DEMO = Path(__file__).with_name("demo_model")
 Rows = dict[str, dict[str, Any]]
-_CHARACTERS_A_TOKEN = 6  # more than the demo's tokenizer makes of one token
+"""Phase -> its figures, measured and planned."""
+
+_CHARACTERS_PER_TOKEN = 6
+"""Characters written for each token wanted: more than the demo's tokenizer puts into one."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama: the sizes and number of its blocks, and the calibration windows by default."""
+    """Sizes of a Llama's blocks, their number, and the default windows to pass through one."""
 
     hidden: int
     ffn: int
@@ -84,7 +90,15 @@ SHAPES = {
 
 
 def make(folder: Path, shape: Shape, blocks: int, tokens: int, seed: int) -> None:
-    """Write the checkpoint to `folder`/model and its calibration text to `folder`/text.txt."""
+    """Write a checkpoint and its calibration text, `folder`/model and `folder`/text.txt.
+
+    Args:
+        folder: Existing folder.
+        shape: Sizes of the model.
+        blocks: Number of blocks to make.
+        tokens: Tokens that the text has at least.
+        seed: Seed of weights and of the order of paragraphs.
+    """
     sizes = {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.ffn,
@@ -103,13 +117,13 @@ def make(folder: Path, shape: Shape, blocks: int, tokens: int, seed: int) -> Non
     paragraphs = (DEMO / "calibration.txt").read_text().split("\n\n")
     order, written = Random(seed), 0
     with (folder / "text.txt").open("w") as text:
-        while written < tokens * _CHARACTERS_A_TOKEN:
+        while written < tokens * _CHARACTERS_PER_TOKEN:
             order.shuffle(paragraphs)
             written += text.write("\n\n".join(paragraphs) + "\n\n")
 
 
 def trained(name: str, empty: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill `empty` with weights that have the structure of trained ones, in strips, without a float32 copy of all."""
+    """Fill `empty` with weights that resemble trained ones, strip by strip, without a float32 copy of the whole."""
 
     def normal(*size: int) -> Tensor:
         return torch.empty(size).normal_(generator=generator)
@@ -130,7 +144,7 @@ def trained(name: str, empty: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of one large square matrix product: the best of five, or of as many as fit three seconds."""
+    """Measure FLOP/s of one large square matrix product: the best of five, or of as many as fit three seconds."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     seconds: list[float] = []
@@ -141,55 +155,62 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds[1:])  # the first warms up
+    return 2 * n**3 / min(seconds[1:])  # the first one warms up
 
 
-def held_against(plan: Plan, measured: Mapping[str, Mapping[str, float]], products: Mapping[str, float]) -> Rows:
-    """Return a row for each phase: measured, planned, their ratio, FLOP/s and their ratio to a large product."""
+def compare_with_plan(plan: Plan, measured: Mapping[str, Mapping[str, float]], products: Mapping[str, float]) -> Rows:
+    """Return for each phase what was measured, what was planned, and their ratios; None where the plan has no figure.
+
+    Args:
+        plan: Plan of the run.
+        measured: Phase -> readings, as the journal keeps them.
+        products: Dtype -> FLOP/s of one large matrix product.
+    """
     planned: dict[str, PhaseCost] = {phase.name: phase for phase in plan.phases}
     rows = {}
     for name, m in measured.items():
         phase = planned.get(name)
         row: dict[str, Any] = {"seconds": m["seconds"]}
-        for place in ("host", "gpu"):
-            if (peak := m.get(f"{place}_peak_bytes")) is not None:
-                plan_bytes = getattr(phase, f"{place}_bytes", None)
-                row[place] = {
+        for memory in ("host", "gpu"):
+            if (peak := m.get(f"{memory}_peak_bytes")) is not None:
+                plan_bytes = getattr(phase, f"{memory}_bytes", None)
+                row[memory] = {
                     "peak_bytes": peak,
                     "planned_bytes": plan_bytes,
                     "planned_to_peak": plan_bytes / peak if plan_bytes and peak else None,
                 }
         flops = phase.flops / plan.blocks / m["seconds"] if phase and phase.flops and m["seconds"] else None
-        shares = {dtype: flops / product for dtype, product in products.items()} if flops else {}
-        rows[name] = row | {"flops_per_second": flops, "share_of_product": shares}
+        fractions = {dtype: flops / product for dtype, product in products.items()} if flops else {}
+        rows[name] = row | {"flops_per_second": flops, "fraction_of_product": fractions}
     return rows
 
 
 def table(title: str, rows: Rows, dtypes: Iterable[str]) -> Table:
+    """Return `rows` as a table, one row a phase."""
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    places = [place for place in ("host", "gpu") if any(place in row for row in rows.values())]
+    memories = [memory for memory in ("host", "gpu") if any(memory in row for row in rows.values())]
     shown.add_column("phase")
-    memory_columns = [column for place in places for column in (place, "planned", "ratio")]
+    memory_columns = [column for memory in memories for column in (memory, "planned", "ratio")]
     for column in ("seconds", *memory_columns, "TFLOP/s", *(f"/ {dtype}" for dtype in dtypes)):
         shown.add_column(column, justify="right", no_wrap=True)
     for name, row in rows.items():
         cells = [name, f"{row['seconds']:.2f}"]
-        for place in places:
-            memory = row.get(place, {})
-            cells += [_or_dash(memory.get(key), format_bytes) for key in ("peak_bytes", "planned_bytes")]
-            cells.append(_or_dash(memory.get("planned_to_peak"), "{:.2f}".format))
+        for memory in memories:
+            figures = row.get(memory, {})
+            cells += [_or_dash(figures.get(key), format_bytes) for key in ("peak_bytes", "planned_bytes")]
+            cells.append(_or_dash(figures.get("planned_to_peak"), "{:.2f}".format))
         cells.append(_or_dash(row["flops_per_second"], lambda f: f"{f / 1e12:.3g}"))
-        cells += [_or_dash(row["share_of_product"].get(dtype), "{:.0%}".format) for dtype in dtypes]
+        cells += [_or_dash(row["fraction_of_product"].get(dtype), "{:.0%}".format) for dtype in dtypes]
         shown.add_row(*cells)
     return shown
 
 
-def _or_dash(value: float | None, text: Any) -> str:
-    return "–" if value is None else str(text(value))
+def _or_dash(value: float | None, text: Callable[[float], str]) -> str:
+    return "–" if value is None else text(value)
 
 
 class Lines(NoDisplay):
-    """A display that prints a line as each phase begins, so that a run that is cut off has said where it was."""
+    """Print a line as each phase begins, so that a run that is cut off has said where it was."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -200,10 +221,11 @@ class Lines(NoDisplay):
 
 
 def commit() -> str | None:
+    """Return the commit of this working tree, marked -dirty where files differ; None without git."""
     line = ["git", "-C", str(DEMO), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         return subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a copy of the working tree without its history
+    except (OSError, subprocess.CalledProcessError):  # the working tree was copied without its history
         return None
 
 
@@ -218,9 +240,11 @@ def commit() -> str | None:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]))
 @click.option("--gpu-mem")
 @click.option("--host-mem")
-@click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other setting of RunConfig.")
+@click.option(
+    "--set", "others", multiple=True, metavar="NAME=VALUE", help="Another setting of RunConfig; can be repeated."
+)
 @click.option("--scratch", type=click.Path(path_type=Path, exists=True), help="Folder to make the temporary folder in.")
-@click.option("--commit", "known_commit", help="Commit to name in the JSON, where git does not know it.")
+@click.option("--commit", "known_commit", help="Commit to write into the JSON where there is no git.")
 @click.option("--json", "to", type=click.Path(path_type=Path))
 def main(
     name: str,
@@ -247,12 +271,12 @@ def main(
         paths = {"model": folder / "model", "out": folder / "out", "calibration": folder / "text.txt"}
         try:
             config = RunConfig.of(**paths, **settings)
-            # in a process of its own, so that its memory is not in the figures
+            # in another process, so that its memory is not in the figures
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
                 maker.submit(make, folder, shape, blocks, config.samples * config.seq_len, seed).result()
             baseline, start = uss(), time.monotonic()
             context = open_run(config)
-            console.print(context.plan.table(context.host_mem, context.gpu_mem))
+            console.print(plan_table(context.plan))
             journal = run(context, Lines())
         except StreamslrError as error:
             raise SystemExit(str(error)) from error
@@ -260,7 +284,8 @@ def main(
 
     dtypes = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}[context.device.type]
     products = {DTYPE_NAMES[dtype]: product_flops(context.device, dtype) for dtype in dtypes}
-    parts = [held_against(context.plan, m, products) for m in (journal.measured, *(b.measured for b in journal.blocks))]
+    measured = [journal.measured, *(block.measured for block in journal.blocks)]
+    parts = [compare_with_plan(context.plan, readings, products) for readings in measured]
     seconds = [sum(row["seconds"] for row in part.values()) for part in parts]
     record = {
         "command": " ".join(["python", *sys.argv]),
@@ -275,8 +300,8 @@ def main(
         "grams_at": context.plan.grams_at,
         "solver_workspace": context.plan.solver_workspace,
         "baseline_bytes": baseline,
-        "host_budget_bytes": context.host_mem,
-        "gpu_budget_bytes": context.gpu_mem,
+        "host_budget_bytes": context.plan.host_mem,
+        "gpu_budget_bytes": context.plan.gpu_mem,
         "product_flops_per_second": products,
         "non_block": parts[0],
         "blocks": [
@@ -299,17 +324,17 @@ def main(
 
 
 def show(console: Console, record: Mapping[str, Any]) -> None:
-    """Print the tables of a record and the time of all blocks."""
-    products, name, depth = record["product_flops_per_second"], record["shape"]["name"], record["shape"]["blocks"]
+    """Print the figures that go into the JSON."""
+    name, products, blocks = record["shape"]["name"], record["product_flops_per_second"], record["blocks"]
     console.print(table("before the blocks", record["non_block"], products))
-    for i, block in enumerate(record["blocks"]):
+    for i, block in enumerate(blocks):
         console.print(table(f"{name}, block {i}: {block['seconds']:.1f} s", block["phases"], products))
     reached = ", ".join(f"{flops / 1e12:.3g} TFLOP/s in {dtype}" for dtype, flops in products.items())
     click.echo(f"{record['device']}, torch {record['torch']}")
     click.echo(f"a large product reaches {reached}")
     click.echo(f"wall / phases {record['wall_to_phases']:.2f}, {len(record['warnings'])} warnings")
-    seconds = record["blocks"][-1]["seconds"]
-    click.echo(f"all {depth} blocks of {name}: {record['all_blocks_hours']:.2f} h, {depth} × {seconds:.1f} s")
+    number, seconds = record["shape"]["blocks"], blocks[-1]["seconds"]
+    click.echo(f"all {number} blocks of {name}: {record['all_blocks_hours']:.2f} h, {number} × {seconds:.1f} s")
 
 
 def _processor() -> str:
@@ -319,7 +344,7 @@ def _processor() -> str:
 
 
 def _value(text: str) -> Any:
-    """Return a number, true or false; else the text itself, like 4GB."""
+    """Return the number or truth value that `text` is, else the text itself, like 4GB."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,10 +1,11 @@
-"""Measure wall time, phases and memory of a whole run beside its plan, and again with the blocks of the model repeated.
+"""Measure time and memory of whole runs against their plan: of a model, and of the same model with repeated blocks.
 
     python tools/bench_run.py --model FOLDER --calibration TEXT --samples 64 --seq-len 256 --rank 16 \
         --repeat-blocks 4 --json OUT.json
 
-Memory is USS, read from outside the process 10 times a second. Streaming overhead is the wall time of the process
-over the sum of the phases in the journal, with and without its start-up (imports, timed by themselves in the same run).
+Memory is the unique set size, read from outside the process 10 times a second. Overhead of streaming is the wall time
+of the process over the sum of the phases in its journal, with and without its start-up. Start-up is the imports, timed
+in a process of their own.
 """
 
 import json
@@ -21,10 +22,20 @@ import psutil
 from streamslr.config import format_bytes
 
 STREAMSLR = str(Path(sys.executable).with_name("streamslr"))
+"""Command line of the environment that runs this tool."""
 
 
 def measure(model: Path, out: Path, options: list[str]) -> dict[str, Any]:
-    """Run the command line once and watch it from outside."""
+    """Run the command line once, and measure it from outside.
+
+    Args:
+        model: Model folder.
+        out: Folder to write.
+        options: Other options of `streamslr run`.
+
+    Returns:
+        Figures for the JSON, in bytes and seconds, and their ratios.
+    """
     line = ["--model", str(model), "--device", "cpu", *options]
     plan = json.loads(subprocess.run([STREAMSLR, "plan", *line, "--json"], check=True, capture_output=True).stdout)
     start = time.monotonic()
@@ -35,7 +46,7 @@ def measure(model: Path, out: Path, options: list[str]) -> dict[str, Any]:
     while process.poll() is None:
         try:
             peak = max(peak, process.memory_full_info().uss)
-        except psutil.Error:  # it ended between the two
+        except psutil.Error:  # the process ended after the poll
             break
         time.sleep(0.1)
     if process.wait() != 0:

@@ -42,7 +42,7 @@ from compare_results import Combination, Row, write
 
 from streamslr.cli import run
 from streamslr.errors import InputError, StreamslrError
-from streamslr.io.shards import file_sha256, write_json
+from streamslr.io.durable import file_sha256, write_json
 from streamslr.memory import free_host_memory
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamslr.config import format_bytes
-from streamslr.io.shards import write_file, write_json
+from streamslr.io.durable import write_file, write_json
 
 Row = dict[str, Any]
 """One run: the fields of its Combination and what was measured."""

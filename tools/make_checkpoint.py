@@ -18,7 +18,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from streamslr.io.shards import DTYPE_NAMES, INDEX_FILE, TensorSource, index_json, write_json, write_shard
+from streamslr.io.durable import write_json
+from streamslr.io.folder import index_json
+from streamslr.io.packed_layout import INDEX_FILE
+from streamslr.io.safetensors_file import DTYPE_NAMES, TensorSource, write_shard
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Weight = Callable[[str, Tensor, torch.Generator], Tensor]

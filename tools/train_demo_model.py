@@ -35,7 +35,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from streamslr.io.shards import INDEX_FILE, index_json, write_json, write_shard
+from streamslr.io.durable import write_json
+from streamslr.io.folder import index_json
+from streamslr.io.packed_layout import INDEX_FILE
+from streamslr.io.safetensors_file import write_shard
 
 VOCABULARY = 2048
 WINDOW = 256  # tokens, as the demo calibrates and evaluates

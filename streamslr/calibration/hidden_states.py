@@ -1,9 +1,12 @@
-"""Hidden states of the calibration windows, one boundary a block boundary: on disk (zarr), in memory, or both."""
+"""Hidden states of the calibration windows at the boundaries between blocks: on disk (zarr), in memory, or both.
+
+Boundary i is what enters block i, for all windows.
+"""
 
 import errno
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -15,30 +18,93 @@ from zarr.core.buffer import default_buffer_prototype
 
 from streamslr.errors import BudgetError, StreamslrError
 
-_PENDING_WRITES = 2  # micro-batches that may wait for the disk; more only hides a disk that is too slow
+_PENDING_WRITES = 2
+"""Micro-batches that may wait for the disk. More would only hide a disk that is too slow."""
+
+_READING, _WRITING = 2, 1 + _PENDING_WRITES + 1
+"""Micro-batches held per stream during a pass. Reading: current + prefetched. Writing: output + queued + 1 being
+written."""
+
+_BOUNDARIES: Mapping[str, int] = {"embed": 2, "load": 2, "grams": 3, "solve": 3, "match": 3, "propagate": 4}
+"""Phase -> boundaries of both streams, hidden states and targets, that exist in it."""
 
 
 class HiddenStates(Protocol):
-    """One boundary: hidden states [samples, T, h] on the host. Each sample is written once, then sealed."""
+    """One boundary: hidden states [windows, T, h] on the host, in one dtype. Each window is written once.
 
-    samples: int
+    Every tier gives back the bits that were written.
+    """
+
+    windows: int
+    """Number of windows."""
 
     def write(self, start: int, hidden: Tensor) -> None:
-        """Store hidden [b, T, h] as samples start … start + b - 1. May return before the bytes are on disk."""
+        """Store `hidden` [b, T, h], on any device, as windows `start` to `start` + b - 1.
+
+        The bytes may reach the disk after the call has returned; the caller may change `hidden` at once.
+        """
 
     def read(self, start: int, stop: int) -> Tensor:
-        """A fresh copy [stop - start, T, h] of these samples; the caller may change it."""
+        """Return a copy [stop - start, T, h] of windows `start` to `stop` - 1 on the host; the caller may change it."""
 
     def seal(self) -> str:
-        """Wait for all writes; the sha256 of what was written, the same on every tier."""
+        """Wait for all writes; return the sha256 of all windows, the same on every tier.
+
+        Raises:
+            ValueError: A window was never written.
+            BudgetError: The disk is full.
+        """
 
     def drop(self) -> None:
-        """Give back the memory and the disk space."""
+        """Free the memory and the disk space."""
 
 
-def _bytes_of(sample: Tensor) -> memoryview:
-    """sample [T, h] as raw bytes; bfloat16 goes by way of uint16, which numpy and zarr know."""
-    return memoryview(_as_numpy_dtype(sample.contiguous()).numpy().data).cast("B")
+def boundary_bytes(windows: int, seq_len: int, hidden_size: int, value_bytes: int) -> int:
+    """Return the bytes of one boundary of one stream, [windows, T, h]; `value_bytes` is of the compute dtype."""
+    return windows * seq_len * hidden_size * value_bytes
+
+
+def scratch_bytes(boundary: int, matching: bool) -> int:
+    """Return the bytes of the most boundaries that exist at a time: two of each stream.
+
+    Args:
+        boundary: Bytes of one boundary of one stream.
+        matching: There is a stream of targets beside the hidden states.
+    """
+    return boundary * (4 if matching else 2)
+
+
+def held_bytes(phase: str, boundary: int, matching: bool) -> int:
+    """Return the bytes of all boundaries that exist in a phase: host memory, where the plan keeps them in memory.
+
+    Without matching, half the boundaries of both streams are counted. The survey has two boundaries of one stream.
+
+    Args:
+        phase: Name of the phase.
+        boundary: Bytes of one boundary of one stream.
+        matching: There is a stream of targets beside the hidden states.
+    """
+    if phase == "survey":
+        return 2 * boundary
+    return boundary * _BOUNDARIES[phase] // (1 if matching else 2)
+
+
+def transfer_bytes(micro_batch: int, reads: int = 0, writes: int = 0) -> int:
+    """Return the bytes of the micro-batches that a pass holds between disk and compute, current and output included.
+
+    The threads of `read_batches` and `OnDisk` fix their number.
+
+    Args:
+        micro_batch: Bytes of one micro-batch [b, T, h].
+        reads: Streams that the pass reads.
+        writes: Streams that the pass writes.
+    """
+    return micro_batch * (reads * _READING + writes * _WRITING)
+
+
+def _bytes_of(window: Tensor) -> memoryview:
+    """Return the raw bytes of a window [T, h]; bfloat16 passes as uint16, which numpy and zarr know."""
+    return memoryview(_as_numpy_dtype(window.contiguous()).numpy().data).cast("B")
 
 
 def _as_numpy_dtype(tensor: Tensor) -> Tensor:
@@ -46,28 +112,28 @@ def _as_numpy_dtype(tensor: Tensor) -> Tensor:
 
 
 class _Digest:
-    """sha256 over the samples' sha256, in sample order: the writer may see them in any order."""
+    """sha256 over the windows' sha256 in order of windows, which may be added in any order."""
 
-    def __init__(self, samples: int):
-        self._of_sample: list[bytes | None] = [None] * samples
+    def __init__(self, windows: int):
+        self._of_window: list[bytes | None] = [None] * windows
 
     def add(self, start: int, hidden: Tensor) -> None:
-        for offset, sample in enumerate(hidden):
-            self._of_sample[start + offset] = hashlib.sha256(_bytes_of(sample)).digest()
+        for offset, window in enumerate(hidden):
+            self._of_window[start + offset] = hashlib.sha256(_bytes_of(window)).digest()
 
     def hexdigest(self) -> str:
-        missing = [i for i, digest in enumerate(self._of_sample) if digest is None]
+        missing = [i for i, digest in enumerate(self._of_window) if digest is None]
         if missing:
-            raise ValueError(f"boundary sealed without samples {missing}")
-        return hashlib.sha256(b"".join(d for d in self._of_sample if d is not None)).hexdigest()
+            raise ValueError(f"boundary sealed without windows {missing}")
+        return hashlib.sha256(b"".join(d for d in self._of_window if d is not None)).hexdigest()
 
 
 class InMemory:
     """A boundary in one host tensor: the fastest tier, lost when the process ends."""
 
-    def __init__(self, samples: int, seq_len: int, hidden_size: int, dtype: torch.dtype):
-        self.samples = samples
-        self._states = torch.empty(samples, seq_len, hidden_size, dtype=dtype)
+    def __init__(self, windows: int, seq_len: int, hidden_size: int, dtype: torch.dtype):
+        self.windows = windows
+        self._states = torch.empty(windows, seq_len, hidden_size, dtype=dtype)
         self._written: set[int] = set()
 
     def write(self, start: int, hidden: Tensor) -> None:
@@ -78,7 +144,7 @@ class InMemory:
         return self._states[start:stop].clone()
 
     def seal(self) -> str:
-        digest = _Digest(self.samples)
+        digest = _Digest(self.windows)
         for i in self._written:
             digest.add(i, self._states[i : i + 1])
         return digest.hexdigest()
@@ -88,16 +154,16 @@ class InMemory:
 
 
 class OnDisk:
-    """A boundary as a zarr array, one uncompressed chunk a sample, written by a thread behind the compute.
+    """A boundary as a zarr array, one uncompressed chunk a window, written by a thread behind the compute.
 
-    Chunks are not fsynced: the journal holds the boundary's digest, and a boundary that does not match
-    it after a power cut is rebuilt by replaying the finished blocks, which costs a forward pass a block.
+    Chunks are not fsynced. The journal holds the boundary's digest, so a boundary that a power cut damaged is found and
+    made again, by passing the windows through the finished blocks.
     """
 
-    def __init__(self, folder: Path, samples: int, seq_len: int, hidden_size: int, dtype: torch.dtype):
-        self.folder, self.samples = folder, samples
-        self._shape, self._dtype = (samples, seq_len, hidden_size), dtype
-        self._digest = _Digest(samples)
+    def __init__(self, folder: Path, windows: int, seq_len: int, hidden_size: int, dtype: torch.dtype):
+        self.folder, self.windows = folder, windows
+        self._shape, self._dtype = (windows, seq_len, hidden_size), dtype
+        self._digest = _Digest(windows)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-states-writer")
         self._pending: list[Future[None]] = []
         shutil.rmtree(folder, ignore_errors=True)
@@ -109,7 +175,7 @@ class OnDisk:
                 dtype="uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."),
                 compressors=None,
                 fill_value=0,
-                # the default leaves chunks of zeros unwritten, to be read as zeros when a file is lost
+                # by default zarr writes no chunk of zeros, and reads a lost file as zeros without an error
                 config={"write_empty_chunks": True},
                 attributes={"dtype": str(dtype).removeprefix("torch.")},
             )
@@ -118,9 +184,9 @@ class OnDisk:
 
     @classmethod
     def reopen(cls, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, digest: str) -> "OnDisk | None":
-        """The sealed boundary in `folder`, or None when it is not there, or not what `digest` names."""
+        """Return the sealed boundary [windows, T, h] in `folder`, or None when it is lost or has another digest."""
         self = cls.__new__(cls)
-        self.folder, self.samples, self._shape, self._dtype = folder, shape[0], shape, dtype
+        self.folder, self.windows, self._shape, self._dtype = folder, shape[0], shape, dtype
         self._digest, self._pending = _Digest(shape[0]), []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-states-writer")
         try:
@@ -136,7 +202,7 @@ class OnDisk:
     def write(self, start: int, hidden: Tensor) -> None:
         while len(self._pending) >= _PENDING_WRITES:
             self._pending.pop(0).result()
-        # the caller may reuse `hidden`; on a GPU this copy is the transfer itself
+        # a copy, since the caller may change `hidden`; from a GPU it is the transfer
         host = hidden.to(device="cpu", dtype=self._dtype, copy=True)
         self._pending.append(self._writer.submit(self._store, start, host))
 
@@ -165,7 +231,7 @@ class OnDisk:
         return hidden
 
     def _wait(self) -> None:
-        """For the writes on their way: a chunk that is not there yet would read as zeros."""
+        """Wait for pending writes: a chunk that is not there yet would read as zeros."""
         while self._pending:
             self._pending.pop(0).result()
 
@@ -179,10 +245,10 @@ class OnDisk:
 
 
 class WriteThrough:
-    """Memory to read from, disk to resume from."""
+    """A boundary in memory, to read from, and on disk, to resume from."""
 
     def __init__(self, memory: InMemory, disk: OnDisk):
-        self.samples = memory.samples
+        self.windows = memory.windows
         self._memory, self._disk = memory, disk
 
     def write(self, start: int, hidden: Tensor) -> None:
@@ -201,16 +267,16 @@ class WriteThrough:
 
 
 Span = tuple[int, int]
-"""First and last + 1 of the samples that pass together."""
+"""First window, and last window + 1, of those that pass a block together."""
 
 
 def spans(ranges: Iterable[Span], micro_batch: int) -> list[Span]:
-    """The ranges of samples cut, in their order, into pieces of at most `micro_batch`."""
+    """Cut ranges of windows, in their order, into spans of at most `micro_batch` windows."""
     return [(i, min(i + micro_batch, stop)) for start, stop in ranges for i in range(start, stop, micro_batch)]
 
 
 def read_batches(states: HiddenStates, batches: Sequence[Span]) -> Iterator[tuple[int, Tensor]]:
-    """(first sample, hidden [b, T, h]) for each span, each read while the one before is computed on."""
+    """Yield (first window, hidden [b, T, h] on the host) for each span; the next one is read meanwhile."""
     with ThreadPoolExecutor(1, thread_name_prefix="hidden-states-reader") as reader:
         upcoming = reader.submit(states.read, *batches[0])
         for number, (start, _) in enumerate(batches, start=1):
@@ -221,10 +287,18 @@ def read_batches(states: HiddenStates, batches: Sequence[Span]) -> Iterator[tupl
 
 
 class HiddenStateStream:
-    """One stream in the scratch folder of a run: boundary i is what enters block i; two exist at most."""
+    """A stream of boundaries in the scratch folder of a run, `hidden` or `targets`. At most two boundaries exist."""
 
     def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool):
-        """shape: (samples, T, h). in_memory: keep a copy in host memory to read from (the plan decides)."""
+        """Name a stream; nothing is created.
+
+        Args:
+            folder: Scratch folder of the run.
+            name: Name of the stream, the start of its files' names.
+            shape: (windows, T, h) of each boundary.
+            dtype: Dtype that hidden states are stored in, the compute dtype.
+            in_memory: Keep a copy in host memory to read from (the plan decides).
+        """
         self.folder, self._name = folder, name
         self._shape, self._dtype, self._in_memory = shape, dtype, in_memory
 
@@ -232,11 +306,15 @@ class HiddenStateStream:
         return self.folder / f"{self._name}-{index:05d}.zarr"
 
     def new(self, index: int) -> HiddenStates:
+        """Create boundary `index`, empty; an earlier one of the same index is deleted."""
         disk = OnDisk(self._path(index), *self._shape, dtype=self._dtype)
         return WriteThrough(InMemory(*self._shape, dtype=self._dtype), disk) if self._in_memory else disk
 
     def reopen(self, index: int, digest: str) -> HiddenStates | None:
-        """What an earlier process sealed under this digest, or None when it is lost or damaged."""
+        """Return boundary `index` as an earlier process sealed it; None when it is lost or its digest differs.
+
+        Every other boundary of the stream is deleted.
+        """
         for leftover in self.folder.glob(f"{self._name}-*.zarr"):
             if leftover != self._path(index):
                 shutil.rmtree(leftover)

@@ -1,4 +1,4 @@
-"""Calibration text -> seeded, hashed windows of token ids."""
+"""Text -> windows of token ids: seeded random ones for calibration, consecutive ones for perplexity and training."""
 
 import gzip
 import hashlib
@@ -19,46 +19,55 @@ from transformers import PreTrainedTokenizerBase
 from streamslr.errors import HubError, InputError
 from streamslr.memory import return_freed_memory
 
-_PIECE = 2**22  # characters tokenized at once
+_PIECE = 2**22
+"""Characters tokenized at once: a tokenizer takes 100 bytes a token."""
 
-C4_REPO, C4_FILE = (
-    "allenai/c4",
-    "en/c4-train.00000-of-01024.json.gz",
-)  # what SparseGPT and 3BASiL calibrate on
+C4_REPO, C4_FILE = "allenai/c4", "en/c4-train.00000-of-01024.json.gz"
+"""Default calibration text: what SparseGPT and 3BASiL calibrate on."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """ids [samples, T] int64; digest: sha256 of the ids; source: what a person would call the text."""
+    """Calibration windows, and where they come from."""
 
-    ids: Tensor
-    digest: str
-    source: str
+    ids: Tensor  # [windows, T] int64
+    digest: str  # sha256 of the ids
+    source: str  # name of the text for people
 
 
 def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, path: Path | None, samples: int, seq_len: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, path: Path | None, num_windows: int, seq_len: int, seed: int
 ) -> Calibration:
-    """Random windows of `seq_len` tokens, without special tokens, from `path` or from C4's first training shard.
+    """Draw random windows of a text, without special tokens.
 
-    A text file is one document, and windows start anywhere in it. Of a .jsonl file, documents of more than
-    `seq_len` tokens are drawn at random and give a window each, as in the papers (SparseGPT, section 4).
-    Raises InputError when the text holds fewer than samples · seq_len tokens in such documents.
+    A .jsonl file gives one window from each of its documents of more than `seq_len` tokens, in random order, as in the
+    papers (SparseGPT, section 4), and more than one where there are too few documents. Any other text is one document,
+    in which windows start anywhere.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        path: Text; None: the first shard of C4's training set, from the hub.
+        num_windows: Number of windows.
+        seq_len: Tokens T of a window.
+        seed: Seed of documents and starts.
+
+    Raises:
+        InputError: The text cannot be read, or holds fewer than num_windows · seq_len tokens in documents that are
+            long enough.
+        HubError: C4 cannot be fetched.
     """
     draw = random.Random(seed)
     if path is None:
         path, source = _fetch_c4(), f"{C4_REPO}/{C4_FILE}"
     else:
         source = path.name
-        if not path.is_file():
-            raise InputError(f"calibration file {path} does not exist")
     if _is_jsonl(path):
-        documents = _long_documents(tokenizer, path, samples, seq_len, draw)
+        documents = _draw_long_documents(tokenizer, path, num_windows, seq_len, draw)
     else:
-        documents = [_tokenize(tokenizer, _read_text(path))]
-    _require_enough(path, [len(d) for d in documents if len(d) > seq_len], documents, samples, seq_len)
+        documents = [_tokenize(tokenizer, text) for text in _read_documents(path)]
+    _require_enough(path, documents, num_windows, seq_len)
     windows = []
-    for i in range(samples):
+    for i in range(num_windows):
         document = documents[i % len(documents)]
         start = draw.randint(0, len(document) - seq_len - 1)
         windows.append(document[start : start + seq_len])
@@ -68,14 +77,20 @@ def calibration_windows(
 
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, seq_len: int, limit: int | None) -> Tensor:
-    """Windows [n, T] of a whole text, one after another, for perplexity; at most `limit`.
+    """Return a whole text as windows [n, T] of token ids, one after another, without special tokens.
 
-    The documents of a .jsonl are joined by blank lines.
+    The documents of a .jsonl file are joined by blank lines.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        path: Text.
+        seq_len: Tokens T of a window.
+        limit: Most windows to return; None: all.
+
+    Raises:
+        InputError: The text cannot be read, or is shorter than one window.
     """
-    if not path.is_file():
-        raise InputError(f"text file {path} does not exist")
-    text = "\n\n".join(_documents(path)) if _is_jsonl(path) else _read_text(path)
-    ids = _tokenize(tokenizer, text)
+    ids = _tokenize(tokenizer, "\n\n".join(_read_documents(path)))
     count = len(ids) // seq_len if limit is None else min(limit, len(ids) // seq_len)
     if count < 1:
         raise InputError(
@@ -84,52 +99,51 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, seq_len: int, l
     return ids[: count * seq_len].long().view(count, seq_len)
 
 
-def _require_enough(path: Path, long: list[int], documents: list[Tensor], samples: int, seq_len: int) -> None:
-    need = max(samples * seq_len, seq_len + 1)  # of one window too, so that its start can be drawn
+def _require_enough(path: Path, documents: list[Tensor], num_windows: int, seq_len: int) -> None:
+    long = [len(document) for document in documents if len(document) > seq_len]
+    need = max(num_windows * seq_len, seq_len + 1)  # one token more than one window, so that its start can be drawn
     if sum(long) >= need:
         return
     if len(documents) == 1:
-        there = f"holds {len(documents[0]):,} tokens"
+        found = f"holds {len(documents[0]):,} tokens"
     else:
-        there = f"holds {sum(long):,} tokens in {len(long):,} documents of more than {seq_len:,} tokens"
+        found = f"holds {sum(long):,} tokens in {len(long):,} documents of more than {seq_len:,} tokens"
     raise InputError(
-        f"{path} {there}; {samples:,} windows of {seq_len:,} tokens need {need:,}. "
+        f"{path} {found}; {num_windows:,} windows of {seq_len:,} tokens need {need:,}. "
         "Give more text, or a smaller --samples or --seq-len"
     )
 
 
 def _is_jsonl(path: Path) -> bool:
-    return any(path.name.removesuffix(".gz").endswith(ending) for ending in (".jsonl", ".json"))
+    return path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
 
 
-def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+def _read_documents(path: Path) -> Iterator[str]:
+    """Yield the documents of a text: the `text` of each line of a .jsonl file, any other file as a whole.
 
-
-_UNREADABLE = (UnicodeDecodeError, EOFError, zlib.error, OSError)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with _open(path) as file:
-            return file.read()
-    except _UNREADABLE as error:
-        raise InputError(f"text {path} cannot be read: {error}") from error
-
-
-def _documents(path: Path) -> Iterator[str]:
-    """The `text` of each line, read as a stream: C4's shard is 0.8 GB unpacked."""
+    Lines are read as a stream, since C4's shard is 0.8 GB unpacked. Raises InputError for whatever cannot be read.
+    """
+    if not path.is_file():
+        raise InputError(f"text file {path} does not exist")
     number = 0
     try:
         with _open(path) as file:
+            if not _is_jsonl(path):
+                yield file.read()
+                return
             for line in file:
                 number += 1
                 if line.strip():
                     yield _text_field(line)
-    except _UNREADABLE as error:
-        raise InputError(f"text {path} cannot be read after line {number}: {error}") from error
+    except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
+        where = f" after line {number}" if number else ""
+        raise InputError(f"text {path} cannot be read{where}: {error}") from error
     except ValueError as error:
         raise InputError(f'{path} line {number} is not a JSON object with a "text" field: {error}') from error
+
+
+def _open(path: Path) -> IO[str]:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
 
 def _text_field(line: str) -> str:
@@ -140,7 +154,7 @@ def _text_field(line: str) -> str:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Token ids [n] int32. Text beyond a piece is cut at line ends: a tokenizer takes 100 bytes a token."""
+    """Return token ids [n] int32; the text is cut at line ends into pieces of `_PIECE` characters and more."""
     ids = []
     start = 0
     while start < len(text):
@@ -151,26 +165,26 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int32)
 
 
-def _long_documents(
-    tokenizer: PreTrainedTokenizerBase, path: Path, samples: int, seq_len: int, draw: random.Random
+def _draw_long_documents(
+    tokenizer: PreTrainedTokenizerBase, path: Path, count: int, seq_len: int, draw: random.Random
 ) -> list[Tensor]:
-    """Token ids of up to `samples` random documents of more than seq_len tokens.
+    """Return token ids of up to `count` random documents of more than `seq_len` tokens.
 
-    Two streamed readings, so that the file never lies in memory: the first finds the lines long enough in
-    bytes (a token is at least one), the next ones tokenize random batches of those.
+    The file is never held in memory. A first reading finds the documents that are long enough in bytes (a token is at
+    least one); each further one tokenizes a random batch of these.
     """
-    candidates = [i for i, text in enumerate(_documents(path)) if len(text.encode()) > seq_len]
+    candidates = [i for i, text in enumerate(_read_documents(path)) if len(text.encode()) > seq_len]
     draw.shuffle(candidates)
     found: list[Tensor] = []
-    batch = 8 * samples
+    batch = 8 * count
     for first in range(0, len(candidates), batch):
         wanted = {line: order for order, line in enumerate(candidates[first : first + batch])}
-        texts = {wanted[i]: text for i, text in enumerate(_documents(path)) if i in wanted}
+        texts = {wanted[i]: text for i, text in enumerate(_read_documents(path)) if i in wanted}
         for order in range(len(wanted)):
             ids = _tokenize(tokenizer, texts[order])
             if len(ids) > seq_len:
                 found.append(ids)
-                if len(found) == samples:
+                if len(found) == count:
                     return found
     return found
 
@@ -178,7 +192,7 @@ def _long_documents(
 def _fetch_c4() -> Path:
     try:
         return Path(hf_hub_download(C4_REPO, C4_FILE, repo_type="dataset"))
-    except (hub_errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # OSError: those of the hub too
+    except (hub_errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # hub errors are OSErrors too
         raise HubError(
             f"the default calibration text {C4_REPO}/{C4_FILE} cannot be fetched from the hub: {error}. "
             "Check the network, or give a text of your own with --calibration FILE"

@@ -1,1 +1,1 @@
-"""S, U, V -> bytes that last: packing by pattern, and durable safetensors shards."""
+"""Bytes that last: durable files, safetensors, the layout of packed linears, the compressed folder."""

@@ -1,83 +1,100 @@
-"""The output folder: config and tokenizer, the tensors outside the blocks, a shard a block, and the index."""
+"""The compressed folder: config and tokenizer, non-block tensors, a shard for each block, and the index."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from streamslr.io.shards import (
+from streamslr.io.durable import PARTIAL_SUFFIX, write_file, write_json
+from streamslr.io.packed_layout import (
     BLOCK_FILE,
     INDEX_FILE,
     NON_BLOCK_FILE,
-    PARTIAL_SUFFIX,
-    TensorSource,
-    WrittenShard,
-    index_json,
+    part_name,
     quantization_config,
     shard_metadata,
-    write_file,
-    write_json,
-    write_shard,
 )
-from streamslr.model.checkpoint import Checkpoint, shard_header
+from streamslr.io.safetensors_file import TensorInfo, TensorSource, WrittenShard, shard_header, write_shard
 from streamslr.spec.pattern import SparsityPattern
+
+PackedLinear = tuple[Mapping[str, Tensor], SparsityPattern, tuple[int, int]]
+"""Parts of a packed linear, its pattern, and the shape (o, d) of its dense weight."""
 
 
 def write_auxiliary_files(
-    folder: Path, checkpoint: Checkpoint, pattern: SparsityPattern | None, rank: int
+    folder: Path, config: Mapping[str, Any], files: Iterable[Path], pattern: SparsityPattern | None, rank: int
 ) -> dict[str, str]:
-    """config.json, which names the format, and the files that travel with a model; their sha256 by name.
+    """Write config.json, which names the format, and copy the files that travel with a model.
 
-    pattern, rank: as for `quantization_config`.
+    Args:
+        folder: compressed folder.
+        config: config.json of the dense model.
+        files: the files to copy: tokenizer, generation config, licence.
+        pattern: pattern of all linears, None where they differ.
+        rank: the largest rank.
+
+    Returns:
+        The sha256 of each file by its name.
     """
-    config = json.loads(checkpoint.config.to_json_string(use_diff=False))
-    config.pop("_name_or_path", None)  # where the model lay here says nothing there
-    config["quantization_config"] = quantization_config(pattern, rank)
+    config = {**config, "quantization_config": quantization_config(pattern, rank)}
     digests = {"config.json": write_json(folder / "config.json", config)}
-    for path in checkpoint.auxiliary_files():
+    for path in files:
         digests[path.name] = write_file(folder / path.name, path.read_bytes())
     return digests
 
 
-def write_non_block(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> WrittenShard:
-    """Embeddings, final norm, head: the tensors outside the blocks, their names and bytes unchanged."""
+def write_non_block(folder: Path, tensors: Iterable[TensorInfo], read: Callable[[str], Tensor]) -> WrittenShard:
+    """Write the tensors outside the blocks (embeddings, final norm, head), their names and bytes unchanged.
 
-    def reader(name: str) -> Callable[[], Tensor]:
-        return lambda: checkpoint.read([name])[name]
-
-    sources: list[TensorSource] = [
-        (name, checkpoint.tensors[name].dtype, checkpoint.tensors[name].shape, reader(name)) for name in names
-    ]
+    Args:
+        folder: compressed folder.
+        tensors: description of each, from the dense checkpoint.
+        read: reads the tensor of a name; called for one after another.
+    """
+    sources: list[TensorSource] = [(info.name, info.dtype, info.shape, partial(read, info.name)) for info in tensors]
     return write_shard(folder / NON_BLOCK_FILE, sources, {"format": "pt"})
 
 
 def write_block(
-    folder: Path,
-    index: int,
-    patterns: Mapping[str, SparsityPattern],
-    packed: Mapping[str, Mapping[str, Tensor]],
-    shapes: Mapping[str, tuple[int, int]],
-    kept: Mapping[str, Tensor],
+    folder: Path, index: int, linears: Mapping[str, PackedLinear], other_tensors: Mapping[str, Tensor]
 ) -> WrittenShard:
-    """The shard of one block: the parts of each packed linear, what else the block has (norms, biases)."""
-    tensors = dict(kept)
-    for linear, parts in packed.items():
-        tensors |= {f"{linear}.{part}": tensor.cpu() for part, tensor in parts.items()}
-    metadata = shard_metadata({linear: (patterns[linear], shapes[linear]) for linear in packed})
+    """Write the shard of one block.
+
+    Args:
+        folder: compressed folder.
+        index: number of the block.
+        linears: the packed linears by module path.
+        other_tensors: norms, biases and buffers of the block by name.
+    """
+    tensors = dict(other_tensors)
+    for linear, (parts, _, _) in linears.items():
+        tensors |= {part_name(linear, part): tensor.cpu() for part, tensor in parts.items()}
+    metadata = shard_metadata({linear: (pattern, shape) for linear, (_, pattern, shape) in linears.items()})
     return write_shard(folder / BLOCK_FILE.format(index), tensors, metadata)
 
 
 def write_index(folder: Path, shards: Iterable[WrittenShard]) -> None:
-    """model.safetensors.index.json over the committed shards, complete for what is there."""
+    """Write the index of the committed shards, complete for what is there."""
     headers = {shard.file: shard_header(folder / shard.file) for shard in shards}
-    weight_map = {name: file for file, tensors in headers.items() for name in tensors}
-    total = sum(info.nbytes for tensors in headers.values() for info in tensors.values())
+    weight_map = {name: file for file, header in headers.items() for name in header.tensors}
+    total = sum(info.nbytes for header in headers.values() for info in header.tensors.values())
     write_json(folder / INDEX_FILE, index_json(weight_map, total))
 
 
+def index_json(weight_map: Mapping[str, str], total_size: int) -> dict[str, Any]:
+    """Return the content of an index as transformers reads it.
+
+    Args:
+        weight_map: tensor name -> file.
+        total_size: bytes of all tensors.
+    """
+    return {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+
+
 def discard_uncommitted(folder: Path, committed: Iterable[WrittenShard]) -> None:
-    """Removes what a killed process left behind: shards that no journal record names, files half written."""
+    """Remove what a killed process left behind: shards that no journal record names, and partial files."""
     keep = {shard.file for shard in committed}
     for path in folder.iterdir():
         shard = path.name == NON_BLOCK_FILE or path.match(BLOCK_FILE.replace("{:05d}", "*"))

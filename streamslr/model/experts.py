@@ -1,62 +1,72 @@
-"""Fused experts taken apart: a linear for each of an expert's weights, named as the checkpoint stores it."""
+"""Fused experts taken apart: a linear for each weight of an expert, named as the checkpoint stores it."""
 
 import copy
 import inspect
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Concatenate, MergeModulelist, PreTrainedModel, WeightConverter
 
-# As in blockwise.py: undocumented, what `from_pretrained` itself renames and fuses with.
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    rename_source_key,
-)
+from streamslr.model.parameter_names import find_modules
+from streamslr.model.transformers_compat import WeightTransform
 
 _FUSED: Mapping[str, list[tuple[type, int]]] = {
     "gate_up_proj": [(MergeModulelist, 0), (Concatenate, 1)],
     "down_proj": [(MergeModulelist, 0)],
 }
-"""The parameters [E, 2i, h] and [E, h, i] of gated experts, and how transformers makes them: what it does along which
-dimension to the weights of single experts."""
+"""Parameters [E, 2i, h] and [E, h, i] of gated experts -> the operations, each along a dimension, by which transformers
+makes them of the weights of single experts."""
 
 
 class Experts(nn.Module):
-    """What a fused experts module computes, with the weights of expert e in linears `e.NAME` of their own.
+    """Gated experts that compute what a fused module does, with the weights of expert e in linears `e.NAME`.
 
     A token x passes the k experts that its router chose: y = Σ w · down(act(gate(x)) · up(x)), added in the router's
     order, as transformers' grouped product does: on a CPU both give the same bits.
+
+    Attributes:
+        number: number E of experts.
+        top_k: experts k that a token passes; 0 until a token has.
     """
 
     def __init__(self, down: tuple[int, ...], names: tuple[str, ...], act_fn: Any) -> None:
-        """down: shape [E, h, i] of the fused parameter. names: of gate [i, h], up [i, h] and down [h, i]."""
+        """Allocate the linears.
+
+        Args:
+            down: shape [E, h, i] of the fused down projection.
+            names: names of gate [i, h], up [i, h] and down [h, i] in the checkpoint.
+            act_fn: activation of the gate.
+        """
         super().__init__()
         experts, hidden, inner = down
         self.act_fn, self.names, self.number = act_fn, names, experts
-        self.top_k = 0  # experts that a token passes, once one has
+        self.top_k = 0
         shapes = ((hidden, inner), (hidden, inner), (inner, hidden))
         for number in range(experts):
             expert = {name: nn.Linear(d, o, bias=False) for name, (d, o) in zip(names, shapes, strict=True)}
             self.add_module(str(number), nn.ModuleDict(expert))
 
     def linears(self, number: int) -> list[nn.Module]:
-        """Gate, up and down of one expert."""
+        """Return gate, up and down of one expert."""
         expert = cast(nn.ModuleDict, self._modules[str(number)])
         return [expert[name] for name in self.names]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [n, h], top_k_index [n, k] int64, top_k_weights [n, k] -> [n, h].
+        """Pass n tokens through the experts chosen for them.
 
-        An expert without tokens is passed over, unless hooks wait to see its inputs. On meta, where nothing is
-        chosen, every expert sees every token.
+        An expert without tokens is skipped, unless hooks wait to see its inputs. On meta, where nothing is chosen,
+        every expert sees every token.
+
+        Args:
+            hidden_states: [n, h].
+            top_k_index: experts chosen for each token, int64 [n, k].
+            top_k_weights: weight w of each of them [n, k].
+
+        Returns:
+            Weighted sum of the experts' outputs [n, h].
         """
         n, self.top_k = top_k_index.shape
         chosen = top_k_index.flatten()  # [n·k]: choice j of token t is at t·k + j
@@ -66,7 +76,7 @@ class Experts(nn.Module):
         else:
             choices = torch.split(order, chosen.bincount(minlength=self.number).tolist())
         weights, outputs = top_k_weights.flatten(), []
-        for number, mine in enumerate(choices):  # mine: the choices that fell on this expert, by token
+        for number, mine in enumerate(choices):  # mine: the choices of this expert, in the order of the tokens
             gate, up, down = self.linears(number)
             if len(mine) or gate._forward_pre_hooks:
                 x = hidden_states[mine // self.top_k]
@@ -80,22 +90,29 @@ class Experts(nn.Module):
 def unfuse(
     model: PreTrainedModel, conversions: Iterable[WeightTransform], stored: Iterable[str]
 ) -> tuple[dict[str, Experts], list[WeightTransform]]:
-    """Puts `Experts` in the place of each fused experts module whose weights a checkpoint stores one by one.
+    """Put `Experts` in the place of each fused module whose weights the checkpoint stores expert by expert.
 
-    model: on meta. conversions: how transformers loads it. stored: the checkpoint's keys, dense or packed.
-    Returns what was put in, by path, and the conversions without those that fuse it. No architecture is known by
-    name: what is fused of what is read off the conversions, and that a module is the plain gated product is found by
-    running it. Others (biases, clamps, other layouts) stay as they are.
+    No architecture is known by name. The conversions say which weights are fused, and running a module shows that it
+    computes the plain gated product. Other modules (biases, clamps, other layouts) stay as they are.
+
+    Args:
+        model: the model, on meta.
+        conversions: how transformers renames and fuses the checkpoint's keys.
+        stored: the checkpoint's keys, dense or packed.
+
+    Returns:
+        Module path -> the `Experts` put there, and the conversions without those that fuse them.
     """
     conversions = list(conversions)
+    # Fused modules that compute the plain gated product, and the names of their linears in the checkpoint.
     fused: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     fusing: list[WeightTransform] = []
-    plain: dict[type, bool] = {}  # by class
+    plain: dict[type, bool] = {}  # class of a module -> whether it is the plain gated product
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if own.keys() != _FUSED.keys() or any(parameter.dim() != 3 for parameter in own.values()):
             continue
-        converters = [_converter(path, name, conversions) for name in _FUSED]
+        converters = [_find_converter(path, name, conversions) for name in _FUSED]
         if type(module) not in plain:
             with torch.device("cpu"):  # `from_pretrained` builds models under meta
                 plain[type(module)] = _is_plain(module)
@@ -103,15 +120,16 @@ def unfuse(
             names = tuple(_leaf(pattern) for c in converters if c for pattern in c.source_patterns)
             fused[path] = module, names
             fusing += [c for c in converters if c]
+    # Of these, the ones whose experts the checkpoint stores one by one.
     linears = {
         f"{path}.{number}.{name}": path
         for path, (module, names) in fused.items()
         for number in range(len(module.get_parameter("down_proj")))
         for name in names
     }
-    there = names_in(model, {key.rpartition(".")[0] for key in stored}, linears)
+    present = find_modules(model, {key.rpartition(".")[0] for key in stored}, linears)
     made: dict[str, Experts] = {}
-    for path in dict.fromkeys(linears[name] for name in there.values()):
+    for path in dict.fromkeys(linears[name] for name in present.values()):
         module, names = fused[path]
         down = module.get_parameter("down_proj")  # [E, h, i]
         with torch.device("meta"):
@@ -121,45 +139,29 @@ def unfuse(
     return made, [c for c in conversions if not made or c not in fusing]
 
 
-def names_in(model: PreTrainedModel, stored: Iterable[str], modules: Container[str]) -> dict[str, str]:
-    """What `model` calls the modules of these stored names, without those that it lacks.
-
-    A base model's names (AutoModel) lack a prefix, and a checkpoint may call modules otherwise than transformers does.
-    """
-    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-    prefix = f"{model.base_model_prefix}."
-    found = {}
-    for name in stored:
-        new = rename_source_key(f"{name}.weight", renamings, [])[0].removesuffix(".weight")
-        candidates = (name, new, new.removeprefix(prefix), prefix + new)
-        if there := next((candidate for candidate in candidates if candidate in modules), None):
-            found[name] = there
-    return found
-
-
-def _converter(path: str, name: str, conversions: Iterable[WeightTransform]) -> WeightConverter | None:
-    """The one that stacks weights of single experts, which lie beside it as `*.leaf.weight`, into `path`.`name`."""
+def _find_converter(path: str, name: str, conversions: Iterable[WeightTransform]) -> WeightConverter | None:
+    """Return the conversion that stacks weights of single experts, stored as `*.LEAF.weight`, into `path`.`name`."""
     for converter in conversions:
         if not isinstance(converter, WeightConverter) or len(converter.target_patterns) != 1:
             continue
-        target = converter.target_patterns[0]
+        fused = converter.target_patterns[0]
         steps = [(type(step), getattr(step, "dim", None)) for step in converter.operations]
-        head = target.removesuffix(name)
+        head = fused.removesuffix(name)
         sources = [pattern.replace("\\", "") for pattern in converter.source_patterns]  # some are escaped
         beside = [source == f"{head}*.{_leaf(source)}.weight" for source in sources]
-        if f"{path}.{name}".endswith(target) and steps == _FUSED[name] and all(beside):
+        if f"{path}.{name}".endswith(fused) and steps == _FUSED[name] and all(beside):
             return converter
     return None
 
 
 def _leaf(pattern: str) -> str:
-    """w1 of `.experts.*.w1.weight`."""
+    """Return w1 for `.experts.*.w1.weight`."""
     return pattern.removesuffix(".weight").rpartition(".")[2]
 
 
 @torch.no_grad()
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a fused experts module computes what `Experts` does: tried on few and large random numbers."""
+    """Return True when a fused module computes what `Experts` does, on a few large random numbers."""
     draw = torch.Generator().manual_seed(0)
     random = partial(torch.randn, generator=draw, dtype=torch.float32)
     experts, hidden, inner = 3, 8, 4
@@ -176,6 +178,6 @@ def _is_plain(module: nn.Module) -> bool:
             for linear, weight in zip(plain.linears(number), parts, strict=True):
                 linear.weight = nn.Parameter(weight)
         theirs = inspect.unwrap(type(module).forward)(twin, x, index, weights)
-    except Exception:  # whatever a module of another kind does with these
+    except Exception:  # a module of another kind may do anything with these
         return False
     return theirs.shape == x.shape and torch.allclose(theirs, plain(x, index, weights), rtol=1e-4)

@@ -1,8 +1,7 @@
-"""Where a model's files are: a folder here, or a hub repository fetched file by file through its cache."""
+"""Sources of a model's files: a folder on this machine, or a hub repository fetched file by file through its cache."""
 
 import errno
 import logging
-import os
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
     validate_repo_id,
 )
 
-from streamslr.errors import BudgetError, HubError, InputError, StreamslrError
+from streamslr.errors import BudgetError, HubError, InputError, StreamslrError, first_line
+from streamslr.io.safetensors_file import read_start
 
 CONFIG_FILE = "config.json"
 
@@ -26,10 +26,15 @@ log = logging.getLogger("streamslr")
 
 
 class ModelSource(Protocol):
-    """Where a model's files are: `LocalFolder` or `HubRepo`."""
+    """Files of one model: a `LocalFolder` or a `HubRepo`.
 
-    label: str  # for messages
-    pinned: str | None  # what names the files' content for good; None where they may change
+    Attributes:
+        label: name of the source in error messages.
+        pinned: identity of the files' content, "hub:ID@commit"; None where the files may change.
+    """
+
+    label: str
+    pinned: str | None
 
     @property
     def files(self) -> Collection[str]:
@@ -37,26 +42,28 @@ class ModelSource(Protocol):
         ...
 
     def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
-        """Up to the first `nbytes` of a file, and its whole size."""
+        """Return up to the first `nbytes` of a file, and the size of the whole."""
         ...
 
     def local_path(self, name: str) -> Path | None:
-        """The file's path if it can be read without the network."""
+        """Return the file's path, or None when it must be downloaded first."""
         ...
 
-    def fetch(self, name: str) -> Path: ...
+    def fetch(self, name: str) -> Path:
+        """Return the file's path, after downloading it where that is needed."""
+        ...
 
     def evict(self, name: str) -> None:
-        """Deletes the file if this process downloaded it."""
+        """Delete the file if this process downloaded it."""
         ...
 
-    def missing_file_error(self, name: str, why: str) -> StreamslrError:
-        """The error for a file that should be there and is not."""
+    def missing_file_error(self, name: str, detail: str) -> StreamslrError:
+        """Return the error for a file that should be there and is not; `detail` goes on after its name."""
         ...
 
 
 def find_source(model: str, revision: str | None) -> ModelSource:
-    """The folder `model`, or the hub repository of that id at one commit; errors as `open_checkpoint`."""
+    """Return the folder `model`, or the hub repository of that id at one commit. Errors as `open_checkpoint`."""
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -76,7 +83,7 @@ def find_source(model: str, revision: str | None) -> ModelSource:
 
 
 class LocalFolder:
-    """A model folder on this machine."""
+    """Model folder on this machine. Its files are the user's own and never deleted."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,11 +95,7 @@ class LocalFolder:
             raise InputError(f"cannot read the folder {path}: {error.strerror}") from error
 
     def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
-        try:
-            with (self.path / name).open("rb") as file:
-                return file.read(nbytes), os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise InputError(f"cannot read {self.path / name}: {error.strerror}") from error
+        return read_start(self.path / name, nbytes)
 
     def local_path(self, name: str) -> Path | None:
         return self.path / name
@@ -101,20 +104,20 @@ class LocalFolder:
         return self.path / name
 
     def evict(self, name: str) -> None:
-        """The user's own files are never deleted."""
+        pass
 
-    def missing_file_error(self, name: str, why: str) -> StreamslrError:
+    def missing_file_error(self, name: str, detail: str) -> StreamslrError:
         links = " (a broken link)" if (self.path / name).is_symlink() else ""
-        return InputError(f"{self.path} has no {name}{links}{why}; copy or download it into the folder")
+        return InputError(f"{self.path} has no {name}{links}{detail}; copy or download it into the folder")
 
 
 class HubRepo:
-    """A model repository on the hub, at one commit; files come through huggingface_hub's cache."""
+    """Model repository on the hub, at one commit. Its files come through huggingface_hub's cache."""
 
     def __init__(self, repo: str, revision: str | None) -> None:
         self.repo = repo
         self._api = HfApi()
-        self._fetching: dict[str, threading.Lock] = {}  # a lock a file: nothing is downloaded twice at once
+        self._fetching: dict[str, threading.Lock] = {}  # by file, so that none is downloaded twice at once
         self._downloaded: set[str] = set()
         self.label = f"{repo} on the hub"
         with self._errors(revision=revision):
@@ -127,7 +130,7 @@ class HubRepo:
                 if info.sha is None:
                     raise HubError(f"{self._api.endpoint} names no commit for {repo}; check HF_ENDPOINT")
                 self.commit = info.sha
-                # By the name of its branch, so that the cache notes the commit: HF_HUB_OFFLINE finds it by that.
+                # By the branch's name, so that the cache notes the commit: with HF_HUB_OFFLINE it is found by that.
                 self._api.hf_hub_download(repo, CONFIG_FILE, revision=revision)
                 self.files = frozenset(f.rfilename for f in info.siblings or () if "/" not in f.rfilename)
         self.label = f"{repo} at {self.commit[:12]}"
@@ -136,7 +139,7 @@ class HubRepo:
     def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
         path = self.local_path(name)
         if path is not None:
-            return LocalFolder(path.parent).read_start(name, nbytes)
+            return read_start(path, nbytes)
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self._api.endpoint)
         headers = build_hf_headers() | {"Range": f"bytes=0-{nbytes - 1}", "Accept-Encoding": "identity"}
         start = bytearray()
@@ -145,7 +148,7 @@ class HubRepo:
             http_stream_backoff("GET", url, max_retries=2, headers=headers, follow_redirects=True) as response,
         ):
             hf_raise_for_status(response)
-            # "bytes 0-131071/4976698672"; a mirror that ignores Range sends the whole file: stop early.
+            # "bytes 0-131071/4976698672". A mirror that ignores Range sends the whole file: stop early.
             size = int(
                 response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers["Content-Length"]
             )
@@ -184,15 +187,15 @@ class HubRepo:
                 for file in revision.files
                 if file.file_path == path
             ]
-            # The hub's own deletion: it keeps a blob that another revision links to.
+            # The client's own deletion keeps a blob that another revision links to.
             cache.delete_files(*entries).execute()
             if path.exists():
                 log.warning("could not delete %s, which this run downloaded and no longer needs", path)
 
-    def missing_file_error(self, name: str, why: str) -> StreamslrError:
+    def missing_file_error(self, name: str, detail: str) -> StreamslrError:
         if constants.is_offline_mode():
             return self._offline(name)
-        return InputError(f"{self.label} has no {name}{why}; choose another revision or model")
+        return InputError(f"{self.label} has no {name}{detail}; choose another revision or model")
 
     def _offline(self, name: str) -> HubError:
         return HubError(
@@ -202,7 +205,7 @@ class HubRepo:
 
     @contextmanager
     def _errors(self, name: str = CONFIG_FILE, revision: str | None = None) -> Iterator[None]:
-        """The hub client's errors as ours, which say what to do."""
+        """Turn errors of the hub's client into errors that say what to do."""
         endpoint = self._api.endpoint
         try:
             yield
@@ -234,12 +237,12 @@ class HubRepo:
                     f"{error.response.status_code}); check HF_TOKEN and what the token may read"
                 ) from error
             raise self._unreachable(name, error) from error
-        except hub_errors.HTTPError as error:  # type: ignore[attr-defined]  # of the client that the hub uses
+        except hub_errors.HTTPError as error:  # type: ignore[attr-defined]  # of the library below the hub's client
             raise self._unreachable(name, error) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise BudgetError(
-                    f"no room for {name} of {self.repo} in the cache {constants.HF_HUB_CACHE}: free some, "
+                    f"no space for {name} of {self.repo} in the cache {constants.HF_HUB_CACHE}: free some, "
                     f"run with --evict-shards, or set HF_HUB_CACHE to another disk"
                 ) from error
             raise self._unreachable(name, error) from error
@@ -249,9 +252,3 @@ class HubRepo:
             f"cannot fetch {name} of {self.repo} from {self._api.endpoint}: {first_line(error)}; check the "
             f"network and run the same line again, or set HF_HUB_OFFLINE=1 to use what is in the cache"
         )
-
-
-def first_line(error: Exception) -> str:
-    """An error of another library, short enough to stand in one of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

@@ -1,1 +1,1 @@
-"""Reads only what landed on disk: inspect, verify, evaluate."""
+"""Results of a run, read from the folder that it wrote: inspect, report, verify, evaluate, tasks, export."""

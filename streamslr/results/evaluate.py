@@ -2,14 +2,14 @@
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from streamslr.calibration.hidden_states import HiddenStates, InMemory, OnDisk, read_batches, spans
+from streamslr.calibration.hidden_states import HiddenStates, InMemory, OnDisk, Span, read_batches, spans
 from streamslr.calibration.tokens import text_windows
 from streamslr.errors import InputError
 from streamslr.model.blockwise import BlockwiseModel
@@ -17,21 +17,23 @@ from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import pick_device
 from streamslr.run.plan import BATCH_TOKENS
 
-_MEMORY_SHARE = 0.25
-"""Of the free host memory that hidden states may take before they go to disk; two boundaries exist at a time."""
+_MEMORY_FRACTION = 0.25
+"""Fraction of the free host memory that the two boundaries alive at a time may take; larger ones go to disk."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """perplexity = exp(nll); nll: mean negative log-likelihood (nats) of the `tokens` predicted tokens."""
+    """Perplexity of a model on a text: perplexity = exp(nll)."""
 
     model: str
     text: str
     perplexity: float
     nll: float
+    """Mean negative log-likelihood of the predicted tokens, in nats."""
     windows: int
     seq_len: int
     tokens: int
+    """Number of predicted tokens."""
     device: str
     dtype: str
 
@@ -49,54 +51,44 @@ def evaluate(
     free_memory: int,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Perplexity of `model` (folder or hub id) on the windows of `seq_len` tokens of `text`, one after another.
+    """Measure the perplexity of a model on the consecutive windows of a text, one block in memory at a time.
 
-    All tokens of a window but its first are predicted (the measure of the SparseGPT and 3BASiL papers).
-    windows: only so many from the start. free_memory: host bytes; hidden states that would take more than a
-    quarter of it lie in `scratch` (a temporary folder) instead. step: called with (blocks done, blocks in all).
-    Raises InputError when the text is too short or the folder is unfinished.
+    All tokens of a window but its first are predicted, as in the SparseGPT and 3BASiL papers.
+
+    Args:
+        model: A compressed folder, a dense checkpoint or a hub id.
+        text: .txt, .jsonl with a `text` field, or .gz of either.
+        seq_len: Tokens in a window.
+        windows: Evaluate only so many windows from the start of the text; None stands for all.
+        revision: Branch, tag or commit of a hub model.
+        device: "cpu" or "cuda"; None stands for cuda where there is one.
+        scratch: Folder for hidden states on disk; None stands for the system's temporary folder.
+        free_memory: Free host memory in bytes. Hidden states that would take more than a quarter of it lie on disk.
+        step: Called with (blocks done, blocks in all).
+
+    Raises:
+        InputError: The text is shorter than one window, the folder is unfinished, or the loss is not finite.
     """
     checkpoint = open_checkpoint(model, revision)
     where, dtype = pick_device(device)
     blockwise = BlockwiseModel(checkpoint, dtype, where)
     ids = text_windows(checkpoint.tokenizer(), text, seq_len, windows)  # [n, T]
-    micro_batch = max(1, BATCH_TOKENS // seq_len)
-    batches = spans([(0, len(ids))], micro_batch)
+    batches = spans([(0, len(ids))], max(1, BATCH_TOKENS // seq_len))
     hidden_size = blockwise.hidden_size
     boundary_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize
-    in_memory = 2 * boundary_bytes <= _MEMORY_SHARE * free_memory
+    in_memory = 2 * boundary_bytes <= _MEMORY_FRACTION * free_memory
 
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="streamslr-eval-", dir=scratch) as folder:
 
-        def new(index: int) -> HiddenStates:
+        def new_boundary(index: int) -> HiddenStates:
             if in_memory:
                 return InMemory(len(ids), seq_len, hidden_size, dtype)
             return OnDisk(Path(folder) / f"{index}.zarr", len(ids), seq_len, hidden_size, dtype)
 
-        hidden = new(0)
-        blockwise.load_non_block()
-        for start in range(0, len(ids), micro_batch):
-            hidden.write(start, blockwise.embed(ids[start : start + micro_batch].to(where)))
-        blockwise.evict_non_block()
-        hidden.seal()
-        for i in range(len(blockwise.block_names)):
-            block = blockwise.load_block(i)
-            upcoming = new(i + 1)
-            for start, x in read_batches(hidden, batches):
-                upcoming.write(start, block.run(x.to(where)))
-            upcoming.seal()
-            blockwise.evict_block(i)
-            hidden.drop()
-            hidden = upcoming
-            step(i + 1, len(blockwise.block_names))
-        blockwise.load_non_block()
-        nll = 0.0
-        for start, x in read_batches(hidden, batches):
-            batch = ids[start : start + micro_batch].to(where)
-            nll += _negative_log_likelihood(blockwise.logits(batch, x.to(where)), batch)
-        blockwise.evict_non_block()
+        hidden = _run_blocks(blockwise, ids, batches, new_boundary, step)
+        nll = _sum_losses(blockwise, ids, batches, hidden)
         hidden.drop()
     tokens = len(ids) * (seq_len - 1)
     nll /= tokens
@@ -115,9 +107,51 @@ def evaluate(
     )
 
 
+def _run_blocks(
+    blockwise: BlockwiseModel,
+    ids: Tensor,
+    batches: Sequence[Span],
+    new_boundary: Callable[[int], HiddenStates],
+    step: Callable[[int, int], None],
+) -> HiddenStates:
+    """Pass the windows ids [n, T] through the embeddings and every block; return the last boundary."""
+    hidden = new_boundary(0)
+    blockwise.load_non_block()
+    for start, stop in batches:
+        hidden.write(start, blockwise.embed(ids[start:stop].to(blockwise.device)))
+    blockwise.evict_non_block()
+    hidden.seal()
+    blocks = len(blockwise.block_names)
+    for i in range(blocks):
+        block = blockwise.load_block(i)
+        upcoming = new_boundary(i + 1)
+        for start, x in read_batches(hidden, batches):
+            upcoming.write(start, block.run(x.to(blockwise.device)))
+        upcoming.seal()
+        blockwise.evict_block(i)
+        hidden.drop()
+        hidden = upcoming
+        step(i + 1, blocks)
+    return hidden
+
+
+def _sum_losses(blockwise: BlockwiseModel, ids: Tensor, batches: Sequence[Span], hidden: HiddenStates) -> float:
+    """Return the negative log-likelihood (nats) of all predicted tokens, from the last boundary."""
+    blockwise.load_non_block()
+    nll = 0.0
+    for start, x in read_batches(hidden, batches):
+        batch = ids[start : start + len(x)].to(blockwise.device)
+        nll += _negative_log_likelihood(blockwise.logits(batch, x.to(blockwise.device)), batch)
+    blockwise.evict_non_block()
+    return nll
+
+
 def _negative_log_likelihood(logits: Tensor, ids: Tensor) -> float:
-    """Summed over the predicted tokens of logits [b, T, v], ids [b, T]; a window at a time: vocabularies are wide."""
+    """Return the sum over the predicted tokens of logits [b, T, v] and ids [b, T].
+
+    Goes window by window, because float32 logits of a wide vocabulary are large.
+    """
     return sum(
-        float(torch.nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum"))
-        for row, target in zip(logits, ids, strict=True)
+        float(torch.nn.functional.cross_entropy(row[:-1].float(), following[1:], reduction="sum"))
+        for row, following in zip(logits, ids, strict=True)
     )

@@ -1,6 +1,5 @@
-"""A compressed folder as other software reads it: one dense model, or S as a model with U·V as its PEFT adapter."""
+"""Export a compressed folder for other software: one dense model, or S as a model with U·V as its PEFT adapter."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,52 +15,58 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from streamslr.config import format_bytes
-from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
-from streamslr.io.packing import merge
-from streamslr.io.shards import (
-    INDEX_FILE,
+from streamslr.errors import InputError, ResumeError, StreamslrError
+from streamslr.io.durable import (
     PARTIAL_SUFFIX,
-    TensorSource,
+    DiskNeed,
     file_sha256,
-    index_json,
-    packed_linears,
+    lock_folder,
+    require_disk_space,
     write_file,
     write_json,
-    write_shard,
 )
+from streamslr.io.folder import index_json
+from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
+from streamslr.io.packing import merge
+from streamslr.io.safetensors_file import TensorInfo, TensorSource, shard_header, write_shard
 from streamslr.memory import keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
-from streamslr.model.checkpoint import TensorInfo, open_checkpoint, shard_header
+from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.sources import CONFIG_FILE
 from streamslr.results.inspect import read_run
 from streamslr.spec.pattern import SparsityPattern
+from streamslr.tensors import is_finite
 
 RECORD_FILE = ".streamslr-export.json"
-"""In the exported folder: what it is made of, and the digest of each finished shard. Hidden: no part of the model."""
+"""Record in the exported folder: the source, the settings, and the digest of each finished shard. Its name starts with
+a dot because it is no part of the model."""
 _RECORD_VERSION = 1
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank takes (vllm/config/lora.py, MaxLoRARanks, v0.14 to v0.27)."""
+"""Values of vLLM's --max-lora-rank (vllm/config/lora.py, MaxLoRARanks, v0.14 to v0.27)."""
 
 log = logging.getLogger("streamslr")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What lies in `out` now; every shard has been read back and equals what was written."""
+    """Result of `export`. Every shard was read back and equals what was written."""
 
     out: Path
     shards: int
-    made: int  # of them by this call; the others were there
-    nbytes: int  # of all shards
-    rank: int  # the adapter's largest; 0 for a dense export
+    made: int
+    """Number of shards that this call wrote; the others were there already."""
+    nbytes: int
+    """Bytes of all shards."""
+    rank: int
+    """Largest rank of the adapter; 0 for a dense export."""
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """A file to come: its path in the exported folder, and its tensors, each made when its turn comes."""
+    """A file to write. Each tensor is computed when it is written."""
 
     path: str
+    """Path in the exported folder."""
     tensors: tuple[TensorSource, ...]
 
     @property
@@ -76,25 +81,30 @@ def export(
     dtype: torch.dtype | None = None,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exported:
-    """Write the model of a compressed folder into `out` for other software; called again, go on where it stopped.
+    """Write the model of a compressed folder into `out` for other software; called again, continue where it stopped.
 
-    to: "dense" writes W = S + U·V as a transformers folder; "peft" writes S, stored dense, as one into `out`/base,
-    and U, V into `out`/adapter, a LoRA with alpha = r. dtype: of every weight; None stores each as it is, which is
-    exact for "peft" and rounds the sum once for "dense". step: called with (shards done, shards in all).
-    One tensor is in memory at a time. A shard is written durably, read back and recorded; one that is there as
-    recorded is not made again.
-    Raises InputError when `folder` is unfinished or damaged (naming the shard), or has experts and shall go to PEFT;
-    BudgetError when the disk is too small, ResumeError when `out` holds something else or another process writes it.
+    One tensor is in memory at a time. A shard is written durably, read back and recorded. A shard that is there as
+    recorded is not written again.
+
+    Args:
+        folder: A finished compressed folder.
+        out: Folder to write, outside of `folder`.
+        to: "dense" writes W = S + U·V as a transformers folder. "peft" writes S, stored dense, as a transformers folder
+            into `out`/base, and U, V into `out`/adapter as a LoRA with alpha = r.
+        dtype: Dtype of every weight. None keeps the stored dtype: exact for "peft", the sum rounded once for "dense".
+        step: Called with (shards done, shards in all).
+
+    Raises:
+        InputError: `folder` is unfinished or damaged (the message names the shard), or has no U·V for an adapter, or
+            has experts, which an adapter cannot reach.
+        BudgetError: The disk is too small.
+        ResumeError: `out` holds something else, or another process writes it.
     """
     keep_no_freed_memory()
     if out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{out} lies in the compressed folder itself; export to a folder outside of {folder}")
     source = _Source(folder)
-    if to == "peft" and (expert := source.expert()):
-        raise InputError(
-            f"{expert} is an expert's: transformers fuses experts when it loads them, so that no LoRA of PEFT has a "
-            f"linear to stand beside; export {folder} --to dense, or load it with streamslr.load"
-        )
+    ranks = _adapter_ranks(source, folder) if to == "peft" else {}
     model = Path("base" if to == "peft" else "")
     count = len(source.files)
     shards = [
@@ -105,10 +115,7 @@ def export(
         {name: Path(shard.path).name for shard in shards for name, *_ in shard.tensors},
         sum(shard.nbytes for shard in shards),
     )
-    ranks = source.ranks() if to == "peft" else {}
     if to == "peft":
-        if not ranks:
-            raise InputError(f"{folder} has rank 0: there is nothing for an adapter to hold; export it --to dense")
         shards.append(_Shard("adapter/adapter_model.safetensors", source.factors(dtype)))
     made_from = {
         "record_version": _RECORD_VERSION,
@@ -117,19 +124,17 @@ def export(
         "dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."),
     }
     with _claimed(out, made_from) as done:
-        _require_disk(out, [shard for shard in shards if shard.path not in done])
+        missing = sum(shard.nbytes for shard in shards if shard.path not in done)
+        require_disk_space(DiskNeed(out, "shards", missing, "export to another disk"))
         made = 0
         for number, shard in enumerate(shards, 1):
             path = out / shard.path
             if not _is_as_recorded(path, done.get(shard.path)):
-                path.parent.mkdir(exist_ok=True)
-                written = write_shard(path, shard.tensors, {"format": "pt"})
-                _require_on_disk(path, written.sha256)
-                done[shard.path] = written.sha256
+                done[shard.path] = _write_checked(path, shard)
                 write_json(out / RECORD_FILE, made_from | {"shards": done})
                 made += 1
             step(number, len(shards))
-        # What makes the folder loadable comes last: nothing takes an unfinished one for a model.
+        # The files that make the folder loadable come last, so that nothing takes an unfinished one for a model.
         if to == "peft":
             modules = {name.removesuffix(".weight") for name in index["weight_map"] if name.endswith(".weight")}
             write_json(out / "adapter/adapter_config.json", _adapter_config(out / model, ranks, modules))
@@ -141,33 +146,34 @@ def export(
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank with which vLLM takes adapters of this rank; None when it takes none so large."""
+    """Return the smallest --max-lora-rank with which vLLM takes adapters of `rank`; None when it has none so large."""
     return next((allowed for allowed in _VLLM_RANKS if rank <= allowed), None)
 
 
 class _Source:
-    """A finished compressed folder, read tensor by tensor; a shard is held against its digest before it is used."""
+    """A finished compressed folder, read tensor by tensor; the digest of a shard is checked before its first use."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads headers alone. Raises InputError for a folder that is unfinished, or whose headers are damaged."""
+        """Read headers only. Raise InputError for a folder that is unfinished, or whose headers are damaged."""
         state = read_run(folder)
         state.require_complete(folder)
         self._folder = folder
-        self._checkpoint = open_checkpoint(str(folder))  # holds index, shards and headers against each other
+        self._checkpoint = open_checkpoint(str(folder))  # checks that index, shards and headers agree
         self._digests = {shard.file: shard.sha256 for shard in state.shards}
-        self._sound: set[str] = set()
-        self._stored = {file: shard_header(folder / file) for file in self._digests}
-        self._linears = {file: self._packed(file) for file in self._digests}
+        self._checked: set[str] = set()
+        headers = {file: shard_header(folder / file) for file in self._digests}
+        self._stored = {file: header.tensors for file, header in headers.items()}
+        self._linears = {file: packed_linears(header.metadata) for file, header in headers.items()}
         content = json.dumps([self._digests, dict(state.auxiliary_files)], sort_keys=True)
         self.identity = hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Its shards in the model's order: outside, then a block each."""
+        """Return the shards in order: the tensors outside the blocks, then one per block."""
         return tuple(self._digests)
 
     def ranks(self) -> dict[str, int]:
-        """Module path -> rank, of the linears that have a low-rank part."""
+        """Return module path -> rank of the linears that have a low-rank part."""
         return {
             linear: self._stored[file][f"{linear}.V"].shape[0]
             for file, linears in self._linears.items()
@@ -175,18 +181,23 @@ class _Source:
             if f"{linear}.V" in self._stored[file]
         }
 
-    def expert(self) -> str | None:
-        """The first linear of an expert, where there are any."""
+    def find_expert(self) -> str | None:
+        """Return the first linear of an expert; None when the model has no experts."""
         blockwise = BlockwiseModel(self._checkpoint, torch.float32, torch.device("cpu"))
         return next((linear for linears in blockwise.experts for linear in linears), None)
 
     def weights(self, file: str, low_rank: bool, dtype: torch.dtype | None) -> tuple[TensorSource, ...]:
-        """What the dense model has in the place of this shard: S + U·V [o, d] or S alone, and all else as it is."""
+        """Return the tensors of a shard for the dense model.
+
+        Args:
+            file: A shard of the compressed folder.
+            low_rank: True for S + U·V [o, d] in the place of a packed linear, False for S.
+            dtype: Dtype of every weight; None keeps the stored dtype.
+        """
         rest = dict(self._stored[file])
         sources: list[TensorSource] = []
         for linear, (pattern, shape) in self._linears[file].items():
-            names = [f"{linear}.{part}" for part in ("values", "meta", "row_offsets", "U", "V")]
-            parts = {name.rpartition(".")[2]: rest.pop(name) for name in names if name in rest}
+            parts = {part: rest.pop(name) for part, name in stored_parts(linear, rest).items()}
             stored = dtype or parts["values"].dtype
             if not low_rank:
                 parts = {part: info for part, info in parts.items() if part not in ("U", "V")}
@@ -196,7 +207,7 @@ class _Source:
         return tuple(sources)
 
     def factors(self, dtype: torch.dtype | None) -> tuple[TensorSource, ...]:
-        """What a LoRA calls them: V [r, d] is lora_A, U [o, r] is lora_B."""
+        """Return U and V by their names in a LoRA: V [r, d] is lora_A, U [o, r] is lora_B."""
         return tuple(
             self._as_is(self._stored[file][f"{linear}.{part}"], f"base_model.model.{linear}.{lora}.weight", dtype)
             for file, linears in self._linears.items()
@@ -206,53 +217,50 @@ class _Source:
         )
 
     def auxiliary_files(self) -> list[tuple[str, bytes]]:
-        """Tokenizer, generation config, licence."""
+        """Return name and content of tokenizer, generation config, licence."""
         return [(path.name, path.read_bytes()) for path in self._checkpoint.auxiliary_files()]
 
     def config(self, dtype: torch.dtype | None) -> dict[str, Any]:
-        """config.json of the same model, nothing compressed."""
+        """Return the config.json of the dense model."""
         config: dict[str, Any] = json.loads((self._folder / CONFIG_FILE).read_text())
         del config["quantization_config"]
         if dtype is not None:
-            for part in (config, *config.values()):  # models of several parts say it of each
+            for part in (config, *config.values()):  # models of several parts have a dtype in each
                 if part is config or (isinstance(part, dict) and "dtype" in part):
                     part["dtype"] = str(dtype).removeprefix("torch.")
         return config
 
-    def _packed(self, file: str) -> dict[str, tuple[SparsityPattern, tuple[int, int]]]:
-        with safe_open(self._folder / file, "pt") as opened:
-            return packed_linears(opened.metadata())
-
     def _as_is(self, info: TensorInfo, name: str, dtype: torch.dtype | None) -> TensorSource:
         stored = dtype if dtype and info.dtype.is_floating_point else info.dtype
-        return name, stored, info.shape, lambda: self._finite(name, self._read([info])[info.name].to(stored))
+        return name, stored, info.shape, lambda: self._require_finite(name, self._read([info])[info.name].to(stored))
 
     def _dense(
         self, parts: Mapping[str, TensorInfo], pattern: SparsityPattern, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
         read = self._read(parts.values())
         dense = merge({part: read[info.name] for part, info in parts.items()}, pattern, shape, dtype)
-        return self._finite(parts["values"].name.replace(".values", ".weight"), dense)
+        return self._require_finite(parts["values"].name.replace(".values", ".weight"), dense)
 
     def _read(self, infos: Collection[TensorInfo]) -> dict[str, Tensor]:
-        """Tensors of one shard, by name."""
+        """Return tensors of one shard by name, once the digest of the shard is checked."""
         file = next(iter(infos)).shard
         path = self._folder / file
         try:
-            if file not in self._sound:
+            if file not in self._checked:
                 if file_sha256(path) != self._digests[file]:
                     raise InputError(
                         f"{path} is damaged: its sha256 is not the one in the journal; copy the file again, or "
-                        f"delete it and start the run again to make it anew"
+                        f"delete it and start the same run again to write it anew"
                     )
-                self._sound.add(file)
+                self._checked.add(file)
             with safe_open(path, "pt") as opened:
                 return {info.name: opened.get_tensor(info.name) for info in infos}
         except (SafetensorError, OSError) as error:
             raise InputError(f"cannot read {path}: {error}; `streamslr verify` tells more") from error
 
-    def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    def _require_finite(self, name: str, tensor: Tensor) -> Tensor:
+        """Return `tensor`. Raise InputError when it overflows the dtype asked for."""
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise InputError(
                 f"{name} does not fit {tensor.dtype}, which ends at {torch.finfo(tensor.dtype).max:g}; "
                 f"export with --dtype float32"
@@ -260,16 +268,34 @@ class _Source:
         return tensor
 
 
-def _adapter_config(base: Path, ranks: Mapping[str, int], modules: set[str]) -> dict[str, Any]:
-    """adapter_config.json of a LoRA whose scale alpha / r is 1 for every module.
+def _adapter_ranks(source: _Source, folder: Path) -> dict[str, int]:
+    """Return the rank of each linear for a PEFT adapter. Raise InputError when the model cannot have one."""
+    if expert := source.find_expert():
+        raise InputError(
+            f"{expert} is an expert's: transformers fuses experts when it loads them, so a LoRA of PEFT has no linear "
+            f"to adapt; export {folder} --to dense, or load it with streamslr.load"
+        )
+    ranks = source.ranks()
+    if not ranks:
+        raise InputError(f"{folder} has rank 0: there is nothing for an adapter to hold; export it --to dense")
+    return ranks
 
-    ranks: those of the modules that have one; modules: every module of the base model that holds a weight.
-    r is the largest rank, since vLLM reserves r rows for each module and pads with zeros; it reads r and lora_alpha
-    but not the patterns (vllm/lora/peft_helper.py), so alpha = r gives it the scale 1 for smaller ranks too.
+
+def _adapter_config(base: Path, ranks: Mapping[str, int], modules: set[str]) -> dict[str, Any]:
+    """Return the adapter_config.json of a LoRA whose scale alpha / r is 1 for every module.
+
+    r is the largest rank, because vLLM reserves r rows for each module and pads with zeros. vLLM reads r and lora_alpha
+    but not the patterns (vllm/lora/peft_helper.py), so alpha = r gives the scale 1 for smaller ranks too.
+
+    Args:
+        base: Folder of the base model.
+        ranks: Rank of each module that has an adapter.
+        modules: Every module of the base model that holds a weight.
     """
     rank = max(ranks.values())
     others = {name.rpartition(".")[2] for name in modules - ranks.keys()}
-    # PEFT takes a target for every module that ends in it: a last name stands where all that share it have an adapter
+    # PEFT applies a target to every module whose name ends in it, so the last part of a name is enough where all
+    # modules that share it have an adapter.
     targets = {name if (last := name.rpartition(".")[2]) in others else last for name in ranks}
     mixed = {name: r for name, r in ranks.items() if r != rank}
     return {
@@ -291,22 +317,13 @@ def _adapter_config(base: Path, ranks: Mapping[str, int], modules: set[str]) -> 
 
 @contextmanager
 def _claimed(out: Path, made_from: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """The finished shards of this very export in `out`, path -> sha256; while entered no other process writes it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise ResumeError(f"{out} cannot be made or opened: {error.strerror}; give another folder") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResumeError(f"another process is writing {out}; wait for it, or give another folder") from error
+    """Lock `out` for this export, and yield its finished shards: path -> sha256."""
+    with lock_folder(out, "give another folder"):
         path = out / RECORD_FILE
         if not path.is_file():
             if foreign := sorted(p.name for p in out.iterdir() if p.name != RECORD_FILE + PARTIAL_SUFFIX):
                 raise ResumeError(f"{out} holds files that are no export's ({foreign[0]}, …); give a new folder")
-            write_json(path, {**made_from, "shards": {}})  # before the first shard: it claims the folder
+            write_json(path, {**made_from, "shards": {}})  # before the first shard, to claim the folder
         try:
             record = json.loads(path.read_text())
             done: dict[str, str] = record.pop("shards")
@@ -316,37 +333,34 @@ def _claimed(out: Path, made_from: Mapping[str, Any]) -> Iterator[dict[str, str]
         if changed:
             raise ResumeError(f"{out} holds another export ({'; '.join(changed)}); delete it, or give another folder")
         yield done
-    finally:
-        os.close(lock)
-
-
-def _require_disk(out: Path, shards: list[_Shard]) -> None:
-    need = sum(shard.nbytes for shard in shards)
-    disk = os.statvfs(out)
-    if need > (free := disk.f_bavail * disk.f_frsize):
-        raise BudgetError(
-            f"{out} needs {format_bytes(need)}, the disk has {format_bytes(free)} free; make room, or export elsewhere"
-        )
 
 
 def _is_as_recorded(path: Path, sha256: str | None) -> bool:
-    """Whether a shard is done; says so when it was and is not any more."""
+    """Return True when a shard is there with its recorded digest; warn when a recorded one is not."""
     if sha256 is None:
         return False
     if path.is_file() and file_sha256(path) == sha256:
         return True
-    log.warning("%s is missing or not as it was written: making it again", path)
+    log.warning("%s is missing or not as it was written: writing it again", path)
     return False
 
 
-def _require_on_disk(path: Path, sha256: str) -> None:
-    """Reads a file back, from the disk where the system lets go of its cached pages."""
+def _write_checked(path: Path, shard: _Shard) -> str:
+    """Write a shard, read it back and return its sha256. Raise StreamslrError when it read back other bytes."""
+    path.parent.mkdir(exist_ok=True)
+    written = write_shard(path, shard.tensors, {"format": "pt"})
+    _drop_cached_pages(path)
+    if file_sha256(path) != written.sha256:
+        path.unlink()
+        raise StreamslrError(f"{path} read back other bytes than were written: check the disk, then start again")
+    return written.sha256
+
+
+def _drop_cached_pages(path: Path) -> None:
+    """Ask the system to forget a file's pages, so that the next read comes from the disk."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-    if file_sha256(path) != sha256:
-        path.unlink()
-        raise StreamslrError(f"{path} read back other bytes than were written: check the disk, then start again")

@@ -1,4 +1,4 @@
-"""What each block's shard holds and how good it is, from the journal; for people (tables) and for programs (JSON)."""
+"""The journal of a compressed folder as tables for people and as JSON for programs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,17 +15,103 @@ from streamslr.run.progress import PHASES
 from streamslr.spec.allocation import LinearSpec, in_words
 from streamslr.spec.pattern import parse_pattern
 
+REPORT_FILE = "report.html"
+"""Name of the report in a compressed folder. `verify` allows it there."""
+
 
 def read_run(folder: Path) -> JournalState:
-    """The journal of a compressed folder, finished or not. Raises InputError when it is none."""
+    """Return the journal of a compressed folder, finished or not. Raise InputError when there is none."""
     state = read_journal(folder)
     if state is None:
         raise InputError(f"{folder} holds no {JOURNAL_FILE}: it is not an output folder of streamslr")
     return state
 
 
+def get_block(state: JournalState, index: int) -> BlockRecord:
+    """Return the record of block `index`, counted from 0. Raise InputError when the block is not finished."""
+    if not 0 <= index < len(state.blocks):
+        raise InputError(
+            f"block {index} is not there: {len(state.blocks)} of {state.blocks_total} blocks are done, counted from 0"
+        )
+    return state.blocks[index]
+
+
+def get_allocation(state: JournalState) -> dict[str, Any]:
+    """Return pattern and rank of each linear, as --allocation reads them.
+
+    Raises:
+        InputError: OWL's survey, which decides them, is not done yet.
+    """
+    if state.allocation is None:
+        raise InputError(
+            "patterns and ranks are not known yet, because OWL's survey of the blocks is not done; "
+            "the same `streamslr run` line continues it"
+        )
+    return dict(state.allocation)
+
+
+# The parts of a record
+
+
+def list_linears(blocks: Iterable[BlockRecord]) -> list[LinearRecord]:
+    """Return the linears of some blocks, in order."""
+    return [linear for block in blocks for linear in block.linears]
+
+
+def list_warnings(block: BlockRecord) -> list[str]:
+    """Return the warnings of a block: those of its linears, and a matching that was not applied."""
+    found = [warning for linear in block.linears for warning in linear.warnings]
+    if block.matching and not block.matching.applied:
+        found.append(f"matching did not lower the loss of {block.name}; its weights stay as they were solved")
+    return found
+
+
+def short_name(linear: LinearRecord, block: BlockRecord) -> str:
+    """Return a linear's name within its block, like self_attn.q_proj."""
+    return linear.name.partition(f".{block.index}.")[2] or linear.name
+
+
+def sort_phases(measured: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what was measured of each phase, in the order of a run; the journal sorts phases by name."""
+    order = {name: position for position, name in enumerate(PHASES)}
+    return dict(sorted(measured.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def describe_method(state: JournalState) -> str:
+    """Return the method and the settings of the linears: "3basil at 2:4 + rank 64, OWL ±0.08"."""
+    settings = state.fingerprint
+    sparse = settings["pattern"] or f"compression {settings['compression']}"
+    ratio = settings.get("rank_ratio")
+    low_rank = f"rank {settings['rank']}" if ratio is None else f"rank ratio {ratio:g}"
+    parts = [f"{settings['method']} at {sparse} + {low_rank}"]
+    if settings.get("owl") is not None:
+        parts.append(f"OWL ±{settings['owl']:g}")
+    if settings.get("ranks"):
+        parts.append(f"ranks {settings['ranks']}")
+    if settings.get("allocation"):
+        parts.append("patterns and ranks from a file")
+    return ", ".join(parts)
+
+
+def describe_specs(linears: Iterable[LinearRecord]) -> str:
+    """Return patterns and ranks of some linears: "2:4 + rank 64", "52%–68% + rank 4–17"."""
+    return in_words(LinearSpec(parse_pattern(linear.pattern), linear.rank) for linear in linears)
+
+
+def _describe_matching(block: BlockRecord) -> str:
+    """Return the block's loss before and after matching: "0.0077 → 0.0037"."""
+    matching = block.matching
+    if matching is None:
+        return "–"
+    after = f"{matching.loss_after:.3g}" if matching.applied else "not applied"
+    return f"{matching.loss_before:.3g} → {after}"
+
+
+# JSON
+
+
 def summary(folder: Path, state: JournalState) -> dict[str, Any]:
-    """The whole of `inspect --json`: totals, and a record a block with its linears."""
+    """Return all of `inspect --json`: totals, and a record per block with its linears."""
     return {
         "folder": str(folder),
         "format_version": state.format_version,
@@ -41,7 +127,7 @@ def summary(folder: Path, state: JournalState) -> dict[str, Any]:
 
 
 def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
-    """One block of `inspect --json`."""
+    """Return one block of `inspect --json`."""
     return {
         "index": block.index,
         "name": block.name,
@@ -51,74 +137,19 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
         "bytes": block.shard.nbytes,
         **totals((block,)),
         "matching": asdict(block.matching) if block.matching else None,
-        "warnings": warnings(block),
-        "phases": phase_readings(block.measured),
+        "warnings": list_warnings(block),
+        "phases": sort_phases(block.measured),
         "linears": [asdict(linear) for linear in block.linears],
     }
 
 
-def how(state: JournalState) -> str:
-    """The method, and what it was asked to make of the linears."""
-    settings = state.fingerprint
-    sparse = settings["pattern"] or f"compression {settings['compression']}"
-    ratio = settings.get("rank_ratio")
-    told = [
-        f"{settings['method']} at {sparse} + "
-        + (f"rank {settings['rank']}" if ratio is None else f"rank ratio {ratio:g}")
-    ]
-    told += [f"OWL ±{settings['owl']:g}"] if settings.get("owl") is not None else []
-    told += [f"ranks {settings['ranks']}"] if settings.get("ranks") else []
-    told += ["linears of a file"] if settings.get("allocation") else []
-    return ", ".join(told)
-
-
-def allocation(state: JournalState) -> dict[str, Any]:
-    """What each linear becomes, as --allocation reads it. Raises InputError while that is not known."""
-    if state.allocation is None:
-        raise InputError("not known yet: the survey of the blocks is not done; the same `streamslr run` line goes on")
-    return dict(state.allocation)
-
-
-def becomes(linears: Iterable[LinearRecord]) -> str:
-    """Patterns and ranks of some linears: "2:4 + rank 64", "52%–68% + rank 4–17"."""
-    return in_words(LinearSpec(parse_pattern(linear.pattern), linear.rank) for linear in linears)
-
-
-def _linears(state: JournalState) -> list[LinearRecord]:
-    return [linear for block in state.blocks for linear in block.linears]
-
-
-def warnings(block: BlockRecord) -> list[str]:
-    """Whatever was out of the ordinary in a block."""
-    found = [warning for linear in block.linears for warning in linear.warnings]
-    if block.matching and not block.matching.applied:
-        found.append(f"matching did not lower the loss of {block.name}; it is as it was solved")
-    return found
-
-
-def short_name(linear: LinearRecord, block: BlockRecord) -> str:
-    """A linear's name within its block: self_attn.q_proj."""
-    return linear.name.partition(f".{block.index}.")[2] or linear.name
-
-
-def phase_readings(measured: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The readings of each phase, in the order that a run goes through them; the journal's are sorted by name."""
-    order = {name: position for position, name in enumerate(PHASES)}
-    return dict(sorted(measured.items(), key=lambda item: order.get(item[0], len(order))))
-
-
-def _matched(block: BlockRecord) -> str:
-    """Its loss before and after matching."""
-    matching = block.matching
-    if matching is None:
-        return "–"
-    after = f"{matching.loss_after:.3g}" if matching.applied else "not kept"
-    return f"{matching.loss_before:.3g} → {after}"
-
-
 def totals(blocks: Sequence[BlockRecord]) -> dict[str, Any]:
-    """Means and sums over every linear of some blocks; {} where there are none."""
-    linears = [linear for block in blocks for linear in block.linears]
+    """Return means and sums over every linear of some blocks; {} where there are none.
+
+    Returns:
+        wanda_error and error are means over linears, without weights; ratio is packed bytes by dense bytes.
+    """
+    linears = list_linears(blocks)
     if not linears:
         return {}
     dense = sum(linear.dense_nbytes for linear in linears)
@@ -138,77 +169,85 @@ def _seconds(block: BlockRecord) -> float:
     return float(sum(phase["seconds"] for phase in block.measured.values()))
 
 
+# Tables
+
+_ERROR_CAPTIONS = (
+    "error: part of a linear's output that S + U·V loses, tr(R H Rᵀ) / tr(W H Wᵀ), before matching",
+    "pruning alone: the same error for the pattern without U·V, chosen by Wanda's score",
+    "of dense: bytes of the packed linears, relative to the dense ones",
+)
+_MATCHING_CAPTION = "matching: error of the block's output, ‖f̂(X) − T‖² / ‖T‖², before → after"
+
+
 def run_table(folder: Path, state: JournalState) -> Table:
-    """A row a block."""
-    done, total = len(state.blocks), state.blocks_total
-    mixed = len({(linear.pattern, linear.rank) for linear in _linears(state)}) > 1
-    table = Table(
-        title=f"{folder}: {how(state)}, {done} of {total} blocks"
-        + ("" if state.complete else " (unfinished: the same `streamslr run` line goes on)"),
-        caption="errors: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, mean over linears; pruned: by Wanda, without U·V; "
-        "matching: ‖f̂(X) − T‖² / ‖T‖² of the block before and after"
-        + "".join(
-            f"\nthen fine-tuned on {record.data}, {record.steps} steps: "
-            f"held-out loss {record.loss_before:.4f} → {record.loss_after:.4f}"
-            for record in state.finetuned
-        ),
+    """Return the table of `inspect`: a row per block."""
+    mixed = len({(linear.pattern, linear.rank) for linear in list_linears(state.blocks)}) > 1
+    caption = [*_ERROR_CAPTIONS, "error and pruning alone are means over the linears of the block"]
+    if any(block.matching for block in state.blocks):
+        caption.append(_MATCHING_CAPTION)
+    caption += (
+        f"fine-tuned on {record.data}, {record.steps} steps: "
+        f"held-out loss {record.loss_before:.4f} → {record.loss_after:.4f}"
+        for record in state.finetuned
     )
-    for name in (
-        "block",
-        "linears",
-        *(["becomes"] if mixed else []),
-        "pruned",
-        "S + U·V",
-        "matching",
-        "seconds",
-        "bytes",
-        "of dense",
-        "digest",
-    ):
+    table = Table(
+        title=f"{folder}: {describe_method(state)}, {len(state.blocks)} of {state.blocks_total} blocks"
+        + ("" if state.complete else " (unfinished: the same `streamslr run` line continues it)"),
+        caption="\n".join(caption),
+        caption_justify="left",
+    )
+    columns = ["block", "linears", "error", "pruning\nalone", "matching", "seconds", "bytes", "of\ndense", "sha256"]
+    if mixed:
+        columns.insert(2, "pattern + rank")
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("warnings")
     for block in state.blocks:
         row = block_summary(folder, block)
+        missing = [] if row["present"] else ["FILE MISSING"]
+        warnings = [str(len(row["warnings"]))] if row["warnings"] else []
         table.add_row(
             str(block.index),
             str(len(block.linears)),
-            *([becomes(block.linears)] if mixed else []),
-            f"{row['wanda_error']:.3g}",
+            *([describe_specs(block.linears)] if mixed else []),
             f"{row['error']:.3g}",
-            _matched(block),
+            f"{row['wanda_error']:.3g}",
+            _describe_matching(block),
             f"{row['seconds']:.1f}",
             format_bytes(block.shard.nbytes),
-            f"{row['ratio']:.3f}",
+            f"{row['ratio']:.1%}",
             block.shard.sha256[:12],
-            ("" if row["present"] else "FILE MISSING; ") + (f"{len(row['warnings'])}" if row["warnings"] else ""),
+            "; ".join(missing + warnings),
         )
     if state.blocks:
         of_all = totals(state.blocks)
         table.add_section()
         table.add_row(
             "all",
-            str(sum(len(block.linears) for block in state.blocks)),
-            *([becomes(_linears(state))] if mixed else []),
-            f"{of_all['wanda_error']:.3g}",
+            str(len(list_linears(state.blocks))),
+            *([describe_specs(list_linears(state.blocks))] if mixed else []),
             f"{of_all['error']:.3g}",
+            f"{of_all['wanda_error']:.3g}",
             "",
             f"{of_all['seconds']:.1f}",
             format_bytes(sum(block.shard.nbytes for block in state.blocks)),
-            f"{of_all['ratio']:.3f}",
+            f"{of_all['ratio']:.1%}",
         )
     return table
 
 
 def block_table(folder: Path, block: BlockRecord) -> Table:
-    """A row a linear."""
+    """Return the table of `inspect --block`: a row per linear."""
+    phases = ", ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in sort_phases(block.measured).items())
+    matching = [f"{_MATCHING_CAPTION}: {_describe_matching(block)}"] if block.matching else []
     table = Table(
-        title=f"{folder / block.shard.file}  {block.name}  sha256 {block.shard.sha256[:12]}  "
-        f"{format_bytes(block.shard.nbytes)}",
-        caption=f"matching {_matched(block)}\n"
-        + "  ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in phase_readings(block.measured).items()),
+        title=f"{folder / block.shard.file}: {block.name}, {format_bytes(block.shard.nbytes)}, "
+        f"sha256 {block.shard.sha256[:12]}",
+        caption="\n".join([*_ERROR_CAPTIONS, *matching, f"time: {phases}"]),
+        caption_justify="left",
     )
-    columns = ("shape", "pattern", "density", "rank", "pruned", "S + U·V", "iterations", "bytes", "of dense")
     table.add_column("linear", no_wrap=True)
+    columns = ("shape", "pattern", "density", "rank", "error", "pruning\nalone", "iterations", "bytes", "of\ndense")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("warnings")
@@ -219,20 +258,11 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
             linear.pattern,
             f"{linear.density:.4f}",
             str(linear.rank),
-            f"{linear.wanda_error:.3g}",
             f"{linear.error:.3g}",
+            f"{linear.wanda_error:.3g}",
             str(linear.iterations),
             format_bytes(linear.nbytes),
-            f"{linear.nbytes / linear.dense_nbytes:.3f}",
+            f"{linear.nbytes / linear.dense_nbytes:.1%}",
             "; ".join(linear.warnings),
         )
     return table
-
-
-def get_block(state: JournalState, index: int) -> BlockRecord:
-    """Block `index` of the run. Raises InputError when it is not there (yet)."""
-    if not 0 <= index < len(state.blocks):
-        raise InputError(
-            f"block {index} is not there: {len(state.blocks)} of {state.blocks_total} blocks are done, counted from 0"
-        )
-    return state.blocks[index]

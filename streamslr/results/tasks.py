@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a compressed folder or a dense checkpoint, loaded whole."""
+"""Scores of a compressed folder or a dense checkpoint, loaded whole, on tasks of lm-evaluation-harness."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,8 @@ from typing import Any
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from streamslr.errors import HubError, InputError
+from streamslr.errors import HubError, InputError, first_line
 from streamslr.model.checkpoint import open_checkpoint
-from streamslr.model.sources import first_line
 from streamslr.run.context import pick_device
 
 PAPERS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "rte", "openbookqa", "boolq")
@@ -20,19 +19,23 @@ PAPERS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "rte",
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A metric of a task or group, as the harness names them: "acc", "acc_norm", …; None: the harness does not say."""
+    """One metric of a task or a group of tasks. A field is None where the harness does not report it."""
 
     task: str
     metric: str
+    """Name of the metric in the harness: "acc", "acc_norm", …"""
     value: float
     stderr: float | None
+    """Standard error of `value`."""
     fewshot: int | None
+    """Number of solved examples before each question."""
     samples: int | None
+    """Number of questions."""
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What the harness measured, in its order."""
+    """Scores of one model, in the harness's order."""
 
     model: str
     device: str
@@ -52,13 +55,25 @@ def evaluate_tasks(
     device: str | None = None,
     progress: bool = True,
 ) -> TaskScores:
-    """Scores of `model` (folder or hub id) on tasks of lm-evaluation-harness; "papers" stands for `PAPERS`.
+    """Score a model on tasks of lm-evaluation-harness.
 
-    num_fewshot: solved examples before each question; None leaves it to the task. limit: only so many questions
-    of each task. include_path: a folder of more tasks, in the harness's YAML. Data and names are checked before
-    the model is loaded, whole, in float32 on a CPU and bfloat16 on a GPU. progress: shows the harness's bars.
-    Raises InputError when the harness is not installed or knows no task of a name, HubError when a task's data
-    cannot be fetched.
+    Names and data of the tasks are checked before the model is loaded. It is loaded whole, in float32 on a CPU and in
+    bfloat16 on a GPU.
+
+    Args:
+        model: A compressed folder, a dense checkpoint or a hub id.
+        tasks: Names of tasks or groups; "papers" stands for `PAPERS`.
+        num_fewshot: Solved examples before each question; None leaves it to the task.
+        limit: Use only so many questions of each task.
+        batch_size: Questions at a time.
+        include_path: A folder of more tasks, in the harness's YAML.
+        revision: Branch, tag or commit of a hub model.
+        device: "cpu" or "cuda"; None stands for cuda where there is one.
+        progress: Show the harness's bars.
+
+    Raises:
+        InputError: The harness is not installed, or has no task of that name.
+        HubError: The data of a task cannot be fetched.
     """
     try:
         from lm_eval import simple_evaluate  # type: ignore[import-untyped]
@@ -90,7 +105,7 @@ def evaluate_tasks(
 
 
 def task_table(scores: TaskScores) -> Table:
-    """A row a metric."""
+    """Return a table with a row per metric."""
     table = Table(title=f"{scores.model}, {scores.dtype} on {scores.device}")
     table.add_column("task")
     for name in ("shots", "questions", "metric", "value", "stderr"):
@@ -103,7 +118,7 @@ def task_table(scores: TaskScores) -> Table:
 
 
 def _scores(results: dict[str, Any]) -> list[TaskScore]:
-    """The harness's {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...} of each task, a record a metric."""
+    """Return a record per metric from the harness's {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": …} per task."""
     scores = []
     for task, metrics in results["results"].items():
         for key, value in metrics.items():

@@ -1,1 +1,1 @@
-"""Compresses a model: context, plan, the block loop, the journal."""
+"""The run: its context, plan, block loop and journal."""

@@ -1,16 +1,21 @@
-"""What is durably done: the one truth that resume believes, kept in the output folder as streamslr.json."""
+"""The journal: what is durably done, kept in the output folder as streamslr.json. A resume believes nothing else."""
 
-import fcntl
 import json
 import logging
-import os
+import platform
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from streamslr.errors import InputError, ResumeError
-from streamslr.io.shards import FORMAT_VERSION, PARTIAL_SUFFIX, READABLE_VERSIONS, WrittenShard, write_json
+from streamslr.io.durable import PARTIAL_SUFFIX, lock_folder, write_json
+from streamslr.io.packed_layout import FORMAT_VERSION, READABLE_VERSIONS
+from streamslr.io.safetensors_file import WrittenShard
 from streamslr.version import __version__
 
 JOURNAL_FILE = "streamslr.json"
@@ -20,54 +25,59 @@ log = logging.getLogger("streamslr")
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """How one linear W [o, d] became S + U·V. Errors are tr(R H Rᵀ) / tr(W H Wᵀ), R as stored, H damped."""
+    """One linear W [o, d] that became S + U·V. Errors are tr(R H Rᵀ) / tr(W H Wᵀ), R as stored, H damped."""
 
     name: str
     shape: tuple[int, int]
     pattern: str
     density: float  # of S, counted
     rank: int
-    wanda_error: float  # plain pruning: the solver's first projection, without U·V (Wanda's)
+    wanda_error: float  # of pruning alone, by |W_ij|·‖X_j‖ without U·V (Wanda): the yardstick
     error: float
     iterations: int
     damping: float
     nbytes: int  # of values, meta, U and V together
     dense_nbytes: int
     warnings: tuple[str, ...] = ()
-    rows: int | None = None  # calibration tokens that reached it; None in folders made before they were counted
+    rows: int | None = None  # calibration tokens that reached it; None in folders of versions that did not count them
 
 
 @dataclass(frozen=True)
 class MatchRecord:
-    """What matching did to a block. Losses: ‖f̂(X) − T‖² / ‖T‖² of what leaves the block, rounded as it is stored."""
+    """Matching of one block. Losses are ‖f̂(X) − T‖² / ‖T‖², f̂(X) the block's output and T its targets.
+
+    None in place of a loss: it was not finite, which JSON cannot say.
+    """
 
     loss_before: float
-    loss_after: float | None  # None, here and in the curve: not finite
-    applied: bool  # False: the loss did not fall, so the block is as it was before
-    curve: tuple[float | None, ...]  # mean loss of each epoch, the block moving; the first is before any step
+    loss_after: float | None  # with the block rounded as it is stored
+    applied: bool  # False: the loss did not fall, and the block was stored as solved
+    curve: tuple[float | None, ...]  # mean loss of each epoch while the block moves; the first is before any step
 
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """One finished block. `measured` is all that differs between two runs of one line: of each phase its seconds and
-    peak memory, and beside these what was planned and what the budget was (progress.py).
+    """One finished block.
+
+    `measured` holds seconds and peak memory of each phase, beside what was planned and the budgets
+    (PhaseTimer.take). It is all that differs between two runs of one line.
     """
 
     index: int
     name: str
     shard: WrittenShard
-    hidden_states: str  # digest of the boundary that leaves this block
+    hidden_states: str  # digest of the hidden states that leave this block
     linears: tuple[LinearRecord, ...]  # as solved, before matching
-    targets: str | None = None  # digest of what should have left it, which the next block goes on from
+    targets: str | None = None  # digest of the block's targets, which the next block's start from
     matching: MatchRecord | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FinetuneRecord:
-    """One training of U and V. Losses: mean nats a token of the windows held out of the data, U and V as stored."""
+    """One training of U and V. Losses are means in nats per token over the held-out windows, U and V as stored."""
 
-    data: str  # what a person would call the text
+    data: str  # name of the text, for people
     tokens: str  # sha256 of all its windows, trained on and held out
     windows: int  # trained on
     held_out: int  # the last ones of the text
@@ -84,21 +94,23 @@ class FinetuneRecord:
 class JournalState:
     """The content of streamslr.json."""
 
-    fingerprint: Mapping[str, Any]  # what must be equal for a resume
-    calibration: str  # what a person would call the text; its tokens are in the fingerprint
+    fingerprint: Mapping[str, Any]  # must be equal for a resume
+    calibration: str  # name of the text, for people; the digest of its tokens is in the fingerprint
     blocks_total: int
-    micro_batch: int  # windows that pass together
-    solver_workspace: int | None = None  # bytes of one solve, where the budget is tight; both decide last bits
-    auxiliary_files: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer …: file -> sha256
+    micro_batch: (
+        int  # windows that pass together; smaller once memory ran out, as solver_workspace. Both decide last bits
+    )
+    solver_workspace: int | None = None  # bytes that one solve may take; None: as many as it likes
+    auxiliary_files: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer, licence …: file -> sha256
     non_block: WrittenShard | None = None
-    hidden_states: str | None = None  # digest of the boundary that enters block 0
+    hidden_states: str | None = None  # digest of boundary 0
     blocks: tuple[BlockRecord, ...] = ()
-    measured: Mapping[str, Any] = field(default_factory=dict)  # of all before block 0, as a block's
-    model: str = ""  # what a person would call it; its identity is in the fingerprint
-    made_with: Mapping[str, str] = field(default_factory=dict)  # versions and machine, of the first start
-    allocation: Mapping[str, Any] | None = None  # what each linear becomes (allocate.as_json); None before OWL's survey
-    outliers: tuple[float, ...] | None = None  # of each block, where OWL's survey is done
-    finetuned: tuple[FinetuneRecord, ...] = ()  # after the run, oldest first; a run does not go on in such a folder
+    measured: Mapping[str, Any] = field(default_factory=dict)  # as a block's, of the phases before block 0
+    model: str = ""  # name of the model, for people; its identity is in the fingerprint
+    made_with: Mapping[str, str] = field(default_factory=dict)  # `made_with` at the first start
+    allocation: Mapping[str, Any] | None = None  # of spec.allocation.as_json; None before OWL's survey
+    outliers: tuple[float, ...] | None = None  # fraction of outliers in each block, once OWL's survey is done
+    finetuned: tuple[FinetuneRecord, ...] = ()  # oldest first; a run does not go on in a fine-tuned folder
     format_version: int = FORMAT_VERSION
 
     @property
@@ -106,7 +118,7 @@ class JournalState:
         return self.non_block is not None and len(self.blocks) == self.blocks_total
 
     def require_complete(self, folder: Path) -> None:
-        """Raises InputError for the journal of an unfinished run in `folder`."""
+        """Raise InputError where this is the journal of an unfinished run, in `folder`."""
         if not self.complete:
             raise InputError(
                 f"{folder} is unfinished: {len(self.blocks)} of {self.blocks_total} blocks are done; "
@@ -115,12 +127,16 @@ class JournalState:
 
     @property
     def shards(self) -> tuple[WrittenShard, ...]:
-        """Every committed shard, in the model's order."""
+        """Committed shards, in the model's order."""
         return (*((self.non_block,) if self.non_block else ()), *(block.shard for block in self.blocks))
 
 
 def read_journal(folder: Path) -> JournalState | None:
-    """The journal of an output folder, finished or not; None when there is none. Raises InputError."""
+    """Return the journal of an output folder, finished or not; None where there is none.
+
+    Raises:
+        InputError: The journal cannot be read, is damaged, or is of a version that this one does not read.
+    """
     path = folder / JOURNAL_FILE
     try:
         data = json.loads(path.read_text())
@@ -141,7 +157,7 @@ def read_journal(folder: Path) -> JournalState | None:
 
 
 def _state(data: dict[str, Any]) -> JournalState:
-    """What asdict() made of a JournalState, turned back."""
+    """Turn back what asdict() made of a JournalState."""
     return JournalState(
         **data
         | {
@@ -154,7 +170,7 @@ def _state(data: dict[str, Any]) -> JournalState:
 
 
 def _from_version_2(data: dict[str, Any]) -> dict[str, Any]:
-    """Rename what version 2 (streamslr 0.1) called otherwise; nothing else differs."""
+    """Give the names of version 2 (streamslr 0.1) their present form; nothing else differs."""
 
     def rename(entry: dict[str, Any], **names: str) -> dict[str, Any]:
         return {names.get(name, name): value for name, value in entry.items()}
@@ -187,26 +203,19 @@ def _block(data: dict[str, Any]) -> BlockRecord:
 
 
 class Journal:
-    """The journal of the run that owns the output folder: locked while open, durable after every commit."""
+    """The journal of a running run: it locks the output folder while open, and is durable after every commit."""
 
     def __init__(self, folder: Path, start: JournalState):
         """Begin with `start` in `folder`, or go on with the run of the same fingerprint that is there.
 
-        Raises ResumeError when another process holds the folder, when it holds another run (naming each
-        setting that differs, with both values), or files that are no run's.
+        Raises:
+            ResumeError: Another process holds the folder, or the folder holds another run (each setting that differs
+                is named, with both values) or files that are not a run's.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY)  # the folder itself: no lock file to leave behind
-        except OSError as error:
-            raise ResumeError(f"{folder} cannot be made or opened: {error.strerror}; give another --out") from error
         self.folder = folder
         self.state: JournalState
-        try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ResumeError(f"another process is writing {folder}; wait for it, or give another --out") from error
+        with ExitStack() as opened:
+            opened.enter_context(lock_folder(folder, "give another --out"))
             found = read_journal(folder)
             if found is None:
                 self._refuse_foreign_files()
@@ -220,9 +229,7 @@ class Journal:
                     )
                 refuse_changed_settings(folder, found.fingerprint, start.fingerprint)
                 self.state = found
-        except BaseException:
-            self.close()
-            raise
+            self._lock = opened.pop_all()
 
     def __enter__(self) -> "Journal":
         return self
@@ -231,12 +238,12 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        os.close(self._lock)
+        self._lock.close()
 
     def commit_survey(
         self, outliers: Sequence[float], allocation: Mapping[str, Any], micro_batch: int, measured: Mapping[str, Any]
     ) -> None:
-        """OWL's survey is done: what each linear becomes is settled, whatever happens to the process."""
+        """Commit OWL's survey: the fraction of outliers of each block, and the allocation that follows from it."""
         self._commit(
             replace(
                 self.state,
@@ -255,9 +262,9 @@ class Journal:
         micro_batch: int,
         measured: Mapping[str, Any],
     ) -> None:
-        """Config, tokenizer and the tensors outside the blocks are written, and boundary 0 is sealed.
+        """Commit all before block 0: the auxiliary files and the non-block shard are written, boundary 0 is sealed.
 
-        micro_batch: as for commit_block.
+        hidden_states: digest of boundary 0. micro_batch: as for commit_block.
         """
         self._commit(
             replace(
@@ -270,17 +277,18 @@ class Journal:
             )
         )
 
-    def commit_block(self, record: BlockRecord, micro_batch: int) -> None:
-        """Shard and hidden states of the next block are done: from here on a resume starts behind it.
+    def commit_block(self, record: BlockRecord, micro_batch: int, solver_workspace: int | None) -> None:
+        """Commit a block whose shard and boundary are written: from here on a resume starts behind it.
 
-        micro_batch: what the next block starts with; smaller than before after an out-of-memory.
+        micro_batch, solver_workspace: for the next block; smaller than before if memory ran out in this one.
         """
         if record.index != len(self.state.blocks):
             raise ValueError(f"block {record.index} committed after {len(self.state.blocks)} blocks")
-        self._commit(replace(self.state, blocks=(*self.state.blocks, record), micro_batch=micro_batch))
+        blocks = (*self.state.blocks, record)
+        self._commit(replace(self.state, blocks=blocks, micro_batch=micro_batch, solver_workspace=solver_workspace))
 
     def forget_lost_shards(self) -> None:
-        """Goes back to before the first shard that is missing or has another size, saying so: it is made again."""
+        """Go back to before the first shard that is missing or has another size, with a warning."""
         for position, shard in enumerate(self.state.shards):
             path = self.folder / shard.file
             if path.is_file() and path.stat().st_size == shard.nbytes:
@@ -307,7 +315,7 @@ class Journal:
 
 
 def refuse_changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ResumeError naming each setting of a run in `folder` that differs, with both values."""
+    """Raise ResumeError where settings of the run in `folder` differ, naming each with both values."""
     changed = [
         f"{name}: {before.get(name)!r} there, {value!r} now" for name, value in now.items() if before.get(name) != value
     ]
@@ -316,3 +324,14 @@ def refuse_changed_settings(folder: Path, before: Mapping[str, Any], now: Mappin
             f"{folder} belongs to a run with other settings ({'; '.join(changed)}). "
             "Start with the same settings to go on, or give another --out"
         )
+
+
+def made_with(device: torch.device) -> dict[str, str]:
+    """Return the machine's device and threads, and the versions of the software, for the journal."""
+    return {
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }

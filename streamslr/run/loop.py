@@ -1,19 +1,22 @@
-"""The block loop: load, Grams, solve, match, propagate, write, commit. Reads as the algorithm (DESIGN, section 4)."""
+"""The block loop: load, Grams, solve, match, propagate, write, commit. Reads as the algorithm."""
 
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamslr.calibration.grams import Gram, offload_grams
-from streamslr.calibration.tokens import calibration_windows
-from streamslr.config import format_bytes
-from streamslr.errors import BudgetError
+from streamslr.calibration.hidden_states import HiddenStates
+from streamslr.calibration.tokens import Calibration, calibration_windows
+from streamslr.config import base_name, default_out
+from streamslr.errors import BudgetError, first_line
 from streamslr.io.folder import (
     discard_uncommitted,
     write_auxiliary_files,
@@ -21,224 +24,247 @@ from streamslr.io.folder import (
     write_index,
     write_non_block,
 )
-from streamslr.io.shards import WrittenShard
+from streamslr.io.safetensors_file import WrittenShard
 from streamslr.matching import BlockWeights, CompressedBlock
-from streamslr.memory import held_to_gpu_budget, why_out_of_memory
+from streamslr.memory import held_to_gpu_budget, is_out_of_memory, retry_on_oom
+from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
-from streamslr.run.context import RunContext
-from streamslr.run.journal import BlockRecord, Journal, JournalState, LinearRecord, MatchRecord
-from streamslr.run.passes import Passes, Streams
-from streamslr.run.progress import Display, NoDisplay, PhaseTimer
-from streamslr.run.solve_linear import compress_linear
-from streamslr.solvers.base import Solver
-from streamslr.spec.allocation import Allocation, allocate, as_json, common_pattern, from_json, in_words
+from streamslr.run.context import RunContext, require_fit
+from streamslr.run.journal import BlockRecord, Journal, JournalState, LinearRecord, MatchRecord, made_with
+from streamslr.run.passes import Boundary, Passes, drop_block, load_block
+from streamslr.run.progress import BlockProgress, Display, NoDisplay, PhaseTimer
+from streamslr.run.solve_linear import LinearCompressor
+from streamslr.run.survey import allocation_by_outliers
+from streamslr.spec.allocation import Allocation, as_json, common_pattern
+from streamslr.spec.pattern import SparsityPattern
 
 log = logging.getLogger("streamslr")
 
 
 def run(context: RunContext, display: Display | None = None) -> JournalState:
-    """Compress context.config.model into context.config.out, or go on where an earlier call stopped.
+    """Compress the model into the output folder, or go on where an earlier call stopped.
 
-    Raises a StreamslrError for whatever a user can mend; every block that was committed stays.
+    Args:
+        context: The run, as `open_run` opened it.
+        display: Display of progress; None for none.
+
+    Returns:
+        The journal of the finished run.
+
+    Raises:
+        StreamslrError: Something that a user can mend. Every block that was committed stays.
     """
-    context.require_fit()
-    config = context.config
+    require_fit(context)
+    config, display = context.config, display or NoDisplay()
+    if config.out == default_out(config.model):
+        log.info("the output folder is ./%s", config.out)
     calibration = calibration_windows(
         context.checkpoint.tokenizer(), config.calibration, config.samples, config.seq_len, config.seed
     )
-    blocks = len(context.blockwise.block_names)
-    start = JournalState(
-        {**context.fingerprint, "tokens": calibration.digest},
-        calibration.source,
-        blocks,
-        context.plan.micro_batch,
-        context.plan.solver_workspace,
-        model=context.model_name,
-        made_with=context.made_with,
-        allocation=None if context.config.owl is not None else as_json(context.allocation),
-    )
-    planned = context.plan.memory(context.host_mem, context.gpu_mem)
-    with Journal(config.out, start) as journal:
-        done = len(journal.state.blocks)
-        if done:
-            log.info("%s: %d of %d blocks are done, going on", config.out, done, blocks)
+    planned = context.plan.memory()
+    with Journal(config.out, _first_state(context, calibration)) as journal:
+        state = journal.state
+        if state.blocks:
+            log.info("%s: %d of %d blocks are done, going on", config.out, len(state.blocks), state.blocks_total)
+        progress = BlockProgress(display, len(state.blocks), state.blocks_total)
         with (
-            PhaseTimer(display or NoDisplay(), context.device, blocks, done, config.host_mem, planned) as timer,
+            PhaseTimer(context.device, display, config.host_mem, planned) as timer,
             held_to_gpu_budget(context.device, context.gpu_mem),
             torch.no_grad(),
         ):
-            passes = Passes(context, calibration.ids, timer, journal.state.micro_batch)
+            passes = Passes(
+                config, context.blockwise, calibration.ids, timer, state.micro_batch, context.plan.in_memory
+            )
             try:
-                if context.config.owl is not None:
-                    context = replace(context, allocation=surveyed(context, journal, timer, passes))
-                return Compression(context, journal, timer, passes, context.method.solver).run()
+                allocation = context.allocation
+                if allocation is None:
+                    allocation = allocation_by_outliers(config, context.blockwise, journal, passes)
+                compressor = LinearCompressor(context.method.solver, allocation, config.seed, state.solver_workspace)
+                Compression(context, allocation, journal, timer, progress, passes, compressor).run()
             except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise BudgetError(
-                    f"memory ran out: {why_out_of_memory(error)}. Free some or raise the budget, then start the same "
+                    f"memory ran out: {first_line(error)}. Free some or raise the budget, then start the same "
                     f"line again; finished blocks are kept"
                 ) from error
+        return journal.state
 
 
-def surveyed(context: RunContext, journal: Journal, timer: PhaseTimer, passes: Passes) -> Allocation:
-    """What each linear becomes by OWL: of the journal, or by one dense pass over all blocks, which is noted there."""
-    if journal.state.allocation is None:
-        blockwise, outliers = context.blockwise, []
-        log.info("counting the outliers of %d blocks, which decide their sparsity", len(blockwise.block_names))
-        hidden = passes.retry_on_oom("embed", partial(passes.embed, targets=False)).hidden
-        for i in range(len(blockwise.block_names)):
-            upcoming, share = passes.retry_on_oom("survey", partial(passes.survey, i, hidden))
-            outliers.append(share)
-            hidden.drop()
-            hidden = upcoming
-            blockwise.evict_block(i)
-            context.checkpoint.release(blockwise.block_tensors[i])
-        hidden.drop()
-        allocation = allocate(context.config, blockwise.linears, outliers)
-        for name, linears in zip(blockwise.block_names, blockwise.linears, strict=True):
-            log.info("%s becomes %s", name, in_words(allocation[linear] for linear in linears))
-        journal.commit_survey(outliers, as_json(allocation), passes.micro_batch, timer.take())
-    assert journal.state.allocation is not None
-    return from_json(journal.state.allocation, context.blockwise.linears)
+def _first_state(context: RunContext, calibration: Calibration) -> JournalState:
+    """Return the journal's state at the first start of a run."""
+    model = context.config.model
+    return JournalState(
+        fingerprint={**context.fingerprint, "tokens": calibration.digest},
+        calibration=calibration.source,
+        blocks_total=len(context.blockwise.block_names),
+        micro_batch=context.plan.micro_batch,
+        solver_workspace=context.plan.solver_workspace,
+        model=base_name(model) if Path(model).is_dir() else model,
+        made_with=made_with(context.device),
+        allocation=None if context.allocation is None else as_json(context.allocation),
+    )
 
 
 @dataclass(frozen=True)
 class Compression:
-    """One process's work on a run: what `run` opened, and the algorithm."""
+    """One process's part of a run; every choice is made before."""
 
     context: RunContext
+    allocation: Allocation
     journal: Journal
     timer: PhaseTimer
+    progress: BlockProgress
     passes: Passes
-    solver: Solver
+    linear_compressor: LinearCompressor
 
-    def run(self) -> JournalState:
-        out, blockwise = self.context.config.out, self.context.blockwise
+    def run(self) -> None:
+        """Compress every block that is not committed yet, and remove the scratch folder."""
+        config, blockwise = self.context.config, self.context.blockwise
         self.journal.forget_lost_shards()
         state = self.journal.state
-        discard_uncommitted(out, state.shards)
-        write_index(out, state.shards)
+        discard_uncommitted(config.out, state.shards)
+        write_index(config.out, state.shards)
         if not state.complete:
-            streams = self.begin() if state.non_block is None else self.resume()
+            boundary = self.begin() if state.non_block is None else self.resume()
             for done in (blockwise.non_block_tensors, *blockwise.block_tensors[: len(state.blocks)]):
                 self.context.checkpoint.release(done)
             for i in range(len(state.blocks), state.blocks_total):
-                streams = self.compress_block(i, blockwise.block_names[i], streams)
-        self.context.remove_scratch()
-        return self.journal.state
+                boundary = self.compress_block(i, boundary)
+        for scratch in (config.scratch_folder, config.out / ".scratch"):  # an earlier start may have used the default
+            shutil.rmtree(scratch, ignore_errors=True)
 
-    def begin(self) -> Streams:
-        """All before block 0: auxiliary files, the tensors outside the blocks, boundary 0."""
-        context, out = self.context, self.context.config.out
+    def begin(self) -> Boundary:
+        """Write all before block 0: auxiliary files, non-block tensors, boundary 0; return that boundary."""
+        context, out, journal = self.context, self.context.config.out, self.journal
         with self.timer.phase("non_block", steps=1):
-            rank = max(spec.rank for spec in context.allocation.values())
-            auxiliary_files = write_auxiliary_files(out, context.checkpoint, common_pattern(context.allocation), rank)
-            non_block = write_non_block(out, context.checkpoint, context.blockwise.non_block_tensors)
-        streams = self.passes.retry_on_oom("embed", self.passes.embed)
-        digest = streams.hidden.seal()
-        self.journal.commit_non_block(auxiliary_files, non_block, digest, self.passes.micro_batch, self.timer.take())
-        write_index(out, self.journal.state.shards)
-        return streams
+            rank = max(spec.rank for spec in self.allocation.values())
+            checkpoint, names = context.checkpoint, context.blockwise.non_block_tensors
+            auxiliary_files = write_auxiliary_files(
+                out, checkpoint.config_json(), checkpoint.auxiliary_files(), common_pattern(self.allocation), rank
+            )
+            non_block = write_non_block(out, [checkpoint.tensors[name] for name in names], checkpoint.read_one)
+        boundary = self.passes.retry("embed", partial(self.passes.embed, targets=context.config.match))
+        digest = boundary.hidden.seal()
+        journal.commit_non_block(auxiliary_files, non_block, digest, self.passes.micro_batch, self.timer.take())
+        write_index(out, journal.state.shards)
+        return boundary
 
-    def resume(self) -> Streams:
-        """What enters the next block: from the scratch folder, or by passing the finished blocks once more."""
-        state = self.journal.state
+    def resume(self) -> Boundary:
+        """Return what enters the next block: from the scratch folder, or by passing the finished blocks again."""
+        state, config = self.journal.state, self.context.config
         done = len(state.blocks)
-        digests = (state.hidden_states, state.hidden_states)  # of boundary 0, which is its own target
+        digests = (state.hidden_states, state.hidden_states)  # at boundary 0 hidden states and targets are the same
         if done:
             digests = (state.blocks[-1].hidden_states, state.blocks[-1].targets)
-        if streams := self.passes.reopen(done, digests):
-            return streams
-        log.warning("hidden states in %s are lost; passing %d finished blocks again", self.context.scratch, done)
-        streams = self.passes.replay(done, open_checkpoint(str(self.context.config.out)))
-        if any(new not in (None, old) for new, old in zip(streams.seal(), digests, strict=True)):
+        if boundary := self.passes.reopen(done, digests):
+            return boundary
+        log.warning("hidden states in %s are lost; passing %d finished blocks again", config.scratch_folder, done)
+        boundary = self.passes.replay(done, open_checkpoint(str(config.out)))
+        if any(new not in (None, old) for new, old in zip(boundary.seal(), digests, strict=True)):
             log.warning("replayed hidden states differ in their last bits: another machine, torch build or micro-batch")
-        return streams
+        return boundary
 
-    def compress_block(self, i: int, name: str, streams: Streams) -> Streams:
-        """Block i of the checkpoint -> its shard and a journal record; what enters the next block."""
-        context, blockwise, passes = self.context, self.context.blockwise, self.passes
-        self.timer.take()
-        with self.timer.phase("load", steps=1, block=i):
-            block = blockwise.load_block(i)
-            context.checkpoint.prefetch(context.upcoming_tensors(i))
-        grams, targets = passes.retry_on_oom("grams", lambda: passes.collect(block, streams))
-        with self.timer.phase("solve", steps=len(block.linears), block=i) as step:
-            packed, solved_linears = self.solve_block(block.linears, grams, step)
-        weights = solved = BlockWeights(packed, blockwise.as_stored(i))
-        patterns = {linear: context.allocation[linear].pattern for linear in block.linears}
-        compressed = CompressedBlock(block, patterns)
-        curve: tuple[float, ...] = ()
+    def compress_block(self, i: int, boundary: Boundary) -> Boundary:
+        """Compress block i into its shard and a journal record; return what enters the next block."""
+        blockwise, passes, timer = self.context.blockwise, self.passes, self.timer
+        timer.take()  # drop what a replay measured: it belongs to no block
+        # Load the block, while the shards of the next are fetched.
+        with timer.phase("load", steps=1, block=i):
+            block = load_block(blockwise, i)
+        # Collect Gram matrices and targets in one pass of the dense block.
+        grams, targets = passes.retry("grams", partial(passes.collect, block, boundary))
+        # Solve each linear: S + U·V takes the place of its weight.
+        with timer.phase("solve", steps=len(block.linears), block=i) as step:
+            packed, records = self.solve_block(block, grams, step)
+        solved = BlockWeights(packed, blockwise.as_stored(i))
+        # Match the block to its targets; pass the windows through it; write its shard.
         if targets:
-            match = partial(passes.match, compressed, solved, streams.hidden, targets)
-            weights, curve = passes.retry_on_oom(
-                "match", match, partial(passes.halve_micro_batch, context.config.match_batch)
-            )
-        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
-            writing = writer.submit(self.write, i, weights)
-            hidden, loss = passes.retry_on_oom("propagate", lambda: passes.propagate(block, streams.hidden, targets))
-            if targets and not loss < curve[0]:
-                log.warning("%s: matching did not lower its loss of %.3g (%.3g); kept as solved", name, curve[0], loss)
-                compressed.place(solved)
-                writing = writer.submit(self.write, i, solved)
-                hidden.drop()
-                hidden, _ = passes.retry_on_oom("propagate", lambda: passes.propagate(block, streams.hidden, targets))
-            shard = writing.result()
-        upcoming = Streams(hidden, targets)
-        with self.timer.phase("commit", steps=1, block=i):
-            digest, of_targets = upcoming.seal()
-        matching = (
-            MatchRecord(curve[0], finite_or_none(loss), loss < curve[0], tuple(map(finite_or_none, curve)))
-            if targets
-            else None
-        )
-        record = BlockRecord(i, name, shard, digest, tuple(solved_linears), of_targets, matching, self.timer.take())
-        self.journal.commit_block(record, passes.micro_batch)
-        write_index(context.config.out, self.journal.state.shards)
-        streams.drop()
-        blockwise.evict_block(i)
-        context.checkpoint.release(blockwise.block_tensors[i])
-        self.timer.committed(record)
+            leaving, shard, matching = self.match_and_propagate(block, solved, boundary.hidden, targets)
+        else:
+            (leaving, _), shard = self.propagate_and_write(block, solved, boundary.hidden, None)
+            matching = None
+        upcoming = Boundary(leaving, targets)
+        # Commit: from here on a resume starts behind this block.
+        with timer.phase("commit", steps=1, block=i):
+            digest, digest_of_targets = upcoming.seal()
+        record = BlockRecord(i, block.name, shard, digest, tuple(records), digest_of_targets, matching, timer.take())
+        self.journal.commit_block(record, passes.micro_batch, self.linear_compressor.workspace)
+        write_index(self.context.config.out, self.journal.state.shards)
+        # Drop what only this block needed.
+        boundary.drop()
+        drop_block(blockwise, i)
+        self.progress.committed(record)
         return upcoming
 
-    def write(self, i: int, weights: BlockWeights) -> WrittenShard:
-        """Block i's shard."""
-        context, shapes = self.context, self.context.blockwise.linears[i]
-        patterns = {linear: context.allocation[linear].pattern for linear in shapes}
-        return write_block(context.config.out, i, patterns, weights.packed, shapes, weights.other_tensors)
-
     def solve_block(
-        self, linears: Mapping[str, nn.Linear], grams: list[Gram], step: Callable[[int], None]
+        self, block: Block, grams: list[Gram], step: Callable[[int], None]
     ) -> tuple[dict[str, Mapping[str, Tensor]], list[LinearRecord]]:
-        """S + U·V in the place of every weight; what to store of each, and its record. Empties `grams`."""
+        """Compress every linear of the live block; return them packed, and their records. Empties `grams`."""
+        context = self.context
         packed: dict[str, Mapping[str, Tensor]] = {}
         records = []
-        offloaded = offload_grams(grams, self.context.plan.grams_at, self.context.scratch)
+        offloaded = offload_grams(grams, context.plan.grams_at, context.config.scratch_folder)
         while offloaded:
             gram = offloaded.pop(0)()  # freed once its linears are solved
-            matrix = gram.matrix.to(self.context.device)
+            matrix = gram.matrix.to(context.device)
             for name in gram.linears:
-                packed[name], record = self.solve_linear(name, linears[name], matrix)
+                dtype = context.blockwise.stored_dtype(f"{name}.weight")
+                packed[name], record = self.linear_compressor.compress(name, block.linears[name], matrix, dtype)
                 records.append(replace(record, rows=gram.rows, warnings=(*gram.warnings(name), *record.warnings)))
                 step(1)
             del gram, matrix
         return packed, records
 
-    def solve_linear(self, name: str, linear: nn.Linear, gram: Tensor) -> tuple[Mapping[str, Tensor], LinearRecord]:
-        """One linear solved in its place; where memory runs out, once more in tiles of half as many rows."""
-        context, workspace = self.context, self.context.plan.solver_workspace
-        dtype = context.blockwise.stored_dtype(f"{name}.weight")
+    def match_and_propagate(
+        self, block: Block, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
+    ) -> tuple[HiddenStates, WrittenShard, MatchRecord]:
+        """Match the block and pass the windows on; keep it as solved where that does not lower its loss."""
+        passes, config = self.passes, self.context.config
+        compressed = CompressedBlock(block, self.patterns(block))
+        matched, curve = retry_on_oom(
+            partial(passes.match, compressed, solved, hidden, targets),
+            partial(passes.halve_micro_batch, config.match_batch),
+            phase="match",
+            device=self.context.device,
+        )
+        (leaving, loss), shard = self.propagate_and_write(block, matched, hidden, targets)
+        applied = loss < curve[0]
+        if not applied:
+            log.warning(
+                "%s: matching did not lower its loss of %.3g (%.3g); kept as solved", block.name, curve[0], loss
+            )
+            compressed.load(solved)
+            leaving.drop()
+            (leaving, _), shard = self.propagate_and_write(block, solved, hidden, None)
+        record = MatchRecord(curve[0], _finite_or_none(loss), applied, tuple(map(_finite_or_none, curve)))
+        return leaving, shard, record
 
-        def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
-            return compress_linear(context.problem(name, linear.weight, gram, workspace), linear, self.solver, dtype)
+    def propagate_and_write(
+        self, block: Block, weights: BlockWeights, hidden: HiddenStates, targets: HiddenStates | None
+    ) -> tuple[tuple[HiddenStates, float], WrittenShard]:
+        """Pass the windows through the block, while `weights`, which it must hold already, are written as its shard.
 
-        def shrink() -> str | None:
-            nonlocal workspace
-            workspace = context.smaller_workspace(name, linear, workspace)
-            return None if workspace is None else f"the rows of {name} in smaller tiles, {format_bytes(workspace)}"
+        Returns:
+            The hidden states that leave the block, with their loss against `targets`; and the shard.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
+            writing = writer.submit(self.write, block, weights)
+            passed = self.passes.retry("propagate", partial(self.passes.propagate, block, hidden, targets))
+            return passed, writing.result()
 
-        return self.passes.retry_on_oom("solve", work, shrink)
+    def write(self, block: Block, weights: BlockWeights) -> WrittenShard:
+        """Write the block's shard."""
+        shapes = self.context.blockwise.linears[block.index]
+        linears = {
+            name: (weights.packed[name], pattern, shapes[name]) for name, pattern in self.patterns(block).items()
+        }
+        return write_block(self.context.config.out, block.index, linears, weights.other_tensors)
+
+    def patterns(self, block: Block) -> dict[str, SparsityPattern]:
+        return {name: self.allocation[name].pattern for name in block.linears}
 
 
-def finite_or_none(loss: float) -> float | None:
-    """JSON has no NaN and no infinity."""
+def _finite_or_none(loss: float) -> float | None:
+    """Return None for NaN and infinity, which JSON does not have."""
     return loss if math.isfinite(loss) else None

@@ -1,6 +1,5 @@
-"""The calibration windows on their way through the blocks: embed, the dense pass, the compressed pass, replay."""
+"""Passes of the calibration windows through the blocks: embed, survey, dense pass, matching, compressed, replay."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,34 +8,32 @@ from typing import TypeVar
 from torch import Tensor
 
 from streamslr.calibration.grams import Gram, GramCollector
-from streamslr.calibration.hidden_states import HiddenStates, Span, read_batches, spans
-from streamslr.matching import BlockWeights, CompressedBlock, Loss, Matching
-from streamslr.memory import release_memory, why_out_of_memory
-from streamslr.model.blockwise import Block
+from streamslr.calibration.hidden_states import HiddenStates, HiddenStateStream, Span, read_batches, spans
+from streamslr.config import RunConfig
+from streamslr.matching import BlockWeights, CompressedBlock, Loss, MatchSettings
+from streamslr.memory import release_memory, retry_on_oom
+from streamslr.model.blockwise import Block, BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint
-from streamslr.run.context import RunContext
 from streamslr.run.progress import PhaseTimer
-from streamslr.spec.allocation import OUTLIER, outlier_share
-
-log = logging.getLogger("streamslr")
+from streamslr.spec.owl import DEFAULT_OUTLIER_FACTOR, outlier_fraction
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Streams:
-    """One boundary: what enters a block, and what should.
+class Boundary:
+    """One boundary: what enters a block, and where blocks are matched, the targets of the block before it.
 
-    The targets are what matching leads blocks to: the dense block's output on the hidden states that there are,
-    and on top what these have lost so far (times --match-recover), as if the block passed that on unchanged. It
-    nearly does, since blocks add to their input; a second stream through the dense model gives the same
-    perplexity (48.83 and 48.82, tools/results/matching.md) and takes a pass more.
+    targets of block i = dense_block_i(hidden) + match_recover · (targets of block i - 1 - hidden). The second term
+    carries earlier errors along the residual stream. Targets from a second stream through the dense model give the
+    same perplexity and cost a pass more (tools/results/matching.md).
     """
 
-    hidden: HiddenStates  # what the compressed blocks so far have made of the windows
-    targets: HiddenStates | None  # None where blocks are not matched
+    hidden: HiddenStates  # as the compressed blocks before have made it of the windows
+    targets: HiddenStates | None
 
     def seal(self) -> tuple[str, str | None]:
+        """Wait for all writes; return the digests of both."""
         return self.hidden.seal(), self.targets.seal() if self.targets else None
 
     def drop(self) -> None:
@@ -45,85 +42,81 @@ class Streams:
             self.targets.drop()
 
 
+@dataclass
 class Passes:
-    """Passes of all windows through a live block, `micro_batch` at a time; half as many once memory ran out."""
+    """Passes of all windows through a live block, `micro_batch` windows at a time."""
 
-    def __init__(self, context: RunContext, ids: Tensor, timer: PhaseTimer, micro_batch: int) -> None:
-        """ids: the windows, [samples, T] int64."""
-        self.context, self.ids, self.timer, self.micro_batch = context, ids, timer, micro_batch
+    config: RunConfig
+    blockwise: BlockwiseModel
+    ids: Tensor  # the calibration windows, [windows, T] int64
+    timer: PhaseTimer
+    micro_batch: int  # halved for good when memory runs out
+    in_memory: bool  # whether boundaries are kept in host memory beside the disk (Plan.in_memory)
 
-    def embed(self, targets: bool = True) -> Streams:
-        """Boundary 0, twice where blocks are matched (and targets are wanted)."""
-        blockwise = self.context.blockwise
-        names = ("hidden", "targets") if targets and self.context.config.match else ("hidden",)
+    def embed(self, targets: bool) -> Boundary:
+        """Write boundary 0, and a copy of it as `targets` where they are wanted."""
+        names = ("hidden", "targets") if targets else ("hidden",)
         with self.timer.phase("embed", steps=len(self.ids)) as step, ExitStack() as stack:
-            streams = [stack.enter_context(self._new(name, 0)) for name in names]
-            stack.callback(blockwise.evict_non_block)
-            blockwise.load_non_block()
+            written = [stack.enter_context(self._new(name, 0)) for name in names]
+            stack.callback(self.blockwise.evict_non_block)
+            self.blockwise.load_non_block()
             for start, stop in self._spans():
-                hidden = blockwise.embed(self.ids[start:stop].to(self.context.device))
-                for stream in streams:
-                    stream.write(start, hidden)
+                hidden = self.blockwise.embed(self.ids[start:stop].to(self.blockwise.device))
+                for states in written:
+                    states.write(start, hidden)
                 step(stop - start)
-        return Streams(streams[0], streams[1] if len(streams) > 1 else None)
+        return Boundary(written[0], written[1] if targets else None)
 
-    def reopen(self, index: int, digests: tuple[str | None, str | None]) -> Streams | None:
-        """Boundary `index` as an earlier process sealed it; None where any of it is lost."""
-        hidden = self.context.stream("hidden").reopen(index, digests[0] or "")
-        if not self.context.config.match:
-            return Streams(hidden, None) if hidden else None
-        targets = self.context.stream("targets").reopen(index, digests[1] or "")
-        return Streams(hidden, targets) if hidden and targets else None
+    def reopen(self, index: int, digests: tuple[str | None, str | None]) -> Boundary | None:
+        """Return boundary `index` as an earlier process sealed it under these digests; None where any of it is lost."""
+        hidden = self._stream("hidden").reopen(index, digests[0] or "")
+        if not self.config.match:
+            return Boundary(hidden, None) if hidden else None
+        targets = self._stream("targets").reopen(index, digests[1] or "")
+        return Boundary(hidden, targets) if hidden and targets else None
 
-    def replay(self, blocks: int, finished: Checkpoint) -> Streams:
-        """Boundary `blocks`, from the embeddings on: the finished blocks, and for targets the dense ones."""
-        blockwise = self.context.blockwise
-        streams = self.embed()
+    def replay(self, blocks: int, finished: Checkpoint) -> Boundary:
+        """Make boundary `blocks` again: hidden states through the finished blocks, targets through the dense ones."""
+        boundary = self.embed(self.config.match)
         for i in range(blocks):
-            targets = None
-            if streams.targets:
-                dense = blockwise.load_block(i)
-                with self.timer.phase("targets", steps=len(self.ids), block=i) as step:
-                    targets = self._dense_pass(i, streams, lambda _, x: dense.run(x), step)
-            block = blockwise.load_block(i, finished)
-            upcoming = Streams(self.propagate(block, streams.hidden, None)[0], targets)
-            blockwise.evict_block(i)
-            streams.drop()
-            streams = upcoming
-        return streams
+            targets = self._targets(self.blockwise.load_block(i), boundary) if boundary.targets else None
+            block = self.blockwise.load_block(i, finished)
+            upcoming = Boundary(self.propagate(block, boundary.hidden, None)[0], targets)
+            self.blockwise.evict_block(i)
+            boundary.drop()
+            boundary = upcoming
+        return boundary
 
     def survey(self, i: int, hidden: HiddenStates) -> tuple[HiddenStates, float]:
-        """Dense block i: boundary i + 1 of the dense model, and the share of the block's outliers (OWL)."""
-        blockwise = self.context.blockwise
+        """Pass dense block i; return the dense model's boundary i + 1, and the block's fraction of outliers."""
         with (
             self.timer.phase("survey", steps=len(self.ids), block=i) as step,
-            self._new("hidden", i + 1) as upcoming,
+            self._new("hidden", i + 1) as leaving,
         ):
-            block = blockwise.load_block(i)
-            self.context.checkpoint.prefetch(self.context.upcoming_tensors(i))
+            block = load_block(self.blockwise, i)
             with GramCollector(block, diagonal=True) as collector:
                 for first, x in self._batches(hidden, step):
-                    upcoming.write(first, collector.run(first, x))
-            # per token, since experts see different numbers of them; one that saw none has no outliers
+                    leaving.write(first, collector.run(first, x))
+            # Per token, since experts see different numbers of them; an expert that saw none has no outliers.
             energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in collector.grams()]
             scored = [(block.linears[name].weight, energy) for names, energy in energies for name in names]
-            return upcoming, outlier_share(scored, self.context.config.owl_outlier or OUTLIER)
+            return leaving, outlier_fraction(scored, self.config.owl_outlier or DEFAULT_OUTLIER_FACTOR)
 
-    def collect(self, block: Block, streams: Streams) -> tuple[list[Gram], HiddenStates | None]:
-        """The dense pass: Gram matrices of the block, and the targets of what leaves it."""
+    def collect(self, block: Block, boundary: Boundary) -> tuple[list[Gram], HiddenStates | None]:
+        """Pass the dense block; return the Gram matrices of its linears' inputs, and the block's targets."""
         with (
             self.timer.phase("grams", steps=len(self.ids), block=block.index) as step,
             GramCollector(block) as collector,
         ):
-            targets = self._dense_pass(block.index, streams, collector.run, step)
+            targets = self._dense_pass(block, boundary, collector.run, step)
             return collector.grams(), targets
 
     def match(
         self, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
     ) -> tuple[BlockWeights, tuple[float, ...]]:
-        """The live block refined from `solved` towards its targets, and the loss of each epoch."""
-        config = self.context.config
-        settings = Matching(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
+        """Refine the live block from `solved` towards its targets; return its weights, and the loss of each epoch."""
+        config = self.config
+        settings = MatchSettings(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
         with self.timer.phase("match", steps=settings.epochs * len(self.ids), block=block.index) as step:
 
             def batches(wanted: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -133,75 +126,71 @@ class Passes:
 
             micro_batch = min(self.micro_batch, settings.batch)
             refined = block.refine(solved, settings, batches, len(self.ids), micro_batch)
-        release_memory(self.context.device)  # Adam's first step in a process leaves masters and moments in a cycle
+        release_memory(self.blockwise.device)  # Adam's first step in a process leaves masters and moments in a cycle
         return refined
 
     def propagate(self, block: Block, hidden: HiddenStates, targets: HiddenStates | None) -> tuple[HiddenStates, float]:
-        """The hidden states that leave the block, and their loss against the targets."""
+        """Pass the block as it is now; return what leaves it, and its loss against the targets (0 without any)."""
         loss = Loss()
         with (
             self.timer.phase("propagate", steps=len(self.ids), block=block.index) as step,
-            self._new("hidden", block.index + 1) as upcoming,
+            self._new("hidden", block.index + 1) as leaving,
         ):
             outputs = self._batches(targets) if targets else None
             for start, x in self._batches(hidden, step):
                 output = block.run(x)
-                upcoming.write(start, output)
+                leaving.write(start, output)
                 if outputs:
                     loss.add(output, next(outputs)[1])
-        return upcoming, loss.relative
+        return leaving, loss.relative
 
-    def retry_on_oom(self, phase: str, work: Callable[[], T], shrink: Callable[[], str | None] | None = None) -> T:
-        """What `work` returns; where memory runs out in it, what it returns once more, cut smaller.
-
-        shrink: makes the next attempt smaller and says how, or None where that cannot be; by itself it halves the
-        micro-batch. Raises MemoryError where nothing can be cut, and whatever the second attempt raises.
-        """
-        try:
-            return work()
-        except (MemoryError, RuntimeError) as error:
-            why = why_out_of_memory(error)
-        # After the except clause, because the traceback holds what the phase had allocated.
-        release_memory(self.context.device)
-        smaller = (shrink or self.halve_micro_batch)()
-        if smaller is None:
-            raise MemoryError(f"phase {phase}, as small as it can be: {why}")
-        log.warning("phase %s ran out of memory (%s): once more with %s", phase, why, smaller)
-        return work()
+    def retry(self, phase: str, work: Callable[[], T]) -> T:
+        """Call `work`, a pass; where memory runs out in it, call it once more with half the micro-batch."""
+        return retry_on_oom(work, self.halve_micro_batch, phase=phase, device=self.blockwise.device)
 
     def halve_micro_batch(self, at_most: int | None = None) -> str | None:
-        """Half the micro-batch, or half of `at_most` where no more passed at a time."""
+        """Halve the windows that passed together, `at_most` so many; say so, or return None where it was one."""
         passing = min(self.micro_batch, at_most or self.micro_batch)
         if passing == 1:
             return None
         self.micro_batch = passing // 2
         return f"windows {self.micro_batch} at a time"
 
+    def _stream(self, name: str) -> HiddenStateStream:
+        """Return the boundaries called `name`, "hidden" or "targets", in the run's scratch folder."""
+        config = self.config
+        shape = (config.samples, config.seq_len, self.blockwise.hidden_size)
+        return HiddenStateStream(config.scratch_folder, name, shape, self.blockwise.dtype, self.in_memory)
+
     @contextmanager
     def _new(self, stream: str, index: int) -> Iterator[HiddenStates]:
-        """A boundary to write; dropped if that fails, so that no writer is left when it is tried again."""
-        states = self.context.stream(stream).new(index)
+        """Yield a boundary to write; drop it if that fails, so that no writer is left when it is tried again."""
+        states = self._stream(stream).new(index)
         try:
             yield states
         except BaseException:
             states.drop()
             raise
 
+    def _targets(self, dense: Block, boundary: Boundary) -> HiddenStates | None:
+        """Return the targets of a dense block whose Gram matrices are not wanted."""
+        with self.timer.phase("targets", steps=len(self.ids), block=dense.index) as step:
+            return self._dense_pass(dense, boundary, lambda _, x: dense.run(x), step)
+
     def _dense_pass(
-        self, i: int, streams: Streams, run: Callable[[int, Tensor], Tensor], step: Callable[[int], None]
+        self, block: Block, boundary: Boundary, run: Callable[[int, Tensor], Tensor], step: Callable[[int], None]
     ) -> HiddenStates | None:
-        """Pass the hidden states through dense block i by `run`(first window, x); return the targets of block i."""
-        if not streams.targets:
-            for first, x in self._batches(streams.hidden, step):
+        """Pass the windows through the dense block by `run`(first window, x); return the block's targets."""
+        if not boundary.targets:
+            for first, x in self._batches(boundary.hidden, step):
                 run(first, x)
             return None
-        recover = self.context.config.match_recover
-        earlier = self._batches(streams.targets)
-        with self._new("targets", i + 1) as targets:
-            for first, x in self._batches(streams.hidden, step):
+        recover = self.config.match_recover
+        earlier = self._batches(boundary.targets)
+        with self._new("targets", block.index + 1) as targets:
+            for first, x in self._batches(boundary.hidden, step):
                 output = run(first, x)
                 _, target = next(earlier)
-                # what earlier blocks lost is carried along the residual stream
                 targets.write(first, output + recover * (target - x))
         return targets
 
@@ -211,8 +200,22 @@ class Passes:
     def _batches(
         self, states: HiddenStates, step: Callable[[int], None] | None = None, wanted: Sequence[Span] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """(first sample, hidden [b, T, h] on the compute device) over a boundary, or over the spans wanted."""
+        """Yield (first window, hidden [b, T, h] on the device) over a boundary, or over the spans wanted."""
         for start, x in read_batches(states, wanted or self._spans()):
-            yield start, x.to(self.context.device, non_blocking=True)
+            yield start, x.to(self.blockwise.device, non_blocking=True)
             if step:
                 step(len(x))
+
+
+def load_block(blockwise: BlockwiseModel, i: int) -> Block:
+    """Load block i, and begin to fetch the shards of the block after it."""
+    block = blockwise.load_block(i)
+    for names in blockwise.block_tensors[i + 1 : i + 2]:
+        blockwise.checkpoint.prefetch(names)
+    return block
+
+
+def drop_block(blockwise: BlockwiseModel, i: int) -> None:
+    """Free block i's memory, and with --evict-shards each downloaded shard whose tensors are all done."""
+    blockwise.evict_block(i)
+    blockwise.checkpoint.release(blockwise.block_tensors[i])

@@ -1,11 +1,11 @@
-"""What a run tells while it works: seconds and peak memory of each phase, ETA, a live display, a line a block."""
+"""Progress of a run: seconds and peak memory of each phase, time left, a live display, a log line a block."""
 
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console, Group
@@ -15,31 +15,29 @@ from rich.text import Text
 
 from streamslr.config import format_bytes
 from streamslr.memory import MemoryWatch
-
-if TYPE_CHECKING:
-    from streamslr.run.journal import BlockRecord
+from streamslr.run.journal import BlockRecord
 
 log = logging.getLogger("streamslr")
 
 PHASES = ("survey", "non_block", "embed", "load", "grams", "solve", "match", "propagate", "commit")
-"""In the order that a run goes through them; the first three come before block 0."""
+"""Phases in the order that a run goes through them; the first three come before block 0."""
 
 
 class Display(Protocol):
-    """Where progress is shown. Warnings and finished blocks reach the log by themselves."""
+    """Display of progress. Warnings and finished blocks go to the log, not through it."""
 
     def blocks(self, done: int, total: int, eta: float | None) -> None:
-        """`done` of `total` blocks are committed; `eta` seconds are left, None while nobody can know."""
+        """Show that `done` of `total` blocks are committed, and `eta` seconds are left (None: not known yet)."""
 
     def phase(self, block: int | None, name: str, steps: int) -> None:
-        """A phase of so many steps begins, of a block or of the whole run."""
+        """Show that a phase of `steps` steps begins, in a block or (None) before the first."""
 
     def step(self, steps: int, host_bytes: int) -> None:
-        """So many steps of the phase are done; what the process holds now."""
+        """Show that `steps` more steps of the phase are done, and what the process holds now."""
 
 
 class NoDisplay:
-    """Shows nothing: --quiet, log files, the Python API."""
+    """Display that shows nothing: for --quiet, log files and the Python API."""
 
     def blocks(self, done: int, total: int, eta: float | None) -> None: ...
     def phase(self, block: int | None, name: str, steps: int) -> None: ...
@@ -47,29 +45,30 @@ class NoDisplay:
 
 
 class PhaseTimer:
-    """The clock of a run: times each phase, takes its peak memory, and tells the display."""
+    """Clock and memory meter of a run's phases; it also holds the run to its host budget."""
 
     def __init__(
         self,
-        display: Display,
         device: torch.device,
-        total_blocks: int,
-        done: int,
+        display: Display,
         host_budget: int | None = None,
         planned: Mapping[str, Mapping[str, int]] | None = None,
-    ):
-        """host_budget: private bytes that no phase may exceed; None where nobody set a limit. planned: what is
-        written down beside the readings of each phase (Plan.memory)."""
+    ) -> None:
+        """Make a timer that measures while entered.
+
+        Args:
+            device: Device that the run computes on.
+            display: Display to tell of phases and their steps.
+            host_budget: Private bytes that no phase may exceed; None without a limit.
+            planned: For each phase, figures to record beside the measured ones (Plan.memory).
+        """
+        self._device, self._display = device, display
         self._host_budget, self._planned = host_budget, planned or {}
-        self._display, self._device = display, device
-        self._total, self._done_before, self._done = total_blocks, done, done
         self._watch = MemoryWatch()
         self._measured: dict[str, Any] = {}
-        self._started = time.monotonic()
 
     def __enter__(self) -> "PhaseTimer":
         self._watch.start()
-        self._display.blocks(self._done, self._total, None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,9 +76,10 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str, steps: int, block: int | None = None) -> Iterator[Callable[[int], None]]:
-        """Times the body as `name`; the body calls what it is given with the steps it has done.
+        """Measure the body as phase `name` of `steps` steps; yield a function to call with the steps just done.
 
-        That call raises MemoryError when the process holds more than the host budget.
+        Raises:
+            MemoryError: By that function, when the process holds more than the host budget.
         """
         self._display.phase(block, name, steps)
         self._watch.take()
@@ -106,12 +106,23 @@ class PhaseTimer:
             raise MemoryError(f"the process holds {format_bytes(held)} of host memory, --host-mem is {budget}")
 
     def take(self) -> dict[str, Any]:
-        """{phase: {seconds, host_peak_bytes[, gpu_peak_bytes], what was planned}} since the last take."""
+        """Return {phase: {seconds, host_peak_bytes[, gpu_peak_bytes], planned figures}} since the last take."""
         measured, self._measured = self._measured, {}
         return measured
 
-    def committed(self, record: "BlockRecord") -> None:
-        """A block is durable: move the display on, and write the log's line of it."""
+
+class BlockProgress:
+    """Count of committed blocks, with the time left and a log line a block."""
+
+    def __init__(self, display: Display, done: int, total: int) -> None:
+        """Start with `done` of `total` blocks, committed by earlier starts of the run."""
+        self._display, self._total = display, total
+        self._done_before = self._done = done
+        self._started = time.monotonic()
+        display.blocks(done, total, None)
+
+    def committed(self, record: BlockRecord) -> None:
+        """Count a block that was committed, and log its line."""
         self._done += 1
         spent = time.monotonic() - self._started
         eta = spent / (self._done - self._done_before) * (self._total - self._done)
@@ -139,7 +150,7 @@ class PhaseTimer:
 
 
 def format_duration(seconds: float) -> str:
-    """4000 -> '1 h 06 min', 75 -> '1 min 15 s', 3 -> '3 s'."""
+    """Return a duration for people: 4000 -> '1 h 06 min', 75 -> '1 min 15 s', 3 -> '3 s'."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
@@ -147,7 +158,7 @@ def format_duration(seconds: float) -> str:
 
 
 class LiveDisplay(logging.Handler):
-    """Two bars, ETA, memory against its budget and the last warnings, redrawn in place on a terminal."""
+    """Display on a terminal: bars for blocks and phase, time left, memory beside its budget, the last warnings."""
 
     def __init__(self, console: Console, host_budget: int):
         super().__init__(logging.WARNING)

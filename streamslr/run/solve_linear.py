@@ -1,46 +1,109 @@
-"""One linear: solve it, pack the result, put S + U·V as stored in its place, and say how good it is."""
+"""One linear: solve it, pack the result, put S + U·V as stored in its place, and measure how good it is."""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
 from streamslr.io.packing import merge, pack
+from streamslr.memory import retry_on_oom
 from streamslr.run.journal import LinearRecord
-from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, pruning_error, relative_error
+from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, relative_error, wanda_error
+from streamslr.spec.allocation import Allocation, LinearSpec
+from streamslr.tensors import is_finite
 
 log = logging.getLogger("streamslr")
+
+
+@dataclass
+class LinearCompressor:
+    """Solver of a run's linears, one at a time, in a workspace that shrinks for good when memory runs out."""
+
+    solver: Solver
+    allocation: Allocation
+    seed: int
+    workspace: int | None  # bytes that one solve may take; None: as many as it likes
+
+    def compress(
+        self, name: str, linear: nn.Linear, gram: Tensor, dtype: torch.dtype
+    ) -> tuple[Mapping[str, Tensor], LinearRecord]:
+        """Replace the weight of `linear` as `compress_linear` does; once more in less memory where it runs out.
+
+        Args:
+            name: Name of the linear in the allocation.
+            linear: The live linear.
+            gram: Gram matrix of its inputs, [d, d] float32, on the linear's device.
+            dtype: Dtype to store values and factors in.
+        """
+        spec = self.allocation[name]
+
+        def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
+            weight = linear.weight.detach().float()
+            problem = LinearProblem(name, weight, gram, spec.pattern, spec.rank, self.seed, self.workspace)
+            return compress_linear(problem, linear, self.solver, dtype)
+
+        def shrink() -> str | None:
+            smaller = smaller_workspace(self.solver, spec, linear, self.workspace)
+            if smaller is None:
+                return None
+            self.workspace = smaller
+            return f"a solver workspace of {format_bytes(smaller)}, from {name} on"
+
+        return retry_on_oom(work, shrink, phase="solve", device=linear.weight.device)
+
+
+def smaller_workspace(solver: Solver, spec: LinearSpec, linear: nn.Linear, workspace: int | None) -> int | None:
+    """Return a smaller workspace: what a solve takes if given half of what it takes now; None if it takes no less."""
+    gpu = linear.weight.device.type == "cuda"
+    o, d = linear.out_features, linear.in_features
+    peak_bytes = partial(solver.peak_bytes, o, d, spec.rank, by_row=spec.pattern.by_row, gpu=gpu)
+    now = peak_bytes(workspace)
+    less = peak_bytes(now // 2)
+    return less if less < now else None
 
 
 @torch.no_grad()
 def compress_linear(
     problem: LinearProblem, linear: nn.Linear, solver: Solver, dtype: torch.dtype
 ) -> tuple[Mapping[str, Tensor], LinearRecord]:
-    """What to store of the linear, values and factors in `dtype`, and its record; its weight is replaced.
+    """Solve `problem` and put the solution, as it is stored, into the weight of `linear`.
 
-    Errors are those of what is stored, rounding included. Raises InputError when a factor overflows `dtype`,
-    StreamslrError when the solver returns what is no solution.
+    Args:
+        problem: The linear as the solver takes it.
+        linear: The live linear, its weight [o, d] on the problem's device.
+        solver: The method.
+        dtype: Dtype to store values and factors in.
+
+    Returns:
+        The packed linear, and its record. Errors in the record are those of what is stored, rounding included.
+
+    Raises:
+        InputError: A factor overflows `dtype`.
+        StreamslrError: The solver returned no valid solution.
     """
     weight, pattern = problem.weight, problem.pattern  # [o, d]
     shape = (weight.shape[0], weight.shape[1])
-    pruned = pruning_error(problem)
+    pruned = wanda_error(problem)
     solution = solver.solve(problem)
     try:
         _require_shapes(problem, solution)
         tensors = pack(solution.S, pattern, dtype)
     except ValueError as error:
         raise StreamslrError(
-            f"{problem.name}: {type(solver).__name__} returned what is no solution: {error}; tell the method's author"
+            f"{problem.name}: {type(solver).__name__} returned no valid solution: {error}; tell the method's author"
         ) from error
     if rank := solution.U.shape[1]:
         tensors |= {"U": solution.U.to(dtype), "V": solution.V.to(dtype)}
-    if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
+    if not all(is_finite(part) for part in tensors.values()):
         raise InputError(f"{problem.name}: its factors overflow {dtype}; give the model in bf16 or fp32")
     density = int(solution.S.count_nonzero()) / weight.numel()
     iterations, damping, warnings = solution.iterations, solution.damping, solution.warnings
-    del solution  # S is as large as the weight, and so is what comes now
+    del solution  # S is as large as the weight, and so is `merged`
     merged = merge(tensors, pattern, shape, linear.weight.dtype)
     for warning in warnings:
         log.warning("%s", warning)
@@ -63,7 +126,7 @@ def compress_linear(
 
 
 def _require_shapes(problem: LinearProblem, solution: SparseLowRank) -> None:
-    """Raises ValueError for S, U, V that are no solution [o, d], [o, r], [r, d] of the rank asked for."""
+    """Raise ValueError where S, U, V are not of the shapes [o, d], [o, r], [r, d] of the problem's rank r or less."""
     (o, d), shapes = problem.weight.shape, [tuple(part.shape) for part in (solution.S, solution.U, solution.V)]
     r = shapes[1][-1]
     if shapes != [(o, d), (o, r), (r, d)] or r > problem.rank:

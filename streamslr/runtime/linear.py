@@ -1,4 +1,4 @@
-"""A linear that stays S + U·V: S packed in memory, multiplied by sparse tensor cores or unpacked tile by tile."""
+"""A linear that stays S + U·V: S packed in memory, multiplied on sparse tensor cores or unpacked tile by tile."""
 
 import logging
 from dataclasses import dataclass
@@ -9,22 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError
+from streamslr.io.packed_layout import PACKED_PARTS, part_dtype, part_shapes
 from streamslr.io.packing import unpack, unpack_rows
-from streamslr.spec.pattern import SparsityPattern, parse_pattern
+from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
 
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 24
-"""Weights unpacked at once. On the CPU a tile and what it is made of stay in the cache: 4096x4096 took 2 to 3 times as
-long unpacked at once (tools/results/inference-cpu.json), and tiles of 2^17 to 2^20 were alike. Untried on GPUs."""
+"""Weights that are unpacked at once. On a CPU a tile and its parts should fit the cache: unpacking 4096x4096 at once
+took up to 3 times as long (tools/results/inference-cpu.json, "unfused"), tiles of 2^17 to 2^20 weights took the same
+time. The size for GPUs has not been measured."""
+_TENSOR_CORE_PATTERN = NofM(2, 4)
+"""The one pattern that sparse tensor cores multiply."""
 
 log = logging.getLogger("streamslr")
 
 
 class SparseLowRankLinear(nn.Module):
-    """y = x Sᵀ + (x Vᵀ) Uᵀ + bias, for x [..., d] and S [o, d], which is packed as in the folder's format.
+    """A linear y = x Sᵀ + (x Vᵀ) Uᵀ + bias, for x [..., d] and S [o, d] packed as in the folder's format.
 
-    The state dict is the format: `values`, `meta`[, `row_offsets`] (`streamslr.io.packing`) are buffers, and
-    frozen; `U` [o, r], `V` [r, d] (absent at rank 0) and `bias` [o] are parameters. Gradients reach x, U, V and
-    bias; the backward pass unpacks S again, so that no dense S is kept for it.
+    The state dict is that format (`streamslr.io.packed_layout`). Gradients reach x, U, V and bias. The backward pass
+    unpacks S again, so that no dense S is held for it.
+
+    Attributes:
+        values: buffer; values of S, frozen.
+        meta: buffer; positions of the values, frozen.
+        row_offsets: buffer; where each row's values begin, only for patterns whose rows differ in number; frozen.
+        S: buffer; dense S [o, d] after `keep_dense`, not in the state dict.
+        U: parameter [o, r]; None at rank 0.
+        V: parameter [r, d]; None at rank 0.
+        bias: parameter [o], or None.
     """
 
     values: Tensor
@@ -46,43 +58,58 @@ class SparseLowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Tensors are allocated, not filled: `load_state_dict` or the loader does. nonzeros: where rows differ."""
+        """Allocate the tensors; `load_state_dict` or `streamslr.load` fills them.
+
+        Args:
+            in_features: inputs d.
+            out_features: outputs o.
+            pattern: sparsity pattern of S.
+            rank: columns r of U; 0 for none.
+            bias: True for a linear with bias.
+            nonzeros: number of values, for patterns whose rows differ in it.
+            dtype: dtype of values, U, V and bias [default: torch's].
+            device: device of all tensors [default: torch's].
+
+        Raises:
+            InputError: no weight [o, d] can have the pattern.
+        """
         super().__init__()
         self.in_features, self.out_features, self.pattern, self.rank = in_features, out_features, pattern, rank
         o, d = out_features, in_features
         pattern.require_fits("SparseLowRankLinear", (o, d))
-        groups = pattern.groups(d)
-        values = (o, d // groups[1] * groups[0]) if groups else (nonzeros or 0,)
-        self.register_buffer("values", torch.empty(values, dtype=dtype, device=device))
-        self.register_buffer("meta", torch.empty(o, pattern.meta_width(d), dtype=torch.uint8, device=device))
-        offsets = None if groups else torch.empty(o + 1, dtype=torch.int64, device=device)
-        self.register_buffer("row_offsets", offsets)
-        self.register_buffer(
-            "S", None
-        )  # dense, only after keep_dense(); accelerate trips over a None that is not saved
-        for name, shape in (("U", (o, rank)), ("V", (rank, d))):
-            factor = nn.Parameter(torch.empty(shape, dtype=dtype, device=device)) if rank else None
-            self.register_parameter(name, factor)
+        shapes = part_shapes(pattern, (o, d), rank, nonzeros or 0)
+        parts = {
+            part: torch.empty(shape, dtype=part_dtype(part, dtype), device=device) for part, shape in shapes.items()
+        }
+        for part in ("values", "meta", "row_offsets"):
+            self.register_buffer(part, parts.get(part))
+        # Registered as saved until keep_dense() fills it: accelerate fails on a None that is not saved.
+        self.register_buffer("S", None)
+        for part in ("U", "V"):
+            self.register_parameter(part, nn.Parameter(parts[part]) if rank else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(o, dtype=dtype, device=device)) if bias else None)
-        self._semi: _SemiStructured | None = None
+        self._gpu_kernel: _GpuKernel | None = None
 
     @property
     def kernel(self) -> str:
-        """What multiplies S where the module is now, and why."""
+        """Kernel that multiplies S on the device where the module is now, with the reason."""
         if self.S is not None:
             return "dense: keep_dense() was asked for"
-        return self._semi_structured().name if self.values.is_cuda else "unpacked in tiles: no sparse kernel on the CPU"
+        if not self.values.is_cuda:
+            return "unpacked in tiles: no sparse kernel on the CPU"
+        return self._require_gpu_kernel().name
 
     def packed(self) -> dict[str, Tensor]:
-        """What the folder stores of the linear, bias left out: values, meta[, row_offsets][, U, V]."""
-        parts = {name: getattr(self, name) for name in ("values", "meta", "row_offsets", "U", "V")}
-        return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
+        """Return the parts that the folder stores, without the bias: values, meta[, row_offsets][, U, V]."""
+        parts = {part: getattr(self, part) for part in PACKED_PARTS}
+        return {part: tensor.detach() for part, tensor in parts.items() if tensor is not None}
 
-    @torch.inference_mode(False)  # what is made while evaluating serves training too
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be trained with later
     def keep_dense(self) -> None:
-        """Also holds S dense from now on: the speed of a dense linear, for its memory beside the packed one.
+        """Hold S dense too from now on: as fast as a dense linear, for its memory on top of the packed one.
 
-        Raises InputError where accelerate offloads the weights between calls.
+        Raises:
+            InputError: accelerate offloads the weights between calls.
         """
         if self.values.is_meta:
             raise InputError("S cannot be kept dense of weights that are offloaded: leave keep_dense or device_map out")
@@ -90,6 +117,7 @@ class SparseLowRankLinear(nn.Module):
         self.register_buffer("S", S, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return y [..., o] for x [..., d]."""
         flat = x.reshape(-1, self.in_features)  # [n, d]
         if self.S is not None:
             y = nn.functional.linear(flat, self.S)
@@ -114,40 +142,40 @@ class SparseLowRankLinear(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_cuda(self, x: Tensor) -> Tensor:
-        """Not traced: torch's sparse tensors are subclasses with kernels of their own."""
-        semi = self._semi_structured()
-        if semi.weight is None or x.dtype != semi.weight.dtype:
+        # torch.compile does not trace this: torch's sparse tensors are subclasses with kernels of their own.
+        kernel = self._require_gpu_kernel()
+        if kernel.weight is None or x.dtype != kernel.weight.dtype:
             return self._unpacked(x)
-        rest = semi.weight, self.values, self.meta, str(self.pattern), self.in_features
+        rest = kernel.weight, self.values, self.meta, str(self.pattern), self.in_features
         y: Tensor = _SemiStructuredProduct.apply(x, *rest)  # type: ignore[no-untyped-call]
         return y
 
     @torch.inference_mode(False)
-    def _semi_structured(self) -> "_SemiStructured":
-        """S for the sparse tensor cores of this device, made when first needed."""
-        if self._semi is None:
-            self._semi = _semi_structured(self)
-            if self._semi.weight is not None:
-                # both of torch's layouts begin with the kept values in our order: hold them once
-                values = self._semi.weight.values()
+    def _require_gpu_kernel(self) -> "_GpuKernel":
+        """Return the kernel for this device, chosen when it is first needed."""
+        if self._gpu_kernel is None:
+            self._gpu_kernel = _choose_gpu_kernel(self)
+            if self._gpu_kernel.weight is not None:
+                # Both of torch's 2:4 layouts begin with the values in our order: hold them once.
+                values = self._gpu_kernel.weight.values()
                 if torch.equal(values, self.values):
                     self.values = values
-            _announce(self._semi.name)
-        return self._semi
+            _log_once(self._gpu_kernel.name)
+        return self._gpu_kernel
 
-    # What was made for a device is made again after tensors move or change, and is never copied or saved.
+    # The kernel is chosen again after tensors move or change, and it is never copied or saved.
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLowRankLinear":
-        self._semi = None
+        self._gpu_kernel = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._semi = self.S = None
+        self._gpu_kernel = self.S = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_semi": None}
+        return self.__dict__ | {"_gpu_kernel": None}
 
 
 @torch.library.custom_op(
@@ -158,16 +186,16 @@ class SparseLowRankLinear(nn.Module):
 def _packed_product(
     x: Tensor, values: Tensor, meta: Tensor, row_offsets: Tensor | None, pattern: str, d: int, by_columns: bool
 ) -> Tensor:
-    """x [n, d] -> x Sᵀ [n, o], or by_columns x [n, o] -> x S [n, d]; never more than a tile of S is dense.
+    """Return x Sᵀ [n, o] for x [n, d], or by_columns x S [n, d] for x [n, o]; at most one tile of S is dense at a time.
 
-    An operator of its own, so that torch.compile takes it whole and autograd keeps only what is packed.
+    It is an operator of its own, so that torch.compile takes it whole and autograd saves only the packed tensors.
     """
     parsed, o = _parse(pattern), len(meta)
     tensors = {"values": values, "meta": meta} | ({} if row_offsets is None else {"row_offsets": row_offsets})
     step = max(1, (_CPU_TILE if x.device.type == "cpu" else _GPU_TILE) // d)
     tiles = (slice(start, min(start + step, o)) for start in range(0, o, step))
     if by_columns:
-        wide = torch.promote_types(x.dtype, torch.float32)  # sums over tiles would round in bf16
+        wide = torch.promote_types(x.dtype, torch.float32)  # sums over tiles would lose digits in bf16
         sums = torch.zeros(len(x), d, dtype=wide, device=x.device)
         for rows in tiles:
             sums += x[:, rows] @ unpack_rows(tensors, parsed, (o, d), rows).to(x.dtype)
@@ -201,15 +229,20 @@ _parse = cache(parse_pattern)
 
 
 @dataclass(frozen=True)
-class _SemiStructured:
-    """S in torch's 2:4 layout, or the reason why it is unpacked instead."""
+class _GpuKernel:
+    """The kernel that multiplies S on a GPU.
+
+    Attributes:
+        name: the kernel, with the reason where S is unpacked.
+        weight: S in torch's 2:4 layout, a torch.sparse.SparseSemiStructuredTensor [o, d]; None where S is unpacked.
+    """
 
     name: str
-    weight: Any = None  # a torch.sparse.SparseSemiStructuredTensor [o, d]
+    weight: Any = None
 
 
 class _SemiStructuredProduct(torch.autograd.Function):
-    """x Sᵀ on sparse tensor cores; torch's layout cannot multiply by S itself, so backward unpacks."""
+    """Product x Sᵀ on sparse tensor cores. Torch's layout cannot multiply by S itself, so the backward pass unpacks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, values: Tensor, meta: Tensor, pattern: str, d: int) -> Tensor:
@@ -223,20 +256,18 @@ class _SemiStructuredProduct(torch.autograd.Function):
         return _packed_product(grads[0], values, meta, None, ctx.pattern, ctx.d, True), None, None, None, None, None
 
 
-def _semi_structured(linear: SparseLowRankLinear) -> _SemiStructured:
-    """torch's cuSPARSELt kernels where they run, CUTLASS's where only those do (compute 8.x)."""
+def _choose_gpu_kernel(linear: SparseLowRankLinear) -> _GpuKernel:
+    """Return cuSPARSELt's kernel where it runs, CUTLASS's where only that runs (compute 8.x), else none and why."""
     values, shape = linear.values, (linear.out_features, linear.in_features)
 
-    def unpacked(why: str) -> _SemiStructured:
-        return _SemiStructured(f"unpacked in tiles: {why}")
+    def unpacked(why: str) -> _GpuKernel:
+        return _GpuKernel(f"unpacked in tiles: {why}")
 
-    hook = getattr(
-        linear, "_hf_hook", None
-    )  # accelerate's; of offloaded weights it keeps nothing on the GPU, nor may we
+    hook = getattr(linear, "_hf_hook", None)  # accelerate's; it leaves no offloaded weight on the GPU, nor may we
     if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
         return unpacked("its weights are offloaded between calls")
-    if str(linear.pattern) != "2:4":
-        return unpacked(f"sparse tensor cores take 2:4, not {linear.pattern}")
+    if linear.pattern != _TENSOR_CORE_PATTERN:
+        return unpacked(f"sparse tensor cores take {_TENSOR_CORE_PATTERN}, not {linear.pattern}")
     if values.dtype not in (torch.bfloat16, torch.float16):
         return unpacked(f"sparse tensor cores take bfloat16 and float16, not {values.dtype}")
     major, minor = torch.cuda.get_device_capability(values.device)
@@ -258,13 +289,13 @@ def _semi_structured(linear: SparseLowRankLinear) -> _SemiStructured:
         raise
     except (RuntimeError, NotImplementedError, ValueError) as error:  # a shape or version that the kernel refuses
         return unpacked(f"{name} refused {shape[0]}x{shape[1]}: {str(error).partition(chr(10))[0]}")
-    # kernels and their layouts are a prototype in torch: one wrong product, and S is unpacked instead
+    # The kernels and their layouts are a prototype in torch: after one wrong product S is unpacked instead.
     if not torch.allclose(got, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
         return unpacked(f"{name}'s product of a {shape[0]}x{shape[1]} linear was wrong")
-    return _SemiStructured(f"{name} 2:4", weight)
+    return _GpuKernel(f"{name} {_TENSOR_CORE_PATTERN}", weight)
 
 
 @cache
-def _announce(kernel: str) -> None:
-    """Each way and reason once in a process."""
+def _log_once(kernel: str) -> None:
+    """Log a kernel and its reason, each once in a process."""
     log.log(logging.WARNING if kernel.startswith("unpacked") else logging.INFO, "packed linears on the GPU: %s", kernel)

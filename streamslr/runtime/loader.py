@@ -1,4 +1,4 @@
-"""A compressed folder -> a model of transformers, through `from_pretrained`, packed all the way."""
+"""A compressed folder loaded as a model of transformers, through `from_pretrained`; its linears stay packed."""
 
 import logging
 from collections import Counter
@@ -7,22 +7,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from streamslr.errors import InputError
-from streamslr.io.shards import MIXED, QUANT_METHOD, packed_linears, read_quantization_config, shard_metadata
+from streamslr.errors import InputError, first_line
+from streamslr.io.packed_layout import (
+    MIXED,
+    QUANT_METHOD,
+    linears_among,
+    packed_linears,
+    read_quantization_config,
+    shard_metadata,
+    stored_parts,
+)
+from streamslr.io.safetensors_file import TensorInfo, shard_header
+from streamslr.model.transformers_compat import (
+    HfQuantizer,
+    QuantizationConfigMixin,
+    get_model_conversion_mapping,
+    register_quantization_config,
+    register_quantizer,
+    revert_weight_conversion,
+)
+from streamslr.run.journal import read_journal
 from streamslr.runtime.linear import SparseLowRankLinear
+from streamslr.spec.pattern import SparsityPattern
 
-# No more of transformers up here: this module is imported while transformers is (runtime/register.py).
+# This file is imported while transformers is being imported (runtime/register.py), when AutoModelForCausalLM and
+# PreTrainedModel are not there yet. What needs them is imported inside functions, streamslr's own files included.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from streamslr.model.checkpoint import TensorInfo
-    from streamslr.spec.pattern import SparsityPattern
 
 log = logging.getLogger("streamslr")
 
@@ -34,17 +47,27 @@ def load(
     device_map: str | Mapping[str, Any] | None = None,
     keep_dense: bool = False,
 ) -> "PreTrainedModel":
-    """The model of a compressed folder (or hub id), its linears `SparseLowRankLinear`, packed in memory.
+    """Load a compressed folder (or hub id) as a model whose linears are `SparseLowRankLinear`, packed in memory.
 
-    device: "cpu", "cuda", … [default: cuda where there is one]; or device_map, as in `from_pretrained`.
-    dtype: of every floating-point tensor [default: as stored]. keep_dense: also hold every S dense, which costs
-    the dense model's memory on top and is as fast as the dense model; for CPUs, where unpacking costs time.
-    Peak host memory is the packed model and one shard. Raises InputError for a folder that streamslr did not
-    write, or that is unfinished; the bytes themselves are checked by `streamslr verify`, not here.
+    Peak host memory is the packed model and one shard. The bytes themselves are not checked against their digests;
+    `streamslr verify` does that.
+
+    Args:
+        folder: compressed folder, or hub id of one.
+        device: "cpu", "cuda", … [default: cuda where there is one].
+        dtype: dtype of every floating-point tensor [default: as stored].
+        device_map: in place of device, as in `from_pretrained`.
+        keep_dense: hold every S dense too. The model is then as fast as the dense model, for the dense model's memory
+            on top: for CPUs, where unpacking costs time.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        InputError: streamslr did not write the folder, the folder is unfinished or damaged, or an argument cannot take
+            effect.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from streamslr.model.sources import first_line
 
     if device is not None and device_map is not None:
         raise InputError(f"device {device!s} and device_map {device_map!r} cannot both hold; give one of them")
@@ -65,7 +88,7 @@ def load(
         device_map = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=dtype or "auto", device_map=device_map, offload_buffers=True
-    )  # S is in buffers, which accelerate leaves on the GPU unless it is told to offload them too
+    )  # values of S are buffers, which accelerate leaves on the GPU unless it is told to offload them too
     if keep_dense:
         for linear in packed_modules(model).values():
             linear.keep_dense()
@@ -73,15 +96,16 @@ def load(
 
 
 def packed_modules(model: nn.Module) -> dict[str, SparseLowRankLinear]:
-    """The compressed linears of a model, by module path."""
+    """Return the packed linears of a model, by module path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLowRankLinear)}
 
 
 @register_quantization_config(QUANT_METHOD)
 class StreamslrConfig(QuantizationConfigMixin):
-    """`quantization_config` of a compressed folder's config.json; InputError when it is damaged or too new."""
+    """Entry `quantization_config` of a compressed folder's config.json."""
 
     def __init__(self, **entry: Any) -> None:
+        """Take the entry's fields. Raises InputError for a damaged one, or one of another format version."""
         vars(self).update(entry | {"quant_method": QUANT_METHOD})
         packed = read_quantization_config({"quantization_config": vars(self)})
         assert packed is not None
@@ -90,37 +114,37 @@ class StreamslrConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class StreamslrQuantizer(HfQuantizer):
-    """Has `from_pretrained` put packed linears where the folder stores them, before any weight is read."""
+    """Part of `from_pretrained` that replaces linears by packed ones before any weight is read."""
 
-    requires_calibration = True  # transformers cannot make such weights on the fly
+    requires_calibration = True  # transformers cannot make packed weights from dense ones
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
+        from streamslr.model.experts import unfuse
+        from streamslr.model.parameter_names import find_modules
 
-        from streamslr.model.experts import names_in, unfuse
-
-        stored, patterns = _stored(checkpoint_files)
+        stored, patterns = _read_headers(checkpoint_files)
         unfuse(model, get_model_conversion_mapping(model), stored)
         packed = read_quantization_config({"quantization_config": self.quantization_config})
         assert packed is not None
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        paths = [key.removesuffix(".meta") for key in stored if key.endswith(".meta")]
-        names = names_in(model, paths, linears)
-        if strangers := [path for path in paths if path not in names]:
+        paths = linears_among(stored)
+        names = find_modules(model, paths, linears)
+        if unknown := [path for path in paths if path not in names]:
             raise InputError(
-                f"the shards hold {strangers[0]} ({len(strangers)} such linears), which {type(model).__name__} lacks: "
+                f"the shards hold {unknown[0]} ({len(unknown)} such linears), which {type(model).__name__} lacks: "
                 "config.json is of another model, or another version of transformers wrote the folder"
             )
         for path, name in names.items():
-            if f"{path}.values" not in stored:
+            parts = {part: stored[key] for part, key in stored_parts(path, stored).items()}
+            if "values" not in parts:
                 raise InputError(f"the shards hold {path}.meta without its values; `streamslr verify` tells more")
             linear = linears.pop(name)
             pattern = patterns.get(path, packed.pattern)
             if pattern is None:
                 raise InputError(f"no shard's header says what pattern {path} has; copy the folder again")
-            rank = stored[f"{path}.U"].shape[1] if f"{path}.U" in stored else 0
+            rank = parts["U"].shape[1] if "U" in parts else 0
             model.set_submodule(
                 name,
                 SparseLowRankLinear(
@@ -129,7 +153,7 @@ class StreamslrQuantizer(HfQuantizer):
                     pattern,
                     rank,
                     bias=linear.bias is not None,
-                    nonzeros=stored[f"{path}.values"].shape[0],
+                    nonzeros=parts["values"].shape[0],
                     dtype=linear.weight.dtype,
                     device="meta",
                 ),
@@ -137,13 +161,11 @@ class StreamslrQuantizer(HfQuantizer):
         _require_whole(model, set(linears))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
-        ways = Counter(linear.kernel for linear in packed_modules(model).values())
-        log.info("packed linears: %s", "; ".join(f"{count} {way}" for way, count in ways.most_common()))
+        kernels = Counter(linear.kernel for linear in packed_modules(model).values())
+        log.info("packed linears: %s", "; ".join(f"{count} {kernel}" for kernel, count in kernels.most_common()))
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
-        """What `save_pretrained` puts in its shards' headers, so that `streamslr eval` reads its folders too."""
-        from transformers.core_model_loading import revert_weight_conversion
-
+        """Return the texts for the headers of `save_pretrained`'s shards, so that `streamslr eval` reads them too."""
         linears = packed_modules(model)
         saved = revert_weight_conversion(model, {f"{name}.meta": linear.meta for name, linear in linears.items()})
         names = {id(tensor): key.removesuffix(".meta") for key, tensor in saved.items()}
@@ -161,7 +183,7 @@ class StreamslrQuantizer(HfQuantizer):
         return True
 
     @property
-    def is_qat_trainable(self) -> bool:  # U, V, norms and biases train without an adapter
+    def is_qat_trainable(self) -> bool:  # U, V, norms and biases can be trained without an adapter
         return True
 
     @property
@@ -169,37 +191,38 @@ class StreamslrQuantizer(HfQuantizer):
         return True
 
 
-def _stored(files: list[str] | None) -> "tuple[dict[str, TensorInfo], dict[str, SparsityPattern]]":
-    """Every tensor of the shards, and the pattern of every linear, from their headers.
+def _read_headers(files: list[str] | None) -> tuple[dict[str, TensorInfo], dict[str, SparsityPattern]]:
+    """Return every tensor of the shards, and the pattern of every packed linear, from the shards' headers.
 
-    Raises InputError for damaged ones, and an unfinished run.
+    Raises:
+        InputError: a header is damaged, or the run that wrote the folder has not finished.
     """
-    from streamslr.model.checkpoint import shard_header
-    from streamslr.run.journal import read_journal
-
     if not files:
-        raise InputError("a compressed model is loaded from its folder; a state_dict alone does not do")
+        raise InputError("a compressed model must be loaded from its folder, not from a state_dict alone")
     for folder in {Path(file).parent for file in files}:
         if state := read_journal(folder):
             state.require_complete(folder)
-    stored = {name: info for file in files for name, info in shard_header(Path(file)).items()}
-    patterns = {}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            patterns.update({name: pattern for name, (pattern, _) in packed_linears(opened.metadata()).items()})
-    return stored, patterns
+    headers = [shard_header(Path(file)) for file in files]
+    stored = {name: info for header in headers for name, info in header.tensors.items()}
+    linears = {name: linear for header in headers for name, linear in packed_linears(header.metadata).items()}
+    return stored, {name: pattern for name, (pattern, _) in linears.items()}
 
 
 def _require_whole(model: nn.Module, dense: set[str]) -> None:
-    """Raises InputError when a linear is dense whose like is packed in another block: shards are missing."""
+    """Raise InputError when a linear stayed dense that is packed in another block: shards are missing.
 
-    def anywhere(name: str) -> str:
+    Args:
+        model: the model, packed linears in their places.
+        dense: module paths of the linears that stayed dense.
+    """
+
+    def without_numbers(name: str) -> str:
         return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
-    packed = {anywhere(name) for name in packed_modules(model)}
+    packed = {without_numbers(name) for name in packed_modules(model)}
     if not packed:
         raise InputError("config.json says that streamslr packed the linears, but the shards hold none that fit")
-    if missing := sorted(name for name in dense if anywhere(name) in packed):
+    if missing := sorted(name for name in dense if without_numbers(name) in packed):
         raise InputError(
             f"the shards hold no {missing[0]} ({len(missing)} such linears): the folder is unfinished or "
             f"incomplete; `streamslr verify` tells more"

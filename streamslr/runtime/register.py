@@ -1,4 +1,4 @@
-"""Tells transformers of our format, without importing transformers (seconds) before its user does."""
+"""Registration of the format with transformers, without importing transformers (seconds) before its user does."""
 
 import importlib
 import importlib.util
@@ -15,7 +15,7 @@ log = logging.getLogger("streamslr")
 
 
 def register_with_transformers() -> None:
-    """From now on `from_pretrained` knows compressed folders: at once, or when transformers is imported."""
+    """Have `from_pretrained` load compressed folders: at once, or from the moment that transformers is imported."""
     if _QUANTIZERS in sys.modules:
         importlib.import_module("streamslr.runtime.loader")
     else:
@@ -23,14 +23,15 @@ def register_with_transformers() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds nothing itself; has our classes registered once the module of transformers' quantizers has run."""
+    """Import hook that finds no module; it registers our classes as soon as transformers' quantizers are imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Return None for every module but the quantizers', whose loader registers our classes at its end."""
         if fullname != _QUANTIZERS:
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(self)  # the other finders find it
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
@@ -41,7 +42,7 @@ class _AfterImport(MetaPathFinder):
             try:
                 importlib.import_module("streamslr.runtime.loader")
             except Exception as error:  # transformers itself must stay importable, whatever changes in it
-                log.warning("transformers cannot be told of streamslr's format (%s); update streamslr", error)
+                log.warning("cannot register streamslr's format with transformers (%s); update streamslr", error)
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec

@@ -1,4 +1,4 @@
-"""(W, H) -> S, U, V: one linear's compression, a method a file."""
+"""Compression of one linear, (W, H) -> S, U, V: a method a file."""
 
 from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, relative_error
 from streamslr.solvers.methods import Method, all_methods, find_method

@@ -6,17 +6,21 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from streamslr.solvers.scaled import ScaledLinear
-from streamslr.solvers.threebasil import ThreeBasil, solve_bytes, solve_flops
+from streamslr.solvers.threebasil import ThreeBasil
 
 
 @dataclass(frozen=True)
 class Alps:
-    """The paper's ADMM is 3BASiL's without U·V, so the support comes from `ThreeBasil` at rank 0.
+    """Support by ADMM, then the values on it refitted by preconditioned conjugate gradients.
 
-    Differences from the paper are therefore that class's: ρ grows in stages instead of by how far the support moved,
-    and inputs are scaled by Optimal Brain Surgeon's saliency. The values are then refitted by the paper's
-    preconditioned conjugate gradients (its algorithm 2), every row at its own step size, `cg_iterations` as in the
-    official code. Its preconditioner is the diagonal of H, which is I in the scale of the linear.
+    The paper's ADMM is 3BASiL's without U·V, so the support is that of `ThreeBasil` at rank 0. It therefore differs
+    from the paper as that class does: ρ grows in stages, not by how far the support moved, and inputs are scaled by
+    Optimal Brain Surgeon's saliency. The refit is the paper's algorithm 2, each row with its own step size. Its
+    preconditioner, the diagonal of H, is I in the scale of the linear.
+
+    Attributes:
+        admm: Finds the support.
+        cg_iterations: Iterations of conjugate gradients; 10 in the official code.
     """
 
     admm: ThreeBasil = field(default_factory=ThreeBasil)
@@ -37,26 +41,32 @@ class Alps:
         return prune
 
     def prune_bytes(self, o: int, d: int, *, by_row: bool, gpu: bool) -> int:
-        return max(4 * o * d + solve_bytes(o, d, 0, by_row=by_row, gpu=gpu), 25 * o * d)
+        return max(4 * o * d + self.admm.peak_bytes(o, d, 0, by_row=by_row, gpu=gpu), 25 * o * d)
 
     def prune_flops(self, o: int, d: int) -> float:
-        return float(solve_flops(o, d, 0, 250) + self.cg_iterations * 2 * o * d * d)
+        return self.admm.flops(o, d, 0) + self.cg_iterations * 2 * o * d * d
 
 
 def refit_(S: Tensor, T: Tensor, G: Tensor, iterations: int) -> None:
-    """Moves the non-zero values of S [o, d] towards the least tr((T − S) G (T − S)ᵀ), in place; never away from it.
+    """Move the non-zero values of S towards the least tr((T − S) G (T − S)ᵀ), in place; no iteration raises it.
 
-    Conjugate gradients, the rows' problems side by side. T [o, d], G [d, d] positive definite, unit diagonal.
+    The rows are problems of their own, solved side by side by conjugate gradients.
+
+    Args:
+        S: [o, d], overwritten.
+        T: [o, d].
+        G: [d, d], positive definite with a unit diagonal.
+        iterations: Iterations of conjugate gradients.
     """
     support = S != 0
     residual = ((T - S) @ G).mul_(support)
     direction = residual.clone()
     energy = residual.square().sum(1, keepdim=True)  # [o, 1]
     for _ in range(iterations):
-        turned = (direction @ G).mul_(support)
-        step = energy / (direction * turned).sum(1, keepdim=True)
-        step.nan_to_num_(0, 0, 0)  # rows that are done
+        product = (direction @ G).mul_(support)
+        step = energy / (direction * product).sum(1, keepdim=True)
+        step.nan_to_num_(0, 0, 0)  # a finished row has direction 0
         S.addcmul_(step, direction)
-        residual.addcmul_(step, turned, value=-1)
+        residual.addcmul_(step, product, value=-1)
         before, energy = energy, residual.square().sum(1, keepdim=True)
         direction.mul_((energy / before).nan_to_num_(0, 0, 0)).add_(residual)

@@ -1,28 +1,41 @@
-"""The seam between a linear and a method: the problem, its solution, and how good a solution is."""
+"""The seam between a linear and a method: problem, solution, damping, and the relative error of a solution."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from streamslr.errors import InputError
+from streamslr.errors import InputError, StreamslrError
 from streamslr.spec.pattern import SparsityPattern
+from streamslr.tensors import count_not_finite, is_finite
 
-# The official 3BASiL defaults (arXiv 2603.01376): a share of each input's own energy, and of the mean one.
+# Default of the official 3BASiL code (arXiv 2603.01376), for both terms of `damping_diagonal`.
 DAMPING = 0.005
-# Rows and columns of what errors are computed on at once.
+# Multiplier beyond which a Gram matrix without a Cholesky factor is refused: it is not positive semidefinite.
+_DAMPING_LIMIT = 1e6
+# Rows and columns of the tiles in which errors are computed.
 _TILE = 1024
+
+_Factorized = TypeVar("_Factorized")
 
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """Replace `weight` by S + U·V so that outputs on inputs with Gram matrix `gram` change least.
+    """One linear to compress: the S and U·V that change its outputs least.
 
-    name: the linear, for messages. weight: [o, d] float32. gram: [d, d] float32, Xᵀ X over all calibration
-    rows, undamped. rank: columns of U; 0 for pure sparsity. seed: of the solver's random start. workspace: bytes the
-    solver may take beside weight and gram, where it can do with less; None: as many as it likes.
+    A solution is measured by tr(R H Rᵀ) for R = weight − S − U·V and H the damped Gram matrix: without damping, the
+    squared change of the linear's outputs on the calibration inputs X (3BASiL, arXiv 2603.01376).
+
+    Attributes:
+        name: Name of the linear, for messages.
+        weight: [o, d] float32, for o outputs and d inputs.
+        gram: [d, d] float32, Xᵀ X over all calibration tokens, undamped.
+        pattern: Sparsity pattern of S.
+        rank: Columns of U; 0 for pure sparsity.
+        seed: Seed of the solver's random start.
+        workspace: Bytes the solver may take beside weight and gram, where it can do with less; None for no limit.
     """
 
     name: str
@@ -36,10 +49,15 @@ class LinearProblem:
 
 @dataclass(frozen=True)
 class SparseLowRank:
-    """weight ≈ S + U·V: S [o, d] with exact zeros off the pattern's support, U [o, r], V [r, d], all float32.
+    """Solution of a problem: weight ≈ S + U·V, all float32.
 
-    damping: the multiplier that was finally used on the damping; above 1 a factorization had failed.
-    warnings: what the user should know about this linear, a sentence each.
+    Attributes:
+        S: [o, d], exactly zero outside the pattern's support.
+        U: [o, r]; r is the problem's rank, or min(o, d) where that is less.
+        V: [r, d].
+        iterations: Iterations that the method took.
+        damping: Multiplier on the default damping; above 1 when a factorization had failed.
+        warnings: Sentences for the user about this linear.
     """
 
     S: Tensor
@@ -50,38 +68,72 @@ class SparseLowRank:
     warnings: tuple[str, ...] = ()
 
     def dense(self) -> Tensor:
-        """S + U·V, [o, d]."""
+        """Return S + U·V, [o, d] float32."""
         return torch.addmm(self.S, self.U, self.V)
 
 
 @runtime_checkable
 class Solver(Protocol):
-    """A method: tensors in, tensors out, on the device of the problem's tensors, which stay as they are."""
+    """The solver of a method: tensors in, tensors out, on the device of the problem, whose tensors stay unchanged."""
 
     def solve(self, problem: LinearProblem) -> SparseLowRank:
-        """Raises InputError, naming the linear, when the problem cannot be solved."""
+        """Return S, U and V for the problem; the same bits for the same problem, device and thread count.
+
+        Raises:
+            InputError: The problem has no solution; the message names the linear.
+        """
         ...
 
     def peak_bytes(
         self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        """The most that one solve of a weight [o, d] takes beside its weight and Gram matrix, its S included.
+        """Return the most bytes that one solve takes beside its weight and Gram matrix; S, U and V are among them.
 
-        workspace: what it should do with if it can (LinearProblem.workspace). by_row, of the pattern; gpu: where it runs.
+        Args:
+            o: Outputs of the linear.
+            d: Inputs of the linear.
+            rank: Rank of U·V.
+            workspace: Bytes the solve should do with if it can (`LinearProblem.workspace`).
+            by_row: True where the pattern decides each row apart (`SparsityPattern.by_row`).
+            gpu: True for a solve on a GPU.
         """
         ...
 
     def flops(self, o: int, d: int, rank: int) -> float:
-        """Floating point operations of a typical solve, for the plan."""
+        """Return the floating point operations of a typical solve, for the plan."""
         ...
 
 
-def damping_diagonal(gram: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
-    """What to add to the diagonal of `gram` [d, d] before anything is solved in it, and the dead inputs.
+@dataclass(frozen=True)
+class Damping:
+    """Addition to the diagonal of a Gram matrix H [d, d] that makes it positive definite.
 
-    Returns ([d], bool [d]). Live inputs get DAMPING·(H_jj + mean of the live H_jj)·multiplier, dead ones
-    (H_jj = 0: always zero) what makes their H_jj 1. The mean is over live inputs, so that scaling H by a
-    constant scales the damping with it.
+    Attributes:
+        multiplier: Factor on the default damping.
+        added: [d], added to the diagonal of H.
+        dead: [d] bool, the inputs that are always zero.
+        scale: [d], square roots of the damped diagonal.
+    """
+
+    multiplier: float
+    added: Tensor
+    dead: Tensor
+    scale: Tensor
+
+
+def damping_diagonal(gram: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the damping of a Gram matrix, and its dead inputs.
+
+    A live input gets DAMPING · multiplier · (H_jj + mean of the live H_jj), as in the official 3BASiL code
+    (arXiv 2603.01376). The mean is over live inputs, so that scaling H by a constant scales the damping with it. A dead
+    input (H_jj = 0) gets 1, which makes its H_jj 1.
+
+    Args:
+        gram: H [d, d], undamped.
+        multiplier: Factor on the default damping.
+
+    Returns:
+        What to add to the diagonal [d], and the dead inputs [d] bool.
     """
     diagonal = gram.diagonal()
     dead = diagonal <= 0
@@ -90,19 +142,57 @@ def damping_diagonal(gram: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Ten
     return torch.where(dead, 1 - diagonal, added), dead
 
 
+def damp_until_positive_definite(
+    problem: LinearProblem, factorize: Callable[[Damping], _Factorized | None], warnings: list[str]
+) -> _Factorized:
+    """Return what `factorize` makes with the least damping for which the Gram matrix has a Cholesky factor.
+
+    The damping starts at the default and is raised tenfold after each failure. If it was raised, one warning is added.
+
+    Args:
+        problem: The linear, already validated.
+        factorize: Factorizes the damped Gram matrix; returns None where it has no Cholesky factor.
+        warnings: Sentences for the user.
+
+    Raises:
+        InputError: The Gram matrix has no factor even with the largest damping.
+    """
+    multiplier = 1.0
+    while multiplier <= _DAMPING_LIMIT:
+        added, dead = damping_diagonal(problem.gram, multiplier)
+        scale = (problem.gram.diagonal() + added).sqrt()
+        factorized = factorize(Damping(multiplier, added, dead, scale))
+        if factorized is not None:
+            if multiplier > 1:
+                warnings.append(
+                    f"{problem.name}: the Gram matrix had no Cholesky factor; its damping was raised "
+                    f"{multiplier:g} times"
+                )
+            return factorized
+        multiplier *= 10
+    raise InputError(
+        f"{problem.name}: its Gram matrix is not positive semidefinite, even with {_DAMPING_LIMIT:g} times the "
+        f"damping; was it summed over real inputs?"
+    )
+
+
 def validate(problem: LinearProblem) -> tuple[int, list[str]]:
-    """The rank to use, at most min(o, d), and the warnings so far. Raises InputError for a problem without solution."""
+    """Return the rank to use, at most min(o, d), and the warnings so far.
+
+    Raises:
+        InputError: The problem has no solution: shapes that do not fit, a value that is NaN or infinite, a negative
+            diagonal or rank.
+    """
     name, (o, d) = problem.name, problem.weight.shape
     if tuple(problem.gram.shape) != (d, d):
         shape = "×".join(map(str, problem.gram.shape))
         raise InputError(f"{name}: the weight is {o}×{d}, so its Gram matrix must be {d}×{d}, not {shape}")
     problem.pattern.require_fits(name, (o, d))
-    for what, tensor in (("weight", problem.weight), ("Gram matrix", problem.gram)):
+    for noun, tensor in (("weight", problem.weight), ("Gram matrix", problem.gram)):
         if not is_finite(tensor):
-            count = int((~tensor.isfinite()).sum())
             raise InputError(
-                f"{name}: {count} of {tensor.numel()} values of its {what} are NaN or infinite; check the "
-                f"checkpoint, and the calibration for overflow"
+                f"{name}: {count_not_finite(tensor)} of {tensor.numel()} values of its {noun} are NaN or infinite; "
+                f"check the checkpoint, and the calibration for overflow"
             )
     if bool((problem.gram.diagonal() < 0).any()):
         lowest = float(problem.gram.diagonal().min())
@@ -116,42 +206,54 @@ def validate(problem: LinearProblem) -> tuple[int, list[str]]:
 
 
 def keep_weight(problem: LinearProblem, rank: int, warnings: list[str]) -> SparseLowRank:
-    """The solution for a weight that is in the pattern already, all zeros included: itself."""
+    """Return the solution for a weight that is in the pattern already, all zeros included: S = weight, U·V = 0."""
     o, d = problem.weight.shape
     U, V = problem.weight.new_zeros(o, rank), problem.weight.new_zeros(rank, d)
     return SparseLowRank(problem.weight.clone(), U, V, 0, 1.0, tuple(warnings))
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Without a mask as large as the tensor."""
-    if not tensor.numel():
-        return True
-    low, high = tensor.aminmax()
-    return bool(low.isfinite() & high.isfinite())
+def require_finite(problem: LinearProblem, S: Tensor, U: Tensor, V: Tensor) -> None:
+    """Raise StreamslrError, naming the linear, when a value of the solution is NaN or infinite."""
+    if is_finite(S) and is_finite(U) and is_finite(V):
+        return
+    count = sum(count_not_finite(part) for part in (S, U, V))
+    largest, energy = float(problem.weight.abs().max()), float(problem.gram.diagonal().max())
+    raise StreamslrError(
+        f"{problem.name}: {count} values of S, U and V are NaN or infinite; its largest weight is {largest:.3g}, the "
+        f"largest value of its Gram matrix {energy:.3g}. If these are too large for float32, check the checkpoint; "
+        f"else try another --method, and report this as a bug"
+    )
 
 
 def relative_error(weight: Tensor, gram: Tensor, approximation: Tensor) -> float:
-    """tr(R H Rᵀ) / tr(W H Wᵀ) for R = weight − approximation, all [o, d], and H the damped `gram` [d, d].
+    """Return tr(R H Rᵀ) / tr(W H Wᵀ) for R = W − approximation and the damped Gram matrix H.
 
-    Dead inputs count in neither: nothing that happens in their columns reaches an output. 0 for a perfect
-    approximation, also of an all-zero weight; inf for an imperfect one of an all-zero weight.
+    Dead inputs count in neither trace: nothing in their columns reaches an output.
+
+    Args:
+        weight: W [o, d] float32.
+        gram: [d, d] float32, undamped.
+        approximation: [o, d].
+
+    Returns:
+        0 for a perfect approximation, also of an all-zero weight; inf for an imperfect one of an all-zero weight.
     """
-    return _relative(weight, gram, lambda rows: approximation[rows].float())
+    return _relative_error(weight, gram, lambda rows: approximation[rows].float())
 
 
-def pruning_error(problem: LinearProblem) -> float:
-    """The relative error of plain pruning by |W_ij|·‖X_j‖ (Wanda, arXiv 2306.11695): what solving must beat."""
+def wanda_error(problem: LinearProblem) -> float:
+    """Return the relative error of pruning by |W_ij|·‖X_j‖, ‖X_j‖ damped: the yardstick (Wanda, arXiv 2306.11695)."""
     added, _ = damping_diagonal(problem.gram)
     scale = (problem.gram.diagonal() + added).sqrt()
     weight, pattern = problem.weight, problem.pattern
     if pattern.by_row:
-        return _relative(weight, problem.gram, lambda rows: weight[rows] * pattern.project(weight[rows] * scale))
-    kept = pattern.project(weight * scale)
-    return _relative(weight, problem.gram, lambda rows: weight[rows] * kept[rows])
+        return _relative_error(weight, problem.gram, lambda rows: weight[rows] * pattern.project(weight[rows] * scale))
+    mask = pattern.project(weight * scale)
+    return _relative_error(weight, problem.gram, lambda rows: weight[rows] * mask[rows])
 
 
-def _relative(weight: Tensor, gram: Tensor, approximation: Callable[[slice], Tensor]) -> float:
-    """relative_error of what `approximation` gives for slices of rows: nothing as large as the weight is made."""
+def _relative_error(weight: Tensor, gram: Tensor, approximation: Callable[[slice], Tensor]) -> float:
+    """Return `relative_error` of an approximation made in slices of rows; make no tensor of the weight's size here."""
     added, dead = damping_diagonal(gram)
     numerator = denominator = 0.0
     for start in range(0, len(weight), _TILE):
@@ -164,7 +266,7 @@ def _relative(weight: Tensor, gram: Tensor, approximation: Callable[[slice], Ten
 
 
 def _energy(rows: Tensor, gram: Tensor, added: Tensor, dead: Tensor) -> float:
-    """tr(M (gram + diag(added)) Mᵀ) for M = `rows` [t, d] without the dead columns; overwrites `rows`."""
+    """Return tr(M (gram + diag(added)) Mᵀ) for M = `rows` [t, d] without the dead columns; overwrites `rows`."""
     rows[:, dead] = 0
     # Small residuals sit where H is small, so the product cancels: float64 where it is not far slower.
     precise = torch.float64 if rows.device.type == "cpu" else torch.float32

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.low_rank import LowRankFit
-from streamslr.solvers.scaled import Pruner, ScaledLinear, scaled_bytes, solve_scaled
+from streamslr.solvers.scaled import Pruner, ScaledLinear, pruning_bytes, solve_scaled
 
 
 @dataclass(frozen=True)
@@ -14,26 +14,32 @@ class Eora:
     """S by any pruner, then U·V the best rank-r fit of W − S in the metric of the inputs.
 
     The paper's algorithm 1 projects W − S on the eigenvectors of H, weighted by the roots of their eigenvalues, and
-    truncates an SVD there; tr(R H Rᵀ) is the squared norm in that space, so it is the same minimum as `LowRankFit`'s.
+    truncates an SVD there. tr(R H Rᵀ) is the squared norm in that space, so `LowRankFit` finds the same minimum.
+
+    Attributes:
+        pruner: Makes S.
     """
 
     pruner: Pruner
 
     def solve(self, problem: LinearProblem) -> SparseLowRank:
-        """Raises InputError, naming the linear, for a problem that has no solution."""
+        """Return S, U and V for the problem.
 
-        def work(linear: ScaledLinear) -> tuple[Tensor, Tensor, Tensor, int]:
+        Raises:
+            InputError: The problem has no solution; the message names the linear.
+        """
+
+        def prune_and_fit(linear: ScaledLinear) -> tuple[Tensor, Tensor, Tensor, int]:
             S = self.pruner.prepare(linear)(linear.W)
             fit = LowRankFit(S, linear.rank, linear.times, problem.seed)
             return S, *fit.fit(linear.W - S), 1
 
-        return solve_scaled(problem, work, full_gram=True)
+        return solve_scaled(problem, prune_and_fit, full_gram=True)
 
     def peak_bytes(
         self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        linear = scaled_bytes(o, d, rank, full_gram=True, gpu=gpu)
-        return linear + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+        return pruning_bytes(self.pruner, o, d, rank, full_gram=True, by_row=by_row, gpu=gpu)
 
     def flops(self, o: int, d: int, rank: int) -> float:
         return self.pruner.prune_flops(o, d) + 8 * (4 * o * d + 2 * d * d) * rank

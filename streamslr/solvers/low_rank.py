@@ -1,4 +1,4 @@
-"""U·V: the best fit of given rank in the metric of the inputs, without a singular value decomposition."""
+"""U·V: the best fit of a given rank in the metric of the inputs, without a singular value decomposition."""
 
 from collections.abc import Callable
 
@@ -7,19 +7,29 @@ from torch import Tensor
 
 # Columns of the subspace beyond the rank: their energies, not those at the rank, then set the pace of convergence.
 _OVERSAMPLING = 8
-# Steps from a random start; against an SVD in float64 the loss is within 0.1 % (tests/solve/test_low_rank.py).
+# Steps from a random start. The loss is then within 0.1 % of that of an SVD in float64 (tests/solvers/
+# test_baselines.py, test_the_low_rank_fit_is_the_truncated_svd).
 COLD_STEPS = 8
+# Steps from the last fit, where E moved little since.
+WARM_STEPS = 2
 
 
 class LowRankFit:
     """argmin over rank-r U·V of tr((E − UV) G (E − UV)ᵀ), for one E [o, d] after another of the same linear.
 
     The optimum is U Uᵀ E, the columns of U the top eigenvectors of E G Eᵀ. Subspace iteration finds them, each fit
-    from where the last one ended, with a Rayleigh-Ritz step at the end. times: G @ y for y [d, k].
-    Deterministic: the first basis is drawn on the CPU from `seed`.
+    from where the last one ended, with a Rayleigh-Ritz step at the end.
     """
 
     def __init__(self, W: Tensor, rank: int, times: Callable[[Tensor], Tensor], seed: int) -> None:
+        """Draw the first basis on the CPU, so that it is the same on every device.
+
+        Args:
+            W: [o, d]; only its shape, type and device are used.
+            rank: r, at most min(o, d).
+            times: Returns G @ y for y [d, k].
+            seed: Seed of the first basis.
+        """
         o, d = W.shape
         generator = torch.Generator().manual_seed(seed)
         k = min(rank + _OVERSAMPLING, o, d) if rank else 0
@@ -27,26 +37,30 @@ class LowRankFit:
         self.basis = torch.linalg.qr(torch.randn(o, k, generator=generator).to(W)).Q  # [o, k]
 
     def fit(self, E: Tensor, steps: int = COLD_STEPS) -> tuple[Tensor, Tensor]:
-        """U [o, r], orthonormal, and V [r, d] for E [o, d]; two steps do where E moved little since the last fit."""
+        """Return U [o, r] with orthonormal columns and V [r, d], the best fit of E [o, d]."""
         if not self.rank:
             return E.new_zeros(len(E), 0), E.new_zeros(0, E.shape[1])
         for _ in range(steps):
             self.basis = torch.linalg.qr(E @ self.times(E.t() @ self.basis)).Q
         K = E.t() @ self.basis  # [d, k]
-        _, turn = torch.linalg.eigh((K.t() @ self.times(K)).double())  # ascending
-        turn = turn[:, -self.rank :].flip(1).to(E)
-        return self.basis @ turn, (K @ turn).t()
+        _, vectors = torch.linalg.eigh((K.t() @ self.times(K)).double())  # ascending
+        vectors = vectors[:, -self.rank :].flip(1).to(E)
+        return self.basis @ vectors, (K @ vectors).t()
 
 
 def balance_factors(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """The same U·V with UᵀU = V Vᵀ, diagonal, largest first: no factor outgrows the other in bfloat16.
+    """Return factors of the same U·V with UᵀU = V Vᵀ, diagonal, largest first.
 
-    U [o, r] must be orthonormal. Directions of no energy become zero.
+    Neither factor then outgrows the other in bfloat16. Directions without energy become zero.
+
+    Args:
+        U: [o, r], orthonormal columns.
+        V: [r, d].
     """
     if not U.shape[1]:
         return U, V.contiguous()
-    energy, turn = torch.linalg.eigh((V @ V.t()).double())
-    energy, turn = energy.flip(0).clamp_min(0), turn.flip(1).to(U)
+    energy, vectors = torch.linalg.eigh((V @ V.t()).double())
+    energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1).to(U)
     root = energy.sqrt().sqrt().to(U)  # of the singular values
     inverse = torch.where(root > root[0] * 1e-4, 1 / root, 0)
-    return (U @ turn) * root, ((turn.t() @ V) * inverse[:, None]).contiguous()
+    return (U @ vectors) * root, ((vectors.t() @ V) * inverse[:, None]).contiguous()

@@ -1,4 +1,4 @@
-"""Every method by name: its solver, its paper, what it needs and allows; those of other packages too."""
+"""Every method by name: its solver, its paper, what it reads and allows; also methods of other packages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,46 +14,49 @@ from streamslr.solvers.eora import Eora
 from streamslr.solvers.hassle_free import HassleFree
 from streamslr.solvers.oats import Oats
 from streamslr.solvers.pruning import Magnitude, Pruned, Wanda
-from streamslr.solvers.scaled import Pruner
 from streamslr.solvers.sparsegpt import SparseGPT
 from streamslr.solvers.threebasil import ThreeBasil
 from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows
 
 ENTRY_POINTS = "streamslr.solvers"
-_PATTERNS: Mapping[type[Any], str] = {NofM: "n:m", Unstructured: "p%", UnstructuredRows: "p%/row"}
-
-# ADMM's pace inside alternation: at 40 turns of 1:4 + 8 it lost 0.0694, against 0.0699 at 8 iterations a stage from
-# ρ = 0.2 and in twice the time (four down projections of the 8 M reference model). Some 20 iterations are usual;
-# where weights tie at zero the support may never settle, and ρ must not grow for ever.
-_HASTY = ThreeBasil(rho_start=0.5, rho_growth=1.6, stage_iterations=4, max_iterations=60)
+_PATTERN_TEXTS: Mapping[type[Any], str] = {NofM: "n:m", Unstructured: "p%", UnstructuredRows: "p%/row"}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A solver and what a user should know before choosing it.
+    """A solver under a name, with what a user should know before choosing it.
 
     Another package offers one as an entry point, `name = "package.module:METHOD"` in the group "streamslr.solvers":
 
         METHOD = Method("halve", Halve(), "arXiv 0000.00000", diagonal_only=True, low_rank=False)
 
     where Halve has the three functions of `streamslr.solvers.Solver`.
+
+    Attributes:
+        name: Value of --method.
+        solver: Solves linears.
+        paper: Reference, for the table of methods.
+        diagonal_only: True when the solver reads only the diagonal of the Gram matrix.
+        low_rank: True when the solver makes U·V.
+        patterns: Types of the patterns that the solver can do.
+        package: Name and version of the package it comes from; empty for streamslr.
     """
 
     name: str
     solver: Solver
     paper: str
-    diagonal_only: bool = False  # whether the diagonal of the Gram matrix is all that it reads
-    low_rank: bool = True  # whether it makes U·V
+    diagonal_only: bool = False
+    low_rank: bool = True
     patterns: tuple[type[Any], ...] = (NofM, Unstructured, UnstructuredRows)
-    package: str = ""  # name and version of the package that it is from; of streamslr nothing
+    package: str = ""
 
     @property
     def identity(self) -> str:
-        """What must be equal for a run to be resumed."""
+        """Name and package, which must be the same for a run to be resumed."""
         return f"{self.name} ({self.package})" if self.package else self.name
 
     def require(self, pattern: SparsityPattern, rank: int) -> None:
-        """Raises InputError for a pattern or rank that the method cannot do."""
+        """Raise InputError for a pattern or rank that the method cannot do."""
         if rank and not self.low_rank:
             able = ", ".join(m.name for m in BUILT_IN.values() if m.low_rank)
             raise InputError(
@@ -66,7 +69,7 @@ class Method:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """For `streamslr methods`."""
+        """Return a row of `streamslr methods`."""
         return {
             "name": self.name,
             "paper": self.paper,
@@ -77,35 +80,39 @@ class Method:
         }
 
     def _patterns(self) -> str:
-        return ", ".join(_PATTERNS.get(kind, kind.__name__) for kind in self.patterns)
+        return ", ".join(_PATTERN_TEXTS.get(kind, kind.__name__) for kind in self.patterns)
 
 
-def _built_in() -> tuple[Method, ...]:
-    pure = "arXiv 1506.02626", "arXiv 2306.11695", "arXiv 2301.00774", "arXiv 2406.07831"
-    pruners: tuple[Pruner, ...] = (Magnitude(), Wanda(), SparseGPT(), Alps())
-    names = "magnitude", "wanda", "sparsegpt", "alps"
-    hassle_free = HassleFree(Alps(_HASTY)), HassleFree(SparseGPT())
-    return (
-        Method("3basil", ThreeBasil(), "arXiv 2603.01376"),
-        Method("hassle-free-alps", hassle_free[0], "arXiv 2502.00899"),
-        Method("hassle-free-sparsegpt", hassle_free[1], "arXiv 2502.00899"),
-        Method("oats", Oats(), "arXiv 2409.13652", diagonal_only=True),
-        *(Method(f"eora-{n}", Eora(p), "arXiv 2410.21271") for n, p in zip(names, pruners, strict=True)),
-        *(
-            Method(n, Pruned(p), paper, diagonal_only=not p.full_gram, low_rank=False)
-            for n, p, paper in zip(names, pruners, pure, strict=True)
-        ),
-    )
+# ADMM at a fast pace, for the inside of an alternation (tools/results/solver.md, "HASSLE-free"). Some 20 iterations are
+# usual; they are limited because the support may never settle where weights tie at zero, and ρ must not grow for ever.
+_FAST_ADMM = ThreeBasil(rho_start=0.5, rho_growth=1.6, stage_iterations=4, max_iterations=60)
 
-
-BUILT_IN: Mapping[str, Method] = {method.name: method for method in _built_in()}
+_METHODS = (
+    Method("3basil", ThreeBasil(), "arXiv 2603.01376"),
+    Method("hassle-free-alps", HassleFree(Alps(_FAST_ADMM)), "arXiv 2502.00899"),
+    Method("hassle-free-sparsegpt", HassleFree(SparseGPT()), "arXiv 2502.00899"),
+    Method("oats", Oats(), "arXiv 2409.13652", diagonal_only=True),
+    Method("eora-magnitude", Eora(Magnitude()), "arXiv 2410.21271"),
+    Method("eora-wanda", Eora(Wanda()), "arXiv 2410.21271"),
+    Method("eora-sparsegpt", Eora(SparseGPT()), "arXiv 2410.21271"),
+    Method("eora-alps", Eora(Alps()), "arXiv 2410.21271"),
+    Method("magnitude", Pruned(Magnitude()), "arXiv 1506.02626", diagonal_only=True, low_rank=False),
+    Method("wanda", Pruned(Wanda()), "arXiv 2306.11695", diagonal_only=True, low_rank=False),
+    Method("sparsegpt", Pruned(SparseGPT()), "arXiv 2301.00774", low_rank=False),
+    Method("alps", Pruned(Alps()), "arXiv 2406.07831", low_rank=False),
+)
+BUILT_IN: Mapping[str, Method] = {method.name: method for method in _METHODS}
 
 
 def find_method(name: str) -> Method:
-    """The method of this name, ours first. Raises InputError for an unknown one, with those there are."""
+    """Return the method of this name, one of streamslr before one of another package.
+
+    Raises:
+        InputError: The name is unknown, or the package that offers it is broken; the message lists the names.
+    """
     if name in BUILT_IN:
         return BUILT_IN[name]
-    others = _others(name)
+    others = _load_entry_points(name)
     if name not in others:
         known = ", ".join([*BUILT_IN, *(entry.name for entry in entry_points(group=ENTRY_POINTS))])
         raise InputError(f"method {name!r} is not known; there are {known}")
@@ -113,15 +120,19 @@ def find_method(name: str) -> Method:
 
 
 def all_methods() -> list[Method]:
-    """Ours, then those of other packages. Raises InputError for one that cannot be loaded."""
-    return [*BUILT_IN.values(), *_others().values()]
+    """Return the methods of streamslr, then those of other packages.
+
+    Raises:
+        InputError: A method of another package cannot be loaded.
+    """
+    return [*BUILT_IN.values(), *_load_entry_points().values()]
 
 
 def methods_table(methods: list[Method]) -> Table:
-    """A row a method."""
+    """Return a table with one row a method."""
     table = Table(
-        caption="Gram: of a linear's inputs, all of it or the diagonal; n:m keeps n of m, p% zeroes a share of a linear, "
-        "p%/row of each row"
+        caption="Gram: the method reads the full Gram matrix of a linear's inputs, or its diagonal. Patterns: n:m "
+        "keeps n of every m weights, p% zeroes p% of a linear, p%/row p% of each row."
     )
     rows = [method.as_dict() for method in methods]
     for key, title in zip(rows[0], ("--method", "paper", "Gram", "--pattern", "--rank", "from"), strict=True):
@@ -131,8 +142,8 @@ def methods_table(methods: list[Method]) -> Table:
     return table
 
 
-def _others(only: str | None = None) -> dict[str, Method]:
-    """Methods of other packages, or the one of this name; what is not asked for is not imported."""
+def _load_entry_points(only: str | None = None) -> dict[str, Method]:
+    """Return the methods of other packages, or the one of this name; nothing else is imported."""
     found: dict[str, Method] = {}
     for entry in entry_points(group=ENTRY_POINTS):
         if only not in (None, entry.name):

@@ -1,4 +1,4 @@
-"""Pruning alone: magnitude, Wanda, and what makes a method of any pruner."""
+"""Pruning alone: magnitude and Wanda, and the method that any pruner makes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from streamslr.solvers.base import LinearProblem, SparseLowRank
-from streamslr.solvers.scaled import Pruner, ScaledLinear, scaled_bytes, solve_scaled
+from streamslr.solvers.scaled import Pruner, ScaledLinear, pruning_bytes, solve_scaled
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Keeps the largest |W_ij| (Han et al., arXiv 1506.02626)."""
+    """Keep the weights with the largest |W_ij| (Han et al., arXiv 1506.02626)."""
 
     full_gram = False
 
@@ -28,9 +28,9 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Wanda:
-    """Keeps the largest |W_ij|·‖X_j‖ (arXiv 2306.11695, equation 1), ‖X_j‖ undamped.
+    """Keep the weights with the largest |W_ij|·‖X_j‖ (arXiv 2306.11695, equation 1), ‖X_j‖ undamped.
 
-    The pattern says what is compared: groups of m, rows for p%/row, as in the paper, or the linear for p%.
+    The pattern says what is compared: groups of m, rows for p%/row as in the paper, or the linear for p%.
     """
 
     full_gram = False
@@ -46,25 +46,32 @@ class Wanda:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruner on the weight itself: W ≈ S."""
+    """A pruner as a method: W ≈ S, without U·V.
+
+    Attributes:
+        pruner: Makes S of W.
+    """
 
     pruner: Pruner
 
     def solve(self, problem: LinearProblem) -> SparseLowRank:
-        """Raises InputError, naming the linear, for a problem that has no solution."""
+        """Return S for the problem, with U [o, 0] and V [0, d].
 
-        def work(linear: ScaledLinear) -> tuple[Tensor, Tensor, Tensor, int]:
+        Raises:
+            InputError: The problem has no solution; the message names the linear.
+        """
+
+        def prune(linear: ScaledLinear) -> tuple[Tensor, Tensor, Tensor, int]:
             W = linear.W
             S = self.pruner.prepare(linear)(W)
             return S, W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1]), 1
 
-        return solve_scaled(problem, work, self.pruner.full_gram)
+        return solve_scaled(problem, prune, self.pruner.full_gram)
 
     def peak_bytes(
         self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
     ) -> int:
-        linear = scaled_bytes(o, d, 0, full_gram=self.pruner.full_gram, gpu=gpu)
-        return linear + self.pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+        return pruning_bytes(self.pruner, o, d, 0, full_gram=self.pruner.full_gram, by_row=by_row, gpu=gpu)
 
     def flops(self, o: int, d: int, rank: int) -> float:
         return self.pruner.prune_flops(o, d)

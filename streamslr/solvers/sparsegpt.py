@@ -8,18 +8,23 @@ from torch import Tensor
 
 from streamslr.errors import StreamslrError
 from streamslr.solvers.scaled import ScaledLinear
-from streamslr.spec.pattern import largest_of_rows
+from streamslr.spec.selection import largest_of_rows
 
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """Algorithm 1 of the paper on T·diag(s), which it treats as T: OBS is blind to the scale of inputs.
+    """Algorithm 1 of the paper on T·diag(s) in place of T; Optimal Brain Surgeon is blind to the scale of inputs.
 
-    Columns from left to right: what column j loses is made up for in the columns after it, by the rows of the
-    upper Cholesky factor R of G⁻¹ = RᵀR; R_jj² is [(G_{j:, j:})⁻¹]_jj. Blocks of `block` columns (the paper's B and
-    B_s, 128) get the updates of earlier blocks in one product. Kept are the largest w² / R_jj²: n of each m when
-    their group begins, a share of each block when the block begins, p% of the block as in the paper's code or p%/row of
-    each of its rows. The damping is this project's, not the paper's.
+    Columns are pruned from left to right. The columns after j make up for what column j loses, by the rows of the
+    upper Cholesky factor R of G⁻¹ = RᵀR; R_jj² is [(G_{j:, j:})⁻¹]_jj. A block of columns gets the updates of all
+    earlier blocks in one product.
+
+    The weights with the largest w² / R_jj² are kept: n of each m, chosen where their group begins; or a fraction of
+    each block, chosen where the block begins, of the whole block for p% as in the paper's code, or of each of its rows
+    for p%/row. The damping is this project's, not the paper's.
+
+    Attributes:
+        block: Columns of a block, 128 as in the paper (its B and B_s); rounded down to whole groups.
     """
 
     block: int = 128
@@ -27,9 +32,9 @@ class SparseGPT:
 
     def prepare(self, linear: ScaledLinear) -> Callable[[Tensor], Tensor]:
         assert linear.G is not None
-        R = _factor_of_inverse(linear.G, linear.problem.name)  # [d, d]
+        R = _factor_inverse(linear.G, linear.problem.name)  # [d, d]
         pattern, inverse = linear.problem.pattern, (1 / R.diagonal())[:, None]
-        R.mul_(inverse)  # a unit diagonal: what column j loses is then what each row of R spreads
+        R.mul_(inverse)  # a unit diagonal: row j of R spreads what column j loses
 
         def prune(T: Tensor) -> Tensor:
             X = T.t().contiguous()  # [d, o]: a column of T is a row
@@ -46,21 +51,21 @@ class SparseGPT:
                     stop = min(start + decided, end)
                     scores = X[start:stop] * inverse[start:stop]
                     if marker:
-                        kept = marker.mark_(scores.abs_().t()).t()
-                    elif groups:  # rows: of the k that stay of each, what falls to these columns
+                        mask = marker.mark_(scores.abs_().t()).t()
+                    elif groups:  # rows keep k in all; these columns get what is due by column `stop`
                         k = groups[0]
-                        kept = largest_of_rows(scores.t(), k * stop // d - k * start // d).t().to(X)
+                        mask = largest_of_rows(scores.t(), k * stop // d - k * start // d).t().to(X)
                     else:
-                        kept = pattern.project(scores.t()).t().to(X)
+                        mask = pattern.project(scores.t()).t().to(X)
                     for j in range(start, stop):
-                        error = torch.addcmul(X[j], X[j], kept[j - start], value=-1, out=lost[j - first])
+                        error = torch.addcmul(X[j], X[j], mask[j - start], value=-1, out=lost[j - first])
                         X[j:stop].addr_(R[j, j:stop], error, alpha=-1)
                     if stop < end:
                         X[stop:end].addmm_(R[start:stop, stop:end].t(), lost[start - first : stop - first], alpha=-1)
                 if end < d:
                     X[end:].addmm_(R[first:end, end:].t(), lost, alpha=-1)
             S: Tensor = X.t().contiguous()
-            if pattern.check(S != 0) is not None:  # ties in a group, rounding of a block's share
+            if pattern.check(S != 0) is not None:  # ties in a group, or rounding of a block's number of weights
                 S.mul_(pattern.project(S))
             return S
 
@@ -74,11 +79,14 @@ class SparseGPT:
         return float(o * d * d + d**3)
 
 
-def _factor_of_inverse(G: Tensor, name: str) -> Tensor:
-    """R upper triangular with RᵀR = G⁻¹; G has a Cholesky factor."""
+def _factor_inverse(G: Tensor, name: str) -> Tensor:
+    """Return R [d, d], upper triangular with RᵀR = G⁻¹, for a G that has a Cholesky factor."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(G))
     R: Tensor
     R, info = torch.linalg.cholesky_ex(inverse, upper=True)
     if int(info):
-        raise StreamslrError(f"{name}: the inverse of its damped Gram matrix has no Cholesky factor")
+        raise StreamslrError(
+            f"{name}: the inverse of its damped Gram matrix has no Cholesky factor; try another --method, and report "
+            f"this as a bug"
+        )
     return R

@@ -1,1 +1,1 @@
-"""What each linear becomes: sparsity pattern, rank, and the allocation over the model."""
+"""The spec of each linear: sparsity patterns, ranks, and the allocation over the model."""

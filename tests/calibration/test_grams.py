@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamslr.calibration.grams import Gram, GramCollector, input_groups, lean_on_all
+from streamslr.calibration.grams import Gram, GramCollector, blend_experts, input_groups
 from streamslr.errors import InputError
 from streamslr.model.blockwise import Block
 from tests.support.problems import peak_of
@@ -149,16 +149,17 @@ def test_experts_have_grams_of_their_own_tokens_blended_with_all_where_these_are
             wanted = w * rows.T @ rows / max(n, 1) + (1 - w) * of_all
             torch.testing.assert_close(gram.matrix.double(), wanted * (n or 240), rtol=1e-4, atol=1e-4)
             assert gram.rows == n
-            assert gram.shared == pytest.approx(1 - w)
+            assert gram.shared_fraction == pytest.approx(1 - w)
             assert bool(gram.warnings("x")) == (w < 1)
     assert by_name["block.down.2"].warnings("x") == (
-        "x: 10 calibration tokens reached this expert where 12 would do; 8.7% of its Gram matrix is all experts'",
+        "x: 10 calibration tokens reached this expert, fewer than the 12 that are enough; 8.7% of its Gram matrix "
+        "comes from all experts",
     )
 
 
 def test_the_sum_over_experts_is_made_of_one_kind_at_a_time() -> None:
     grams = {f"{kind}.{number}": torch.eye(256) for kind in ("up", "down") for number in range(3)}
-    peak = peak_of(lambda: lean_on_all(grams, dict.fromkeys(grams, 10), {name: name[:-2] for name in grams}))
+    peak = peak_of(lambda: blend_experts(grams, dict.fromkeys(grams, 10), {name: name[:-2] for name in grams}))
     assert peak < 1.5 * 4 * 256**2
 
 
@@ -166,7 +167,8 @@ def test_how_many_experts_lack_tokens_is_logged(caplog: pytest.LogCaptureFixture
     block = Routed()
     collect_grams("block 3", linears(block), block, batches(routed_tokens(), 2), KINDS)
     assert caplog.messages == [
-        "block 3: too few tokens for 3 of the 8 Gram matrices of its experts, the least 0; they lean on all experts'"
+        "block 3: 3 of the 8 Gram matrices of its experts saw too few tokens, the fewest 0; they are blended with the "
+        "Gram matrix of all experts"
     ]
 
 

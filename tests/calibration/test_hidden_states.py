@@ -99,7 +99,7 @@ def test_what_was_just_written_is_read_even_before_it_lies_on_the_disk(
 def test_an_incomplete_boundary_cannot_be_sealed(make: Make) -> None:
     tier = make(torch.float32)
     tier.write(1, states(torch.float32)[1:])
-    with pytest.raises(ValueError, match=r"without samples \[0\]"):
+    with pytest.raises(ValueError, match=r"without windows \[0\]"):
         tier.seal()
 
 

@@ -35,7 +35,7 @@ def test_text_windows_start_where_pythons_random_says(tokenizer: PreTrainedToken
     """The rule that other implementations are measured with: randint(0, tokens - T - 1), seeded."""
     text = tmp_path / "a.txt"
     text.write_text(words(0, 500))
-    ids = calibration_windows(tokenizer, text, samples=4, seq_len=10, seed=7).ids
+    ids = calibration_windows(tokenizer, text, num_windows=4, seq_len=10, seed=7).ids
     draw = random.Random(7)
     starts = [draw.randint(0, 500 - 10 - 1) for _ in range(4)]
     assert ids.tolist() == [list(range(s, s + 10)) for s in starts]
@@ -43,7 +43,7 @@ def test_text_windows_start_where_pythons_random_says(tokenizer: PreTrainedToken
 
 def test_windows_of_jsonl_lie_within_one_long_document(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [words(100 * i, 60) for i in range(9)] + ["w1 w2"] * 50)
-    ids = calibration_windows(tokenizer, path, samples=6, seq_len=20, seed=0).ids
+    ids = calibration_windows(tokenizer, path, num_windows=6, seq_len=20, seed=0).ids
     assert ids.shape == (6, 20)
     assert len({window[0].item() // 100 for window in ids}) == 6, "a document gives one window"
     assert all(torch.equal(w, torch.arange(w[0], w[0] + 20)) for w in ids)
@@ -53,7 +53,7 @@ def test_few_long_documents_give_several_windows_when_they_hold_enough(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", [words(0, 300), words(500, 300)])
-    ids = calibration_windows(tokenizer, path, samples=8, seq_len=50, seed=0).ids
+    ids = calibration_windows(tokenizer, path, num_windows=8, seq_len=50, seed=0).ids
     assert len({tuple(w.tolist()) for w in ids}) == 8
 
 
@@ -97,7 +97,7 @@ def test_unusable_text_is_refused_saying_why(
 ) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
-        calibration_windows(tokenizer, tmp_path / name, samples=4, seq_len=10, seed=0)
+        calibration_windows(tokenizer, tmp_path / name, num_windows=4, seq_len=10, seed=0)
 
 
 def test_a_missing_file_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

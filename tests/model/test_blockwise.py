@@ -395,7 +395,7 @@ def test_values_that_overflow_the_compute_dtype(single: Path) -> None:
 
 
 def test_a_block_from_another_checkpoint(tmp_path: Path) -> None:
-    """As the replay of finished blocks takes them: the blockwise's own weights are not touched."""
+    """A replay of finished blocks loads them so: the model's own weights are not touched."""
     a = tiny_checkpoint(tmp_path / "a", seed=0)
     b = tiny_checkpoint(tmp_path / "b", seed=1)
     hidden = torch.randn(2, 5, 64)
@@ -419,7 +419,7 @@ def test_a_block_that_another_checkpoint_lacks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS, "olmoe", "qwen2_moe", "glm4_moe"])
 def test_what_can_be_compressed(tmp_path: Path, architecture: str) -> None:
-    blockwise_of(tiny_checkpoint(tmp_path / "m", architecture)).compressible()
+    blockwise_of(tiny_checkpoint(tmp_path / "m", architecture)).require_compressible()
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_what_can_be_compressed(tmp_path: Path, architecture: str) -> None:
 def test_what_cannot_be_compressed(tmp_path: Path, architecture: str, words: str) -> None:
     blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", architecture))
     with pytest.raises(InputError) as caught:
-        blockwise.compressible()
+        blockwise.require_compressible()
     assert words in str(caught.value)
     assert "can be evaluated, but not compressed" in str(caught.value)
 
@@ -544,14 +544,14 @@ def test_values_that_depend_on_tokens_are_found_when_embedding(odd: None, tmp_pa
 
 def test_an_ordinary_registered_model_is_taken(odd: None, tmp_path: Path) -> None:
     blockwise = BlockwiseModel(odd_checkpoint(tmp_path / "m", ""), torch.float32, CPU)
-    blockwise.compressible()
+    blockwise.require_compressible()
     assert torch.equal(streamed_logits(blockwise, token_ids()), whole_logits(tmp_path / "m", token_ids()))
 
 
 def test_blocks_without_linears_are_not_compressible(odd: None, tmp_path: Path) -> None:
     blockwise = BlockwiseModel(odd_checkpoint(tmp_path / "m", "no linears"), torch.float32, CPU)
     with pytest.raises(InputError, match=r"model\.layers\.0 holds no linear layer"):
-        blockwise.compressible()
+        blockwise.require_compressible()
 
 
 def test_blocks_that_share_weights_are_not_compressible(odd: None, tmp_path: Path) -> None:
@@ -559,4 +559,4 @@ def test_blocks_that_share_weights_are_not_compressible(odd: None, tmp_path: Pat
     config = tmp_path / "m/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"oddity": "shared weights"}))
     with pytest.raises(InputError, match=r"layers\.0\.mlp.* and model\.layers\.2\.mlp.* are one parameter"):
-        blockwise_of(tmp_path / "m").compressible()
+        blockwise_of(tmp_path / "m").require_compressible()

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from streamslr.errors import InputError
+from streamslr.io.packed_layout import quantization_config, shard_metadata
 from streamslr.io.packing import merge, pack
-from streamslr.io.shards import quantization_config, shard_metadata, write_shard
-from streamslr.model.checkpoint import open_checkpoint, shard_header
+from streamslr.io.safetensors_file import shard_header, write_shard
+from streamslr.model.checkpoint import open_checkpoint
 from streamslr.spec.pattern import parse_pattern
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
@@ -101,7 +102,7 @@ def test_a_header_longer_than_the_first_read(folder: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt", "note": "x" * 300_000})
     checkpoint = open_checkpoint(str(folder))
     assert torch.equal(checkpoint.read(tensors)[next(iter(tensors))], next(iter(tensors.values())))
-    assert shard_header(path).keys() == tensors.keys()
+    assert shard_header(path).tensors.keys() == tensors.keys()
 
 
 def test_an_unknown_name_is_refused(folder: Path) -> None:
@@ -117,10 +118,10 @@ def test_a_file_that_changes_after_opening_is_refused(folder: Path) -> None:
         checkpoint.read(["model.norm.weight"])
 
 
-# Identity, auxiliary_files, tokenizer
+# Identity, auxiliary files, tokenizer
 
 
-def test_identity_is_of_content_not_of_place(made: Path, folder: Path) -> None:
+def test_identity_is_of_content_not_of_path(made: Path, folder: Path) -> None:
     assert open_checkpoint(str(folder)).identity == open_checkpoint(str(made)).identity
 
 
@@ -134,7 +135,7 @@ def test_identity_changes_with_sizes_headers_and_config(made: Path, folder: Path
     assert len(identities) == 3
 
 
-def test_companions_are_what_travels(folder: Path) -> None:
+def test_auxiliary_files_are_those_that_travel(folder: Path) -> None:
     for name in ("README.md", "LICENSE.txt", "chat_template.jinja", "tokenizer.model", "training.log"):
         (folder / name).write_text("x")
     names = {path.name for path in open_checkpoint(str(folder)).auxiliary_files()}
@@ -268,7 +269,7 @@ def test_code_beside_a_known_architecture_is_ignored(folder: Path) -> None:
     assert open_checkpoint(str(folder)).config.model_type == "llama"
 
 
-def test_places_that_are_no_model(folder: Path, tmp_path: Path) -> None:
+def test_paths_and_names_that_are_no_model(folder: Path, tmp_path: Path) -> None:
     assert "is a file; give the folder" in refusal(folder / "config.json")
     assert "--revision v2 is only for models on the hub" in refusal(folder, "v2")
     for name in ("./nowhere", "/no/such/folder", "a/b/c", "org/na me", "~/nothing-here"):

@@ -99,7 +99,7 @@ def test_shared_experts_and_dense_blocks_see_every_token(tmp_path: Path) -> None
 def test_the_gate_of_shared_experts_stays_dense(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "m", "qwen2_moe", num_experts=4, moe_intermediate_size=64)
     blockwise = BlockwiseModel(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
-    blockwise.compressible()
+    blockwise.require_compressible()
     assert "model.layers.0.mlp.shared_expert.up_proj" in blockwise.linears[0]
     assert "model.layers.0.mlp.shared_expert_gate" not in blockwise.linears[0]
 

@@ -63,7 +63,7 @@ def test_headers_alone_are_read_at_first(hub: Hub, made: Path) -> None:
     assert checkpoint.identity == f"hub:org/llama@{commit}"
     assert checkpoint.tensors == open_checkpoint(str(made)).tensors
     assert hub.downloads(".safetensors") == []
-    BlockwiseModel(checkpoint, torch.float32, torch.device("cpu")).compressible()
+    BlockwiseModel(checkpoint, torch.float32, torch.device("cpu")).require_compressible()
     assert hub.downloads(".safetensors") == []
     assert not cached("*.safetensors")
 
@@ -165,7 +165,7 @@ def test_a_truncated_shard_is_found_before_it_is_downloaded(hub: Hub, made: Path
     assert hub.downloads(".safetensors") == []
 
 
-def test_tokenizer_and_companions(hub: Hub, made: Path) -> None:
+def test_tokenizer_and_auxiliary_files(hub: Hub, made: Path) -> None:
     hub.add("org/llama", made)
     checkpoint = open_checkpoint("org/llama")
     tokenizer = checkpoint.tokenizer()

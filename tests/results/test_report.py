@@ -19,13 +19,14 @@ import streamslr
 from streamslr.cli import main
 from streamslr.errors import InputError
 from streamslr.results.inspect import read_run
-from streamslr.results.report import figures, page, write_report
+from streamslr.results.report.figures import draw_figures
+from streamslr.results.report.page import render_page, write_report
 from streamslr.results.verify import verify
 from streamslr.run.journal import JournalState
 from tests.support.browser import CHROMIUM
 from tests.support.tiny_models import tiny_checkpoint
 
-SETTINGS = {"samples": 4, "seq_len": 16, "device": "cpu", "host_mem": "4GB"}
+SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 16, "device": "cpu", "host_mem": "4GB"}
 ALWAYS = {"errors", "block-errors", "time", "host-memory", "sizes"}
 MATCHED = {"matching", "curves"}
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'<b>$title"
@@ -66,7 +67,7 @@ def deep(state: JournalState) -> JournalState:
 
 
 def test_the_figures_hold_what_the_journal_says(state: JournalState) -> None:
-    drawn = figures(state)
+    drawn = draw_figures(state)
     assert drawn.keys() == ALWAYS | MATCHED
     (errors,) = drawn["errors"]["data"]
     for column, block in enumerate(state.blocks):
@@ -88,7 +89,7 @@ def test_the_figures_hold_what_the_journal_says(state: JournalState) -> None:
 
 
 def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: JournalState) -> None:
-    drawn = figures(state)
+    drawn = draw_figures(state)
     names = [trace["name"].split()[0] for trace in drawn["time"]["data"]]
     assert names == ["load", "grams", "solve", "match", "propagate", "commit"]
     solve = drawn["time"]["data"][2]
@@ -105,7 +106,7 @@ def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: 
 
 
 def test_sizes_are_those_of_the_shards(state: JournalState) -> None:
-    parts = {trace["name"]: trace["x"][0] * 1e6 for trace in figures(state)["sizes"]["data"]}
+    parts = {trace["name"]: trace["x"][0] * 1e6 for trace in draw_figures(state)["sizes"]["data"]}
     assert parts["S"] + parts["U·V"] + parts["everything else"] == pytest.approx(sum(s.nbytes for s in state.shards))
     assert parts["U·V"] == sum(
         2 * linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears
@@ -114,12 +115,12 @@ def test_sizes_are_those_of_the_shards(state: JournalState) -> None:
 
 def test_every_figure_is_one_that_plotly_knows(state: JournalState) -> None:
     for variant in (state, dataclasses.replace(state, blocks=state.blocks[:1]), deep(state)):
-        for figure in figures(variant).values():
+        for figure in draw_figures(variant).values():
             go.Figure(figure)  # raises ValueError for a property that is misspelt
 
 
 def test_the_page_says_what_was_compressed_and_how(matched: Path, state: JournalState) -> None:
-    text = html.unescape(re.sub("<[^>]*>", " ", page(matched, state).split("<script>")[0]))
+    text = html.unescape(re.sub("<[^>]*>", " ", render_page(matched, state).split("<script>")[0]))
     what = "tiny-llama, 3basil at 2:4 + rank 4"
     for told in (what, "LlamaForCausalLM", state.fingerprint["model"], "Finished: 2 blocks."):
         assert told in text
@@ -129,13 +130,13 @@ def test_the_page_says_what_was_compressed_and_how(matched: Path, state: Journal
 
 
 def test_an_unfinished_run_says_so(matched: Path, state: JournalState) -> None:
-    text = page(matched, dataclasses.replace(state, blocks=state.blocks[:1]))
+    text = render_page(matched, dataclasses.replace(state, blocks=state.blocks[:1]))
     assert "Unfinished: 1 of 2 blocks are done" in text
-    assert "No block is finished yet." in page(matched, dataclasses.replace(state, blocks=()))
+    assert "No block is finished yet." in render_page(matched, dataclasses.replace(state, blocks=()))
 
 
 def test_every_warning_is_listed(matched: Path, state: JournalState) -> None:
-    text = page(matched, deep(state)).split("<h2>Warnings", 1)[1].split("</ul>")[0]
+    text = render_page(matched, deep(state)).split("<h2>Warnings", 1)[1].split("</ul>")[0]
     linears = sum(len(block.linears) for block in state.blocks)
     assert text.count("<li>") == 40 * linears + 1
     assert text.count("matching did not lower the loss") == 1
@@ -197,7 +198,7 @@ document.body.append(answer);
 @pytest.fixture
 def browse(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def look(text: str, width: int = 1000) -> dict[str, Any]:
-        """What a browser makes of the page."""
+        """Open the page in a browser and return what it draws."""
         start, _, end = text.rpartition("</body>")
         path = tmp_path / "page.html"
         path.write_text(start.replace("<head>", f"<head>{_WATCH}", 1) + _LOOK + "</body>" + end)
@@ -224,7 +225,7 @@ Browse = Callable[..., dict[str, Any]]
 
 @pytest.mark.browser
 def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, matched: Path, state: JournalState) -> None:
-    seen = browse(page(matched, state))
+    seen = browse(render_page(matched, state))
     assert seen["problems"] == []
     assert seen["requests"] == []
     assert set(seen["drawn"]) == ALWAYS | MATCHED
@@ -238,7 +239,7 @@ def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, matche
 
 @pytest.mark.browser
 def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) -> None:
-    text = page(unmatched, read_run(unmatched))
+    text = render_page(unmatched, read_run(unmatched))
     assert "not matched (--no-match)" in text
     seen = browse(text, width=500)
     assert seen["problems"] == []
@@ -248,7 +249,7 @@ def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) 
 
 @pytest.mark.browser
 def test_eighty_blocks_of_hostile_names(browse: Browse, matched: Path, state: JournalState) -> None:
-    seen = browse(page(matched, deep(state)))
+    seen = browse(render_page(matched, deep(state)))
     assert seen["problems"] == []
     assert set(seen["drawn"]) == ALWAYS | MATCHED | {"gpu-memory"}
     assert seen["title"] == f"{HOSTILE}, 3basil at 2:4 + rank 4"
@@ -258,5 +259,5 @@ def test_eighty_blocks_of_hostile_names(browse: Browse, matched: Path, state: Jo
 
 @pytest.mark.browser
 def test_a_request_would_have_been_seen(browse: Browse, matched: Path, state: JournalState) -> None:
-    text = page(matched, state).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
+    text = render_page(matched, state).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
     assert browse(text)["problems"][0] == "request: http://127.0.0.1:9/x.png"

@@ -68,7 +68,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def right_answers(model: Path) -> list[bool]:
-    """Whether the model finds the right choice the most likely one, question by question."""
+    """Return for each question whether the right choice is the most likely one to the model."""
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = open_checkpoint(str(model)).tokenizer()
     right = []
@@ -97,7 +97,7 @@ def test_a_dense_checkpoint_scores_as_by_hand(model: Path, tasks: Path) -> None:
 
 @pytest.mark.usefixtures("local_tasks_alone")
 def test_a_compressed_folder_scores_as_its_dense_export(model: Path, text: Path, tasks: Path, tmp_path: Path) -> None:
-    settings = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
     streamslr.compress(model, tmp_path / "slr", calibration=text, **settings)
     export(tmp_path / "slr", tmp_path / "dense", "dense", torch.float32)
     found = evaluate_tasks(str(tmp_path / "slr"), ["tiny_choices"], include_path=tasks, device="cpu", limit=3).tasks[0]

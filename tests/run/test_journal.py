@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streamslr.errors import InputError, ResumeError
-from streamslr.io.shards import WrittenShard
+from streamslr.io.safetensors_file import WrittenShard
 from streamslr.run.journal import (
     JOURNAL_FILE,
     BlockRecord,
@@ -39,13 +39,13 @@ def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> N
     non_block = WrittenShard("model-outside.safetensors", "a" * 64, 5)
     with Journal(tmp_path, start(micro_batch=8)) as journal:
         journal.commit_non_block({"config.json": "c" * 64}, non_block, "b" * 64, 8, {})
-        journal.commit_block(block(0), micro_batch=8)
+        journal.commit_block(block(0), 8, None)
         written = journal.state
     assert not written.complete
     with Journal(tmp_path, start()) as journal:
         assert journal.state == written
         assert journal.state.micro_batch == 8, "the first start's choice stays"
-        journal.commit_block(block(1), 1)
+        journal.commit_block(block(1), 1, None)
     state = read_journal(tmp_path)
     assert state is not None
     assert state.complete
@@ -111,13 +111,13 @@ def test_the_newer_version_is_named(tmp_path: Path) -> None:
 
 def test_blocks_are_committed_in_order(tmp_path: Path) -> None:
     with Journal(tmp_path, start(3)) as journal, pytest.raises(ValueError, match="block 1 committed"):
-        journal.commit_block(block(1), 1)
+        journal.commit_block(block(1), 1, None)
 
 
 def test_a_folder_of_format_version_2_is_read_under_its_new_names(tmp_path: Path) -> None:
     with Journal(tmp_path, start(1)) as journal:
         journal.commit_non_block({"config.json": "c" * 64}, WrittenShard("o", "a" * 64, 5), "b" * 64, 1, {})
-        journal.commit_block(replace(block(0), matching=MatchRecord(0.2, 0.1, True, (0.2, 0.1))), 1)
+        journal.commit_block(replace(block(0), matching=MatchRecord(0.2, 0.1, True, (0.2, 0.1))), 1, None)
         written = journal.state
     path = tmp_path / JOURNAL_FILE
     old = json.loads(path.read_text()) | {"format_version": 2}
@@ -140,7 +140,7 @@ def test_a_lost_shard_sends_the_run_back_to_before_it(tmp_path: Path, caplog: py
     with Journal(tmp_path, start(3)) as journal:
         journal.commit_non_block({}, non_block, "b" * 64, 1, {})
         for i in range(3):
-            journal.commit_block(block(i), 1)
+            journal.commit_block(block(i), 1, None)
         for shard in journal.state.shards:
             (tmp_path / shard.file).write_bytes(bytes(shard.nbytes))
         journal.forget_lost_shards()

@@ -1,5 +1,6 @@
 """The plan: bytes that follow from shapes, what is refused, and the choices a run obeys."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError
-from streamslr.run.plan import BlockShape, ModelShape, PhaseCost, Pieces, Plan, make_plan
+from streamslr.model.shape import BlockShape, ModelShape
+from streamslr.run.costs import PhaseCost
+from streamslr.run.plan import Pieces, Plan, make_plan
 from streamslr.solvers import find_method
 from streamslr.spec.allocation import allocate
 
@@ -42,7 +45,7 @@ def phase(plan: Plan, name: str) -> PhaseCost:
 
 def test_a_70b_model_fits_one_48_gb_card_and_a_modest_host() -> None:
     made = plan(llama_70b(), host_mem=24 * GB)
-    made.require_memory(24 * GB, 45 * GB)
+    replace(made, gpu_mem=45 * GB).require_memory()
     assert made.scratch_bytes == 4 * 128 * 2048 * 8192 * 2
     assert plan(llama_70b(), match=False).scratch_bytes == made.scratch_bytes / 2
 
@@ -56,8 +59,6 @@ def test_the_largest_terms_are_what_the_shapes_say() -> None:
 
 
 def test_depth_changes_totals_but_no_peak() -> None:
-    from dataclasses import replace
-
     shallow = llama_70b()
     deep = replace(shallow, blocks=shallow.blocks * 4)
     assert plan(deep).gpu_bytes == plan(shallow).gpu_bytes
@@ -85,7 +86,14 @@ def test_short_windows_pass_together_and_fewer_where_memory_is_short() -> None:
 @pytest.mark.parametrize(("host", "gpu", "flag"), [(GB // 2, None, "--host-mem"), (10**12, 4 * GB, "--gpu-mem")])
 def test_what_cannot_fit_is_refused_naming_phase_bytes_and_flag(host: int, gpu: int | None, flag: str) -> None:
     with pytest.raises(BudgetError, match=rf"phase \w+.* needs \d.* GB of .* raise {flag}"):
-        plan(llama_70b(), host_mem=host).require_memory(host, gpu)
+        replace(plan(llama_70b(), host_mem=host), gpu_mem=gpu).require_memory()
+
+
+def test_a_gpu_without_a_budget_is_planned_for_and_refuses_nothing() -> None:
+    made = plan(llama_70b())
+    made.require_memory()
+    assert made.gpu_bytes > 20 * GB
+    assert (made.as_dict()["host_budget_bytes"], made.as_dict()["gpu_budget_bytes"]) == (10**12, None)
 
 
 def test_a_disk_without_room_is_refused_naming_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,16 +126,12 @@ def test_what_lies_on_the_disk_already_is_not_asked_for_again(tmp_path: Path, mo
 
 
 def test_downloads_need_room_in_the_cache_and_less_when_they_are_evicted() -> None:
-    from dataclasses import replace
-
     model = replace(llama_70b(), download_bytes=140 * GB, largest_shard_bytes=5 * GB)
     assert plan(model).cache_bytes == 140 * GB
     assert plan(model, evict_shards=True).cache_bytes == 20 * GB
 
 
 def test_attention_that_is_not_fused_is_planned_with_its_weights() -> None:
-    from dataclasses import replace
-
     eager = replace(llama_70b(), eager_heads=64)
     more = phase(plan(eager), "grams").gpu_bytes - phase(plan(llama_70b()), "grams").gpu_bytes
     assert more >= 2 * 64 * 2048**2 * 4
@@ -135,7 +139,7 @@ def test_attention_that_is_not_fused_is_planned_with_its_weights() -> None:
 
 def test_a_70b_block_fits_24_gb_with_matching() -> None:
     made = plan(llama_70b(), host_mem=24 * GB, gpu_mem=24 * GB)
-    made.require_memory(24 * GB, 24 * GB)
+    made.require_memory()
     assert "match" in {p.name for p in made.phases}
 
 
@@ -158,7 +162,7 @@ def test_a_method_that_cannot_work_in_tiles_is_not_said_to() -> None:
     made = plan(llama_70b(), gpu_mem=5 * GB, method="oats", match=False)
     assert made.solver_workspace is None
     with pytest.raises(BudgetError, match="phase"):
-        made.require_memory(10**12, 5 * GB)
+        made.require_memory()
 
 
 def test_matching_is_planned_for_what_may_change_and_not_for_dense_weights() -> None:

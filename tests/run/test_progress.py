@@ -1,4 +1,4 @@
-"""What the live display shows on a terminal."""
+"""The live display on a terminal, and the timer of phases."""
 
 import io
 import logging
@@ -32,7 +32,7 @@ def test_the_display_shows_blocks_phase_memory_eta_and_the_last_warnings() -> No
 
 
 def test_a_phase_that_a_block_goes_through_twice_counts_twice_beside_what_was_planned() -> None:
-    with PhaseTimer(NoDisplay(), torch.device("cpu"), 1, 0, planned={"propagate": {"host_planned_bytes": 7}}) as phases:
+    with PhaseTimer(torch.device("cpu"), NoDisplay(), planned={"propagate": {"host_planned_bytes": 7}}) as phases:
         with phases.phase("propagate", steps=1):
             pass
         once = phases.take()["propagate"]

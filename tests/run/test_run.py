@@ -80,6 +80,10 @@ def begun(settings: dict[str, Any], killed: Path) -> dict[str, Any]:
     return settings
 
 
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_run_writes_a_sound_model_folder(settings: dict[str, Any]) -> None:
     state = streamslr.compress(**settings | MAIN)
     out = settings["out"]
@@ -213,6 +217,31 @@ def test_a_finished_run_starts_again_and_changes_nothing(
     shutil.copytree(finished, settings["out"])
     assert streamslr.compress(**settings).complete
     assert run_contents(settings["out"]) == unbroken
+
+
+def test_without_out_the_folder_is_named_after_the_model_and_the_same_call_goes_on_there(
+    settings: dict[str, Any], unbroken: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, caplog: Any, tmp_path: Path
+) -> None:
+    del settings["out"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockwiseModel, "evict_block", interrupted)  # block 0 is committed by then
+        with pytest.raises(KeyboardInterrupt):
+            streamslr.compress(**settings)
+    with caplog.at_level("INFO", "streamslr"):
+        streamslr.compress(**settings)
+    assert "the output folder is ./llama-slr" in caplog.text
+    assert "llama-slr: 1 of 3 blocks are done, going on" in caplog.text
+    assert run_contents(tmp_path / "llama-slr") == unbroken
+
+
+def test_a_gpu_budget_on_a_cpu_is_warned_of_once(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    streamslr.compress(**settings, gpu_mem="45GB", match=False, match_batch=4)
+    assert caplog.messages[:2] == [
+        "--gpu-mem 45.0 GB has no effect: the device is cpu (for a GPU: --device cuda)",
+        "--match-batch 4 has no effect with --no-match",
+    ]
+    assert caplog.text.count("has no effect") == 2
 
 
 def unbroken_run(settings: dict[str, Any]) -> dict[str, bytes]:
@@ -413,7 +442,7 @@ def test_matching_brings_each_block_nearer_to_the_dense_model(settings: dict[str
     unmatched = settings | {"out": tmp_path / "unmatched", "match": False}
     assert matching_losses(streamslr.compress(**unmatched)) == []
     tokenizer = open_checkpoint(str(settings["model"])).tokenizer()
-    ids = calibration_windows(tokenizer, settings["calibration"], samples=16, seq_len=16, seed=0).ids
+    ids = calibration_windows(tokenizer, settings["calibration"], num_windows=16, seq_len=16, seed=0).ids
     dense, matched, plain = (
         streamed_logits(folder, ids) for folder in (settings["model"], settings["out"], unmatched["out"])
     )
@@ -501,20 +530,57 @@ def test_a_pass_that_runs_out_of_memory_is_cut_once_and_says_so(
     assert before == pytest.approx(cut, rel=0.2)
 
 
-def test_a_solve_that_runs_out_of_memory_is_done_in_tiles(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    solve = ThreeBasil.solve
+def workspaces_of_solves(patch: pytest.MonkeyPatch, fails: bool) -> list[tuple[str, int | None]]:
+    """Record (linear, workspace) of each solve from now on; if it `fails`, up_proj's runs out of memory without one."""
+    solve, seen = ThreeBasil.solve, []
 
-    def small(self: ThreeBasil, problem: LinearProblem) -> SparseLowRank:
-        if problem.workspace is None and problem.name.endswith("up_proj"):
+    def watched(self: ThreeBasil, problem: LinearProblem) -> SparseLowRank:
+        seen.append((problem.name, problem.workspace))
+        if fails and problem.workspace is None and problem.name.endswith("up_proj"):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
         return solve(self, problem)
 
-    monkeypatch.setattr(ThreeBasil, "solve", small)
-    streamslr.compress(**settings | MAIN | {"match": False})
-    assert caplog.text.count("phase solve ran out of memory") == LAYERS
+    patch.setattr(ThreeBasil, "solve", watched)
+    return seen
+
+
+def test_a_solve_that_runs_out_of_memory_is_done_in_tiles_and_so_are_all_after_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = workspaces_of_solves(monkeypatch, fails=True)
+    state = streamslr.compress(**settings | MAIN | {"match": False})
+    assert state.solver_workspace is not None
+    failed = seen.index(("model.layers.0.mlp.up_proj", None))
+    assert {workspace for _, workspace in seen[: failed + 1]} == {None}
+    assert {workspace for _, workspace in seen[failed + 1 :]} == {state.solver_workspace}
+    assert len(seen) == 7 * LAYERS + 1, "each linear once, and one of them again"
+    assert caplog.text.count("phase solve ran out of memory") == 1
     assert verify(settings["out"]).problems == ()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_the_workspace_that_running_out_of_memory_left_it(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= MAIN | {"match": False}
+    with pytest.MonkeyPatch.context() as patch:
+        workspaces_of_solves(patch, fails=True)
+        streamslr.compress(**settings | {"out": tmp_path / "unbroken"})
+
+    broken = open_run(RunConfig.of(**settings))
+    with pytest.MonkeyPatch.context() as patch:
+        workspaces_of_solves(patch, fails=True)
+        patch.setattr(broken.blockwise, "evict_block", interrupted)  # block 0 is committed by then
+        with pytest.raises(KeyboardInterrupt):
+            run(broken)
+    state = read_run(settings["out"])
+    assert len(state.blocks) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        seen = workspaces_of_solves(patch, fails=False)  # there is memory enough now
+        streamslr.compress(**settings)
+    assert len(seen) == 7 * (LAYERS - 1)
+    assert {workspace for _, workspace in seen} == {state.solver_workspace} != {None}
+    assert run_contents(settings["out"]) == run_contents(tmp_path / "unbroken")
 
 
 def test_memory_that_runs_out_again_ends_the_run_and_keeps_finished_blocks(

@@ -15,11 +15,11 @@ import streamslr
 from streamslr.config import RunConfig
 from streamslr.errors import InputError, ResumeError
 from streamslr.finetune import finetune
-from streamslr.io.shards import FORMAT_VERSION, packed_linears
+from streamslr.io.packed_layout import FORMAT_VERSION, packed_linears
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
-from streamslr.results.inspect import allocation, run_table
-from streamslr.results.report import page
+from streamslr.results.inspect import get_allocation, run_table
+from streamslr.results.report.page import render_page
 from streamslr.results.verify import verify
 from streamslr.run.context import open_run
 from streamslr.run.journal import JournalState, read_journal
@@ -65,7 +65,7 @@ def settings(model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def by_owl(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted run by outliers writes."""
+    """Folder of an uninterrupted run by outliers."""
     out = tmp_path_factory.mktemp("owl") / "out"
     assert compress_in_child({"model": model, "out": out, "calibration": text, **BASICS, **OWL}) == 0
     return out
@@ -140,14 +140,14 @@ def test_every_reader_has_the_same_model(made: str, tmp_path: Path, text: Path, 
         evaluate(str(one), text, 16, device="cpu", free_memory=10**9).perplexity for one in (folder, tmp_path / "dense")
     ]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
-    assert "4:8–30%" not in page(folder, state_of(folder)), "densest first"
+    assert "4:8–30%" not in render_page(folder, state_of(folder)), "densest first"
     assert run_table(folder, state_of(folder)).columns[2].header == "becomes"
 
 
 def test_a_mixed_folder_can_be_finetuned(by_name: Path, text: Path, tmp_path: Path) -> None:
     finetune(by_name, text, tmp_path / "tuned", seq_len=16, steps=2, batch=2, device="cpu")
     assert verify(tmp_path / "tuned").problems == ()
-    assert allocation(state_of(tmp_path / "tuned")) == allocation(state_of(by_name))
+    assert get_allocation(state_of(tmp_path / "tuned")) == get_allocation(state_of(by_name))
 
 
 @pytest.mark.slow
@@ -173,8 +173,8 @@ def test_a_survey_that_is_done_is_not_done_again(
     settings: dict[str, Any], by_owl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert compress_in_child(settings | OWL, die_at=2) == -9
-    found = allocation(state_of(settings["out"]))
-    assert found == allocation(state_of(by_owl))
+    found = get_allocation(state_of(settings["out"]))
+    assert found == get_allocation(state_of(by_owl))
     plan = open_run(RunConfig.of(**settings | OWL)).plan
     assert "on average" not in plan.linears
     monkeypatch.delattr(Passes, "survey")
@@ -184,7 +184,7 @@ def test_a_survey_that_is_done_is_not_done_again(
 
 def test_what_inspect_prints_is_a_file_for_another_run(settings: dict[str, Any], by_owl: Path, tmp_path: Path) -> None:
     file = tmp_path / "allocation.json"
-    file.write_text(json.dumps(allocation(state_of(by_owl))))
+    file.write_text(json.dumps(get_allocation(state_of(by_owl))))
     streamslr.compress(**settings, allocation=file)
     for shard in by_owl.glob("*.safetensors"):
         assert (settings["out"] / shard.name).read_bytes() == shard.read_bytes()
@@ -202,6 +202,20 @@ def test_another_allocation_is_refused_and_another_layout_of_the_file_is_not(
     other.write_text(json.dumps(BY_NAME | {"q_proj": {"rank": 1}}))
     with pytest.raises(ResumeError, match="allocation: "):
         streamslr.compress(**settings, allocation=other)
+
+
+def test_a_rank_or_pattern_that_every_name_overrides_is_warned_of(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(BY_NAME))
+    open_run(RunConfig.of(**settings, allocation=file, pattern="2:4", rank=64))
+    assert [message.split(" has no effect")[0] for message in caplog.messages] == ["--pattern 2:4", "--rank 64"]
+    caplog.clear()
+    file.write_text(json.dumps({"q_proj": {"pattern": "4:8", "rank": 6}}))
+    open_run(RunConfig.of(**settings, allocation=file, pattern="2:4", rank=64))
+    open_run(RunConfig.of(**settings, ranks="q_proj=2", rank=64))
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_what_is_no_solution_is_refused_naming_layer_and_solver(
 ) -> None:
     problem = made_problem()
     solver = Returns(torch.ones(S), torch.ones(U), torch.ones(V))
-    with pytest.raises(StreamslrError, match=rf"{problem.name}: Returns returned what is no solution: .*{says}"):
+    with pytest.raises(StreamslrError, match=rf"{problem.name}: Returns returned no valid solution: .*{says}"):
         compress_linear(problem, nn.Linear(64, 48), solver, torch.bfloat16)
 
 

@@ -18,7 +18,7 @@ import streamslr
 from streamslr.errors import InputError
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
-from streamslr.runtime.linear import SparseLowRankLinear, _semi_structured
+from streamslr.runtime.linear import SparseLowRankLinear, _choose_gpu_kernel
 from streamslr.runtime.loader import packed_modules
 from tests.support.compressed_folders import compressed_folder, dense_model
 from tests.support.tiny_models import TEXT, VOCABULARY
@@ -100,7 +100,7 @@ def test_layers_offloaded_to_disk(folder: Path) -> None:
     assert torch.equal(logits(model), logits(streamslr.load(folder, device="cpu")))
     with pytest.raises(InputError, match="keep_dense"):
         offloaded.keep_dense()
-    kernel = _semi_structured(offloaded)  # what a GPU would be asked: it must not hold a copy of its own
+    kernel = _choose_gpu_kernel(offloaded)  # what a GPU would be asked: it must not hold a copy of its own
     assert kernel.weight is None
     assert "offloaded" in kernel.name
 
@@ -233,7 +233,7 @@ def test_an_unfinished_folder(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_is_named_by_its_journal(llama: Path, text: Path, tmp_path: Path) -> None:
-    settings = {"calibration": text, "samples": 2, "seq_len": 16, "rank": 2, "device": "cpu"}
+    settings: dict[str, Any] = {"calibration": text, "samples": 2, "seq_len": 16, "rank": 2, "device": "cpu"}
     streamslr.compress(llama, tmp_path / "out", **settings, match=False)
     assert streamslr.load(tmp_path / "out", device="cpu")
     journal = json.loads((tmp_path / "out/streamslr.json").read_text())

@@ -26,6 +26,10 @@ def test_importing_streamslr_imports_neither_torch_nor_transformers() -> None:
         "import transformers, streamslr",
         "import streamslr; from transformers import AutoModelForCausalLM",
         "from transformers import PreTrainedModel; import streamslr",
+        "import streamslr.model.transformers_compat",
+        "import streamslr.model.blockwise",
+        "import streamslr.runtime.loader",
+        "import transformers.quantizers.auto, streamslr.model.transformers_compat",
     ],
 )
 def test_transformers_knows_the_format(first: str) -> None:

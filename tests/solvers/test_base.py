@@ -3,8 +3,15 @@
 import pytest
 import torch
 
+from streamslr.errors import InputError, StreamslrError
 from streamslr.solvers import relative_error
-from streamslr.solvers.base import SparseLowRank, damping_diagonal
+from streamslr.solvers.base import (
+    Damping,
+    SparseLowRank,
+    damp_until_positive_definite,
+    damping_diagonal,
+    require_finite,
+)
 from tests import reference
 from tests.support.problems import made_problem
 
@@ -73,6 +80,39 @@ def test_damping_scales_with_the_gram_matrix() -> None:
     live = ~dead
     torch.testing.assert_close(scaled[live], 1000 * added[live])
     torch.testing.assert_close(torch.diag(gram)[live] + added[live], reference.damped(gram).diag()[live].float())
+
+
+@pytest.mark.parametrize("failures", [0, 1, 3])
+def test_damping_is_raised_tenfold_until_there_is_a_factor(failures: int) -> None:
+    problem = made_problem()
+    warnings: list[str] = []
+    tried: list[float] = []
+
+    def factorize(damping: Damping) -> Damping | None:
+        tried.append(damping.multiplier)
+        return damping if len(tried) > failures else None
+
+    damping = damp_until_positive_definite(problem, factorize, warnings)
+    assert tried == [10.0**i for i in range(failures + 1)]
+    assert damping.multiplier == 10**failures
+    assert torch.equal(damping.added, damping_diagonal(problem.gram, damping.multiplier)[0])
+    assert torch.equal(damping.scale, (problem.gram.diagonal() + damping.added).sqrt())
+    said = f"layers.0.made: the Gram matrix had no Cholesky factor; its damping was raised {10**failures} times"
+    assert warnings == ([said] if failures else [])
+
+
+def test_a_gram_that_no_damping_helps_is_refused() -> None:
+    with pytest.raises(InputError, match=r"layers\.0\.made: its Gram matrix is not positive semidefinite, even with"):
+        damp_until_positive_definite(made_problem(), lambda _: None, [])
+
+
+def test_a_solution_that_overflowed_is_refused_with_its_sizes() -> None:
+    problem = made_problem()
+    S = problem.weight.clone()
+    require_finite(problem, S, S, S)
+    S[2, 3:5] = float("inf")
+    with pytest.raises(StreamslrError, match=r"layers\.0\.made: 2 values of S, U and V are NaN .* largest weight is 0"):
+        require_finite(problem, problem.weight, problem.weight, S)
 
 
 def test_dense_is_the_sum() -> None:

@@ -62,7 +62,7 @@ def test_a_pattern_that_the_method_cannot_do_is_refused() -> None:
 
 
 class Halve:
-    """What another package would write."""
+    """A solver as another package would write it."""
 
     def solve(self, problem: LinearProblem) -> SparseLowRank:
         W = problem.weight

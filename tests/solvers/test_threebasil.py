@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from streamslr.errors import InputError
 from streamslr.solvers import LinearProblem, ThreeBasil, parse_pattern, relative_error
 from streamslr.solvers.low_rank import balance_factors
-from streamslr.solvers.threebasil import _Admm, _inverse_, _metric, solve_bytes, solve_flops, tile_rows_for
+from streamslr.solvers.threebasil_costs import solve_bytes, solve_flops, tile_rows_for
+from streamslr.solvers.threebasil_state import AdmmState, build_metric, invert_
 from tests import reference
 from tests.support.markers import slow
 from tests.support.problems import allocated_peak, assert_valid, error, made_problem
@@ -36,7 +37,7 @@ def test_loss_is_at_most_the_references(pattern: str, rank: int) -> None:
     assert ours <= (1.0 if rank else 1.02) * theirs
 
 
-def projection_and_dual(state: _Admm) -> tuple[torch.Tensor, torch.Tensor]:
+def projection_and_dual(state: AdmmState) -> tuple[torch.Tensor, torch.Tensor]:
     """D and Y, [o, d] float64, of the state between two steps."""
     D, Y = [], []
     for tile in state.tiles:
@@ -49,8 +50,8 @@ def projection_and_dual(state: _Admm) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("tile_rows", [None, 20])
 def test_the_sparse_step_is_the_textbook_step(tile_rows: int | None) -> None:
     problem = made_problem()
-    metric = _metric(problem)
-    state = _Admm(problem, metric, 4, torch.float32, tile_rows)
+    metric = build_metric(problem, [])
+    state = AdmmState(problem, metric, 4, torch.float32, tile_rows)
     rho = 0.7
     state.set_inverse(rho)
     G = metric.times(torch.eye(64)).double()
@@ -58,12 +59,12 @@ def test_the_sparse_step_is_the_textbook_step(tile_rows: int | None) -> None:
     D, Y = projection_and_dual(state)
     assert Y.abs().max() < 1e-6
     for _ in range(4):
-        state.low_rank_step()
+        state.update_low_rank()
         S = reference.sparse_step(W, (state.U @ state.B.t()).double(), D, Y, G, rho)
         Z = S + Y
         before, D = D, Z * reference.project(Z, "2:4")
         Y = Z - D
-        moved = state.sparse_step(counts=True)
+        moved = state.update_sparse(count_moved=True)
         ours = projection_and_dual(state)
         torch.testing.assert_close(ours[0], D, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours[1], Y, rtol=1e-4, atol=1e-4)
@@ -72,13 +73,13 @@ def test_the_sparse_step_is_the_textbook_step(tile_rows: int | None) -> None:
 
 @pytest.mark.parametrize("tile_rows", [None, 20])
 def test_s_and_u_v_are_the_minimum_together(tile_rows: int | None) -> None:
-    """Of the augmented Lagrangian for D and Y: what the paper's steps 1 and 4 creep to when they take turns."""
+    """The minimum of the augmented Lagrangian for D and Y, which the paper's steps 1 and 4 approach in turns."""
     problem = made_problem(rank=3)
-    metric = _metric(problem)
-    state = _Admm(problem, metric, 3, torch.float32, tile_rows)
+    metric = build_metric(problem, [])
+    state = AdmmState(problem, metric, 3, torch.float32, tile_rows)
     rho = 0.5
     state.set_inverse(rho)
-    state.sparse_step()
+    state.update_sparse()
     G = metric.times(torch.eye(64)).double()
     W = (problem.weight * metric.scale).double()
     D, Y = projection_and_dual(state)
@@ -89,7 +90,7 @@ def test_s_and_u_v_are_the_minimum_together(tile_rows: int | None) -> None:
         return ((R @ G * R).sum() + rho * (S - D + Y).square().sum()).item()
 
     for _ in range(60):
-        state.low_rank_step()
+        state.update_low_rank()
     ours = lagrangian((state.U @ state.B.t()).double())
     UV = torch.zeros_like(W)
     for _ in range(200):
@@ -101,13 +102,13 @@ def test_s_and_u_v_are_the_minimum_together(tile_rows: int | None) -> None:
 @pytest.mark.parametrize("tile_rows", [None, 20])
 def test_the_dual_is_rescaled_when_rho_changes(tile_rows: int | None) -> None:
     problem = made_problem()
-    metric = _metric(problem)
-    plain, shrunk = (_Admm(problem, metric, 0, torch.float32, tile_rows) for _ in range(2))
+    metric = build_metric(problem, [])
+    plain, shrunk = (AdmmState(problem, metric, 0, torch.float32, tile_rows) for _ in range(2))
     for state in (plain, shrunk):
         state.set_inverse(0.7)
-        state.sparse_step()
-    plain.sparse_step()
-    shrunk.sparse_step(shrink=0.8)
+        state.update_sparse()
+    plain.update_sparse()
+    shrunk.update_sparse(dual_scale=0.8)
     (D, Y), (D_shrunk, Y_shrunk) = projection_and_dual(plain), projection_and_dual(shrunk)
     torch.testing.assert_close(Y_shrunk, 0.8 * Y, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(D_shrunk, D, rtol=1e-6, atol=1e-6)
@@ -133,11 +134,11 @@ def test_the_inverse_is_built_in_place_and_exact() -> None:
     gram = made_problem().gram
     matrix = gram + torch.eye(64)
     expected = torch.linalg.inv(matrix.double())
-    inverse = _inverse_(matrix)
+    inverse = invert_(matrix)
     assert inverse is not None
     assert inverse.data_ptr() == matrix.data_ptr()
     torch.testing.assert_close(inverse.double(), expected, rtol=1e-4, atol=1e-5)
-    assert _inverse_(-torch.eye(4)) is None
+    assert invert_(-torch.eye(4)) is None
 
 
 def test_factors_are_balanced_and_in_order() -> None:
@@ -298,7 +299,8 @@ def test_plan_figures_grow_with_what_they_count() -> None:
     assert solve_bytes(512, 64, 8, 64) < solve_bytes(512, 64, 8, 128) < solve_bytes(512, 64, 8)
     assert solve_bytes(512, 64, 8) == solve_bytes(512, 64, 8, 512)
     assert solve_bytes(512, 64, 8) < solve_bytes(512, 64, 8, gpu=True)
-    assert solve_flops(64, 32, 8, 100) < solve_flops(64, 32, 8, 200) < solve_flops(64, 64, 8, 200)
+    assert solve_flops(64, 32, 8, 100, 5) < solve_flops(64, 32, 8, 100, 6)
+    assert solve_flops(64, 32, 8, 100, 5) < solve_flops(64, 32, 8, 200, 5) < solve_flops(64, 64, 8, 200, 5)
 
 
 @settings(deadline=None)

@@ -1,4 +1,4 @@
-"""What each linear is to become: the papers' arithmetic, names, and what is refused."""
+"""Allocation: the papers' arithmetic, linears by name, and what is refused."""
 
 import json
 from collections.abc import Sequence
@@ -19,12 +19,11 @@ from streamslr.spec.allocation import (
     LinearSpec,
     allocate,
     as_json,
-    by_outliers,
     from_json,
     in_words,
-    outlier_share,
     parameter_fraction,
 )
+from streamslr.spec.owl import outlier_fraction, vary_by_outliers
 from streamslr.spec.pattern import NofM, Unstructured, parse_pattern
 from tests import reference
 
@@ -70,7 +69,7 @@ def test_s_u_and_v_together_keep_what_is_asked_for(o: int, d: int, compression: 
 def test_shares_and_outliers_can_be_of_each_row() -> None:
     (spec,) = set(allocated([{"a": (256, 256)}], compression="60%/row", rank_ratio=0.25).values())
     assert spec == LinearSpec(parse_pattern("70%/row"), 12)
-    patterns = by_outliers(parse_pattern("70%/row"), 0.08, [0.05, 0.01, 0.03], [1, 1, 1])
+    patterns = vary_by_outliers(parse_pattern("70%/row"), 0.08, [0.05, 0.01, 0.03], [1, 1, 1])
     assert [str(pattern) for pattern in patterns] == ["62%/row", "78%/row", "70%/row"]
 
 
@@ -94,7 +93,7 @@ def test_densities_stay_within_lambda_and_keep_the_mean(
 ) -> None:
     outliers, sizes = [share for share, _ in blocks], [size for _, size in blocks]
     mean = Unstructured(percent / 100)
-    densities = [pattern.density for pattern in by_outliers(mean, spread, outliers, sizes)]
+    densities = [pattern.density for pattern in vary_by_outliers(mean, spread, outliers, sizes)]
     assert all(abs(density - mean.density) <= spread + 1e-6 for density in densities)
     kept = sum(size * density for size, density in zip(sizes, densities, strict=True))
     assert kept == pytest.approx(mean.density * sum(sizes), rel=1e-5)
@@ -103,9 +102,9 @@ def test_densities_stay_within_lambda_and_keep_the_mean(
 
 
 def test_the_block_farthest_from_the_mean_is_lambda_away() -> None:
-    patterns = by_outliers(Unstructured(0.7), 0.08, [0.05, 0.01, 0.03], [1, 1, 1])
+    patterns = vary_by_outliers(Unstructured(0.7), 0.08, [0.05, 0.01, 0.03], [1, 1, 1])
     assert [str(pattern) for pattern in patterns] == ["62%", "78%", "70%"]
-    assert {str(p) for p in by_outliers(Unstructured(0.7), 0.08, [0.02] * 3, [1] * 3)} == {"70%"}
+    assert {str(p) for p in vary_by_outliers(Unstructured(0.7), 0.08, [0.02] * 3, [1] * 3)} == {"70%"}
 
 
 @given(
@@ -113,7 +112,7 @@ def test_the_block_farthest_from_the_mean_is_lambda_away() -> None:
 )
 def test_of_n_m_it_is_n_that_varies_and_the_sum_that_stays(outliers: list[float], of: tuple[int, int, float]) -> None:
     n, m, spread = of
-    patterns = by_outliers(NofM(n, m), spread, outliers, [7] * len(outliers))
+    patterns = vary_by_outliers(NofM(n, m), spread, outliers, [7] * len(outliers))
     counts = [pattern.n for pattern in patterns if isinstance(pattern, NofM) and pattern.m == m]
     assert sum(counts) == n * len(outliers)
     assert all(abs(count - n) <= spread * m for count in counts)
@@ -124,7 +123,7 @@ def test_of_n_m_it_is_n_that_varies_and_the_sum_that_stays(outliers: list[float]
 @given(st.lists(st.tuples(st.floats(0, 0.1), st.integers(1, 1000)), min_size=2, max_size=40))
 def test_blocks_of_different_sizes_keep_no_more_than_asked_for(blocks: list[tuple[float, int]]) -> None:
     outliers, sizes = [share for share, _ in blocks], [size for _, size in blocks]
-    patterns = by_outliers(NofM(4, 8), 0.25, outliers, sizes)
+    patterns = vary_by_outliers(NofM(4, 8), 0.25, outliers, sizes)
     kept = sum(size * pattern.n for size, pattern in zip(sizes, patterns, strict=True) if isinstance(pattern, NofM))
     assert 4 * sum(sizes) - max(sizes) <= kept <= 4 * sum(sizes)
 
@@ -163,9 +162,9 @@ def test_outliers_are_counted_as_the_paper_defines_them(times: float) -> None:
         X = torch.randn(200, d, generator=generator) * torch.rand(d, generator=generator).pow(4) * 30
         X[:, 3] = 0
         linears.append((torch.randn(o, d, generator=generator) ** 3, X))
-    share = outlier_share([(W, X.square().sum(0)) for W, X in linears], times)
-    assert 0 < share < 0.5
-    assert share == pytest.approx(reference.outlier_ratio(linears, times), abs=2e-5)  # of 80,000 weights one or two
+    fraction = outlier_fraction([(W, X.square().sum(0)) for W, X in linears], times)
+    assert 0 < fraction < 0.5
+    assert fraction == pytest.approx(reference.outlier_ratio(linears, times), abs=2e-5)  # one or two of 80,000 weights
 
 
 # By name
@@ -233,7 +232,7 @@ def test_ranks_that_cannot_be_read_are_refused(ranks: str) -> None:
 
 
 def test_a_group_pattern_is_no_share_of_parameters() -> None:
-    with pytest.raises(InputError, match=r"--compression is 2:4; give the share to leave out, like 50%"):
+    with pytest.raises(InputError, match=r"--compression is 2:4; give the percentage to leave out, like 50%"):
         allocated(compression="2:4", rank_ratio=0.25)
 
 

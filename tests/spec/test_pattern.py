@@ -1,4 +1,4 @@
-"""What stays, what a support may look like, and what it costs to store."""
+"""Patterns: which weights stay, and which supports are allowed."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamslr.errors import InputError
-from streamslr.solvers import NofM, SparsityPattern, Unstructured, UnstructuredRows, parse_pattern
+from streamslr.spec.pattern import NofM, Unstructured, UnstructuredRows, parse_pattern
 from tests import reference
 
 PATTERNS = ["2:4", "1:4", "3:4", "4:8", "1:2", "3:5", "7:8", "5:32", "50%", "12.5%", "90%", "50%/row", "30%/row"]
@@ -93,7 +93,7 @@ def test_the_unstructured_marker_follows_the_share_as_scores_change(text: str) -
     marker = pattern.marker(scores)
     for _ in range(12):
         marked = marker.mark_((5 * scores).abs())
-        marker.settle()
+        marker.end_pass()
     assert abs(marked.mean().item() - pattern.density) < 0.005
 
 
@@ -108,7 +108,7 @@ def test_the_marker_of_rows_follows_the_share_of_each_in_tiles_of_rows_and_colum
         marked = torch.zeros(8, 64)
         for rows, columns in tiles:
             marked[rows, columns] = marker.mark_(after[rows, columns].abs(), rows)
-        marker.settle()
+        marker.end_pass()
     assert ((marked.sum(1) - 16).abs() <= 2).all()
 
 
@@ -153,6 +153,31 @@ def test_percent_text_round_trips(hundredths: int) -> None:
     assert parse_pattern(str(rows)) == rows != pattern
 
 
+@pytest.mark.parametrize("unit", ["%", "%/row"])
+@given(st.floats(0.001, 0.999))
+def test_a_pattern_of_another_density_survives_its_text(unit: str, density: float) -> None:
+    pattern = parse_pattern(f"50{unit}").with_density(density)
+    assert parse_pattern(str(pattern)) == pattern
+    assert str(pattern).endswith(unit)
+    assert pattern.density == pytest.approx(density, abs=5e-6)
+
+
+def test_groups_take_the_nearest_density_there_is() -> None:
+    assert NofM(2, 4).with_density(0.3) == NofM(1, 4)
+    assert NofM(4, 8).with_density(0.63) == NofM(5, 8)
+    for pattern in (NofM(2, 4), Unstructured(0.5), UnstructuredRows(0.5)):
+        with pytest.raises(InputError):
+            pattern.with_density(1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [("2:4", "2:4"), ("64.0%", "64%"), ("74.7073%", "74.71%"), ("74.7073%/row", "74.71%/row"), ("8.16%", "8.16%")],
+)
+def test_short_text_has_four_digits_at_most(text: str, short: str) -> None:
+    assert parse_pattern(text).short_text() == short
+
+
 @pytest.mark.parametrize(
     "text", ["", "24", "2:4:8", "0:4", "4:4", "-1:4", "50", "0%", "100%", "120%", "x%", "2/4", "0%/row", "50%/column"]
 )
@@ -170,21 +195,3 @@ def test_a_width_that_m_does_not_divide_is_refused_by_layer() -> None:
         parse_pattern("99%").require_fits("tiny", (2, 4))
     with pytest.raises(InputError, match="99%/row keeps none of a row's 8 weights"):
         parse_pattern("99%/row").require_fits("narrow", (500, 8))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "bits"),
-    [
-        (NofM(2, 4), 64 * (96 * 16 + 16 * 8)),  # of a row, 96 values and a byte for 12 columns
-        (NofM(1, 4), 64 * (48 * 16 + 12 * 8)),  # 16 columns
-        (NofM(4, 8), 64 * (96 * 16 + 24 * 8)),  # 8 columns
-        (Unstructured(0.5), 64 * (96 * 16 + 24 * 8) + 65 * 64),
-        (UnstructuredRows(0.5), 64 * (96 * 16 + 24 * 8)),
-    ],
-)
-def test_packed_bits(pattern: SparsityPattern, bits: int) -> None:
-    assert pattern.packed_bits(64, 192, 16) == bits
-
-
-def test_packed_bits_round_a_row_of_metadata_up_to_bytes() -> None:
-    assert NofM(2, 4).packed_bits(3, 16, 16) == 3 * (8 * 16 + 2 * 8)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from streamslr.io.durable import file_sha256
 from streamslr.io.folder import write_auxiliary_files, write_block, write_index, write_non_block
 from streamslr.io.packing import pack
-from streamslr.io.shards import file_sha256
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.spec.pattern import parse_pattern
@@ -48,18 +48,20 @@ def compressed_folder(
     blockwise = BlockwiseModel(checkpoint, torch.float32, torch.device("cpu"))
     out = folder / "slr"
     out.mkdir()
-    write_auxiliary_files(out, checkpoint, parsed, rank)
-    shards = [write_non_block(out, checkpoint, blockwise.non_block_tensors)]
+    write_auxiliary_files(out, checkpoint.config_json(), checkpoint.auxiliary_files(), parsed, rank)
+    non_block = [checkpoint.tensors[name] for name in blockwise.non_block_tensors]
+    shards = [write_non_block(out, non_block, checkpoint.read_one)]
     generator = torch.Generator().manual_seed(0)
     for i, names in enumerate(blockwise.block_tensors[:blocks]):
-        tensors, packed = checkpoint.read(names), {}
+        tensors, linears = checkpoint.read(names), {}
         for linear, (o, d) in blockwise.linears[i].items():
             W = tensors.pop(f"{linear}.weight")
-            packed[linear] = pack(W * parsed.project(W.float()), parsed, W.dtype)
+            parts = pack(W * parsed.project(W.float()), parsed, W.dtype)
             if rank:
                 U, V = torch.randn(o, rank, generator=generator), torch.randn(rank, d, generator=generator)
-                packed[linear] |= {"U": (U / 8).to(W.dtype), "V": (V / 8).to(W.dtype)}
-        shards.append(write_block(out, i, dict.fromkeys(packed, parsed), packed, blockwise.linears[i], tensors))
+                parts |= {"U": (U / 8).to(W.dtype), "V": (V / 8).to(W.dtype)}
+            linears[linear] = parts, parsed, (o, d)
+        shards.append(write_block(out, i, linears, tensors))
     write_index(out, shards)
     return out
 

@@ -75,7 +75,7 @@ class Hub:
         return [Path(path).name for path in sent if path.endswith(suffix)]
 
     def environment(self, cache: Path) -> dict[str, str]:
-        """What a process that talks to this hub needs in its environment."""
+        """Environment variables of a process that talks to this hub."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache),

@@ -63,7 +63,7 @@ def test_every_combination_is_a_row_of_the_table_or_named_as_skipped(compared: P
 def test_after_a_kill_finished_rows_stay_and_the_run_under_way_resumes(
     compared: Path, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """As a kill while oats was compressed leaves it: the row of wanda, and an unfinished run in the work folder."""
+    """A kill while oats is compressed leaves the row of wanda, and an unfinished run in the work folder."""
     out, run = tmp_path / "tiny", tmp_path / "tiny.work" / "oats_2_4_4_matched_seed_0"
     before = rows(compared)
     shutil.copy(compared.with_suffix(".json"), out.with_suffix(".json"))

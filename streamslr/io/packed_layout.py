@@ -1,0 +1,296 @@
+"""The stored layout of a packed linear, and what headers and config.json say of it.
+
+A linear P of o outputs and d inputs, W ≈ S + U·V, is stored as tensors `P.values`, `P.meta` … Whatever the dtype of
+its values:
+
+    pattern   values         meta (uint8)                                                   row_offsets
+    2:4       [o, d/2]       [o, ceil(d/12)]: three groups a byte, c0 + 6·c1 + 36·c2        -
+    n:m       [o, d·n/m]     [o, ceil(d/(k·m))]: k groups a byte, digits to base C(m, n)    -
+    4:8 …     [o, d·n/m]     [o, ceil(d/8)]: a bitmask, a bit a column, 1 for a stored one  -
+    50%/row   [o, k]         [o, ceil(d/8)]: a bitmask                                      -
+    50%       [nnz]          [o, ceil(d/8)]: a bitmask                                      int64 [o + 1]
+
+and at rank r > 0 also U [o, r] and V [r, d], in the dtype of the values.
+
+Values run row by row, columns ascending. A group's digit is C(p1, 1) + … + C(pn, n) for its stored columns
+p1 < … < pn, counted from 0: the combinatorial number system. For 2:4, digits 0 to 5 are columns 01 02 12 03 13 23.
+k is the most digits that a byte holds; where k·m is no more than 8 columns, meta is a bitmask. n:m patterns store
+exactly n columns of each group: a group with fewer non-zeros also stores its lowest free columns, at value 0. For
+50%/row, a row is one such group. The first group is the lowest digit, the first column the lowest bit; digits and bits
+past column d are 0.
+"""
+
+import re
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from math import comb, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamslr.errors import InputError
+from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, parse_pattern
+
+FORMAT_VERSION = 3
+"""Version that is written. 3: new names in the journal (`linears`, `wanda_error`, `non_block` …); 2: metadata of n:m
+in digits, the same bytes of shards as in 3; 1: a nibble for a group of 2:4."""
+READABLE_VERSIONS = (2, 3)
+QUANT_METHOD = "streamslr"
+MIXED = "mixed"
+"""Name of the pattern in config.json, for a model whose linears differ in it."""
+
+BLOCK_FILE = "model-block-{:05d}.safetensors"
+NON_BLOCK_FILE = "model-outside.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+PACKED_PARTS = ("values", "meta", "row_offsets", "U", "V")
+"""Names of the tensors of a packed linear. Not every linear has the last three."""
+_PART_DTYPES: Mapping[str, torch.dtype] = {"meta": torch.uint8, "row_offsets": torch.int64}
+"""Dtypes of parts; all others have the dtype of the linear's values."""
+
+Linears = dict[str, tuple[SparsityPattern, tuple[int, int]]]
+"""Module path of a packed linear -> its pattern and dense shape (o, d)."""
+
+
+# Parts
+
+
+def part_shapes(
+    pattern: SparsityPattern, shape: tuple[int, int], rank: int = 0, num_values: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each part that a packed linear has.
+
+    Args:
+        pattern: sparsity pattern of S.
+        shape: (o, d) of the dense weight.
+        rank: rank of U·V.
+        num_values: entries of `values` where rows differ in their number; None for the most that there can be.
+    """
+    o, d = shape
+    groups = pattern.groups(d)
+    most = max_values(pattern, shape) if num_values is None else num_values
+    shapes: dict[str, tuple[int, ...]] = {
+        "values": (o, d // groups[1] * groups[0]) if groups else (most,),
+        "meta": (o, meta_width(pattern, d)),
+    }
+    if not groups:
+        shapes["row_offsets"] = (o + 1,)  # int64: a linear may hold more than 2^31 values
+    if rank:
+        shapes |= {"U": (o, rank), "V": (rank, d)}
+    return shapes
+
+
+def part_dtype(part: str, values: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of a part of a linear whose values have the dtype `values`, None for torch's default."""
+    return _PART_DTYPES.get(part, values)
+
+
+def max_values(pattern: SparsityPattern, shape: tuple[int, int]) -> int:
+    """Return the most values that S [o, d] can have."""
+    o, d = shape
+    if groups := pattern.groups(d):
+        n, m = groups
+        return o * (d // m) * n
+    return pattern.num_kept(o, d) if isinstance(pattern, Unstructured) else o * d
+
+
+def packed_bytes(pattern: SparsityPattern, shape: tuple[int, int], rank: int, value_bytes: int) -> int:
+    """Return the most bytes that a packed linear takes in a shard, where a value takes `value_bytes`."""
+    sizes = {part: prod(size) for part, size in part_shapes(pattern, shape, rank).items()}
+    return sum(
+        size * (_PART_DTYPES[part].itemsize if part in _PART_DTYPES else value_bytes) for part, size in sizes.items()
+    )
+
+
+def low_rank_bytes(shape: tuple[int, int], rank: int, value_bytes: int) -> int:
+    """Return the bytes of U [o, r] and V [r, d] together."""
+    return rank * sum(shape) * value_bytes
+
+
+def part_name(linear: str, part: str) -> str:
+    """Return the name under which a part is stored."""
+    return f"{linear}.{part}"
+
+
+def stored_parts(linear: str, names: Container[str]) -> dict[str, str]:
+    """Return part -> stored name, for the parts of one linear that are among `names`."""
+    return {part: name for part in PACKED_PARTS if (name := part_name(linear, part)) in names}
+
+
+def linears_among(names: Iterable[str]) -> list[str]:
+    """Return the paths of the packed linears among stored names. Each has a `meta`."""
+    return [name.removesuffix(".meta") for name in names if name.endswith(".meta")]
+
+
+# Bytes of meta
+
+
+@dataclass(frozen=True)
+class MetaCode:
+    """Reading of a byte of `meta`: `count` digits to base `base`, each for `columns` neighbouring columns."""
+
+    group: NofM | None
+    """Group that a digit describes; None for a bitmask, whose digits are bits and describe one column each."""
+    base: int
+    count: int
+    columns: int
+
+
+def meta_code(pattern: SparsityPattern) -> MetaCode:
+    """Return how a pattern's bytes of `meta` are read.
+
+    Digits take less than a bitmask where those of a byte describe more than 8 columns. For 2:4 a byte holds 3 groups:
+    2.67 bits a group, of log2 6 = 2.58 that any code needs; a bitmask takes 4.
+    """
+    if isinstance(pattern, NofM) and pattern.m <= 256:  # no byte holds a digit of a wider group: C(m, n) ≥ m
+        base, count = comb(pattern.m, pattern.n), 0
+        while base ** (count + 1) <= 256:
+            count += 1
+        if count * pattern.m > 8:
+            return MetaCode(pattern, base, count, pattern.m)
+    return MetaCode(None, base=2, count=8, columns=1)
+
+
+def meta_width(pattern: SparsityPattern, d: int) -> int:
+    """Return the bytes of `meta` that describe a row of d columns."""
+    code = meta_code(pattern)
+    return -(-d // (code.count * code.columns))
+
+
+# Tensors that do not fit the layout
+
+
+def pattern_misfit(pattern: SparsityPattern, shape: tuple[int, int]) -> str | None:
+    """Return why no S of this shape can have the pattern, or None."""
+    groups = pattern.groups(shape[1])
+    if groups and shape[1] % groups[1]:
+        return f"{pattern} needs rows of a multiple of {groups[1]} columns, not {shape[0]}x{shape[1]}"
+    return None
+
+
+def sparse_misfits(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> list[str]:
+    """Return what is missing of values, meta and row_offsets, or has the wrong dtype or shape; a sentence each."""
+    o, d = shape
+    expected = part_shapes(pattern, shape)
+    problems = []
+    for part, size in expected.items():
+        if part not in tensors:
+            problems.append(f"{part} is missing")
+            continue
+        tensor, dtype = tensors[part], _PART_DTYPES.get(part)
+        if part == "values" and "row_offsets" in expected:
+            if tensor.dim() != 1:
+                problems.append(f"{part} has shape {list(tensor.shape)}, a {pattern} linear needs one dimension")
+        elif tuple(tensor.shape) != size:
+            problems.append(f"{part} has shape {list(tensor.shape)}, a {o}x{d} {pattern} linear needs {list(size)}")
+        if dtype is not None and tensor.dtype != dtype:
+            problems.append(f"{part} is {tensor.dtype}, not {dtype}")
+        elif dtype is None and not tensor.is_floating_point():
+            problems.append(f"{part} is {tensor.dtype}, not a floating-point type")
+    return problems
+
+
+def low_rank_misfits(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
+    """Return what is wrong with the presence, dtypes and shapes of U and V, a sentence each."""
+    if "U" not in tensors and "V" not in tensors:
+        return []
+    if "U" not in tensors or "V" not in tensors:
+        return ["U is there without V" if "U" in tensors else "V is there without U"]
+    o, d = shape
+    U, V = tensors["U"], tensors["V"]
+    problems = []
+    if U.dim() != 2 or V.dim() != 2 or (U.shape[0], V.shape[1]) != (o, d) or U.shape[1] != V.shape[0]:
+        problems.append(
+            f"U {list(U.shape)} and V {list(V.shape)} are not the [{o}, r] and [r, {d}] of a {o}x{d} linear"
+        )
+    values = tensors.get("values", U)
+    for part, tensor in (("U", U), ("V", V)):
+        if not tensor.is_floating_point() or tensor.dtype != values.dtype:
+            problems.append(f"{part} is {tensor.dtype}, but values are {values.dtype}")
+    return problems
+
+
+# Headers of shards
+
+
+def shard_metadata(linears: Mapping[str, tuple[SparsityPattern, tuple[int, int]]]) -> dict[str, str]:
+    """Return the texts of a shard's header: {"format": "pt"}, and "PATTERN OxD" for each packed linear by its path."""
+    return {"format": "pt"} | {name: f"{pattern} {o}x{d}" for name, (pattern, (o, d)) in linears.items()}
+
+
+def packed_linears(metadata: Mapping[str, str] | None) -> Linears:
+    """Return the packed linears that the texts of a shard's header name. Raises InputError for a damaged text."""
+    linears: Linears = {}
+    for name, text in (metadata or {}).items():
+        if name == "format":
+            continue
+        match = re.fullmatch(r"(\S+) (\d+)x(\d+)", text)
+        if match is None:
+            raise InputError(f'the header of a shard says {text!r} of {name}, not "PATTERN OxD": it is damaged')
+        linears[name] = parse_pattern(match[1]), (int(match[2]), int(match[3]))
+    return linears
+
+
+# config.json
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """Format of a compressed model, from its config.json. The rank of each linear is read off its U."""
+
+    pattern: SparsityPattern | None
+    """Pattern of all linears. None where they differ: the header of each shard names the pattern of each linear."""
+    rank: int
+    """Largest rank asked for; a small linear may have less."""
+    format_version: int
+
+
+def quantization_config(pattern: SparsityPattern | None, rank: int) -> dict[str, Any]:
+    """Return the entry of config.json that marks a compressed model. `read_quantization_config` reads it.
+
+    Args:
+        pattern: pattern of all linears, None where they differ.
+        rank: the largest rank.
+    """
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "pattern": MIXED if pattern is None else str(pattern),
+        "rank": rank,
+    }
+
+
+def read_quantization_config(config: object) -> PackedFormat | None:
+    """Read the entry that `quantization_config` makes.
+
+    Args:
+        config: config.json, parsed to a mapping or to a config of transformers.
+
+    Returns:
+        What the entry says; None when streamslr did not compress the model.
+
+    Raises:
+        InputError: a format_version that this version cannot read, or a damaged entry.
+    """
+    if isinstance(config, Mapping):
+        entry = config.get("quantization_config")
+    else:
+        entry = getattr(config, "quantization_config", None)
+    if entry is not None and not isinstance(entry, Mapping):
+        entry = entry.to_dict()  # transformers may have parsed it already
+    if entry is None or entry.get("quant_method") != QUANT_METHOD:
+        return None
+    version = entry.get("format_version")
+    if version not in READABLE_VERSIONS:
+        raise InputError(
+            f"config.json says streamslr format_version {version!r}, this version reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}: use the streamslr that wrote it, or compress the model again"
+        )
+    pattern, rank = entry.get("pattern"), entry.get("rank")
+    if not isinstance(pattern, str) or not isinstance(rank, int) or rank < 0:
+        raise InputError(
+            f"quantization_config in config.json is damaged: pattern {pattern!r}, rank {rank!r}; "
+            f"copy config.json again from where the folder came from"
+        )
+    return PackedFormat(None if pattern == MIXED else parse_pattern(pattern), rank, version)

@@ -1,0 +1,77 @@
+"""A model of transformers on the meta device: built there, its blocks found, its tensors read and set by name."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GradientCheckpointingLayer, PretrainedConfig, PreTrainedModel
+
+from streamslr.errors import InputError, first_line
+from streamslr.model.transformers_compat import quiet_transformers
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the causal language model of `config` in evaluation mode, every parameter and buffer on meta.
+
+    Raises:
+        InputError: transformers builds none from this configuration.
+    """
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            # A copy, because transformers notes the dtype in it. No attn_implementation: some architectures refuse one.
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                copy.deepcopy(config), dtype=dtype
+            )
+            model.eval()  # type: ignore[no-untyped-call]
+    except Exception as error:  # each architecture checks its own configuration in its own way
+        raise InputError(
+            f"transformers builds no causal language model from a {type(config).__name__}: {first_line(error)}; "
+            f"choose a decoder-only model, or check config.json"
+        ) from error
+    return model
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
+    """Return the decoder's one list of as many layers as the configuration says: its module path, and the layers.
+
+    Raises:
+        InputError: there is no such list, or several.
+    """
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    lists = [
+        module
+        for module in decoder.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    if len(lists) != 1 or not depth:
+        raise InputError(
+            f"{type(model).__name__} has {len(lists)} lists of {depth} layers where one is expected: its blocks "
+            f"cannot be told apart, so this architecture is not supported"
+        )
+    name = next(name for name, module in model.named_modules() if module is lists[0])
+    return name, tuple(lists[0])
+
+
+def get_tensor(model: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer of this name."""
+    module, leaf = _owner(model, name)
+    tensor: Tensor = getattr(module, leaf)
+    return tensor
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of the parameter (without gradient) or buffer of this name; devices may differ."""
+    module, leaf = _owner(model, name)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf

@@ -1,0 +1,45 @@
+"""Shapes of a model, read from headers and the meta device: all that a plan needs to know of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Shapes of one block and of the linears that are compressed in it."""
+
+    linears: Mapping[str, tuple[int, int]]  # linear -> (o, d) of its weight
+    grams: Mapping[str, int]  # first linear of each group that shares an input -> d of that input
+    parameters: int  # number of all parameters of the block
+    source_bytes: int  # of these parameters in the source checkpoint
+    routing: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Linear of an expert -> (k, E): each token passes k of E experts."""
+
+    def token_fraction(self, linear: str) -> float:
+        """Return the fraction of all tokens that reach a linear on average: k/E for an expert's, 1 for any other."""
+        chosen, experts = self.routing.get(linear, (1, 1))
+        return chosen / experts
+
+    @property
+    def active_parameters(self) -> float:
+        """Number of parameters that one token passes."""
+        return self.parameters - sum((1 - self.token_fraction(name)) * o * d for name, (o, d) in self.linears.items())
+
+    @property
+    def expert_grams(self) -> Mapping[str, int]:
+        """The part of `grams` that belongs to experts."""
+        return {name: d for name, d in self.grams.items() if name in self.routing}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Shapes of a whole model, and the bytes that its source takes."""
+
+    blocks: tuple[BlockShape, ...]
+    hidden_size: int
+    non_block_parameters: int
+    non_block_bytes: int  # in the source checkpoint
+    value_bytes: int  # of one weight in the shards
+    eager_heads: int = 0  # attention heads where attention writes its scores out; 0 where it is fused
+    download_bytes: int = 0
+    largest_shard_bytes: int = 0

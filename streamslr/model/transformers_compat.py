@@ -1,0 +1,136 @@
+"""Every private part of transformers that streamslr uses: the one file to open when transformers changes.
+
+Private means that `from transformers import NAME` does not give it, or that its name begins with an underscore. Checked
+against transformers 5.20 and 5.23. transformers 4 does not convert weights while it reads them and is not supported.
+
+`runtime/loader.py` imports this file while transformers itself is being imported. Imports at the top must therefore not
+need `transformers.quantizers` or `transformers.modeling_utils`; those are imported where they are used.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import logging as transformers_logging
+
+# Since 5.0: the renamings and fusions between a checkpoint's keys and a model's parameters, which `from_pretrained`
+# applies while it loads and `save_pretrained` reverts.
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightRenaming,
+    WeightTransform,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+# In 5.0 already: the base class of a quantization method's entry in config.json.
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.loading_report import LoadStateDictInfo
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import the seam for quantization methods of other packages when it is asked for (PEP 562); in 5.0 already.
+
+        An import at the top would be circular: as soon as transformers.quantizers.auto has run, runtime/register.py
+        imports runtime/loader.py, which asks this file for these names.
+        """
+        if name in ("HfQuantizer", "register_quantization_config", "register_quantizer"):
+            from transformers.quantizers import auto
+
+            return getattr(auto, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "HfQuantizer",
+    "QuantizationConfigMixin",
+    "WeightRenaming",
+    "WeightTransform",
+    "compute_buffers",
+    "get_model_conversion_mapping",
+    "load_converted",
+    "quiet_transformers",
+    "register_quantization_config",
+    "register_quantizer",
+    "rename_source_key",
+    "revert_weight_conversion",
+    "uses_eager_attention",
+]
+
+
+def load_converted(
+    model: "PreTrainedModel",
+    tensors: dict[str, Tensor],
+    conversions: Iterable[WeightTransform],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> "LoadStateDictInfo":
+    """Set the parameters that some of a checkpoint's tensors become, as `from_pretrained` does for all of them.
+
+    `LoadStateDictConfig` holds the dtype plan since 5.20 at the latest; 5.0 took it as an argument of its own.
+
+    Args:
+        model: the model; parameters that the tensors do not become stay as they are.
+        tensors: checkpoint key -> tensor on the CPU.
+        conversions: renamings and fusions, `get_model_conversion_mapping` or fewer.
+        dtype: dtype of loaded parameters, except for those that the model keeps in float32.
+        device: device of loaded parameters.
+
+    Returns:
+        transformers' report: missing_keys, mismatched_keys, conversion_errors.
+    """
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=list(conversions),  # type: ignore[arg-type]  # declared narrower than what it is given
+    )
+    info: LoadStateDictInfo = convert_and_load_state_dict_in_model(model, tensors, config)[0]
+    return info
+
+
+def compute_buffers(model: "PreTrainedModel", modules: Iterable[nn.Module]) -> None:
+    """Compute the buffers of `modules` that no checkpoint holds (rotary tables …), as `from_pretrained` does.
+
+    Args:
+        model: the model that the modules are parts of.
+        modules: owners of the buffers, which are allocated already.
+    """
+    from transformers import PreTrainedModel
+
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    with torch.no_grad():
+        for module in modules:
+            # The innermost model around a module knows how; modules() lists outer ones first.
+            around = [model for model in models if any(part is module for part in model.modules())]
+            around[-1]._init_weights(module)  # type: ignore[no-untyped-call]
+
+
+def uses_eager_attention(config: "PretrainedConfig") -> bool:
+    """Return True when attention writes its weights [b, heads, T, T] out instead of running as one fused kernel."""
+    return bool(config._attn_implementation == "eager")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and advice, which are about loading a whole model."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,198 @@
+"""Bytes and FLOPs of each phase of a run, from shapes alone: sums of what the parts of streamslr say they take."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from streamslr.calibration.grams import blend_bytes, grams_bytes, input_copy_bytes
+from streamslr.calibration.hidden_states import transfer_bytes
+from streamslr.config import RunConfig
+from streamslr.io.packed_layout import packed_bytes
+from streamslr.matching import refine_bytes, refine_flops
+from streamslr.model.pass_costs import activation_bytes, score_bytes
+from streamslr.model.shape import BlockShape, ModelShape
+from streamslr.solvers.base import Solver
+from streamslr.spec.allocation import Allocation
+from streamslr.spec.owl import scoring_bytes
+
+_LIBRARY_BUFFERS, _EARLY_BUFFERS = 120 * 2**20, 76 * 2**20
+"""Host memory that torch, zarr and the tokenizer hold beside tensors, for buffers and pages of their code; and the part
+of it that they hold before the first block. Measured by tools/bench_run.py with the process alone on its machine."""
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """Peak bytes while a phase runs, for the largest block where blocks differ, and FLOPs of all its runs together."""
+
+    name: str
+    host_bytes: int
+    gpu_bytes: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a run's phases. Bytes are of the largest block where blocks differ."""
+
+    config: RunConfig
+    model: ModelShape
+    allocation: Allocation
+    solver: Solver
+    device: torch.device
+    dtype: torch.dtype  # of hidden states and products
+    baseline: int  # private bytes that the process holds before any work
+
+    def phases(self, micro_batch: int, grams_at: str, workspace: int | None) -> tuple[PhaseCost, ...]:
+        """Return the cost of each phase, in the order that a run goes through them.
+
+        Args:
+            micro_batch: Windows that pass a block together.
+            grams_at: Tier where Grams wait to be solved: "device", "host" or "disk".
+            workspace: Bytes that one solve may take; None: as many as it likes.
+        """
+        return (
+            *([self._survey(micro_batch)] if self.config.owl is not None else []),
+            self._embed(micro_batch),
+            self._load(),
+            self._grams(micro_batch),
+            self.solve(grams_at, workspace),
+            *([self._match(micro_batch)] if self.config.match else []),
+            self._propagate(micro_batch),
+        )
+
+    def solve(self, grams_at: str, workspace: int | None) -> PhaseCost:
+        """Return the cost of phase solve; arguments as of `phases`."""
+        flops = sum(self.solver.flops(o, d, self.allocation[name].rank) for name, (o, d) in self._linears)
+        waiting = self.gram_bytes if grams_at == "host" else 0
+        return self._cost("solve", self.beside_solver(grams_at) + self.solver_bytes(workspace), waiting, flops)
+
+    def solver_bytes(self, workspace: int | None) -> int:
+        """Return the most bytes that one solve takes, or merging its result: two float32 matrices [o, d]."""
+        gpu, most = self.device.type == "cuda", 0
+        for name, (o, d) in self._linears:
+            spec = self.allocation[name]
+            solve = self.solver.peak_bytes(o, d, spec.rank, workspace, by_row=spec.pattern.by_row, gpu=gpu)
+            most = max(most, solve, 8 * o * d)
+        return most
+
+    def beside_solver(self, grams_at: str) -> int:
+        """Return the bytes beside a solve: block, Grams, packed linears, and W in float32 where the block is not."""
+        grams = self.gram_bytes if grams_at == "device" else grams_bytes([self._widest])
+        weight = 0 if self._value_bytes == 4 else 4 * max(o * d for _, (o, d) in self._linears)
+        return self._block_bytes + grams + self._packed_bytes + weight
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Host bytes of the process and its libraries, in every phase but embed."""
+        return self.baseline + _LIBRARY_BUFFERS
+
+    def packed_bytes(self, block: BlockShape) -> int:
+        """Return the bytes of a compressed block as its shard stores it."""
+        value_bytes = self.model.value_bytes
+        dense = sum(o * d for o, d in block.linears.values())
+        packed = 0
+        for name, (o, d) in block.linears.items():
+            spec = self.allocation[name]
+            packed += packed_bytes(spec.pattern, (o, d), min(spec.rank, o, d), value_bytes)
+        return packed + (block.parameters - dense) * value_bytes
+
+    def _survey(self, micro_batch: int) -> PhaseCost:
+        passing = self._pass_bytes(micro_batch) + self._input_copy(micro_batch)
+        compute = self._block_bytes + passing + scoring_bytes(self._widest)
+        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=1, writes=1)
+        return self._cost("survey", compute, host, self._forward_flops)
+
+    def _embed(self, micro_batch: int) -> PhaseCost:
+        outputs = 2 * self._hidden_bytes(micro_batch)
+        host = transfer_bytes(self._hidden_bytes(micro_batch), writes=2) - outputs
+        return self._cost("embed", self.model.non_block_parameters * self._value_bytes + outputs, host, 0.0)
+
+    def _load(self) -> PhaseCost:
+        return self._cost("load", self._block_bytes, max(b.source_bytes for b in self.model.blocks), 0.0)
+
+    def _grams(self, micro_batch: int) -> PhaseCost:
+        passing = self._pass_bytes(micro_batch) + self._input_copy(micro_batch)
+        blending = max(blend_bytes(b.expert_grams.values()) for b in self.model.blocks)  # after all windows have passed
+        compute = self._block_bytes + self.gram_bytes + max(blending, passing)
+        targets = 1 if self.config.match else 0
+        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=self._streams, writes=targets)
+        products = sum(b.token_fraction(name) * d * d for b in self.model.blocks for name, d in b.grams.items())
+        flops = self._forward_flops + 2.0 * self._tokens(self.config.samples) * products
+        return self._cost("grams", compute, host, flops)
+
+    def _match(self, micro_batch: int) -> PhaseCost:
+        tokens = self._tokens(min(micro_batch, self.config.match_batch))
+        sizes = tokens, self.model.hidden_size, self._value_bytes
+        refining = max(refine_bytes(block, self.allocation, *sizes) for block in self.model.blocks)
+        weights = self._block_bytes + 2 * self._packed_bytes  # as solved and as refined
+        compute = weights + refining + self._score_bytes(micro_batch)
+        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=2)
+        return self._cost("match", compute, host, refine_flops(self._forward_flops, self.config.match_epochs))
+
+    def _propagate(self, micro_batch: int) -> PhaseCost:
+        stored = (2 if self.config.match else 1) * self._packed_bytes  # as solved and as refined
+        copy = 0 if self.device.type == "cpu" else self._packed_bytes  # on its way to the shard
+        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=self._streams, writes=1) + copy
+        compute = self._block_bytes + stored + self._pass_bytes(micro_batch)
+        return self._cost("propagate", compute, host, self._forward_flops)
+
+    def _cost(self, phase: str, compute: int, host: int, flops: float) -> PhaseCost:
+        """Place the bytes of a phase: `compute` where blocks are computed, `host` on the host in any case."""
+        on_cpu = self.device.type == "cpu"
+        fixed = self.baseline + _EARLY_BUFFERS if phase == "embed" else self.fixed_bytes
+        return PhaseCost(phase, fixed + host + (compute if on_cpu else 0), 0 if on_cpu else compute, flops)
+
+    def _tokens(self, windows: int) -> int:
+        return windows * self.config.seq_len
+
+    def _hidden_bytes(self, windows: int) -> int:
+        return self._tokens(windows) * self.model.hidden_size * self._value_bytes
+
+    def _pass_bytes(self, micro_batch: int) -> int:
+        """Activations and attention scores of a pass without gradients."""
+        sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes
+        return max(activation_bytes(block, *sizes) for block in self.model.blocks) + self._score_bytes(micro_batch)
+
+    def _score_bytes(self, micro_batch: int) -> int:
+        return score_bytes(micro_batch, self.config.seq_len, self.model.eager_heads)
+
+    def _input_copy(self, micro_batch: int) -> int:
+        return input_copy_bytes(self._widest, self._tokens(micro_batch), self._value_bytes)
+
+    @property
+    def _streams(self) -> int:
+        """Streams of hidden states: with matching also the targets."""
+        return 2 if self.config.match else 1
+
+    @property
+    def _value_bytes(self) -> int:
+        return self.dtype.itemsize
+
+    @cached_property
+    def _linears(self) -> list[tuple[str, tuple[int, int]]]:
+        """All linears of the model: name, (o, d)."""
+        return [linear for block in self.model.blocks for linear in block.linears.items()]
+
+    @cached_property
+    def _block_bytes(self) -> int:
+        return max(block.parameters for block in self.model.blocks) * self._value_bytes
+
+    @cached_property
+    def gram_bytes(self) -> int:
+        """Bytes of all Grams of the block."""
+        return max(grams_bytes(block.grams.values()) for block in self.model.blocks)
+
+    @cached_property
+    def _packed_bytes(self) -> int:
+        return max(self.packed_bytes(block) for block in self.model.blocks)
+
+    @cached_property
+    def _widest(self) -> int:
+        """Width of the widest input."""
+        return max(d for block in self.model.blocks for d in block.grams.values())
+
+    @cached_property
+    def _forward_flops(self) -> float:
+        """FLOPs of one pass of all windows through all blocks."""
+        return 2.0 * self._tokens(self.config.samples) * sum(block.active_parameters for block in self.model.blocks)

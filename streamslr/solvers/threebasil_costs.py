@@ -1,0 +1,87 @@
+"""Memory and floating point operations that a solve by 3BASiL takes, and the tiles that keep to a workspace."""
+
+from streamslr.solvers.threebasil_state import slice_elements
+
+# Rows of the smallest tile, and the step between tile sizes.
+SMALLEST_TILE = 64
+# Bytes that MKL and oneDNN pack operands into, and that malloc leaves between buffers (measured, 1024 to 4096).
+_LIBRARY_SCRATCH = 32 << 20
+
+
+def solve_bytes(
+    o: int,
+    d: int,
+    rank: int,
+    tile_rows: int | None = None,
+    *,
+    by_row: bool = False,
+    gpu: bool = False,
+) -> int:
+    """Return the peak bytes that one solve takes beside its weight and Gram matrix; S is among them.
+
+    - State, all rows at once: 4 float32 copies of the weight. These are the scaled W, X, D, and the product with its
+      input at bfloat16, or the product alone at float32.
+    - State in tiles: 5 bytes a weight for what is held and the support, and of one tile 8 for X, the product and its
+      input.
+    - The last projection of a pattern that couples rows (not `by_row`): 10 bytes a weight.
+    - Besides: the inverse [d, d], on a GPU with two more while it is built; the factors of U·V and products with them;
+      the temporaries of a slice; the memory that libraries pack operands into.
+
+    Args:
+        o: Outputs of the linear.
+        d: Inputs of the linear.
+        rank: Rank of U·V.
+        tile_rows: Rows of the weight worked on at a time; None for all.
+        by_row: True where the pattern decides each row apart.
+        gpu: True for a solve on a GPU.
+    """
+    t = o if tile_rows is None else min(tile_rows, o)
+    state = 16 * o * d if t == o else 5 * o * d + 8 * t * d
+    inverse = 4 * d * d * (3 if gpu else 1)
+    factors = 4 * 8 * (o + d) * max(rank, 1)
+    temporaries = 5 * 4 * min(t * d, slice_elements(gpu))
+    scratch = min(_LIBRARY_SCRATCH, 4 * d * (t + d))
+    projecting = 0 if by_row else 10 * o * d
+    return max(state + inverse + temporaries + factors, projecting + factors // 4) + scratch
+
+
+def tile_rows_for(
+    o: int,
+    d: int,
+    rank: int,
+    workspace: int,
+    *,
+    by_row: bool = False,
+    gpu: bool = False,
+) -> int | None:
+    """Return the most rows a tile with which one solve takes at most `workspace` bytes; None for all rows at once.
+
+    A multiple of 64. It is 64 also where that still takes more than the workspace: compare with `solve_bytes`, whose
+    other arguments these are.
+    """
+
+    def fits(tile_rows: int | None) -> bool:
+        return solve_bytes(o, d, rank, tile_rows, by_row=by_row, gpu=gpu) <= workspace
+
+    if fits(None) or o <= SMALLEST_TILE:
+        return None
+    low, high = 1, (o - 1) // SMALLEST_TILE  # in steps; a tile takes more with every row
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * SMALLEST_TILE) else (low, middle - 1)
+    return low * SMALLEST_TILE
+
+
+def solve_flops(o: int, d: int, rank: int, iterations: int, inverses: int) -> int:
+    """Return the floating point operations of one solve: products, inverses, and the elementwise work.
+
+    Args:
+        o: Outputs of the linear.
+        d: Inputs of the linear.
+        rank: Rank of U·V.
+        iterations: Iterations of ADMM.
+        inverses: Inverses [d, d], one a stage and one for the metric.
+    """
+    product = 2 * o * d * d
+    low_rank = 6 * o * d * rank + 4 * d * d * rank + 8 * o * rank * rank
+    return iterations * (product + low_rank + 20 * o * d) + inverses * d**3

@@ -1,0 +1,330 @@
+"""State of 3BASiL's iteration: its metric, its tensors in tiles of rows, and the two updates of an iteration."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from streamslr.errors import StreamslrError
+from streamslr.solvers.base import Damping, LinearProblem, damp_until_positive_definite
+from streamslr.solvers.low_rank import balance_factors
+
+# Elements of a slice of the elementwise passes: on the CPU five float32 slices stay in a 2 MiB cache; on a GPU
+# they fill the device, and the temporaries of the projection stay small (size chosen, not measured).
+_SLICE_ELEMENTS, _SLICE_ELEMENTS_ON_GPU = 1 << 16, 1 << 22
+# Subspace steps where accuracy is worth more than time: for the start and for the last fit of U·V.
+_CAREFUL_STEPS = 4
+
+
+def slice_elements(gpu: bool) -> int:
+    """Return the elements of a slice of the elementwise passes."""
+    return _SLICE_ELEMENTS_ON_GPU if gpu else _SLICE_ELEMENTS
+
+
+@dataclass(frozen=True)
+class Metric:
+    """G = diag(1/scale) (gram + diag(added)) diag(1/scale), [d, d]; formed only inside `inverse`.
+
+    Attributes:
+        gram: [d, d] undamped, the problem's own.
+        added: [d], the damping of its diagonal.
+        scale: [d], the scale of the inputs.
+        dead: [d] bool, inputs that are always zero.
+        damping: Multiplier on the default damping.
+    """
+
+    gram: Tensor
+    added: Tensor
+    scale: Tensor
+    dead: Tensor
+    damping: float
+
+    def times(self, y: Tensor) -> Tensor:
+        """Return G @ y for y [d, k]."""
+        y = y / self.scale[:, None]
+        return torch.addcmul(self.gram @ y, self.added[:, None], y).div_(self.scale[:, None])
+
+    def inverse(self, rho: float, out: Tensor | None = None) -> Tensor | None:
+        """Return ρ (G + ρI)⁻¹, float32 [d, d], or G⁻¹ for ρ = 0; None without a Cholesky factor."""
+        matrix = torch.div(self.gram, self.scale, out=out)
+        matrix.div_(self.scale[:, None])
+        matrix.diagonal().add_(self.added / self.scale.square() + rho)
+        inverse = invert_(matrix)
+        return inverse if inverse is None or rho == 0 else inverse.mul_(rho)
+
+
+def build_metric(problem: LinearProblem, warnings: list[str]) -> Metric:
+    """Return the metric with inputs scaled by [H⁻¹]_jj^-½, H damped as little as gives it a Cholesky factor.
+
+    Leaving out w_j costs w_j² / [H⁻¹]_jj when the other weights adapt (Optimal Brain Surgeon), so in this scale equal
+    magnitudes cost the same.
+    """
+
+    def scale_by_saliency(damping: Damping) -> Metric | None:
+        metric = Metric(problem.gram, damping.added, damping.scale, damping.dead, damping.multiplier)
+        inverse = metric.inverse(0)
+        return None if inverse is None else replace(metric, scale=damping.scale * inverse.diagonal().rsqrt())
+
+    return damp_until_positive_definite(problem, scale_by_saliency, warnings)
+
+
+def invert_(matrix: Tensor) -> Tensor | None:
+    """Overwrite a symmetric matrix [d, d] with its inverse and return it; None when it is not positive definite."""
+    if matrix.device.type == "cpu":  # LAPACK factors and inverts in place, in column-major storage
+        columns = matrix.mT
+        info = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(columns, out=(columns, info))
+        if int(info):
+            return None
+        torch.cholesky_inverse(columns, out=columns)
+        inverse = matrix
+    else:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info):
+            return None
+        inverse = torch.cholesky_inverse(factor, out=matrix.mT).mT  # with a working copy of the factor
+    return inverse if bool((inverse.diagonal() > 0).all()) else None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of W, t of them, transposed like all of the state. X, input and C are memory that the tiles share.
+
+    Attributes:
+        rows: The t rows of W.
+        X: [d, t] T = Y − D + W between iterations where the tile is the whole linear; T − B Uᵀ within one.
+        input: [d, t] X in the precision of the products; X itself at float32.
+        C: [d, t] the product (T − B Uᵀ) M, in that precision.
+        held: [d, t] W where the tile is the whole linear, else D − Y; lasts from one iteration to the next.
+        slices: The same in slices of inputs.
+    """
+
+    rows: slice
+    X: Tensor
+    input: Tensor
+    C: Tensor
+    held: Tensor
+    slices: list["Slice"]
+
+
+class Slice(NamedTuple):
+    """Inputs of a tile, k of its d in whole groups of the pattern, for the elementwise passes.
+
+    Attributes:
+        X: [k, t], part of the tile's.
+        input: [k, t], part of the tile's.
+        C: [k, t], part of the tile's.
+        D: [k, t] the projection; lasts where the tile is the whole linear, else scratch memory.
+        held: [k, t], part of the tile's.
+        support: [k, t] bool, D ≠ 0 where D does not last; None where it does.
+        scale: [k, 1], the scale of the inputs.
+    """
+
+    X: Tensor
+    input: Tensor
+    C: Tensor
+    D: Tensor
+    held: Tensor
+    support: Tensor | None
+    scale: Tensor
+
+
+class AdmmState:
+    """W, D, Y, U·V and M of the iteration (`ThreeBasil`), with the updates of U·V and of S, D and Y.
+
+    All is in the scale of the metric and transposed, [d, o], so that a group of weights is a group of rows: rows are
+    contiguous, and comparing the members of a group runs at the speed of memory. (U·V)ᵀ = B Uᵀ with B [d, r] and
+    U [o, r] orthonormal. S is never stored: with T = Y − D + W, the correction D − Y − E is −(T − B Uᵀ).
+    """
+
+    def __init__(
+        self,
+        problem: LinearProblem,
+        metric: Metric,
+        rank: int,
+        product_dtype: torch.dtype,
+        tile_rows: int | None = None,
+    ) -> None:
+        """Start from U·V the best fit of W, D the projection of W − U·V, Y = 0.
+
+        Args:
+            problem: The linear to compress.
+            metric: Its metric.
+            rank: Rank of U·V, at most min(o, d).
+            product_dtype: Precision of the products with the weight's size, float32 or bfloat16.
+            tile_rows: Rows of W worked on at a time; None for all.
+        """
+        self.name, self.pattern, self.metric, self.product_dtype = problem.name, problem.pattern, metric, product_dtype
+        self.iterations = 0
+        self.weight = problem.weight  # [o, d], not scaled
+        self.scale = metric.scale.masked_fill(metric.dead, 0)
+        o, d = self.weight.shape
+        generator = torch.Generator().manual_seed(problem.seed)
+        U = torch.randn(o, rank, generator=generator).to(self.weight)  # on the CPU: the same start on every device
+        self.U = torch.linalg.qr(U).Q if rank else U  # [o, r], orthonormal
+        self.B = self.weight.new_zeros(d, rank)
+        self._fit_low_rank()
+        self.store = torch.mul(self.weight, self.scale).addmm_(self.U, self.B.t(), alpha=-1)  # [o, d] E, for now
+        self.marker = problem.pattern.marker(self.store)
+        self.whole = tile_rows is None or tile_rows >= o
+        self.tiles = self._make_tiles(o if tile_rows is None else min(tile_rows, o))
+        for tile in self.tiles:
+            tile.X.copy_(self.store[tile.rows].t())
+            if self.whole:
+                tile.held.copy_(self.weight.t()).mul_(self.scale[:, None])
+            for part in tile.slices:
+                torch.mul(part.X, self.marker.mark_(part.X.abs().t(), tile.rows).t(), out=part.D)
+                torch.neg(part.D, out=part.X)
+                self._keep(part)
+        self.marker.end_pass()
+        self.buffer = torch.empty(d, d, device=self.weight.device)
+        self.M = self.buffer  # ρ (G + ρI)⁻¹, after set_inverse
+
+    def _make_tiles(self, tile_rows: int) -> list[Tile]:
+        """Return tiles over the store, each in slices that are small enough for the cache."""
+        o, d = self.weight.shape
+        elements = slice_elements(gpu=self.weight.device.type != "cpu")
+        k = min(d, max(1, elements // (tile_rows * self.marker.group)) * self.marker.group)
+        shared_X = self.weight.new_empty(d * tile_rows)
+        shared_D = self.weight.new_empty((d if self.whole else k) * tile_rows)
+        shared_C = torch.empty_like(shared_X, dtype=self.product_dtype)
+        shared_input = shared_X if self.product_dtype == torch.float32 else torch.empty_like(shared_C)
+        tiles = []
+        for first in range(0, o, tile_rows):
+            rows = slice(first, min(first + tile_rows, o))
+            t = rows.stop - first
+            X, product_input, C = (shared[: d * t].view(d, t) for shared in (shared_X, shared_input, shared_C))
+            D = shared_D[: shared_D.numel() // tile_rows * t].view(-1, t)
+            held = self.store[rows].view(d, t)
+            support = None if self.whole else torch.empty_like(X, dtype=torch.bool)
+            slices = []
+            for at in (slice(first, min(first + k, d)) for first in range(0, d, k)):
+                part_D = D[at] if self.whole else D[: at.stop - at.start]
+                part_support = None if support is None else support[at]
+                scale = self.scale[at, None]
+                slices.append(Slice(X[at], product_input[at], C[at], part_D, held[at], part_support, scale))
+            tiles.append(Tile(rows, X, product_input, C, held, slices))
+        return tiles
+
+    def _keep(self, part: Slice) -> None:
+        """Keep Y − D, which is in X, and D until the next iteration: as T, or in `held` and `support`."""
+        if part.support is None:
+            part.X.add_(part.held)
+            if part.input.dtype != part.X.dtype:
+                part.input.copy_(part.X)
+        else:
+            torch.neg(part.X, out=part.held)
+            part.support.copy_(part.D)
+
+    def _projection(self, part: Slice) -> Tensor:
+        """Return D as the last iteration left it."""
+        return part.D if part.support is None else torch.mul(part.held, part.support, out=part.D)
+
+    def set_inverse(self, rho: float) -> None:
+        """Set M = ρ (G + ρI)⁻¹ in the precision of the products."""
+        inverse = self.metric.inverse(rho, self.buffer)
+        if inverse is None:  # G has a factor, so G + ρI has one
+            raise StreamslrError(f"{self.name}: G + {rho:g}·I lost its Cholesky factor; report this as a bug")
+        if self.product_dtype == torch.float32:
+            self.M = inverse
+        else:  # into the front of its own memory, behind the rows that are still to be read
+            self.M = self.buffer.view(self.product_dtype).view(-1)[: inverse.numel()].view_as(inverse)
+            for rows in range(0, len(inverse), 64):
+                self.M[rows : rows + 64] = inverse[rows : rows + 64].to(self.product_dtype)
+
+    def update_low_rank(self) -> None:
+        """Update U·V by one subspace step towards the best fit of T in the metric G M: U for the last V, then V."""
+        if not self.U.shape[1]:
+            return
+        y = self.metric.times((self.M @ self.B.to(self.product_dtype)).float())  # [d, r]
+        if self.whole:
+            T = self.tiles[0].input
+            self.U = torch.linalg.qr((T.t() @ y.to(self.product_dtype)).float()).Q
+            self.B = (T @ self.U.to(self.product_dtype)).float()
+        else:  # T = W − held, never formed for all rows at once
+            product = self.weight @ (y * self.scale[:, None])  # [o, r]
+            for tile in self.tiles:
+                product[tile.rows].addmm_(tile.held.t(), y, alpha=-1)
+            self.U = torch.linalg.qr(product).Q
+            self.B = (self.weight.t() @ self.U).mul_(self.scale[:, None])
+            for tile in self.tiles:
+                self.B.addmm_(tile.held, self.U[tile.rows], alpha=-1)
+
+    def update_sparse(self, dual_scale: float = 1.0, count_moved: bool = False) -> float:
+        """Update S, D and Y, tile by tile, and return the fraction of the support that moved, 0 if not counted.
+
+        Args:
+            dual_scale: ρ / (the ρ of the next iteration), by which Y is rescaled.
+            count_moved: Count the positions of the support that moved.
+        """
+        moved = num_kept = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+        for tile in self.tiles:
+            if not self.whole:  # X ← T
+                tile.X.copy_(self.weight[tile.rows].t())
+                for part in tile.slices:
+                    part.X.mul_(part.scale).sub_(part.held)
+            if self.U.shape[1]:
+                tile.X.addmm_(self.B, self.U[tile.rows].t(), alpha=-1)
+            if tile.input.dtype != tile.X.dtype:
+                tile.input.copy_(tile.X)
+            torch.mm(self.M, tile.input, out=tile.C)  # S = E − C
+            for part in tile.slices:
+                D = self._projection(part)
+                Z = part.X.add_(D).sub_(part.C)  # S + Y
+                mask = self.marker.mark_(Z.abs().t(), tile.rows).t()
+                if count_moved:  # bool(), 9 times as fast as != 0; not sum(), which casts a whole mask to int64
+                    support = mask.bool()
+                    moved = moved + (D.bool() ^ support).count_nonzero()
+                    num_kept = num_kept + support.count_nonzero()
+                torch.mul(Z, mask, out=part.D)  # D ← the projection of S + Y
+                if dual_scale != 1.0:
+                    Z.mul_(dual_scale)
+                Z.sub_(part.D, alpha=1 + dual_scale)  # dual_scale·Y − D, for Y = Z − D
+                self._keep(part)
+        self.marker.end_pass()
+        self.iterations += 1
+        return float(moved / num_kept.clamp_min(1)) if count_moved else 0.0
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return S [o, d] exactly in the pattern, and U [o, r], V [r, d] fitted to it, in the problem's own scale."""
+        S, scale, dead = self._collect_sums(), self.metric.scale, self.metric.dead
+        projected_together = [tile.rows for tile in self.tiles] if self.pattern.by_row else [slice(None)]
+        del self.tiles, self.buffer, self.M
+        for rows in projected_together:
+            S[rows].masked_fill_(self.pattern.project(S[rows]).logical_not_(), 0)
+        S.div_(scale)
+        S[:, dead] = 0
+        self._fit_low_rank(S)
+        V = (self.B / scale[:, None]).t()
+        V[:, dead] = 0
+        return S, *balance_factors(self.U, V)
+
+    def _collect_sums(self) -> Tensor:
+        """Return S + Y [o, d], row by row, in the memory of the store: what is held of a tile is not needed again."""
+        for tile in self.tiles:
+            for part in tile.slices:
+                if self.whole:
+                    part.X.sub_(part.held)
+                else:
+                    torch.neg(part.held, out=part.X)
+                part.X.add_(self._projection(part), alpha=2)
+            self.store[tile.rows].copy_(tile.X.t())
+        return self.store
+
+    def _fit_low_rank(self, S: Tensor | None = None) -> None:
+        """Set U, B to the best rank-r B Uᵀ for W − S in the metric G, by subspace iteration from the current U.
+
+        S [o, d] is in the problem's own scale, like the weight: the scale then falls on slim factors alone.
+        """
+
+        def times_residual(y: Tensor) -> Tensor:  # [o, r] -> [d, r]
+            product = self.weight.t() @ y
+            return (product if S is None else product.sub_(S.t() @ y)).mul_(self.scale[:, None])
+
+        if self.U.shape[1]:
+            for _ in range(_CAREFUL_STEPS):
+                y = self.metric.times(times_residual(self.U)).mul_(self.scale[:, None])
+                product = self.weight @ y
+                self.U = torch.linalg.qr(product if S is None else product.sub_(S @ y)).Q
+            self.B = times_residual(self.U)

@@ -1,0 +1,65 @@
+"""The compressed folder: its index, its texts, what a killed process leaves in it."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from streamslr.io.durable import file_sha256
+from streamslr.io.folder import discard_uncommitted, index_json, write_auxiliary_files, write_block, write_index
+from streamslr.io.packed_layout import packed_linears, quantization_config
+from streamslr.io.packing import pack
+from streamslr.io.safetensors_file import shard_header
+from streamslr.spec.pattern import NofM
+
+
+def test_index_is_as_transformers_reads_it() -> None:
+    index = index_json({"b": "model-block-00001.safetensors", "a": "model-outside.safetensors"}, 12)
+    assert json.dumps(index) == (
+        '{"metadata": {"total_size": 12}, '
+        '"weight_map": {"a": "model-outside.safetensors", "b": "model-block-00001.safetensors"}}'
+    )
+
+
+def test_a_block_and_its_index_hold_what_was_given(tmp_path: Path) -> None:
+    W = torch.randn(4, 8)
+    pattern = NofM(2, 4)
+    parts = pack(W * pattern.project(W), pattern, torch.bfloat16)
+    norm = torch.ones(8)
+    shard = write_block(tmp_path, 3, {"layers.3.q": (parts, pattern, (4, 8))}, {"layers.3.norm.weight": norm})
+    assert shard.file == "model-block-00003.safetensors"
+    stored = load_file(tmp_path / shard.file)
+    assert stored.keys() == {"layers.3.q.values", "layers.3.q.meta", "layers.3.norm.weight"}
+    assert torch.equal(stored["layers.3.q.meta"], parts["meta"])
+    assert packed_linears(shard_header(tmp_path / shard.file).metadata) == {"layers.3.q": (pattern, (4, 8))}
+    write_index(tmp_path, [shard])
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == dict.fromkeys(sorted(stored), shard.file)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored.values())
+
+
+def test_config_names_the_format_and_files_are_copied(tmp_path: Path) -> None:
+    config = {"model_type": "llama"}
+    (tmp_path / "tokenizer.json").write_text("{}")
+    out = tmp_path / "out"
+    out.mkdir()
+    digests = write_auxiliary_files(out, config, [tmp_path / "tokenizer.json"], NofM(2, 4), 8)
+    written = json.loads((out / "config.json").read_text())
+    assert written == {"model_type": "llama", "quantization_config": quantization_config(NofM(2, 4), 8)}
+    assert config == {"model_type": "llama"}
+    assert digests == {path.name: file_sha256(path) for path in out.iterdir()}
+
+
+def test_only_uncommitted_shards_and_partial_files_are_discarded(tmp_path: Path) -> None:
+    kept = write_block(tmp_path, 0, {}, {})
+    write_block(tmp_path, 1, {}, {})
+    for name in (
+        "model-outside.safetensors",
+        "model-block-00002.safetensors.partial",
+        "config.json",
+        "mine.safetensors",
+    ):
+        (tmp_path / name).touch()
+    discard_uncommitted(tmp_path, [kept])
+    assert {path.name for path in tmp_path.iterdir()} == {kept.file, "config.json", "mine.safetensors"}

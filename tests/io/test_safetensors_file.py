@@ -1,0 +1,194 @@
+"""Safetensors files: pinned bytes, the same whatever the order; headers that are read back or refused."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from streamslr.errors import InputError
+from streamslr.io.durable import file_sha256
+from streamslr.io.packed_layout import packed_linears, shard_metadata
+from streamslr.io.packing import pack
+from streamslr.io.safetensors_file import DTYPE_NAMES, TensorInfo, read_header, shard_header, write_shard
+from streamslr.spec.pattern import NofM
+
+S = torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 0], [0, 0, 5, 0, 7, 0, 0, 0]])
+
+
+def tiny_block() -> dict[str, Tensor]:
+    """A block of one linear, 2:4 plus rank 1, and a norm."""
+    packed = pack(S, NofM(2, 4), torch.bfloat16)
+    return {
+        "layers.0.q_proj.meta": packed["meta"],
+        "layers.0.q_proj.values": packed["values"],
+        "layers.0.q_proj.U": torch.tensor([[1.0], [-1.0]], dtype=torch.bfloat16),
+        "layers.0.q_proj.V": torch.ones(1, 8, dtype=torch.bfloat16),
+        "layers.0.norm.weight": torch.tensor([0.5, 1.5]),
+    }
+
+
+METADATA = shard_metadata({"layers.0.q_proj": (NofM(2, 4), (2, 8))})
+
+
+def test_the_bytes_of_a_whole_shard_are_pinned(tmp_path: Path) -> None:
+    written = write_shard(tmp_path / "block.safetensors", tiny_block(), METADATA)
+    content = (tmp_path / "block.safetensors").read_bytes()
+    header = (
+        b'{"__metadata__":{"format":"pt","layers.0.q_proj":"2:4 2x8"},'
+        b'"layers.0.norm.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"layers.0.q_proj.U":{"dtype":"BF16","shape":[2,1],"data_offsets":[8,12]},'
+        b'"layers.0.q_proj.V":{"dtype":"BF16","shape":[1,8],"data_offsets":[12,28]},'
+        b'"layers.0.q_proj.values":{"dtype":"BF16","shape":[2,4],"data_offsets":[28,44]},'
+        b'"layers.0.q_proj.meta":{"dtype":"U8","shape":[2,1],"data_offsets":[44,46]}}'
+    )
+    header += b" " * (-len(header) % 8)
+    data = bytes.fromhex(
+        "0000003f 0000c03f"  # norm: 0.5, 1.5
+        "803f 80bf"  # U: 1, -1
+        "803f803f803f803f803f803f803f803f"  # V: ones
+        "803f 0040 0000 0000  0000 a040 e040 0000"  # values: 1 2 0 0, 0 5 7 0
+        "01 01"  # meta: columns 0 2 and 0 1 of each row, 1 + 6·0
+    )
+    assert content == len(header).to_bytes(8, "little") + header + data
+    assert written.file == "block.safetensors"
+    assert written.nbytes == len(content)
+    assert written.sha256 == "a803906b359d8d9082bdf5c4dd8879bb3c1c3170240ace21c87a6af19cdf9e2f"
+    assert hashlib.sha256(content).hexdigest() == written.sha256 == file_sha256(tmp_path / written.file)
+
+
+def test_safetensors_reads_it_back(tmp_path: Path) -> None:
+    path = tmp_path / "block.safetensors"
+    tensors = tiny_block() | {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "naïve": torch.tensor([True, False, True]),
+        "turned": torch.arange(6.0).view(2, 3).T,
+        "offsets": torch.arange(3),
+    }
+    write_shard(path, tensors, METADATA)
+    loaded = load_file(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype, name
+        assert torch.equal(loaded[name], tensor), name
+    with safe_open(path, "pt") as file:
+        assert packed_linears(file.metadata()) == {"layers.0.q_proj": (NofM(2, 4), (2, 8))}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8).filter(lambda name: name.isprintable()),
+        st.tuples(st.sampled_from(list(DTYPE_NAMES)), st.lists(st.integers(0, 4), max_size=3)),
+        max_size=6,
+    ),
+    st.randoms(),
+)
+def test_bytes_depend_on_content_not_on_order(
+    tmp_path_factory: pytest.TempPathFactory,
+    declared: dict[str, tuple[torch.dtype, list[int]]],
+    random: Random,
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    tensors = {
+        name: torch.full(shape, 1).to(dtype) if shape else torch.tensor(1).to(dtype)
+        for name, (dtype, shape) in declared.items()
+    }
+    shuffled = list(tensors.items())
+    random.shuffle(shuffled)
+    one = write_shard(folder / "one.safetensors", tensors, {"format": "pt", "a": "1", "b": "2"})
+    sources = [(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in shuffled]
+    two = write_shard(folder / "two.safetensors", sources, {"b": "2", "a": "1", "format": "pt"})
+    assert one.sha256 == two.sha256
+    assert one.nbytes == (folder / "one.safetensors").stat().st_size
+    loaded = load_file(folder / "two.safetensors")
+    assert {name: (t.dtype, list(t.shape)) for name, t in loaded.items()} == {
+        name: (dtype, list(shape)) for name, (dtype, shape) in declared.items()
+    }
+
+
+def test_tensors_are_fetched_one_at_a_time(tmp_path: Path) -> None:
+    """The next tensor is asked for when the one before is in the file, so never two are needed."""
+    path = tmp_path / "lazy.safetensors"
+    sizes: list[int] = []
+
+    def fetch() -> Tensor:
+        sizes.append((tmp_path / "lazy.safetensors.partial").stat().st_size)
+        return torch.ones(1000)
+
+    written = write_shard(path, [(name, torch.float32, (1000,), fetch) for name in "abc"], {})
+    start = written.nbytes - 3 * 4000
+    assert sizes == [start, start + 4000, start + 8000]
+
+
+def test_a_source_that_is_not_as_declared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a was declared torch.float32 \[2\], but is torch.float32 \[3\]"):
+        write_shard(tmp_path / "x", [("a", torch.float32, (2,), lambda: torch.ones(3))], {})
+    with pytest.raises(ValueError, match="unique"):
+        write_shard(tmp_path / "x", [("a", torch.float32, (1,), lambda: torch.ones(1))] * 2, {})
+    with pytest.raises(InputError, match=r"c: a shard cannot hold torch.complex64"):
+        write_shard(tmp_path / "x", {"c": torch.ones(1, dtype=torch.complex64)}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+# Headers
+
+
+def test_a_header_tells_what_the_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "block.safetensors"
+    tensors = tiny_block()
+    written = write_shard(path, tensors, METADATA)
+    header = shard_header(path)
+    assert header.metadata == METADATA
+    assert header.size == written.nbytes
+    assert header.tensors == {
+        name: TensorInfo(name, t.dtype, tuple(t.shape), "block.safetensors", t.nbytes) for name, t in tensors.items()
+    }
+    content = path.read_bytes()
+    for name, (first, end) in header.ranges.items():
+        assert content[first:end] == tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def refusal(entries: object, data: int = 0, end: Callable[[bytes], bytes] = lambda raw: raw) -> str:
+    """Refusal of a file of this header and so many bytes of data."""
+    raw = end(json.dumps(entries).encode())
+    content = len(raw).to_bytes(8, "little") + raw + bytes(data)
+    with pytest.raises(InputError) as caught:
+        read_header(lambda n: (content[:n], len(content)), "a.safetensors", "org/model")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "data", "words"),
+    [
+        ([], 0, "not a safetensors header"),
+        ({"a": 1}, 0, "not a safetensors header"),
+        ({"__metadata__": {"format": 1}}, 0, "holds more than texts"),
+        ({"__metadata__": ["format"]}, 0, "not a safetensors header"),
+        ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, 8, "a [4] takes 16 bytes, its offsets hold 8"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, 4, "a [-1] takes -4 bytes"),
+        ({"a": {"dtype": "F32", "shape": [2**70], "data_offsets": [0, 8]}}, 8, "its offsets hold 8"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 0, "its offsets hold 8"),
+        ({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, 1, "has dtype F4, which streamslr cannot read"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 7, "truncated: "),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 9, "longer than its header says"),
+    ],
+)
+def test_a_hostile_header_is_refused_by_name(entries: object, data: int, words: str) -> None:
+    message = refusal(entries, data)
+    assert "a.safetensors" in message
+    assert "org/model" in message
+    assert words in message
+
+
+def test_a_deeply_nested_header_is_refused() -> None:
+    assert "not a safetensors header" in refusal(0, end=lambda _: b"[" * 100_000)
