@@ -141,7 +141,7 @@ def test_every_reader_has_the_same_model(made: str, tmp_path: Path, text: Path, 
     ]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
     assert "4:8–30%" not in render_page(folder, state_of(folder)), "densest first"
-    assert run_table(folder, state_of(folder)).columns[2].header == "becomes"
+    assert run_table(folder, state_of(folder)).columns[2].header == "pattern + rank"
 
 
 def test_a_mixed_folder_can_be_finetuned(by_name: Path, text: Path, tmp_path: Path) -> None:
