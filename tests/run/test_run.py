@@ -35,6 +35,9 @@ from tests.support.markers import slow
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 LAYERS = 3
+BASICS: dict[str, Any] = {"samples": 6, "seq_len": 16, "rank": 4, "device": "cpu"}
+BASICS |= {"method": "eora-wanda", "match_epochs": 2}  # it solves at once: most tests are of what happens around it
+MAIN: dict[str, Any] = {"method": "3basil", "match_epochs": 4}
 PARTS = ("values", "meta", "row_offsets", "U", "V")
 
 
@@ -45,30 +48,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model": model,
-        "out": tmp_path / "out",
-        "calibration": text,
-        "samples": 6,
-        "seq_len": 16,
-        "rank": 4,
-        "match_epochs": 4,
-        "device": "cpu",
-    }
-
-
-@pytest.fixture
-def cheap(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with a method that solves at once, for what no method decides."""
-    return settings | {"method": "eora-wanda", "match_epochs": 2}
+    return {"model": model, "out": tmp_path / "out", "calibration": text, **BASICS}
 
 
 @pytest.fixture(scope="module")
 def finished(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run of the settings. Read only."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    settings = {"calibration": text, "samples": 6, "seq_len": 16, "rank": 4, "match_epochs": 4, "device": "cpu"}
-    assert compress_in_child({"model": model, "out": out, **settings}) == 0
+    assert compress_in_child({"model": model, "out": out, "calibration": text, **BASICS}) == 0
     return out
 
 
@@ -82,8 +69,7 @@ def unbroken(finished: Path) -> dict[str, bytes]:
 def killed(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of the settings that was killed after its first block. Read only."""
     out = tmp_path_factory.mktemp("killed") / "out"
-    settings = {"calibration": text, "samples": 6, "seq_len": 16, "rank": 4, "match_epochs": 4, "device": "cpu"}
-    assert compress_in_child({"model": model, "out": out, **settings}, die_at=13) == -9
+    assert compress_in_child({"model": model, "out": out, "calibration": text, **BASICS}, die_at=13) == -9
     return out
 
 
@@ -99,7 +85,7 @@ def interrupted(*_: Any) -> None:
 
 
 def test_a_run_writes_a_sound_model_folder(settings: dict[str, Any]) -> None:
-    state = streamslr.compress(**settings)
+    state = streamslr.compress(**settings | MAIN)
     out = settings["out"]
     assert state.complete
     assert verify(out).problems == ()
@@ -142,9 +128,9 @@ def test_without_matching_all_but_the_linears_is_unchanged(settings: dict[str, A
 
 
 @pytest.mark.parametrize("pattern", [*slow("2:4", "4:8", "1:4", "50%"), "50%/row"])
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [*slow(0), 4])
 def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], pattern: str, rank: int) -> None:
-    state = streamslr.compress(**settings | {"pattern": pattern, "rank": rank})
+    state = streamslr.compress(**settings | MAIN | {"pattern": pattern, "rank": rank})
     assert verify(settings["out"]).problems == ()
     checkpoint = open_checkpoint(str(settings["out"]))
     for block in state.blocks:
@@ -164,7 +150,7 @@ def test_other_methods_stream_and_keep_their_folder(settings: dict[str, Any], me
     for block in state.blocks:
         assert all(linear.error < linear.wanda_error for linear in block.linears), "better than plain pruning"
     with pytest.raises(ResumeError, match=f"method: '{method}' there, '3basil' now"):
-        streamslr.compress(**settings | {"rank": rank, "pattern": "1:4"})
+        streamslr.compress(**settings | MAIN | {"rank": rank, "pattern": "1:4"})
 
 
 DEAD = [3, 17]
@@ -250,6 +236,7 @@ def test_without_out_the_folder_is_named_after_the_model_and_the_same_call_goes_
 
 
 def test_a_gpu_budget_on_a_cpu_is_warned_of_once(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    del settings["match_epochs"]
     streamslr.compress(**settings, gpu_mem="45GB", match=False, match_batch=4)
     assert caplog.messages[:2] == [
         "--gpu-mem 45.0 GB has no effect: the device is cpu (for a GPU: --device cuda)",
@@ -258,10 +245,19 @@ def test_a_gpu_budget_on_a_cpu_is_warned_of_once(settings: dict[str, Any], caplo
     assert caplog.text.count("has no effect") == 2
 
 
+def unbroken_run(settings: dict[str, Any]) -> dict[str, bytes]:
+    """Return what an uninterrupted run of other settings writes."""
+    whole = settings | {"out": settings["out"].with_name("whole")}
+    assert compress_in_child(whole) == 0
+    return run_contents(whole["out"])
+
+
 @pytest.mark.slow
 def test_killed_at_every_commit_point_the_same_line_goes_on_to_the_same_bytes(
-    settings: dict[str, Any], unbroken: dict[str, bytes]
+    settings: dict[str, Any],
 ) -> None:
+    settings |= MAIN
+    unbroken = unbroken_run(settings)
     steps = 0
     while compress_in_child(settings | {"out": settings["out"].with_name(f"out-{steps}")}, die_at=steps) == -9:
         out = settings["out"].with_name(f"out-{steps}")
@@ -273,8 +269,10 @@ def test_killed_at_every_commit_point_the_same_line_goes_on_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_killed_again_and_again_at_random_moments_a_run_still_ends_in_the_same_bytes(
-    settings: dict[str, Any], unbroken: dict[str, bytes]
+    settings: dict[str, Any],
 ) -> None:
+    settings |= MAIN
+    unbroken = unbroken_run(settings)
     draw = random.Random(0)
     kills = 0
     while compress_in_child(settings, die_at=draw.randrange(2, 40) if kills < 8 else None, counting="work"):
@@ -297,7 +295,7 @@ def test_another_scratch_on_resume_leaves_nothing_behind(
     assert run_contents(begun["out"]) == unbroken
 
 
-def test_grams_are_gone_before_the_block_passes_on(cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grams_are_gone_before_the_block_passes_on(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan does not hold them in that phase; down_proj's is the largest tensor of all."""
     from streamslr.calibration.grams import Gram
 
@@ -309,7 +307,7 @@ def test_grams_are_gone_before_the_block_passes_on(cheap: dict[str, Any], monkey
         return propagate(self, *args)
 
     monkeypatch.setattr(Passes, "propagate", watched)
-    streamslr.compress(**cheap)
+    streamslr.compress(**settings)
     assert alive == [0] * LAYERS
 
 
@@ -328,8 +326,7 @@ def test_changed_windows_are_named_before_memory_is_looked_at(begun: dict[str, A
         streamslr.compress(**begun | {"seq_len": 4096, "host_mem": "1MB"})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("host_mem", ["10GB", None])
+@pytest.mark.parametrize("host_mem", ["10GB", *slow(None)])
 def test_the_tier_of_hidden_states_does_not_show_in_the_bytes(
     settings: dict[str, Any], unbroken: dict[str, bytes], host_mem: str | None, tmp_path: Path
 ) -> None:
@@ -364,8 +361,8 @@ def test_another_model_or_text_is_refused(begun: dict[str, Any], tmp_path: Path)
         streamslr.compress(**begun | {"calibration": text})
 
 
-def test_a_finished_block_is_kept_when_a_later_one_is_damaged(cheap: dict[str, Any], tmp_path: Path) -> None:
-    broken = shutil.copytree(cheap["model"], tmp_path / "broken")
+def test_a_finished_block_is_kept_when_a_later_one_is_damaged(settings: dict[str, Any], tmp_path: Path) -> None:
+    broken = shutil.copytree(settings["model"], tmp_path / "broken")
     for file in broken.glob("*.safetensors"):
         tensors = load_file(file)
         for name in tensors:
@@ -373,8 +370,8 @@ def test_a_finished_block_is_kept_when_a_later_one_is_damaged(cheap: dict[str, A
                 tensors[name][3, 5] = float("nan")
         save_file(tensors, file, {"format": "pt"})
     with pytest.raises(InputError, match=r"model.layers.2.mlp.up_proj.weight"):
-        streamslr.compress(**cheap | {"model": broken})
-    assert len(read_run(cheap["out"]).blocks) == 2
+        streamslr.compress(**settings | {"model": broken})
+    assert len(read_run(settings["out"]).blocks) == 2
 
 
 @pytest.mark.parametrize("architecture", ["gpt_oss", "granitemoe"])
@@ -400,12 +397,12 @@ def test_a_budget_that_cannot_hold_is_refused_before_any_work(settings: dict[str
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3", "opt", "gpt_neox", "cohere2", "bloom"])
-def test_other_architectures_compress_and_verify(cheap: dict[str, Any], tmp_path: Path, architecture: str) -> None:
+def test_other_architectures_compress_and_verify(settings: dict[str, Any], tmp_path: Path, architecture: str) -> None:
     model = tiny_checkpoint(tmp_path / architecture, architecture, layers=2)
-    state = streamslr.compress(**cheap | {"model": model})
+    state = streamslr.compress(**settings | {"model": model})
     assert state.complete
-    assert verify(cheap["out"]).problems == ()
-    source, written = open_checkpoint(str(model)), open_checkpoint(str(cheap["out"]))
+    assert verify(settings["out"]).problems == ()
+    source, written = open_checkpoint(str(model)), open_checkpoint(str(settings["out"]))
     assert set(written.tensors) == set(source.tensors)
     BlockwiseModel(written, torch.float32, torch.device("cpu")).load_block(1)
 
@@ -416,18 +413,18 @@ def test_windows_longer_than_the_learned_positions_are_refused(settings: dict[st
         streamslr.compress(**settings | {"model": model, "samples": 2, "seq_len": 64})
 
 
-def test_tied_embeddings_are_written_once(cheap: dict[str, Any], tmp_path: Path) -> None:
+def test_tied_embeddings_are_written_once(settings: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "tied", tie=True)
-    streamslr.compress(**cheap | {"model": model})
-    assert "lm_head.weight" not in load_file(cheap["out"] / "model-outside.safetensors")
-    assert verify(cheap["out"]).problems == ()
+    streamslr.compress(**settings | {"model": model})
+    assert "lm_head.weight" not in load_file(settings["out"] / "model-outside.safetensors")
+    assert verify(settings["out"]).problems == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_values_are_stored_in_the_models_dtype(cheap: dict[str, Any], tmp_path: Path, dtype: torch.dtype) -> None:
+def test_values_are_stored_in_the_models_dtype(settings: dict[str, Any], tmp_path: Path, dtype: torch.dtype) -> None:
     model = tiny_checkpoint(tmp_path / "m", dtype=dtype)
-    streamslr.compress(**cheap | {"model": model})
-    tensors = load_file(cheap["out"] / "model-block-00000.safetensors")
+    streamslr.compress(**settings | {"model": model})
+    tensors = load_file(settings["out"] / "model-block-00000.safetensors")
     floats = {t.dtype for t in tensors.values() if t.is_floating_point()}
     assert floats == {dtype}
 
@@ -439,7 +436,7 @@ def matching_losses(state: JournalState) -> list[tuple[float, float | None]]:
 
 @pytest.mark.slow
 def test_matching_brings_each_block_nearer_to_the_dense_model(settings: dict[str, Any], tmp_path: Path) -> None:
-    settings |= {"pattern": "1:4", "samples": 16, "match_epochs": 8}
+    settings |= MAIN | {"pattern": "1:4", "samples": 16, "match_epochs": 8}
     losses = matching_losses(streamslr.compress(**settings))
     assert len(losses) == LAYERS
     assert all(after is not None and after < before for before, after in losses)
@@ -465,10 +462,10 @@ def streamed_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         return blockwise.logits(ids, hidden)
 
 
-def test_norms_are_matched_too_and_non_block_tensors_are_not(cheap: dict[str, Any], model: Path) -> None:
-    streamslr.compress(**cheap | {"pattern": "1:4"})
+def test_norms_are_matched_too_and_non_block_tensors_are_not(settings: dict[str, Any], model: Path) -> None:
+    streamslr.compress(**settings | {"pattern": "1:4"})
     source = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
-    written = {k: v for file in cheap["out"].glob("*.safetensors") for k, v in load_file(file).items()}
+    written = {k: v for file in settings["out"].glob("*.safetensors") for k, v in load_file(file).items()}
     changed = {name for name in source if name in written and not torch.equal(source[name], written[name])}
     assert changed == {
         f"model.layers.{i}.{norm}.weight"
@@ -478,16 +475,16 @@ def test_norms_are_matched_too_and_non_block_tensors_are_not(cheap: dict[str, An
 
 
 def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
-    cheap: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = streamslr.compress(**cheap | {"match_lr": 1e4})
+    state = streamslr.compress(**settings | {"match_lr": 1e4})
     assert [b.matching and b.matching.applied for b in state.blocks] == [False] * LAYERS
     assert "model.layers.0: matching did not lower its loss" in caplog.text
     unmatched = tmp_path / "unmatched"
-    streamslr.compress(**cheap | {"out": unmatched, "match": False})
-    for shard in cheap["out"].glob("*.safetensors"):
+    streamslr.compress(**settings | {"out": unmatched, "match": False})
+    for shard in settings["out"].glob("*.safetensors"):
         assert shard.read_bytes() == (unmatched / shard.name).read_bytes()
-    assert verify(cheap["out"]).problems == ()
+    assert verify(settings["out"]).problems == ()
 
 
 def test_tiers_on_disk_do_not_show_in_the_bytes(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
@@ -499,7 +496,7 @@ def test_tiers_on_disk_do_not_show_in_the_bytes(settings: dict[str, Any], unbrok
 @pytest.mark.slow
 def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dict[str, Any], tmp_path: Path) -> None:
     """Rank 0, because U·V makes a solve amplify rounding until other supports, as good, come out."""
-    settings |= {"rank": 0}
+    settings |= MAIN | {"rank": 0}
     whole = streamslr.compress(**settings)
     context = open_run(RunConfig.of(**settings | {"out": tmp_path / "pieces"}))
     pieces = run(
@@ -514,9 +511,9 @@ def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dic
 
 
 def test_a_pass_that_runs_out_of_memory_is_cut_once_and_says_so(
-    cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = streamslr.compress(**cheap | {"out": cheap["out"].with_name("whole")})
+    whole = streamslr.compress(**settings | {"out": settings["out"].with_name("whole")})
     run_block = BlockwiseModel.run_block
 
     def small(self: BlockwiseModel, i: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -525,11 +522,11 @@ def test_a_pass_that_runs_out_of_memory_is_cut_once_and_says_so(
         return run_block(self, i, hidden)
 
     monkeypatch.setattr(BlockwiseModel, "run_block", small)
-    state = streamslr.compress(**cheap)
+    state = streamslr.compress(**settings)
     assert (whole.micro_batch, state.micro_batch) == (6, 3)
     assert caplog.text.count("phase grams ran out of memory") == 1
     assert "once more with windows 3 at a time" in caplog.text
-    assert verify(cheap["out"]).problems == ()
+    assert verify(settings["out"]).problems == ()
     before, cut = ([loss for loss, _ in matching_losses(made)] for made in (whole, state))
     assert before == pytest.approx(cut, rel=0.2)
 
@@ -552,7 +549,7 @@ def test_a_solve_that_runs_out_of_memory_is_done_in_tiles_and_so_are_all_after_i
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     seen = workspaces_of_solves(monkeypatch, fails=True)
-    state = streamslr.compress(**settings)
+    state = streamslr.compress(**settings | MAIN | {"match": False})
     assert state.solver_workspace is not None
     failed = seen.index(("model.layers.0.mlp.up_proj", None))
     assert {workspace for _, workspace in seen[: failed + 1]} == {None}
@@ -562,9 +559,11 @@ def test_a_solve_that_runs_out_of_memory_is_done_in_tiles_and_so_are_all_after_i
     assert verify(settings["out"]).problems == ()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_workspace_that_running_out_of_memory_left_it(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
+    settings |= MAIN | {"match": False}
     with pytest.MonkeyPatch.context() as patch:
         workspaces_of_solves(patch, fails=True)
         streamslr.compress(**settings | {"out": tmp_path / "unbroken"})
@@ -624,7 +623,7 @@ def test_memory_that_runs_out_anywhere_is_no_traceback(
 
 @pytest.mark.parametrize("phase", ["match", "propagate"])
 def test_matching_and_propagation_are_cut_too(
-    cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, phase: str
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, phase: str
 ) -> None:
     method = getattr(Passes, phase)
     failed: list[int] = []
@@ -637,16 +636,18 @@ def test_matching_and_propagation_are_cut_too(
         return method(self, *args)
 
     monkeypatch.setattr(Passes, phase, once)
-    state = streamslr.compress(**cheap)
+    state = streamslr.compress(**settings)
     assert (failed, state.micro_batch) == ([6], 3)
     assert f"phase {phase} ran out of memory (CUDA out of memory): once more with windows 3 at a time" in caplog.text
-    assert verify(cheap["out"]).problems == ()
+    assert verify(settings["out"]).problems == ()
 
 
 @pytest.mark.slow
 def test_a_run_begun_under_a_tight_budget_goes_on_in_its_pieces_under_a_generous_one(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
+    settings |= MAIN
+
     def tight(out: Path) -> RunContext:
         context = open_run(RunConfig.of(**settings | {"out": out}))
         return replace(context, plan=replace(context.plan, micro_batch=2, solver_workspace=0))
@@ -666,7 +667,7 @@ def test_a_run_begun_under_a_tight_budget_goes_on_in_its_pieces_under_a_generous
 
 
 def test_a_full_disk_under_the_gram_matrices_names_the_way_out(
-    cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Path.write_bytes
 
@@ -676,6 +677,6 @@ def test_a_full_disk_under_the_gram_matrices_names_the_way_out(
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    context = open_run(RunConfig.of(**cheap))
+    context = open_run(RunConfig.of(**settings))
     with pytest.raises(BudgetError, match=r"Gram matrix of model.layers.0.* No space left .* --scratch"):
         run(replace(context, plan=replace(context.plan, grams_at="disk")))
