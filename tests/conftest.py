@@ -1,4 +1,7 @@
-"""Settings that must stand before torch is imported, and what many files of tests share: a text, a model, a folder."""
+"""What many tests share: a text, a dense model, two compressed folders; and what must stand before torch is imported.
+
+The process that only hands out tests to others reads this file too, so torch is imported where it is needed.
+"""
 
 import gc
 import os
@@ -7,18 +10,15 @@ from typing import Any
 
 import pytest
 
+import streamslr
+from tests.support.browser import CHROMIUM
+
 # Tensors here are tiny: more threads would only wait for each other, above all in the children of support/killing.py.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-
-import streamslr
-from tests.support.browser import CHROMIUM
-from tests.support.tiny_models import TEXT, tiny_checkpoint
-
 
 def pytest_collection_finish() -> None:
-    """Spare what the imports made from garbage collection: each run collects several times, and takes half as long."""
+    """Spare what the imports made from garbage collection: a run collects several times, and so takes half as long."""
     gc.freeze()
 
 
@@ -26,13 +26,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a browser or a GPU where there is none."""
     if item.get_closest_marker("browser") and CHROMIUM is None:
         pytest.skip("no chromium here: the page was not opened in a browser")
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no GPU here")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU here")
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text to calibrate, train and evaluate on."""
+    from tests.support.tiny_models import TEXT
+
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT * 20)
     return path
@@ -41,6 +46,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense checkpoint of two blocks. Read only: every test of the session sees it."""
+    from tests.support.tiny_models import tiny_checkpoint
+
     return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny-llama", layers=2)
 
 

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import streamslr
 from tests.support.forkserver import python_script
 from tests.support.forkserver import streamslr_command as call
+from tests.support.markers import slow
 from tests.support.tiny_models import tiny_checkpoint
 
 
@@ -22,18 +24,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "out"
-    streamslr.compress(model, out, calibration=text, samples=4, seq_len=16, rank=4, match_epochs=3, device="cpu")
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu"}
+    streamslr.compress(model, out, calibration=text, method="eora-wanda", match_epochs=3, **settings)
     return out
 
 
 def run_line(model: Path, text: Path, out: Path, *more: str) -> list[str]:
-    line = ["run", "--model", str(model), "--out", str(out), "--calibration", str(text)]
-    return [*line, "--samples", "4", "--seq-len", "16", "--rank", "4", "--match-epochs", "3", "--device", "cpu", *more]
+    """Return a line with a method that solves at once."""
+    line = ["run", "--model", str(model), "--out", str(out), "--calibration", str(text), "--device", "cpu"]
+    line += ["--samples", "4", "--seq-len", "16", "--rank", "4", "--method", "eora-wanda", "--match-epochs", "3"]
+    return [*line, *more]
 
 
 def test_run_prints_the_plan_a_line_a_block_and_the_result(model: Path, text: Path, tmp_path: Path) -> None:
     log = tmp_path / "logs" / "run.log"
-    done = call(*run_line(model, text, tmp_path / "out", "--log-file", str(log)))
+    done = call(*run_line(model, text, tmp_path / "out", "--method", "3basil", "--log-file", str(log)))
     assert done.returncode == 0, done.stderr
     assert "plan: 4 blocks on cpu" in done.stdout
     assert "4 of 4 blocks" in " ".join(done.stdout.split()), "whatever the folder's name does to the lines"
@@ -77,7 +82,6 @@ def test_a_gpu_budget_on_a_cpu_is_warned_of(model: Path, text: Path, tmp_path: P
     assert "--gpu-mem 45.0 GB has no effect: the device is cpu" in " ".join(done.stderr.split())
 
 
-# The command, sent a signal right after its first block is committed.
 # The command, which gets a signal right after its first block is committed.
 INTERRUPTED = """
 import os, signal, sys
@@ -97,7 +101,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [signal.SIGINT, *slow(signal.SIGTERM)])
 def test_an_interrupt_stops_cleanly_says_how_to_go_on_and_the_line_does(
     model: Path, text: Path, finished: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
@@ -152,7 +156,7 @@ def test_matching_shows_in_inspect_and_can_be_left_out(model: Path, text: Path, 
     matching = json.loads(call("inspect", finished, "--json", "--block", "1").stdout)["matching"]
     assert len(matching["curve"]) == 3
     assert f"{matching['loss_before']:.3g} → {matching['loss_after']:.3g}" in call("inspect", finished).stdout
-    line = run_line(model, text, tmp_path / "out", "--quiet", "--no-match", "--method", "eora-wanda")
+    line = run_line(model, text, tmp_path / "out", "--quiet", "--no-match")
     assert call(*line).returncode == 0
     assert json.loads(call("inspect", tmp_path / "out", "--json", "--block", "1").stdout)["matching"] is None
 

@@ -237,6 +237,7 @@ def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, matche
     assert f"{linear.name}error {linear.error:.3g}, pruning alone {linear.wanda_error:.3g}" in seen["hover"]
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_one_block_of_pure_sparsity_on_a_phone(browse: Browse, unmatched: Path) -> None:
     text = render_page(unmatched, read_run(unmatched))
@@ -257,6 +258,7 @@ def test_eighty_blocks_of_hostile_names(browse: Browse, matched: Path, state: Jo
     assert seen["bars"] == 80 * 6
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_request_would_have_been_seen(browse: Browse, matched: Path, state: JournalState) -> None:
     text = render_page(matched, state).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
 import streamslr
@@ -54,9 +53,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def local_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness reads thousands of files to know its own tasks: seconds that one test pays for."""
+def local_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The harness's TaskManager, without its own tasks: it reads thousands of files to know them."""
+    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    return TaskManager
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_a_dense_checkpoint_scores_as_by_hand(model: Path, tasks: Path) -> None:
 @pytest.mark.usefixtures("local_tasks_alone")
 def test_a_compressed_folder_scores_as_its_dense_export(model: Path, text: Path, tasks: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
-    streamslr.compress(model, tmp_path / "slr", calibration=text, **settings)
+    streamslr.compress(model, tmp_path / "slr", calibration=text, method="eora-wanda", **settings)
     export(tmp_path / "slr", tmp_path / "dense", "dense", torch.float32)
     found = evaluate_tasks(str(tmp_path / "slr"), ["tiny_choices"], include_path=tasks, device="cpu", limit=3).tasks[0]
     assert found.samples == 3
@@ -111,12 +113,13 @@ def test_an_unknown_task_is_refused_before_the_model_is_opened_and_the_papers_ar
         evaluate_tasks("/no/model", ["no_such_task", " papers"])
 
 
-@pytest.mark.usefixtures("local_tasks_alone")
-def test_data_that_cannot_be_fetched_is_the_hubs_fault(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(self: TaskManager, names: list[str]) -> None:
+def test_data_that_cannot_be_fetched_is_the_hubs_fault(
+    local_tasks_alone: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(self: object, names: list[str]) -> None:
         raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
 
-    monkeypatch.setattr(TaskManager, "load", offline)
+    monkeypatch.setattr(local_tasks_alone, "load", offline)
     with pytest.raises(HubError, match="baber/piqa"):
         evaluate_tasks("/no/model", ["tiny_choices"], include_path=tasks)
 

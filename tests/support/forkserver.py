@@ -50,11 +50,15 @@ def python_script(script: Path, *arguments: str | Path) -> subprocess.CompletedP
 
 def _completed(target: Callable[..., None], line: list[str]) -> subprocess.CompletedProcess[str]:
     with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        code = exit_code(_redirected, target, line, stdout.name, stderr.name)
+        code = exit_code(_redirected, target, line, stdout.name, stderr.name, dict(os.environ))
         return subprocess.CompletedProcess(line, code, stdout.read().decode(), stderr.read().decode())
 
 
-def _redirected(target: Callable[[list[str]], None], line: list[str], stdout: str, stderr: str) -> None:
+def _redirected(
+    target: Callable[[list[str]], None], line: list[str], stdout: str, stderr: str, environment: dict[str, str]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     for path, descriptor in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     target(line)
