@@ -48,7 +48,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense checkpoint of two blocks. Read only: every test of the session sees it."""
     from tests.support.tiny_models import tiny_checkpoint
 
-    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny-llama", layers=2)
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny-llama", blocks=2)
 
 
 @pytest.fixture(scope="session")

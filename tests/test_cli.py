@@ -18,7 +18,7 @@ from tests.support.tiny_models import tiny_checkpoint
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", layers=4, shards=3)
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", blocks=4, shards=3)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,7 @@ def test_without_out_the_same_line_writes_goes_on_and_says_where(
         assert (tmp_path / "llama-slr" / shard.name).read_bytes() == shard.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_gpu_budget_on_a_cpu_is_warned_of(model: Path, text: Path, tmp_path: Path) -> None:
     done = call(*run_line(model, text, tmp_path / "out", "--quiet", "--gpu-mem", "45GB"))
     assert (done.returncode, done.stdout) == (0, "")

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from streamslr.errors import InputError
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
+from tests.support.markers import slow
 from tests.support.tiny_models import VOCABULARY, tiny_checkpoint, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -121,7 +122,7 @@ def test_parameters_that_stay_in_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "falcon"])
 def test_a_model_of_one_block(tmp_path: Path, architecture: str) -> None:
-    folder = tiny_checkpoint(tmp_path / "m", architecture, layers=1)
+    folder = tiny_checkpoint(tmp_path / "m", architecture, blocks=1)
     assert torch.equal(streamed_logits(blockwise_of(folder), token_ids()), whole_logits(folder, token_ids()))
 
 
@@ -181,7 +182,7 @@ def test_batches_of_any_shape_without_embedding_them_first(tmp_path: Path) -> No
 
 def test_masks_are_shared_between_blocks_not_copied(tmp_path: Path) -> None:
     """Gemma 2 alternates two kinds of attention: two masks for a shape, whatever the depth."""
-    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", "gemma2", layers=8))
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", "gemma2", blocks=8))
     calls = blockwise._calls_for((2, 64))
     tensors = {
         id(value) for call in calls for _, value in call.values() if isinstance(value, Tensor) and value.dim() == 4
@@ -409,7 +410,7 @@ def test_a_block_from_another_checkpoint(tmp_path: Path) -> None:
 
 def test_a_block_that_another_checkpoint_lacks(tmp_path: Path) -> None:
     a = tiny_checkpoint(tmp_path / "a")
-    b = tiny_checkpoint(tmp_path / "b", layers=1)
+    b = tiny_checkpoint(tmp_path / "b", blocks=1)
     with pytest.raises(InputError, match=r"b lacks 9 of 9 parameters .* model\.layers\.1\."):
         blockwise_of(a).load_block(1, open_checkpoint(str(b)))
 
@@ -417,7 +418,7 @@ def test_a_block_that_another_checkpoint_lacks(tmp_path: Path) -> None:
 # Models that cannot be compressed, or not even be taken apart
 
 
-@pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS, "olmoe", "qwen2_moe", "glm4_moe"])
+@pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS, "olmoe", *slow("qwen2_moe", "glm4_moe")])
 def test_what_can_be_compressed(tmp_path: Path, architecture: str) -> None:
     blockwise_of(tiny_checkpoint(tmp_path / "m", architecture)).require_compressible()
 

@@ -18,7 +18,7 @@ NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "d
 
 def pair(architecture: str, dtype: torch.dtype = torch.float32, top_k: int = 3) -> tuple[nn.Module, Experts]:
     """An experts module of transformers, and the one that takes its place, with the same weights."""
-    config = tiny_config(architecture, layers=1)
+    config = tiny_config(architecture, blocks=1)
     model, other = tiny_model(config, dtype), tiny_model(config, dtype)
     (path,) = (name for name, module in model.named_modules() if type(module).__name__.endswith("Experts"))
     fused = model.get_submodule(path)
@@ -88,7 +88,7 @@ def test_names_are_the_checkpoints_own_and_routers_are_not_among_them(tmp_path: 
 
 
 def test_shared_experts_and_dense_blocks_see_every_token(tmp_path: Path) -> None:
-    folder = starved_checkpoint(tmp_path / "m", "deepseek_v3", layers=2)
+    folder = starved_checkpoint(tmp_path / "m", "deepseek_v3", blocks=2)
     blockwise = BlockwiseModel(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
     assert not blockwise.experts[0]
     assert len(blockwise.experts[1]) == 5 * 3

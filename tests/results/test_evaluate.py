@@ -45,6 +45,6 @@ def test_a_compressed_folder_has_the_perplexity_of_its_merged_weights(
 
 
 def test_an_unfinished_folder_is_refused(text: Path, tmp_path: Path) -> None:
-    unfinished = compressed_folder(tmp_path, blocks=1)
+    unfinished = compressed_folder(tmp_path, done=1)
     with pytest.raises(InputError, match="lacks"):
         evaluate(str(unfinished), text, SEQ_LEN, device="cpu", free_memory=10**9)

@@ -20,6 +20,7 @@ from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export, vllm_max_lora_rank
 from tests.support.compressed_folders import BLOCK, file_contents, rewrite_block
 from tests.support.killing import compress_in_child, export_in_child
+from tests.support.markers import slow
 from tests.support.tiny_models import tiny_checkpoint
 
 SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
@@ -50,10 +51,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("architecture", ["llama", "phi3", "opt", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["llama", *slow("phi3"), "opt", *slow("gpt_neox")])
 def test_every_export_has_the_logits_of_the_merged_model(architecture: str, text: Path, tmp_path: Path) -> None:
     # of 48, a rank that the narrower linears (k_proj of llama: 32x64) cannot have: ranks are mixed
-    model = tiny_checkpoint(tmp_path / "model", architecture, layers=2, tie=architecture == "opt")
+    model = tiny_checkpoint(tmp_path / "model", architecture, blocks=2, tie=architecture == "opt")
     streamslr.compress(model, tmp_path / "slr", calibration=text, **SETTINGS | {"rank": 48})
     export(tmp_path / "slr", tmp_path / "dense", "dense", torch.float32)
     export(tmp_path / "slr", tmp_path / "peft", "peft")

@@ -41,7 +41,7 @@ def state(matched: Path) -> JournalState:
 def unmatched(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one block of pure sparsity, not matched."""
     folder = tmp_path_factory.mktemp("unmatched")
-    model = tiny_checkpoint(folder / "one-block", layers=1)
+    model = tiny_checkpoint(folder / "one-block", blocks=1)
     streamslr.compress(model, folder / "out", calibration=text, rank=0, match=False, **SETTINGS)
     return folder / "out"
 

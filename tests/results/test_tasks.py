@@ -49,7 +49,7 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", layers=2, seed=1)
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", blocks=2, seed=1)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from tests.support.killing import compress_in_child
 from tests.support.markers import slow
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
-LAYERS = 3
+BLOCKS = 3
 BASICS: dict[str, Any] = {"samples": 6, "seq_len": 16, "rank": 4, "device": "cpu"}
 BASICS |= {"method": "eora-wanda", "match_epochs": 2}  # it solves at once: most tests are of what happens around it
 MAIN: dict[str, Any] = {"method": "3basil", "match_epochs": 4}
@@ -43,7 +43,7 @@ PARTS = ("values", "meta", "row_offsets", "U", "V")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", layers=LAYERS, shards=3)
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", blocks=BLOCKS, shards=3)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_run_writes_a_sound_model_folder(settings: dict[str, Any]) -> None:
     assert verify(out).problems == ()
     names = {p.name for p in out.iterdir()}
     assert {"config.json", "tokenizer.json", "model-outside.safetensors", "streamslr.json"} <= names
-    assert {f"model-block-{i:05d}.safetensors" for i in range(LAYERS)} <= names
+    assert {f"model-block-{i:05d}.safetensors" for i in range(BLOCKS)} <= names
     assert not (out / ".scratch").exists()
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"] == {
@@ -123,7 +123,7 @@ def test_without_matching_all_but_the_linears_is_unchanged(settings: dict[str, A
     source = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
     written = {k: v for file in settings["out"].glob("*.safetensors") for k, v in load_file(file).items()}
     kept = [name for name in source if name in written]
-    assert len(kept) == 2 * LAYERS + 3, "two norms a block, embedding, final norm, head"
+    assert len(kept) == 2 * BLOCKS + 3, "two norms a block, embedding, final norm, head"
     assert all(torch.equal(source[name], written[name]) for name in kept)
 
 
@@ -143,7 +143,7 @@ def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], patter
                 assert parse_pattern(pattern).check(weight != 0) is None
 
 
-@pytest.mark.parametrize(("method", "rank"), [("oats", 4), ("alps", 0)])
+@pytest.mark.parametrize(("method", "rank"), [*slow(("oats", 4)), ("alps", 0)])
 def test_other_methods_stream_and_keep_their_folder(settings: dict[str, Any], method: str, rank: int) -> None:
     state = streamslr.compress(**settings | {"method": method, "rank": rank, "pattern": "1:4"})
     assert verify(settings["out"]).problems == ()
@@ -160,7 +160,7 @@ DEAD = [3, 17]
 def model_with_dead_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One block, whose norms give nothing in the columns DEAD of q, k, v, gate and up."""
     folder = tiny_checkpoint(
-        tmp_path_factory.mktemp("models") / "dead", layers=1, hidden=32, shards=1, dtype=torch.float32
+        tmp_path_factory.mktemp("models") / "dead", blocks=1, hidden=32, shards=1, dtype=torch.float32
     )
     tensors = load_file(folder / "model.safetensors")
     for name in ("input_layernorm", "post_attention_layernorm"):
@@ -264,7 +264,7 @@ def test_killed_at_every_commit_point_the_same_line_goes_on_to_the_same_bytes(
         assert compress_in_child(settings | {"out": out}) == 0
         assert run_contents(out) == unbroken, f"killed at step {steps}"
         steps += 1
-    assert steps >= 5 + 3 * LAYERS, "a shard, a journal record and an index a block, and the start"
+    assert steps >= 5 + 3 * BLOCKS, "a shard, a journal record and an index a block, and the start"
 
 
 @pytest.mark.slow
@@ -308,7 +308,7 @@ def test_grams_are_gone_before_the_block_passes_on(settings: dict[str, Any], mon
 
     monkeypatch.setattr(Passes, "propagate", watched)
     streamslr.compress(**settings)
-    assert alive == [0] * LAYERS
+    assert alive == [0] * BLOCKS
 
 
 def test_a_compressed_model_is_not_compressed_again(settings: dict[str, Any], finished: Path) -> None:
@@ -352,7 +352,7 @@ def test_changed_settings_are_refused_naming_both_values(
 
 
 def test_another_model_or_text_is_refused(begun: dict[str, Any], tmp_path: Path) -> None:
-    other = tiny_checkpoint(tmp_path / "other", layers=LAYERS, intermediate_size=192)
+    other = tiny_checkpoint(tmp_path / "other", blocks=BLOCKS, intermediate_size=192)
     with pytest.raises(ResumeError, match="model: "):
         streamslr.compress(**begun | {"model": other})
     text = tmp_path / "text.txt"
@@ -396,9 +396,11 @@ def test_a_budget_that_cannot_hold_is_refused_before_any_work(settings: dict[str
     assert not settings["out"].exists()
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3", "opt", "gpt_neox", "cohere2", "bloom"])
+@pytest.mark.parametrize(
+    "architecture", [*slow("qwen2", "gemma2", "opt", "cohere2"), "phi3", "gpt_neox", "bloom"]
+)
 def test_other_architectures_compress_and_verify(settings: dict[str, Any], tmp_path: Path, architecture: str) -> None:
-    model = tiny_checkpoint(tmp_path / architecture, architecture, layers=2)
+    model = tiny_checkpoint(tmp_path / architecture, architecture, blocks=2)
     state = streamslr.compress(**settings | {"model": model})
     assert state.complete
     assert verify(settings["out"]).problems == ()
@@ -408,7 +410,7 @@ def test_other_architectures_compress_and_verify(settings: dict[str, Any], tmp_p
 
 
 def test_windows_longer_than_the_learned_positions_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    model = tiny_checkpoint(tmp_path / "opt", "opt", layers=2, max_position_embeddings=32)
+    model = tiny_checkpoint(tmp_path / "opt", "opt", blocks=2, max_position_embeddings=32)
     with pytest.raises(InputError, match="windows of 64 tokens"):
         streamslr.compress(**settings | {"model": model, "samples": 2, "seq_len": 64})
 
@@ -420,7 +422,7 @@ def test_tied_embeddings_are_written_once(settings: dict[str, Any], tmp_path: Pa
     assert verify(settings["out"]).problems == ()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, *slow(torch.float32)])
 def test_values_are_stored_in_the_models_dtype(settings: dict[str, Any], tmp_path: Path, dtype: torch.dtype) -> None:
     model = tiny_checkpoint(tmp_path / "m", dtype=dtype)
     streamslr.compress(**settings | {"model": model})
@@ -438,7 +440,7 @@ def matching_losses(state: JournalState) -> list[tuple[float, float | None]]:
 def test_matching_brings_each_block_nearer_to_the_dense_model(settings: dict[str, Any], tmp_path: Path) -> None:
     settings |= MAIN | {"pattern": "1:4", "samples": 16, "match_epochs": 8}
     losses = matching_losses(streamslr.compress(**settings))
-    assert len(losses) == LAYERS
+    assert len(losses) == BLOCKS
     assert all(after is not None and after < before for before, after in losses)
     unmatched = settings | {"out": tmp_path / "unmatched", "match": False}
     assert matching_losses(streamslr.compress(**unmatched)) == []
@@ -469,7 +471,7 @@ def test_norms_are_matched_too_and_non_block_tensors_are_not(settings: dict[str,
     changed = {name for name in source if name in written and not torch.equal(source[name], written[name])}
     assert changed == {
         f"model.layers.{i}.{norm}.weight"
-        for i in range(LAYERS)
+        for i in range(BLOCKS)
         for norm in ("input_layernorm", "post_attention_layernorm")
     }
 
@@ -478,7 +480,7 @@ def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
     settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = streamslr.compress(**settings | {"match_lr": 1e4})
-    assert [b.matching and b.matching.applied for b in state.blocks] == [False] * LAYERS
+    assert [b.matching and b.matching.applied for b in state.blocks] == [False] * BLOCKS
     assert "model.layers.0: matching did not lower its loss" in caplog.text
     unmatched = tmp_path / "unmatched"
     streamslr.compress(**settings | {"out": unmatched, "match": False})
@@ -554,7 +556,7 @@ def test_a_solve_that_runs_out_of_memory_is_done_in_tiles_and_so_are_all_after_i
     failed = seen.index(("model.layers.0.mlp.up_proj", None))
     assert {workspace for _, workspace in seen[: failed + 1]} == {None}
     assert {workspace for _, workspace in seen[failed + 1 :]} == {state.solver_workspace}
-    assert len(seen) == 7 * LAYERS + 1, "each linear once, and one of them again"
+    assert len(seen) == 7 * BLOCKS + 1, "each linear once, and one of them again"
     assert caplog.text.count("phase solve ran out of memory") == 1
     assert verify(settings["out"]).problems == ()
 
@@ -579,7 +581,7 @@ def test_a_run_goes_on_in_the_workspace_that_running_out_of_memory_left_it(
     with pytest.MonkeyPatch.context() as patch:
         seen = workspaces_of_solves(patch, fails=False)  # there is memory enough now
         streamslr.compress(**settings)
-    assert len(seen) == 7 * (LAYERS - 1)
+    assert len(seen) == 7 * (BLOCKS - 1)
     assert {workspace for _, workspace in seen} == {state.solver_workspace} != {None}
     assert run_contents(settings["out"]) == run_contents(tmp_path / "unbroken")
 
@@ -621,7 +623,7 @@ def test_memory_that_runs_out_anywhere_is_no_traceback(
         streamslr.compress(**settings)
 
 
-@pytest.mark.parametrize("phase", ["match", "propagate"])
+@pytest.mark.parametrize("phase", ["match", *slow("propagate")])
 def test_matching_and_propagation_are_cut_too(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, phase: str
 ) -> None:

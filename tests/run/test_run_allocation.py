@@ -31,7 +31,7 @@ from tests.support.killing import compress_in_child
 from tests.support.markers import slow
 from tests.support.tiny_models import tiny_checkpoint
 
-LAYERS = 3
+BLOCKS = 3
 BASICS: dict[str, Any] = {"samples": 6, "seq_len": 16, "device": "cpu", "match_epochs": 3}
 BASICS |= {"method": "eora-wanda"}  # it solves at once, and no allocation depends on the method
 IDS = torch.arange(5, 45).view(2, 20)
@@ -47,7 +47,7 @@ BY_NAME = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Blocks differ in how many outliers they have."""
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", layers=LAYERS, shards=1)
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", blocks=BLOCKS, shards=1)
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     for i, power in enumerate((3.0, 1.0, 2.0)):

@@ -42,7 +42,7 @@ RUN: dict[str, Any] = {
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return starved_checkpoint(tmp_path_factory.mktemp("models") / request.param, request.param, layers=2)
+    return starved_checkpoint(tmp_path_factory.mktemp("models") / request.param, request.param, blocks=2)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def folder(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def mixtral(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A folder with the checkpoint and, beside it, what an uninterrupted run makes of it."""
     made = tmp_path_factory.mktemp("mixtral")
-    starved_checkpoint(made / "model", "mixtral", layers=2)
+    starved_checkpoint(made / "model", "mixtral", blocks=2)
     assert compress_in_child({"model": made / "model", "out": made / "slr", "calibration": text, **RUN}) == 0
     return made
 

@@ -14,7 +14,7 @@ from streamslr.results.verify import verify
 from tests.support.hub_server import Hub, serve_hub
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
-LAYERS = 4
+BLOCKS = 4
 RUN: dict[str, Any] = {
     "samples": 4,
     "seq_len": 16,
@@ -29,7 +29,7 @@ RUN: dict[str, Any] = {
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serve_hub() as server:
         server.use(monkeypatch, tmp_path / "cache")
-        server.add("org/model", tiny_checkpoint(tmp_path / "model", layers=LAYERS, shards=4))
+        server.add("org/model", tiny_checkpoint(tmp_path / "model", blocks=BLOCKS, shards=4))
         yield server
 
 
@@ -65,6 +65,7 @@ def test_evicted_shards_are_fetched_once_and_gone_at_the_end(hub: Hub, text: Pat
     assert verify(tmp_path / "out").problems == ()
 
 
+@pytest.mark.slow
 def test_without_evict_the_shards_stay(hub: Hub, text: Path, tmp_path: Path) -> None:
     run(tmp_path / "out", calibration=text)
     assert len(weights(tmp_path / "cache")) >= 3
@@ -93,7 +94,7 @@ def test_a_plan_downloads_no_weights(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_moved_branch_is_another_model_for_a_resume(hub: Hub, text: Path, tmp_path: Path) -> None:
     run(tmp_path / "out", calibration=text)
-    hub.add("org/model", tiny_checkpoint(tmp_path / "newer", layers=LAYERS, shards=4, seed=1))
+    hub.add("org/model", tiny_checkpoint(tmp_path / "newer", blocks=BLOCKS, shards=4, seed=1))
     with pytest.raises(streamslr.errors.ResumeError, match=r"model: 'hub:org/model@.* there, 'hub:org/model@.* now"):
         run(tmp_path / "out", calibration=text)
 

@@ -47,7 +47,7 @@ def off_by(got: Tensor, expected: Tensor) -> float:
     + [(name, True) for name in ("llama", "opt", "gemma2")],
 )
 def test_logits_are_those_of_the_dense_sum(architecture: str, tie: bool, tmp_path: Path) -> None:
-    made = compressed_folder(tmp_path, architecture, layers=2, tie=tie)
+    made = compressed_folder(tmp_path, architecture, blocks=2, tie=tie)
     model = streamslr.load(made, device="cpu", dtype="float32")
     stored = json.loads((made / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(packed_modules(model)) == sum(name.endswith(".meta") for name in stored)
@@ -58,14 +58,14 @@ def test_logits_are_those_of_the_dense_sum(architecture: str, tie: bool, tmp_pat
     ("pattern", "rank"), [("2:4", 0), ("1:4", 4), ("4:8", 2), ("50%", 0), ("70%", 4), ("70%/row", 4)]
 )
 def test_every_pattern_and_rank(pattern: str, rank: int, tmp_path: Path) -> None:
-    made = compressed_folder(tmp_path, pattern=pattern, rank=rank, layers=2)
+    made = compressed_folder(tmp_path, pattern=pattern, rank=rank, blocks=2)
     model = streamslr.load(made, device="cpu", dtype=torch.float32)
     assert off_by(logits(model), logits(dense_model(made))) < 1e-5
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_the_stored_dtype_is_kept_and_rounds_like_the_dense_model(stored: torch.dtype, tmp_path: Path) -> None:
-    made = compressed_folder(tmp_path, dtype=stored, layers=2)
+    made = compressed_folder(tmp_path, dtype=stored, blocks=2)
     model = streamslr.load(made, device="cpu")
     assert {t.dtype for t in (*model.parameters(),)} == {stored}
     exact = logits(dense_model(made))
@@ -178,7 +178,7 @@ def test_what_multiplies_is_logged_once_a_model(folder: Path, caplog: pytest.Log
 
 
 def test_memory_in_bf16_at_2_4_is_what_the_format_takes(tmp_path: Path) -> None:
-    made = compressed_folder(tmp_path, layers=1, hidden=256, rank=16)
+    made = compressed_folder(tmp_path, blocks=1, hidden=256, rank=16)
     linears = packed_modules(streamslr.load(made, device="cpu")).values()
     held = sum(t.nbytes for linear in linears for t in (*linear.parameters(), *linear.buffers()))
     dense = sum(2 * linear.in_features * linear.out_features for linear in linears)
@@ -212,7 +212,7 @@ for dtype, taken in ("bfloat16", uss), ("float32", anonymous):
 
 @pytest.mark.slow
 def test_loading_takes_the_packed_model_and_a_shard(tmp_path: Path, folder: Path) -> None:
-    sizes: dict[str, Any] = {"hidden": 512, "intermediate_size": 4096, "layers": 4, "rank": 8, "shards": 1}
+    sizes: dict[str, Any] = {"hidden": 512, "intermediate_size": 4096, "blocks": 4, "rank": 8, "shards": 1}
     made = compressed_folder(tmp_path, **sizes)
     line = [sys.executable, "-c", _PEAK, str(folder), str(made)]
     out = subprocess.run(line, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -226,7 +226,7 @@ def test_loading_takes_the_packed_model_and_a_shard(tmp_path: Path, folder: Path
 
 
 def test_an_unfinished_folder(folder: Path, tmp_path: Path) -> None:
-    made = compressed_folder(tmp_path, blocks=2)
+    made = compressed_folder(tmp_path, done=2)
     for load in (streamslr.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(InputError, match=r"no model\.layers\.2\.\S+ \(7 such linears\).*unfinished"):
             load(made)

@@ -27,7 +27,7 @@ def compressed_folder(
     architecture: str = "llama",
     pattern: str = "2:4",
     rank: int = 4,
-    blocks: int | None = None,
+    done: int | None = None,
     **model: Any,
 ) -> Path:
     """Make a tiny checkpoint in folder/dense and compress it to folder/slr, by magnitude, U and V random.
@@ -37,7 +37,7 @@ def compressed_folder(
         architecture: Model type of transformers.
         pattern: Sparsity pattern of S.
         rank: Rank of U·V.
-        blocks: Number of blocks that are done; all by default.
+        done: Number of blocks that are compressed; all by default.
         **model: Arguments of `tiny_checkpoint`.
 
     Returns:
@@ -52,7 +52,7 @@ def compressed_folder(
     non_block = [checkpoint.tensors[name] for name in blockwise.non_block_tensors]
     shards = [write_non_block(out, non_block, checkpoint.read_one)]
     generator = torch.Generator().manual_seed(0)
-    for i, names in enumerate(blockwise.block_tensors[:blocks]):
+    for i, names in enumerate(blockwise.block_tensors[:done]):
         tensors, linears = checkpoint.read(names), {}
         for linear, (o, d) in blockwise.linears[i].items():
             W = tensors.pop(f"{linear}.weight")

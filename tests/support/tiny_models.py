@@ -25,9 +25,9 @@ TEXT = (
 )
 
 
-def _llama_like(layers: int, hidden: int) -> dict[str, Any]:
+def _llama_like(blocks: int, hidden: int) -> dict[str, Any]:
     return {
-        "num_hidden_layers": layers,
+        "num_hidden_layers": blocks,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_attention_heads": 4,
@@ -99,10 +99,10 @@ _ARGUMENTS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
 }
 
 
-def tiny_config(architecture: str, layers: int = 3, hidden: int = 64, **more: Any) -> PretrainedConfig:
-    arguments = {"vocab_size": VOCABULARY, **_llama_like(layers, hidden)}
+def tiny_config(architecture: str, blocks: int = 3, hidden: int = 64, **more: Any) -> PretrainedConfig:
+    arguments = {"vocab_size": VOCABULARY, **_llama_like(blocks, hidden)}
     arguments |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    arguments |= _ARGUMENTS.get(architecture, lambda n, h: {})(layers, hidden) | more
+    arguments |= _ARGUMENTS.get(architecture, lambda n, h: {})(blocks, hidden) | more
     return AutoConfig.for_model(architecture, **{k: v for k, v in arguments.items() if v is not None})
 
 
@@ -160,7 +160,7 @@ def starved_checkpoint(folder: Path, architecture: str, **config: Any) -> Path:
 def tiny_checkpoint(
     folder: str | Path,
     architecture: str = "llama",
-    layers: int = 3,
+    blocks: int = 3,
     hidden: int = 64,
     shards: int = 2,
     dtype: torch.dtype = torch.bfloat16,
@@ -174,7 +174,7 @@ def tiny_checkpoint(
     architecture is a `model_type` of transformers; `config` goes over the sizes chosen here.
     """
     folder = Path(folder)
-    made = tiny_config(architecture, layers, hidden, **({"tie_word_embeddings": tie} | config))
+    made = tiny_config(architecture, blocks, hidden, **({"tie_word_embeddings": tie} | config))
     model = tiny_model(made, dtype, seed)
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     # safetensors' sharding is greedy by size, so the number of files is only about what was asked for.
