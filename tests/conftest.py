@@ -1,4 +1,4 @@
-"""What many tests share: a text, a dense model, two compressed folders; and what must stand before torch is imported.
+"""Shared fixtures: a text, a dense model, two compressed folders; and settings that must precede the import of torch.
 
 The process that only hands out tests to others reads this file too, so torch is imported where it is needed.
 """

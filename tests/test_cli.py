@@ -144,12 +144,12 @@ def test_changed_settings_exit_with_4(model: Path, text: Path, finished: Path) -
     assert "rank: 4 there, 8 now" in done.stderr
 
 
-def test_inspect_json_is_only_json_and_holds_every_layer(finished: Path) -> None:
+def test_inspect_json_is_only_json_and_holds_every_linear(finished: Path) -> None:
     whole = json.loads(call("inspect", finished, "--json").stdout)
     assert whole["complete"]
     assert [block["index"] for block in whole["blocks"]] == [0, 1, 2, 3]
-    layer = whole["blocks"][2]["linears"][0]
-    assert {"name", "shape", "pattern", "density", "rank", "wanda_error", "error", "iterations"} <= set(layer)
+    linear = whole["blocks"][2]["linears"][0]
+    assert {"name", "shape", "pattern", "density", "rank", "wanda_error", "error", "iterations"} <= set(linear)
     assert json.loads(call("inspect", finished, "--block", "2", "--json").stdout) == whole["blocks"][2]
 
 
@@ -162,12 +162,12 @@ def test_matching_shows_in_inspect_and_can_be_left_out(model: Path, text: Path, 
     assert json.loads(call("inspect", tmp_path / "out", "--json", "--block", "1").stdout)["matching"] is None
 
 
-def test_inspect_shows_a_row_a_block_and_a_row_a_layer(finished: Path) -> None:
+def test_inspect_shows_a_row_a_block_and_a_row_a_linear(finished: Path) -> None:
     table = call("inspect", finished).stdout
     assert "4 of 4 blocks" in " ".join(table.split())
-    layers = call("inspect", finished, "--block", "1").stdout
-    assert "mlp.down_proj" in layers
-    assert "64×128" in layers
+    linears = call("inspect", finished, "--block", "1").stdout
+    assert "mlp.down_proj" in linears
+    assert "64×128" in linears
 
 
 def test_inspect_of_what_is_not_there_exits_with_2(finished: Path, tmp_path: Path) -> None:

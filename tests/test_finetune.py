@@ -1,4 +1,4 @@
-"""Fine-tuning: U and V learn a text, all else stays as it was; what is cut off goes on, and passes for nothing else."""
+"""Fine-tuning: U and V learn a text, all else stays as it was; a training that is cut off can only go on."""
 
 import json
 import shutil

@@ -19,7 +19,7 @@ from streamslr.solvers import parse_pattern
 from tests import reference
 
 SETTINGS = MatchSettings(epochs=4, batch=3, lr=0.1)
-SAMPLES, TOKENS, WIDTH = 7, 4, 16
+WINDOWS, TOKENS, WIDTH = 7, 4, 16
 
 
 class GatedBlock(nn.Module):
@@ -45,7 +45,7 @@ class TwoLinears(nn.Sequential):
 
 @dataclass
 class Case:
-    """A block that was compressed to `weights`, and samples that it should map to `targets` [samples, T, h]."""
+    """A block that was compressed to `weights`, and windows that it should map to `targets` [windows, T, h]."""
 
     block: nn.Module
     pattern: str
@@ -76,8 +76,8 @@ class Case:
         batches: Callable[[Sequence[Span]], Iterator[tuple[Tensor, Tensor]]] | None = None,
     ) -> tuple[BlockWeights, tuple[float, ...]]:
         """Refine the block as `Passes.match` does."""
-        block, samples = self.compressed(run), len(self.inputs)
-        return block.refine(self.weights, settings, batches or self.batches, samples, micro_batch)
+        block, windows = self.compressed(run), len(self.inputs)
+        return block.refine(self.weights, settings, batches or self.batches, windows, micro_batch)
 
     def compressed(self, run: Callable[[Tensor], Tensor] | None = None) -> CompressedBlock:
         parameters = dict(self.block.named_parameters())
@@ -85,7 +85,7 @@ class Case:
         return CompressedBlock(block, dict.fromkeys(self.linears, parse_pattern(self.pattern)))
 
     def sparse(self, weights: BlockWeights, name: str) -> Tensor:
-        """S [o, d] of a linear."""
+        """Return S [o, d] of a linear."""
         o, d = self.linears[name].weight.shape
         return unpack(weights.packed[name], parse_pattern(self.pattern), (o, d))
 
@@ -98,7 +98,7 @@ def made_case(
     linears: torch.dtype = torch.float32,
     vectors: torch.dtype = torch.float32,
     off: float = 0.3,
-    samples: int = SAMPLES,
+    windows: int = WINDOWS,
 ) -> Case:
     """Return a block of random weights whose S has groups that are not full, and targets that matching can reach.
 
@@ -110,7 +110,7 @@ def made_case(
         linears: Dtype that S, U and V are stored in.
         vectors: Dtype that norms and biases are stored in.
         off: Relative distance of the kept values, factors, norms and biases of the block that gives the targets.
-        samples: Number of windows.
+        windows: Number of windows.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -119,7 +119,7 @@ def made_case(
 
     live, teacher = block().requires_grad_(False), block().requires_grad_(False)
     sparsity = parse_pattern(pattern)
-    packed, kept = {}, {}
+    packed, others = {}, {}
     for name, module in live.named_modules():
         if isinstance(module, nn.Linear):
             o, d = module.weight.shape
@@ -132,11 +132,11 @@ def made_case(
             teacher.get_parameter(f"{name}.weight").copy_(moved)
     for name, parameter in live.named_parameters():
         if parameter.dim() == 1:
-            kept[name] = (float("norm.weight" in name) + 0.1 * normal(len(parameter))).to(vectors)
-            teacher.get_parameter(name).copy_(kept[name].float() + 0.1 * off * normal(len(parameter)))
-    inputs = normal(samples, TOKENS, WIDTH)
+            others[name] = (float("norm.weight" in name) + 0.1 * normal(len(parameter))).to(vectors)
+            teacher.get_parameter(name).copy_(others[name].float() + 0.1 * off * normal(len(parameter)))
+    inputs = normal(windows, TOKENS, WIDTH)
     targets = teacher(inputs)
-    return Case(live.to(compute), pattern, BlockWeights(packed, kept), inputs.to(compute), targets.to(compute))
+    return Case(live.to(compute), pattern, BlockWeights(packed, others), inputs.to(compute), targets.to(compute))
 
 
 def every_tensor(weights: BlockWeights) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def every_tensor(weights: BlockWeights) -> dict[str, Tensor]:
 
 
 def assert_same(one: BlockWeights, other: BlockWeights, tolerance: float = 0.0) -> None:
-    """tolerance: as a share of the largest number of each tensor."""
+    """Assert equality of every tensor; `tolerance` is relative to its largest number."""
     a, b = every_tensor(one), every_tensor(other)
     assert a.keys() == b.keys()
     for name in a:
@@ -154,7 +154,7 @@ def assert_same(one: BlockWeights, other: BlockWeights, tolerance: float = 0.0) 
 
 
 def assert_at_rest(case: Case) -> None:
-    """Nothing of the training is left in the live block."""
+    """Assert that nothing of the training is left in the live block."""
     for name, parameter in case.block.named_parameters():
         assert not parameter.requires_grad, name
         assert parameter.grad is None, name
@@ -274,16 +274,16 @@ def test_the_micro_batch_changes_rounding_alone(micro_batch: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [2, 7, 100])
-def test_an_epoch_takes_every_sample_once_whatever_the_batch(batch: int) -> None:
+def test_an_epoch_takes_every_window_once_at_any_batch(batch: int) -> None:
     case = made_case()
     case.refine(replace(SETTINGS, batch=batch), micro_batch=min(batch, 3))
-    epochs = [sample for span in case.served for sample in range(*span)]
-    for start in range(0, 4 * SAMPLES, SAMPLES):
-        assert sorted(epochs[start : start + SAMPLES]) == list(range(SAMPLES))
+    epochs = [window for span in case.served for window in range(*span)]
+    for start in range(0, 4 * WINDOWS, WINDOWS):
+        assert sorted(epochs[start : start + WINDOWS]) == list(range(WINDOWS))
 
 
 def test_a_seed_decides_the_order_and_every_byte() -> None:
-    case, again, other = made_case(samples=12), made_case(samples=12), made_case(samples=12)
+    case, again, other = made_case(windows=12), made_case(windows=12), made_case(windows=12)
     weights, curve = case.refine()
     weights_again, curve_again = again.refine()
     other.refine(replace(SETTINGS, seed=1))
@@ -318,7 +318,7 @@ def test_dense_weights_never_have_a_gradient() -> None:
 
 
 def test_no_tensor_of_a_dense_weights_size_is_made_by_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the weight that is there: gradients, moments and masters are of the kept values, U and V alone."""
+    """Gradients, moments and master copies exist for the kept values, U and V alone."""
     monkeypatch.setattr(matching, "TILE", 4 * WIDTH)
     case = made_case()
     weights = [linear.weight for linear in case.linears.values()]

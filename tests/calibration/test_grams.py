@@ -11,7 +11,7 @@ from tests.support.problems import peak_of
 
 
 class Attention(nn.Module):
-    """q and k share an input; o gets another; names say nothing."""
+    """Linears like q and k share an input, one like o has another; their names say nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def test_groups_are_found_on_the_meta_device() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gram_is_the_sum_over_all_rows_of_all_samples(dtype: torch.dtype) -> None:
+def test_a_gram_is_the_sum_over_all_rows_of_all_windows(dtype: torch.dtype) -> None:
     block, hidden = Attention().to(dtype), torch.randn(5, 7, 4).to(dtype)
     gram = collect_grams("block", linears(block), block, batches(hidden, 2))[0]
     x = hidden.double().reshape(-1, 4)
@@ -76,7 +76,7 @@ def test_equal_inputs_in_different_tensors_are_not_shared() -> None:
     assert len(collect_grams("block", linears(block), block, batches(torch.randn(2, 3, 4), 1))) == 3
 
 
-def test_non_finite_inputs_are_refused_naming_block_layer_and_samples() -> None:
+def test_non_finite_inputs_are_refused_naming_block_linear_and_windows() -> None:
     block, hidden = Attention(), torch.randn(6, 5, 4)
     hidden[3, 1, 2] = float("nan")
     hidden[4, 0, 0] = float("inf")
@@ -88,7 +88,7 @@ def test_non_finite_inputs_are_refused_naming_block_layer_and_samples() -> None:
         collect_grams("model.layers.7", linears(block), block, batches(hidden, 2)[1:])
 
 
-def test_a_layer_that_sees_some_tokens_only_is_refused() -> None:
+def test_a_linear_that_sees_some_tokens_only_is_refused() -> None:
     class Routed(Attention):
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.a(x) + self.b(x)[..., :4] + self.c(x[:, :2]).sum()
@@ -106,7 +106,7 @@ def test_hooks_are_gone_afterwards() -> None:
 
 
 class Routed(nn.Module):
-    """Tokens go to expert 0, 1 or 2 by their first number; nobody goes to 3."""
+    """Tokens go to expert 0, 1 or 2 by their first number, none to expert 3."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Routed(nn.Module):
 
 
 def routed_tokens() -> Tensor:
-    """[6, 40, 4]: 200 of them to expert 0, 30 to expert 1, 10 to expert 2."""
+    """Return tokens [6, 40, 4], 200 of them for expert 0, 30 for expert 1, 10 for expert 2."""
     hidden = torch.randn(240, 4, generator=torch.Generator().manual_seed(0))
     hidden[:, 0] = torch.tensor([0] * 200 + [1] * 30 + [2] * 10)[
         torch.randperm(240, generator=torch.Generator().manual_seed(0))
@@ -172,7 +172,7 @@ def test_how_many_experts_lack_tokens_is_logged(caplog: pytest.LogCaptureFixture
     ]
 
 
-def test_an_experts_non_finite_input_names_the_samples_of_its_batch() -> None:
+def test_an_experts_non_finite_input_names_the_windows_of_its_batch() -> None:
     block, hidden = Routed(), routed_tokens()
     hidden[3, 7, 2] = float("inf")
     with pytest.raises(InputError, match=r"NaN or infinite for 1 tokens, in calibration windows \[2, 3\]"):

@@ -16,7 +16,7 @@ from streamslr.errors import InputError
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token a word: w0 … w999 are ids 0 … 999."""
+    """Tokenizer of one token a word: w0 … w999 are ids 0 … 999."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1000)} | {"<s>": 1000}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")

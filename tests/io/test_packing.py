@@ -39,7 +39,7 @@ def sparse_matrices(draw: st.DrawFn) -> tuple[SparsityPattern, Tensor, torch.dty
 
 
 def reference_pack(S: Tensor, pattern: SparsityPattern) -> tuple[list[list[float]], list[list[int]]]:
-    """The layouts as the documentation words them, an element at a time; S float32 without -0.0."""
+    """Pack S, float32 without -0.0, element by element as the documentation says."""
     d = S.shape[1]
     values, meta = [], []
     for row in S.tolist():

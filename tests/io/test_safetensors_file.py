@@ -25,7 +25,7 @@ S = torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 0], [0, 0, 5, 0, 7, 0, 0, 0]])
 
 
 def tiny_block() -> dict[str, Tensor]:
-    """A block of one linear, 2:4 plus rank 1, and a norm."""
+    """Return a block of one linear, 2:4 plus rank 1, and a norm."""
     packed = pack(S, NofM(2, 4), torch.bfloat16)
     return {
         "layers.0.q_proj.meta": packed["meta"],
@@ -159,7 +159,7 @@ def test_a_header_tells_what_the_file_holds(tmp_path: Path) -> None:
 
 
 def refusal(entries: object, data: int = 0, end: Callable[[bytes], bytes] = lambda raw: raw) -> str:
-    """Refusal of a file of this header and so many bytes of data."""
+    """Return the refusal of a file with this header and number of bytes of data."""
     raw = end(json.dumps(entries).encode())
     content = len(raw).to_bytes(8, "little") + raw + bytes(data)
     with pytest.raises(InputError) as caught:

@@ -62,7 +62,7 @@ def whole_logits(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) 
 
 
 def live_blocks(blockwise: BlockwiseModel) -> set[int | None]:
-    """The blocks with any parameter in memory; None stands for what is outside them."""
+    """Return the blocks with a parameter in memory; None stands for the non-block tensors."""
     model = blockwise._model
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.is_meta]
     blocks: set[int | None] = set()
@@ -112,7 +112,7 @@ def test_checkpoints_in_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None
 
 
 def test_parameters_that_stay_in_float32(tmp_path: Path) -> None:
-    """Ernie keeps its routers in float32 whatever the compute dtype."""
+    """Ernie's routers stay in float32 at any compute dtype."""
     folder = tiny_checkpoint(tmp_path / "m", "ernie4_5_moe", dtype=torch.float32)
     blockwise = blockwise_of(folder, torch.bfloat16)
     for _ in range(2):
@@ -127,7 +127,7 @@ def test_a_model_of_one_block(tmp_path: Path, architecture: str) -> None:
 
 
 def test_keys_as_the_bare_model_saves_them(tmp_path: Path) -> None:
-    """Checkpoints without the base model's prefix, as the hub's Bloom has them."""
+    """Checkpoints without the prefix of the base model, as Bloom's on the hub."""
     model = tiny_model(tiny_config("bloom", tie_word_embeddings=True))
     bare = model.base_model
     assert isinstance(bare, PreTrainedModel)
@@ -152,7 +152,7 @@ def test_tensors_that_no_parameter_takes_are_no_obstacle(tmp_path: Path) -> None
     assert {"model.layers.7.mlp.up_proj.weight", "some.counter"} <= set(blockwise.non_block_tensors)
 
 
-def test_every_key_is_in_one_place(tmp_path: Path) -> None:
+def test_every_key_is_in_one_block_or_in_none(tmp_path: Path) -> None:
     for architecture in ("llama", "qwen3_moe"):
         folder = tiny_checkpoint(tmp_path / architecture, architecture)
         blockwise = blockwise_of(folder)
@@ -165,7 +165,7 @@ def test_every_key_is_in_one_place(tmp_path: Path) -> None:
 
 
 def test_batches_of_any_shape_without_embedding_them_first(tmp_path: Path) -> None:
-    """After a resume hidden states come from disk, and the outside weights are not there."""
+    """After a resume hidden states come from disk, and the non-block tensors are not loaded."""
     folder = tiny_checkpoint(tmp_path / "m", "gemma2")
     first, second = blockwise_of(folder), blockwise_of(folder)
     for batch, length in ((3, T), (1, T), (2, 30)):
@@ -181,7 +181,7 @@ def test_batches_of_any_shape_without_embedding_them_first(tmp_path: Path) -> No
 
 
 def test_masks_are_shared_between_blocks_not_copied(tmp_path: Path) -> None:
-    """Gemma 2 alternates two kinds of attention: two masks for a shape, whatever the depth."""
+    """Gemma 2 alternates two kinds of attention, so there are two masks for a shape at any depth."""
     blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", "gemma2", blocks=8))
     calls = blockwise._calls_for((2, 64))
     tensors = {
@@ -241,15 +241,15 @@ def test_a_block_without_its_linears_as_the_checkpoint_stores_it(tmp_path: Path)
     blockwise.load_block(1)
     blockwise.linear("model.layers.1.self_attn.q_proj").weight.data.zero_()
     stored = {key: t for path in folder.glob("*.safetensors") for key, t in load_file(path).items()}
-    kept = blockwise.as_stored(1)
-    assert sorted(name.removeprefix("model.layers.1.") for name in kept) == [
+    others = blockwise.as_stored(1)
+    assert sorted(name.removeprefix("model.layers.1.") for name in others) == [
         "input_layernorm.weight",
         "post_attention_layernorm.weight",
         "self_attn.k_proj.bias",
         "self_attn.q_proj.bias",
         "self_attn.v_proj.bias",
     ]
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in kept.items())
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in others.items())
     assert blockwise.stored_dtype("model.layers.1.self_attn.q_proj.weight") == torch.bfloat16
 
 
@@ -289,7 +289,7 @@ def test_at_most_one_block_is_live(tmp_path: Path, architecture: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_evicted_block_leaves_no_mapping_and_no_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Neither views of the mapped shards nor copies survive, without waiting for the garbage collector."""
+    """No view of a mapped shard and no copy is left, even before the garbage collector runs."""
     folder = tiny_checkpoint(tmp_path / "m", dtype=torch.bfloat16)
     blockwise = blockwise_of(folder, dtype)
 
@@ -396,7 +396,7 @@ def test_values_that_overflow_the_compute_dtype(single: Path) -> None:
 
 
 def test_a_block_from_another_checkpoint(tmp_path: Path) -> None:
-    """A replay of finished blocks loads them so: the model's own weights are not touched."""
+    """A replay of finished blocks loads them like this, and leaves the model's own weights alone."""
     a = tiny_checkpoint(tmp_path / "a", seed=0)
     b = tiny_checkpoint(tmp_path / "b", seed=1)
     hidden = torch.randn(2, 5, 64)
@@ -469,7 +469,7 @@ class OddConfig(LlamaConfig):
 
 
 class OddModel(LlamaModel):
-    """A Llama whose blocks are not a plain chain, in the way that config.oddity says."""
+    """A Llama whose blocks are no plain chain; config.oddity says in which way."""
 
     config_class = OddConfig
 

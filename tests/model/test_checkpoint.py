@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy to damage."""
     return Path(shutil.copytree(made, tmp_path / "llama"))
 
 
@@ -281,7 +281,7 @@ def test_paths_and_names_that_are_no_model(folder: Path, tmp_path: Path) -> None
 
 
 def compress(source: Path, folder: Path, pattern_text: str, rank: int, blocks: int) -> dict[str, torch.Tensor]:
-    """A compressed folder as `run` leaves it after `blocks` blocks; returns each linear's merged weight."""
+    """Write a compressed folder as `run` leaves it after `blocks` blocks; return the merged weight of each linear."""
     pattern = parse_pattern(pattern_text)
     folder.mkdir()
     dense = open_checkpoint(str(source))

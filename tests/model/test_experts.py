@@ -17,7 +17,7 @@ NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "d
 
 
 def pair(architecture: str, dtype: torch.dtype = torch.float32, top_k: int = 3) -> tuple[nn.Module, Experts]:
-    """An experts module of transformers, and the one that takes its place, with the same weights."""
+    """Return an experts module of transformers and the module that replaces it, with the same weights."""
     config = tiny_config(architecture, blocks=1)
     model, other = tiny_model(config, dtype), tiny_model(config, dtype)
     (path,) = (name for name, module in model.named_modules() if type(module).__name__.endswith("Experts"))

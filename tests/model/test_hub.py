@@ -1,4 +1,4 @@
-"""Checkpoints on the hub, over real HTTP against tests/hub_server.py."""
+"""Checkpoints on the hub, over real HTTP against support/hub_server.py."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ def cached(name: str) -> list[Path]:
 
 
 def blobs() -> set[int]:
-    """Sizes of what the cache really holds."""
+    """Return the sizes of the files that the cache holds."""
     return {path.stat().st_size for path in Path(constants.HF_HUB_CACHE).rglob("blobs/*")}
 
 

@@ -34,7 +34,7 @@ def folder(compressed: Path, tmp_path: Path) -> Path:
 
 
 def merged(folder: Path) -> torch.nn.Module:
-    """The dense model that holds S + U·V in float32, put together in memory."""
+    """Return the dense model that holds S + U·V in float32, built in memory."""
     checkpoint = open_checkpoint(str(folder))
     config = type(checkpoint.config).from_dict(checkpoint.config.to_dict() | {"quantization_config": None})
     weights = {name: tensor.float() for name, tensor in checkpoint.read(checkpoint.tensors).items()}

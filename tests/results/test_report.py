@@ -47,7 +47,7 @@ def unmatched(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def deep(state: JournalState) -> JournalState:
-    """80 blocks of hostile names with warnings, one where matching did not help, on a GPU."""
+    """Return a run of 80 blocks on a GPU, with hostile names and warnings, one of them not helped by matching."""
     blocks = []
     for i in range(80):
         block = state.blocks[i % 2]

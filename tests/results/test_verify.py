@@ -114,7 +114,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         verify(tmp_path)
 
 
-def test_a_layer_without_a_record_is_found(folder: Path) -> None:
+def test_a_linear_without_a_record_is_found(folder: Path) -> None:
     journal = json.loads((folder / "streamslr.json").read_text())
     dropped = journal["blocks"][0]["linears"].pop()
     (folder / "streamslr.json").write_text(json.dumps(journal))

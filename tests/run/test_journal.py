@@ -1,4 +1,4 @@
-"""The journal: what it keeps, who may write, what it refuses."""
+"""The journal: its content, its lock, and what it refuses."""
 
 import json
 import multiprocessing

@@ -166,10 +166,10 @@ def test_a_method_that_cannot_work_in_tiles_is_not_said_to() -> None:
 
 
 def test_matching_is_planned_for_what_may_change_and_not_for_dense_weights() -> None:
-    kept = 0.5 * sum(o * d for o, d in llama_70b().blocks[0].linears.values())
+    values = 0.5 * sum(o * d for o, d in llama_70b().blocks[0].linears.values())
     low_rank = 64 * sum(o + d for o, d in llama_70b().blocks[0].linears.values())
     more = phase(plan(llama_70b()), "match").gpu_bytes - phase(plan(llama_70b()), "propagate").gpu_bytes
-    assert 20 * kept + 16 * low_rank < more < 20 * kept + 16 * low_rank + 4 * GB
+    assert 20 * values + 16 * low_rank < more < 20 * values + 16 * low_rank + 4 * GB
 
 
 def test_a_run_that_goes_on_keeps_the_pieces_it_began_with() -> None:

@@ -61,7 +61,7 @@ def finished(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def unbroken(finished: Path) -> dict[str, bytes]:
-    """What an uninterrupted run of the settings writes."""
+    """Bytes of the files that an uninterrupted run of the settings writes."""
     return run_contents(finished)
 
 
@@ -122,9 +122,9 @@ def test_without_matching_all_but_the_linears_is_unchanged(settings: dict[str, A
     streamslr.compress(**settings, match=False)
     source = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
     written = {k: v for file in settings["out"].glob("*.safetensors") for k, v in load_file(file).items()}
-    kept = [name for name in source if name in written]
-    assert len(kept) == 2 * BLOCKS + 3, "two norms a block, embedding, final norm, head"
-    assert all(torch.equal(source[name], written[name]) for name in kept)
+    common = [name for name in source if name in written]
+    assert len(common) == 2 * BLOCKS + 3, "two norms a block, embedding, final norm, head"
+    assert all(torch.equal(source[name], written[name]) for name in common)
 
 
 @pytest.mark.parametrize("pattern", [*slow("2:4", "4:8", "1:4", "50%"), "50%/row"])
@@ -158,7 +158,7 @@ DEAD = [3, 17]
 
 @pytest.fixture(scope="module")
 def model_with_dead_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One block, whose norms give nothing in the columns DEAD of q, k, v, gate and up."""
+    """A model of one block whose norms give 0 in the columns DEAD of q, k, v, gate and up."""
     folder = tiny_checkpoint(
         tmp_path_factory.mktemp("models") / "dead", blocks=1, hidden=32, shards=1, dtype=torch.float32
     )
@@ -203,7 +203,7 @@ def test_matching_after_any_method_lowers_the_loss_and_changes_no_support(
 
 
 def test_the_hidden_states_are_those_of_the_written_model(settings: dict[str, Any], unbroken: Any) -> None:
-    """Replay of finished blocks gives the digests that the run recorded, so what is written is what was run."""
+    """A replay of finished blocks gives the digests that the run recorded, so the written weights are those it ran."""
     assert compress_in_child(settings, die_at=15) == -9
     assert read_run(settings["out"]).blocks
     shutil.rmtree(settings["out"] / ".scratch")
@@ -246,7 +246,7 @@ def test_a_gpu_budget_on_a_cpu_is_warned_of_once(settings: dict[str, Any], caplo
 
 
 def unbroken_run(settings: dict[str, Any]) -> dict[str, bytes]:
-    """Return what an uninterrupted run of other settings writes."""
+    """Run other settings without interruption; return the bytes of the files."""
     whole = settings | {"out": settings["out"].with_name("whole")}
     assert compress_in_child(whole) == 0
     return run_contents(whole["out"])
@@ -296,7 +296,7 @@ def test_another_scratch_on_resume_leaves_nothing_behind(
 
 
 def test_grams_are_gone_before_the_block_passes_on(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan does not hold them in that phase; down_proj's is the largest tensor of all."""
+    """The plan does not count them in that phase, and down_proj's is the largest tensor of all."""
     from streamslr.calibration.grams import Gram
 
     alive: list[int] = []
@@ -396,9 +396,7 @@ def test_a_budget_that_cannot_hold_is_refused_before_any_work(settings: dict[str
     assert not settings["out"].exists()
 
 
-@pytest.mark.parametrize(
-    "architecture", [*slow("qwen2", "gemma2", "opt", "cohere2"), "phi3", "gpt_neox", "bloom"]
-)
+@pytest.mark.parametrize("architecture", [*slow("qwen2", "gemma2", "opt", "cohere2"), "phi3", "gpt_neox", "bloom"])
 def test_other_architectures_compress_and_verify(settings: dict[str, Any], tmp_path: Path, architecture: str) -> None:
     model = tiny_checkpoint(tmp_path / architecture, architecture, blocks=2)
     state = streamslr.compress(**settings | {"model": model})
@@ -497,7 +495,7 @@ def test_tiers_on_disk_do_not_show_in_the_bytes(settings: dict[str, Any], unbrok
 
 @pytest.mark.slow
 def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Rank 0, because U·V makes a solve amplify rounding until other supports, as good, come out."""
+    """Rank 0, because with U·V a solve amplifies rounding until it finds other supports, as good."""
     settings |= MAIN | {"rank": 0}
     whole = streamslr.compress(**settings)
     context = open_run(RunConfig.of(**settings | {"out": tmp_path / "pieces"}))

@@ -1,4 +1,4 @@
-"""Whole runs in which linears become different things: by outliers, by share of parameters, by name."""
+"""Whole runs in which linears become different things: by outliers, by fraction of parameters, by name."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ BY_NAME = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Blocks differ in how many outliers they have."""
+    """A model whose blocks differ in their number of outliers."""
     folder = tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", blocks=BLOCKS, shards=1)
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
@@ -90,17 +90,17 @@ def test_blocks_with_more_outliers_keep_more_and_all_together_what_was_asked_for
     assert verify(by_owl).problems == ()
     assert state.outliers is not None
     assert state.outliers[0] > state.outliers[2] > state.outliers[1]
-    kept = [
+    sizes = [
         sum(
             linear.density * linear.shape[0] * linear.shape[1] + linear.rank * sum(linear.shape)
             for linear in block.linears
         )
         for block in state.blocks
     ]
-    assert kept[0] > kept[2] > kept[1]
+    assert sizes[0] > sizes[2] > sizes[1]
     dense = sum(linear.shape[0] * linear.shape[1] for block in state.blocks for linear in block.linears)
     ranks = sum(sum(linear.shape) for block in state.blocks for linear in block.linears)  # each rounded down
-    assert 0.4 * dense - ranks < sum(kept) <= 0.4 * dense + 1
+    assert 0.4 * dense - ranks < sum(sizes) <= 0.4 * dense + 1
 
 
 def test_each_linear_becomes_what_the_file_says(by_name: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_mixed_folder_can_be_finetuned(by_name: Path, text: Path, tmp_path: Pa
 def test_killed_at_a_commit_point_the_same_line_goes_on_to_the_same_bytes(
     settings: dict[str, Any], by_owl: Path, die_at: int
 ) -> None:
-    """Before what the survey found is noted, right after, and among the blocks."""
+    """Kills before the result of the survey is written, right after, and among the blocks."""
     assert compress_in_child(settings | OWL, die_at=die_at) == -9
     assert compress_in_child(settings | OWL) == 0
     assert run_contents(settings["out"]) == run_contents(by_owl)
@@ -222,7 +222,9 @@ def test_a_rank_or_pattern_that_every_name_overrides_is_warned_of(
     ("change", "named"),
     [({"owl": 0.05}, "owl: 0.1 there, 0.05 now"), ({"compression": "50%"}, "compression: '60%' there, '50%' now")],
 )
-def test_changed_shares_are_refused(settings: dict[str, Any], by_owl: Path, change: dict[str, Any], named: str) -> None:
+def test_changed_fractions_are_refused(
+    settings: dict[str, Any], by_owl: Path, change: dict[str, Any], named: str
+) -> None:
     with pytest.raises(ResumeError, match=named):
         streamslr.compress(**settings | OWL | {"out": by_owl} | change)
 

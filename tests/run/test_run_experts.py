@@ -54,7 +54,7 @@ def folder(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """A folder with the checkpoint and, beside it, what an uninterrupted run makes of it."""
+    """A folder with the checkpoint and the result of an uninterrupted run."""
     made = tmp_path_factory.mktemp("mixtral")
     starved_checkpoint(made / "model", "mixtral", blocks=2)
     assert compress_in_child({"model": made / "model", "out": made / "slr", "calibration": text, **RUN}) == 0
@@ -167,10 +167,10 @@ def test_the_plan_counts_the_grams_of_every_expert_and_what_they_share(mixtral: 
     assert grams - load > 4 * (2 * 64**2 + 5 * 64**2 + 5 * 128**2 + 128**2) - 2**17
 
 
-def test_outliers_of_experts_decide_their_blocks_shares(mixtral: Path, text: Path, tmp_path: Path) -> None:
+def test_outliers_of_experts_decide_the_patterns_of_blocks(mixtral: Path, text: Path, tmp_path: Path) -> None:
     settings = RUN | {"pattern": "50%", "owl": 0.1, "match": False}
     state = streamslr.compress(mixtral / "model", tmp_path / "slr", calibration=text, **settings)
-    shares = [{linear.pattern for linear in block.linears} for block in state.blocks]
-    assert all(len(patterns) == 1 for patterns in shares)
-    assert shares[0] != shares[1]
+    patterns = [{linear.pattern for linear in block.linears} for block in state.blocks]
+    assert all(len(of_block) == 1 for of_block in patterns)
+    assert patterns[0] != patterns[1]
     assert verify(tmp_path / "slr").problems == ()

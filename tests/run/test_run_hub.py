@@ -1,4 +1,4 @@
-"""The main job from a hub: shards one at a time, deleted behind the work, default calibration, resume."""
+"""The main job from a hub: shards one at a time, evicted on request, default calibration, resume."""
 
 import gzip
 import json

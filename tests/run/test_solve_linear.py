@@ -1,4 +1,4 @@
-"""One linear: what a method returns that is no solution."""
+"""One linear: results of a method that are no solution."""
 
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ class Returns:
         ((48, 64), (48, 5), (5, 64), r"U \[48, 5\], V \[5, 64\] for"),
     ],
 )
-def test_what_is_no_solution_is_refused_naming_layer_and_solver(
+def test_what_is_no_solution_is_refused_naming_linear_and_solver(
     S: tuple[int, int], U: tuple[int, int], V: tuple[int, int], says: str
 ) -> None:
     problem = made_problem()

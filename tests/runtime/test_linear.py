@@ -33,7 +33,7 @@ def packed_linear(
 
 
 def dense_linear(linear: SparseLowRankLinear) -> nn.Linear:
-    """In float64, so that its own rounding does not count."""
+    """Return the merged linear in float64, so that its own rounding does not count."""
     shape = linear.out_features, linear.in_features
     dense = nn.Linear(shape[1], shape[0], linear.bias is not None, dtype=torch.float64)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def dense_linear(linear: SparseLowRankLinear) -> nn.Linear:
 
 
 def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Within a few roundings of `dtype` of the largest value."""
+    """Assert equality within a few roundings of the largest value in `dtype`."""
     error = (got.double() - expected).abs().max() / expected.abs().max()
     assert error < 4 * torch.finfo(dtype).eps, f"off by {error:.2e}"
 
@@ -181,11 +181,11 @@ def test_other_dtypes_by_to_and_autocast() -> None:
     assert_close(half(x.bfloat16()), expected, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("pattern", "share"), [("2:4", 0.5 + 1 / 24), ("1:4", 0.25 + 1 / 32), ("50%", 0.5 + 1 / 16)])
-def test_bytes_in_memory_are_the_packed_ones(pattern: str, share: float) -> None:
+@pytest.mark.parametrize(("pattern", "ratio"), [("2:4", 0.5 + 1 / 24), ("1:4", 0.25 + 1 / 32), ("50%", 0.5 + 1 / 16)])
+def test_bytes_in_memory_are_the_packed_ones(pattern: str, ratio: float) -> None:
     o, d, rank = 256, 384, 16
     linear = packed_linear(pattern, rank, torch.bfloat16, o, d, bias=False)
     linear(torch.randn(2, d).bfloat16())
     offsets = 0 if pattern != "50%" else 8 * (o + 1)
     held = sum(t.nbytes for t in (*linear.parameters(), *linear.buffers()))
-    assert held == share * 2 * o * d + 2 * rank * (o + d) + offsets
+    assert held == ratio * 2 * o * d + 2 * rank * (o + d) + offsets

@@ -90,10 +90,10 @@ def test_device_map(folder: Path, device_map: Any) -> None:
     assert off_by(logits(model), logits(dense_model(folder))) < 0.05
 
 
-def test_layers_offloaded_to_disk(folder: Path) -> None:
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
-    model = streamslr.load(folder, device_map=places)
+def test_blocks_offloaded_to_disk(folder: Path) -> None:
+    devices = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    devices |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
+    model = streamslr.load(folder, device_map=devices)
     offloaded = model.get_submodule("model.layers.1.mlp.up_proj")
     assert isinstance(offloaded, SparseLowRankLinear)
     assert {tensor.device.type for tensor in offloaded.packed().values()} == {"meta"}
@@ -132,8 +132,8 @@ def test_a_saved_folder_evaluates_as_the_one_that_run_wrote(folder: Path, tmp_pa
     streamslr.load(folder, device="cpu").save_pretrained(tmp_path / "saved")
     (tmp_path / "text.txt").write_text(TEXT * 4)
     first, second = (
-        evaluate(str(place), tmp_path / "text.txt", 16, device="cpu", free_memory=1 << 30).perplexity
-        for place in (folder, tmp_path / "saved")
+        evaluate(str(one), tmp_path / "text.txt", 16, device="cpu", free_memory=1 << 30).perplexity
+        for one in (folder, tmp_path / "saved")
     )
     assert first == second
 

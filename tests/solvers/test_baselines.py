@@ -86,7 +86,7 @@ def test_the_refit_reaches_the_least_loss_of_the_support_and_never_leaves_it() -
 
 @pytest.mark.parametrize(("name", "factor"), [("alps", 1.05), ("sparsegpt", 2.0)])
 def test_against_every_support_of_tiny_rows(name: str, factor: float) -> None:
-    """Alone among 36 or 256 supports: what a method finds can only be worse than the best, and is near it."""
+    """Among 36 or 256 supports, the one that a method finds is near the best."""
     ours = best = 0.0
     for pattern, d in (("2:4", 8), ("1:4", 16)):
         n, m = map(int, pattern.split(":"))

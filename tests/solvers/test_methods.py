@@ -1,4 +1,4 @@
-"""The table of methods, methods of other packages, and what is asked of every solver: one contract for all."""
+"""The table of methods, methods of other packages, and one contract for all solvers."""
 
 import dataclasses
 import sys
@@ -79,7 +79,7 @@ class Halve:
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Installs a distribution that offers `value` as a method called `name`."""
+    """Install a distribution that offers `value` as a method called `name`."""
 
     def made(value: object, name: str = "halve", package: str = "halver") -> None:
         module = types.ModuleType(f"{package}_module")
@@ -184,11 +184,11 @@ def test_all_inputs_dead(name: str) -> None:
     assert not solved(name, problem).dense().any()
 
 
-@pytest.mark.parametrize("samples", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_grams_of_too_few_samples(name: str, samples: int) -> None:
+def test_grams_of_too_few_rows(name: str, rows: int) -> None:
     torch.manual_seed(0)
-    X = torch.randn(samples, 64)
+    X = torch.randn(rows, 64)
     problem = dataclasses.replace(problem_for(name), gram=X.T @ X)
     assert error(problem, solved(name, problem)) < 0.5
 
@@ -220,7 +220,7 @@ def test_what_is_no_gram_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("where", ["weight", "gram"])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_non_finite_values_are_refused_by_layer(name: str, where: str) -> None:
+def test_non_finite_values_are_refused_by_name_of_the_linear(name: str, where: str) -> None:
     problem = problem_for(name)
     broken = getattr(problem, where).clone()
     broken[2, 5] = float("nan")

@@ -38,7 +38,7 @@ def test_loss_is_at_most_the_references(pattern: str, rank: int) -> None:
 
 
 def projection_and_dual(state: AdmmState) -> tuple[torch.Tensor, torch.Tensor]:
-    """D and Y, [o, d] float64, of the state between two steps."""
+    """Return D and Y [o, d] in float64 of the state between two steps."""
     D, Y = [], []
     for tile in state.tiles:
         (part,) = tile.slices
@@ -231,7 +231,7 @@ def test_tiles_change_nothing_without_a_low_rank_part(pattern: str, precision: s
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
 def test_tiles_cost_no_loss(pattern: str) -> None:
-    """U·V makes much of rounding: a weight changed by 1e-7 changes a loss here by up to 7 %, either way."""
+    """U·V amplifies rounding: a change of 1e-7 in a weight changes a loss here by up to 7 %, up or down."""
     problems = [made_problem(160, 96, pattern=pattern, rank=16, seed=seed) for seed in range(4)]
     whole = sum(error(p, ThreeBasil().solve(p)) for p in problems)
     tiled = sum(error(p, ThreeBasil(tile_rows=64).solve(p)) for p in problems)
@@ -239,7 +239,7 @@ def test_tiles_cost_no_loss(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("tile_rows", [48, 1000])
-def test_one_tile_of_all_rows_is_the_whole_layer(tile_rows: int) -> None:
+def test_one_tile_of_all_rows_is_the_whole_linear(tile_rows: int) -> None:
     problem = made_problem()
     whole, tiled = ThreeBasil().solve(problem), ThreeBasil(tile_rows=tile_rows).solve(problem)
     for name in ("S", "U", "V"):
@@ -308,13 +308,13 @@ def test_plan_figures_grow_with_what_they_count() -> None:
     o=st.integers(1, 5000),
     d=st.integers(8, 5000),
     rank=st.integers(0, 128),
-    share=st.floats(0.05, 1.5),
+    ratio=st.floats(0.05, 1.5),
     by_row=st.booleans(),
     gpu=st.booleans(),
 )
-def test_the_largest_tile_that_fits_is_chosen(o: int, d: int, rank: int, share: float, by_row: bool, gpu: bool) -> None:
+def test_the_largest_tile_that_fits_is_chosen(o: int, d: int, rank: int, ratio: float, by_row: bool, gpu: bool) -> None:
     how = {"by_row": by_row, "gpu": gpu}
-    workspace = int(share * solve_bytes(o, d, rank, **how))
+    workspace = int(ratio * solve_bytes(o, d, rank, **how))
     tile = tile_rows_for(o, d, rank, workspace, **how)
     if tile is None:
         assert solve_bytes(o, d, rank, **how) <= workspace or o <= 64
@@ -395,10 +395,10 @@ def test_a_weight_that_is_sparse_already_is_kept() -> None:
     assert torch.equal(result.dense(), sparse)
 
 
-@pytest.mark.parametrize("samples", [1, 3, 40])
-def test_grams_of_too_few_samples(samples: int) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_grams_of_too_few_rows(rows: int) -> None:
     torch.manual_seed(0)
-    X = torch.randn(samples, 64)
+    X = torch.randn(rows, 64)
     problem = dataclasses.replace(made_problem(), gram=X.T @ X)
     result = ThreeBasil().solve(problem)
     assert_valid(problem, result)
@@ -447,7 +447,7 @@ def test_what_is_no_gram_is_refused(gram: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["weight", "gram"])
-def test_non_finite_values_are_refused_by_layer(where: str, bad: float) -> None:
+def test_non_finite_values_are_refused_by_name_of_the_linear(where: str, bad: float) -> None:
     problem = made_problem()
     broken = getattr(problem, where).clone()
     broken[2, 5] = bad
@@ -455,7 +455,7 @@ def test_non_finite_values_are_refused_by_layer(where: str, bad: float) -> None:
         ThreeBasil().solve(dataclasses.replace(problem, **{where: broken}))
 
 
-def test_shapes_that_do_not_fit_are_refused_by_layer() -> None:
+def test_shapes_that_do_not_fit_are_refused_by_name_of_the_linear() -> None:
     problem = made_problem()
     with pytest.raises(InputError, match=r"made: the weight is 48×64, so its Gram matrix must be 64×64, not 32×32"):
         ThreeBasil().solve(dataclasses.replace(problem, gram=torch.eye(32)))

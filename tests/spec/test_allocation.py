@@ -50,7 +50,7 @@ def test_by_itself_every_linear_is_2_4_and_64() -> None:
         ((100, 100), "60%", 0.4, "76%", 8),  # exactly 8, where floating point says 8.000000000000002 or 7.99…
     ],
 )
-def test_shares_of_parameters_are_those_of_oats(
+def test_fractions_of_parameters_are_those_of_oats(
     shape: tuple[int, int], compression: str, ratio: float, pattern: str, rank: int
 ) -> None:
     (spec,) = set(allocated([{"a": shape}], compression=compression, rank_ratio=ratio).values())
@@ -66,7 +66,7 @@ def test_s_u_and_v_together_keep_what_is_asked_for(o: int, d: int, compression: 
     assert spec.rank == floor(exact)
 
 
-def test_shares_and_outliers_can_be_of_each_row() -> None:
+def test_compression_and_outliers_can_be_of_each_row() -> None:
     (spec,) = set(allocated([{"a": (256, 256)}], compression="60%/row", rank_ratio=0.25).values())
     assert spec == LinearSpec(parse_pattern("70%/row"), 12)
     patterns = vary_by_outliers(parse_pattern("70%/row"), 0.08, [0.05, 0.01, 0.03], [1, 1, 1])
@@ -91,7 +91,7 @@ def test_a_rank_ratio_goes_with_any_pattern() -> None:
 def test_densities_stay_within_lambda_and_keep_the_mean(
     blocks: list[tuple[float, int]], percent: int, spread: float
 ) -> None:
-    outliers, sizes = [share for share, _ in blocks], [size for _, size in blocks]
+    outliers, sizes = [ratio for ratio, _ in blocks], [size for _, size in blocks]
     mean = Unstructured(percent / 100)
     densities = [pattern.density for pattern in vary_by_outliers(mean, spread, outliers, sizes)]
     assert all(abs(density - mean.density) <= spread + 1e-6 for density in densities)
@@ -122,7 +122,7 @@ def test_of_n_m_it_is_n_that_varies_and_the_sum_that_stays(outliers: list[float]
 
 @given(st.lists(st.tuples(st.floats(0, 0.1), st.integers(1, 1000)), min_size=2, max_size=40))
 def test_blocks_of_different_sizes_keep_no_more_than_asked_for(blocks: list[tuple[float, int]]) -> None:
-    outliers, sizes = [share for share, _ in blocks], [size for _, size in blocks]
+    outliers, sizes = [ratio for ratio, _ in blocks], [size for _, size in blocks]
     patterns = vary_by_outliers(NofM(4, 8), 0.25, outliers, sizes)
     kept = sum(size * pattern.n for size, pattern in zip(sizes, patterns, strict=True) if isinstance(pattern, NofM))
     assert 4 * sum(sizes) - max(sizes) <= kept <= 4 * sum(sizes)
@@ -231,7 +231,7 @@ def test_ranks_that_cannot_be_read_are_refused(ranks: str) -> None:
         allocated(ranks=ranks)
 
 
-def test_a_group_pattern_is_no_share_of_parameters() -> None:
+def test_a_group_pattern_is_no_fraction_of_parameters() -> None:
     with pytest.raises(InputError, match=r"--compression is 2:4; give the percentage to leave out, like 50%"):
         allocated(compression="2:4", rank_ratio=0.25)
 

@@ -14,7 +14,7 @@ PATTERNS = ["2:4", "1:4", "3:4", "4:8", "1:2", "3:5", "7:8", "5:32", "50%", "12.
 
 @st.composite
 def scored(draw: st.DrawFn) -> tuple[str, torch.Tensor]:
-    """A pattern and scores [o, d] that fit it; small whole numbers, so that many magnitudes tie."""
+    """Draw a pattern and scores [o, d] that fit it, of small whole numbers, so that many magnitudes tie."""
     text = draw(st.sampled_from(PATTERNS))
     group = int(text.split(":")[1]) if ":" in text else 1
     o, groups = draw(st.integers(1, 6)), draw(st.integers(1, 5))
@@ -30,24 +30,24 @@ def test_project_keeps_exactly_as_many_as_allowed_and_none_smaller_than_a_droppe
 ) -> None:
     text, scores = case
     pattern = parse_pattern(text)
-    kept = pattern.project(scores)
-    assert pattern.check(kept) is None
+    mask = pattern.project(scores)
+    assert pattern.check(mask) is None
     magnitudes = scores.abs()
     if isinstance(pattern, NofM):
-        kept_groups, groups = kept.view(-1, pattern.m), magnitudes.view(-1, pattern.m)
-        assert (kept_groups.sum(1) == pattern.n).all()
+        mask_groups, groups = mask.view(-1, pattern.m), magnitudes.view(-1, pattern.m)
+        assert (mask_groups.sum(1) == pattern.n).all()
     elif text.endswith("/row"):
-        kept_groups, groups = kept, magnitudes
-        assert (kept_groups.sum(1) == round(scores.shape[1] * pattern.density)).all()
+        mask_groups, groups = mask, magnitudes
+        assert (mask_groups.sum(1) == round(scores.shape[1] * pattern.density)).all()
     else:
-        kept_groups, groups = kept.view(1, -1), magnitudes.view(1, -1)
-        assert kept.sum() == round(scores.numel() * pattern.density)
-    smallest_kept = torch.where(kept_groups, groups, torch.inf).amin(1)
-    largest_dropped = torch.where(kept_groups, -torch.inf, groups).amax(1)
+        mask_groups, groups = mask.view(1, -1), magnitudes.view(1, -1)
+        assert mask.sum() == round(scores.numel() * pattern.density)
+    smallest_kept = torch.where(mask_groups, groups, torch.inf).amin(1)
+    largest_dropped = torch.where(mask_groups, -torch.inf, groups).amax(1)
     assert (smallest_kept >= largest_dropped).all()
     for row in range(len(groups)):  # ties: the lower index stays
         tied = groups[row] == smallest_kept[row]
-        order = kept_groups[row][tied].int()
+        order = mask_groups[row][tied].int()
         assert (order.diff() <= 0).all()
 
 
@@ -56,10 +56,10 @@ def test_project_keeps_exactly_as_many_as_allowed_and_none_smaller_than_a_droppe
 def test_project_is_the_same_for_every_layout_and_a_fixed_point(case: tuple[str, torch.Tensor]) -> None:
     text, scores = case
     pattern = parse_pattern(text)
-    kept = pattern.project(scores)
+    mask = pattern.project(scores)
     column_major = scores.t().contiguous().t()
-    assert torch.equal(pattern.project(column_major), kept)
-    assert torch.equal(pattern.project(scores * kept)[scores * kept != 0], kept[scores * kept != 0])
+    assert torch.equal(pattern.project(column_major), mask)
+    assert torch.equal(pattern.project(scores * mask)[scores * mask != 0], mask[scores * mask != 0])
 
 
 @pytest.mark.parametrize("text", PATTERNS)
@@ -81,12 +81,12 @@ def test_ties_leave_from_the_end_also_where_they_are_looked_at_piece_by_piece(te
     size = {"2:4": 4, "5:32": 32, "50%": 400 * 320, "30%/row": 320}[text]
     groups = scores.abs().view(-1, size)
     order = groups.sort(dim=1, descending=True, stable=True).indices
-    kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, : round(size * pattern.density)], True)
-    assert torch.equal(pattern.project(scores), kept.view_as(scores))
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, : round(size * pattern.density)], True)
+    assert torch.equal(pattern.project(scores), mask.view_as(scores))
 
 
 @pytest.mark.parametrize("text", ["70%", "90%"])
-def test_the_unstructured_marker_follows_the_share_as_scores_change(text: str) -> None:
+def test_the_unstructured_marker_follows_the_density_as_scores_change(text: str) -> None:
     torch.manual_seed(0)
     pattern = parse_pattern(text)
     scores = torch.randn(64, 64)
@@ -97,7 +97,7 @@ def test_the_unstructured_marker_follows_the_share_as_scores_change(text: str) -
     assert abs(marked.mean().item() - pattern.density) < 0.005
 
 
-def test_the_marker_of_rows_follows_the_share_of_each_in_tiles_of_rows_and_columns() -> None:
+def test_the_marker_of_rows_follows_the_density_of_each_in_tiles_of_rows_and_columns() -> None:
     torch.manual_seed(0)
     pattern = parse_pattern("75%/row")
     before, after = torch.randn(8, 64), torch.randn(8, 64) * torch.logspace(-3, 3, 8)[:, None]
@@ -186,7 +186,7 @@ def test_what_is_no_pattern_is_refused_by_name(text: str) -> None:
         parse_pattern(text)
 
 
-def test_a_width_that_m_does_not_divide_is_refused_by_layer() -> None:
+def test_a_width_that_m_does_not_divide_is_refused_by_name_of_the_linear() -> None:
     with pytest.raises(InputError, match=r"layers\.3\.q_proj.*2:4.*multiple of 4.*8×10"):
         parse_pattern("2:4").require_fits("layers.3.q_proj", (8, 10))
     parse_pattern("2:4").require_fits("q", (8, 12))

@@ -20,7 +20,7 @@ LFS = (".safetensors", ".gz", ".bin")
 
 @dataclass(frozen=True)
 class Request:
-    """One request as the server saw it; `range` is "" without the header, `status` what it was answered."""
+    """One request: `range` is "" without the header, `status` the status of the answer."""
 
     method: str
     path: str
@@ -45,7 +45,7 @@ class Hub:
         self.url = url
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.tokens: set[str] = set()
-        """The logins that may read gated and private repositories."""
+        """Tokens that may read gated and private repositories."""
         self.status = 0
         """When set, every request is answered with this status: 503 for a hub that is down."""
         self.requests: list[Request] = []
@@ -59,7 +59,7 @@ class Hub:
         gated: bool = False,
         private: bool = False,
     ) -> str:
-        """Commits a folder's files to a repository, moves `refs` there, returns the commit's sha."""
+        """Commit the files of a folder to a repository, move `refs` there, and return the sha of the commit."""
         repository = self.repositories.setdefault((kind, repo), Repository())
         repository.gated, repository.private = gated, private
         digest = hashlib.sha1(f"{len(repository.commits)}".encode())
@@ -70,12 +70,12 @@ class Hub:
         return digest.hexdigest()
 
     def downloads(self, suffix: str = "") -> list[str]:
-        """Names of the files sent whole so far, in order, of those that end so."""
+        """Return the names of the files sent whole so far, in order, that end in `suffix`."""
         sent = [r.path for r in self.requests if r.method == "GET" and r.status == 200 and "/api/" not in r.path]
         return [Path(path).name for path in sent if path.endswith(suffix)]
 
     def environment(self, cache: Path) -> dict[str, str]:
-        """Environment variables of a process that talks to this hub."""
+        """Return the environment variables of a process that talks to this hub."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache),
@@ -87,7 +87,7 @@ class Hub:
         }
 
     def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-        """Has this process talk to this hub: huggingface_hub reads its environment once, at import."""
+        """Make this process talk to this hub; huggingface_hub reads its environment only once, at import."""
         constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -102,7 +102,7 @@ class Hub:
 
 @contextmanager
 def serve_hub() -> Iterator[Hub]:
-    """A hub on 127.0.0.1 for as long as the context lasts."""
+    """Serve a hub on 127.0.0.1 while the context lasts."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     server.hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ def serve_hub() -> Iterator[Hub]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Every file below a folder, as paths relative to it."""
+    """Return every file below a folder, as paths relative to it."""
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
@@ -147,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(404, {"X-Error-Message": f"no such route {path}"})
 
     def _find(self, kind: str, repo: str, revision: str) -> tuple[Repository, str] | None:
-        """The repository and the commit's sha; when there is none the error has been sent."""
+        """Return the repository and the sha of the commit; None where it has sent the error."""
         found = self.hub.repositories.get((kind, repo))
         if found is None or (found.private and not self._logged_in()):
             self._send(401 if not self._token() else 404, {"X-Error-Code": "RepoNotFound"})
@@ -159,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
         return found, sha
 
     def _api(self, kind: str, repo: str, what: str, revision: str) -> None:
-        """Repository info, tree and paths-info: open for gated repositories too, as on the hub."""
+        """Send repository info, tree or paths-info, for gated repositories too, as the hub does."""
         found = self._find(kind, repo, revision)
         if found is None:
             return None
@@ -235,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._token() in self.hub.tokens
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent: the log is `Hub.requests`."""
+        """Print nothing: the log is `Hub.requests`."""
 
 
 def _is_lfs(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Small layers with the structure of trained ones, and what is asked of every solution."""
+"""Small linears with the structure of trained ones, and checks for every solution."""
 
 import itertools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from streamslr.solvers import LinearProblem, Solver, SparseLowRank, parse_patter
 
 
 def made_problem(o: int = 48, d: int = 64, pattern: str = "2:4", rank: int = 4, seed: int = 0) -> LinearProblem:
-    """Correlated inputs with outlier channels, weights with a decaying spectrum."""
+    """Make a problem of correlated inputs with outlier channels and weights with a decaying spectrum."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -43,12 +43,12 @@ def error(problem: LinearProblem, result: SparseLowRank) -> float:
 
 
 def allocated_peak(solver: Solver, problem: LinearProblem) -> int:
-    """The most bytes that tensors of one solve take together."""
+    """Return the most bytes that the tensors of one solve take together."""
     return peak_of(lambda: solver.solve(problem))
 
 
 def peak_of(work: Callable[[], object]) -> int:
-    """The most bytes that the tensors made in `work` take together, from the allocator's own events."""
+    """Return the most bytes that the tensors made in `work` take together, from the events of the allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -37,7 +37,7 @@ def _llama_like(blocks: int, hidden: int) -> dict[str, Any]:
 
 
 def _deepseek(hidden: int) -> dict[str, Any]:
-    """A dense first block, then experts beside shared ones."""
+    """Return arguments of a model with a dense first block, then experts beside shared ones."""
     return {
         "num_key_value_heads": 4,
         "n_routed_experts": 4,
@@ -107,7 +107,7 @@ def tiny_config(architecture: str, blocks: int = 3, hidden: int = 64, **more: An
 
 
 def tiny_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A model whose every parameter is random, norms and biases too, so that a mix-up of any two shows."""
+    """Make a model with every parameter random, norms and biases too, so that any mix-up shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -138,14 +138,14 @@ def _tokenizer_json() -> str:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """At most 384 tokens (every byte is one), trained on TEXT; token 0 ends a text."""
+    """Return a tokenizer of at most 384 tokens, every byte one of them, trained on TEXT; token 0 ends a text."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_tokenizer_json()), bos_token="<|end|>", eos_token="<|end|>"
     )
 
 
 def starved_checkpoint(folder: Path, architecture: str, **config: Any) -> Path:
-    """A tiny checkpoint with five experts, two for each token, whose routers never choose expert 1."""
+    """Write a tiny checkpoint with five experts, two for each token, whose routers never choose expert 1."""
     count = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}.get(architecture, "n_routed_experts")
     tiny_checkpoint(folder, architecture, **{count: 5, "num_experts_per_tok": 2, **config})
     for file in folder.glob("*.safetensors"):
@@ -169,9 +169,19 @@ def tiny_checkpoint(
     seed: int = 0,
     **config: Any,
 ) -> Path:
-    """Writes a random checkpoint as `save_pretrained` does, in about `shards` files, and returns its folder.
+    """Write a random checkpoint as `save_pretrained` does, and return its folder.
 
-    architecture is a `model_type` of transformers; `config` goes over the sizes chosen here.
+    Args:
+        folder: Folder to write.
+        architecture: Model type of transformers.
+        blocks: Number of blocks.
+        hidden: Width of the hidden states.
+        shards: Number of files, approximately.
+        dtype: Dtype of the weights.
+        tie: Whether the head is the embedding.
+        tokenizer: Whether to write a tokenizer too.
+        seed: Seed of the weights.
+        **config: Other arguments of transformers' config; they replace the sizes chosen here.
     """
     folder = Path(folder)
     made = tiny_config(architecture, blocks, hidden, **({"tie_word_embeddings": tie} | config))
