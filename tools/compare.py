@@ -255,7 +255,7 @@ def timed(line: Sequence[str], threads: int) -> tuple[float, float]:
         process.wait()
         raise
     if process.returncode == InputError.exit_code:
-        raise InputError(said.strip().removeprefix("streamslr: "))
+        raise InputError(said.strip().rpartition("streamslr: ")[2])  # warnings come before it
     if process.returncode:
         raise StreamslrError(f"{shlex.join(line)} ended with {process.returncode}: {said.strip()}")
     return usage.ru_utime + usage.ru_stime, time.monotonic() - start
