@@ -1,5 +1,6 @@
 """Inputs of a block's linears -> Gram matrices H = XᵀX, one for each distinct input, and the memory they take."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.config import format_bytes
-from streamslr.errors import BudgetError, InputError
+from streamslr.errors import BudgetError, InputError, StreamslrError, first_line
 from streamslr.model.blockwise import Block
 
 log = logging.getLogger("streamslr")
@@ -82,33 +83,51 @@ def offload_grams(grams: list[Gram], tier: str, folder: Path) -> list[Callable[[
 
     Raises:
         BudgetError: A file cannot be written.
+        StreamslrError: A file is missing or not as it was written, when its Gram is taken.
     """
     offloaded: list[Callable[[], Gram]] = []
     while grams:
         gram = grams.pop(0)
         if tier == "disk":
             path = folder / f"gram-{len(offloaded)}.bin"
+            content = gram.matrix.cpu().numpy().data
             try:
-                path.write_bytes(gram.matrix.cpu().numpy().data)
+                path.write_bytes(content)
             except OSError as error:
                 raise BudgetError(
                     f"the Gram matrix of {gram.linears[0]} ({format_bytes(gram.matrix.nbytes)}) cannot be written to "
                     f"{path}: {error.strerror}; free space there or give --scratch another folder, then start the "
                     f"same line again"
                 ) from error
-            offloaded.append(partial(_take_from_disk, replace(gram, matrix=gram.matrix.to("meta")), path))
+            digest = hashlib.sha256(content).digest()
+            offloaded.append(partial(_take_from_disk, replace(gram, matrix=gram.matrix.to("meta")), path, digest))
+            del content
         else:
             moved = gram if tier == "device" else replace(gram, matrix=gram.matrix.cpu())
             offloaded.append(partial(replace, moved))
     return offloaded
 
 
-def _take_from_disk(gram: Gram, path: Path) -> Gram:
+def _take_from_disk(gram: Gram, path: Path, digest: bytes) -> Gram:
     """Map the matrix into memory and delete its file; the kernel reads pages as they are used, and can drop them."""
     d = len(gram.matrix)
-    matrix = torch.from_file(str(path), size=d**2).view(d, d)
-    path.unlink()  # its space is free once the mapping goes
+    try:
+        if path.stat().st_size != 4 * d * d:
+            raise OSError(f"it has {path.stat().st_size} bytes, not {4 * d * d}")
+        matrix = torch.from_file(str(path), size=d**2).view(d, d)
+        path.unlink()  # its space is free once the mapping goes
+    except (OSError, RuntimeError) as error:
+        raise _damaged(gram, path, first_line(error)) from error
+    if hashlib.sha256(matrix.numpy().data).digest() != digest:
+        raise _damaged(gram, path, "it is not as it was written")
     return replace(gram, matrix=matrix)
+
+
+def _damaged(gram: Gram, path: Path, fault: str) -> StreamslrError:
+    return StreamslrError(
+        f"the Gram matrix of {gram.linears[0]} cannot be used from {path}: {fault}. Something else deletes or changes "
+        f"files there, or the disk is damaged; start the same line again, which makes it anew"
+    )
 
 
 def input_groups(linears: Mapping[str, nn.Linear], run_block: Callable[[], object]) -> tuple[tuple[str, ...], ...]:

@@ -16,7 +16,7 @@ import zarr
 from torch import Tensor
 from zarr.core.buffer import default_buffer_prototype
 
-from streamslr.errors import BudgetError, StreamslrError
+from streamslr.errors import BudgetError, StreamslrError, first_line
 
 _PENDING_WRITES = 2
 """Micro-batches that may wait for the disk. More would only hide a disk that is too slow."""
@@ -121,6 +121,14 @@ class _Digest:
         for offset, window in enumerate(hidden):
             self._of_window[start + offset] = hashlib.sha256(_bytes_of(window)).digest()
 
+    def changed(self, start: int, hidden: Tensor) -> list[int]:
+        """Return the windows among `hidden` [b, T, h], from window `start` on, that are not as they were added."""
+        return [
+            start + offset
+            for offset, window in enumerate(hidden)
+            if self._of_window[start + offset] != hashlib.sha256(_bytes_of(window)).digest()
+        ]
+
     def hexdigest(self) -> str:
         missing = [i for i, digest in enumerate(self._of_window) if digest is None]
         if missing:
@@ -194,7 +202,7 @@ class OnDisk:
             if self._array.shape != shape:
                 return None
             for i in range(shape[0]):
-                self._digest.add(i, self.read(i, i + 1))
+                self._digest.add(i, self._load(i, i + 1))
         except (OSError, ValueError, KeyError, RuntimeError):
             return None
         return self if self._digest.hexdigest() == digest else None
@@ -225,13 +233,30 @@ class OnDisk:
 
     def read(self, start: int, stop: int) -> Tensor:
         self._wait()
+        try:
+            hidden = self._load(start, stop)
+            changed = self._digest.changed(start, hidden)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise self._damaged(f"windows {start} to {stop - 1} cannot be read ({first_line(error)})") from error
+        if changed:
+            raise self._damaged(f"windows {changed} are missing or not as they were written")
+        return hidden
+
+    def _load(self, start: int, stop: int) -> Tensor:
+        """Return what the files hold; zarr gives zeros for a chunk that is missing."""
         hidden = torch.empty(stop - start, *self._shape[1:], dtype=self._dtype)
         buffer = default_buffer_prototype().nd_buffer.from_numpy_array(_as_numpy_dtype(hidden).numpy())
         self._array.get_basic_selection(slice(start, stop), out=buffer)
         return hidden
 
+    def _damaged(self, fault: str) -> StreamslrError:
+        return StreamslrError(
+            f"hidden states in {self.folder}: {fault}. Something else deletes or changes files there, or the disk is "
+            f"damaged; start the same line again, which makes them anew and goes on"
+        )
+
     def _wait(self) -> None:
-        """Wait for pending writes: a chunk that is not there yet would read as zeros."""
+        """Wait for pending writes: a chunk that is not there yet would be taken for a missing one."""
         while self._pending:
             self._pending.pop(0).result()
 

@@ -1,11 +1,13 @@
 """Gram matrices: which linears share one, their values, and inputs that are refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from streamslr.calibration.grams import Gram, GramCollector, blend_experts, input_groups
-from streamslr.errors import InputError
+from streamslr.calibration.grams import Gram, GramCollector, blend_experts, input_groups, offload_grams
+from streamslr.errors import InputError, StreamslrError
 from streamslr.model.blockwise import Block
 from tests.support.problems import peak_of
 
@@ -103,6 +105,24 @@ def test_hooks_are_gone_afterwards() -> None:
     block = Attention()
     collect_grams("block", linears(block), block, batches(torch.randn(2, 3, 4), 1))
     assert not any(linear._forward_pre_hooks for linear in linears(block).values())
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_a_gram_on_the_disk_that_is_not_as_it_was_written_is_never_used(tmp_path: Path, damage: str) -> None:
+    matrix = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    sound, damaged = offload_grams([Gram(("a",), matrix, 1), Gram(("b",), matrix.clone(), 1)], "disk", tmp_path)
+    assert torch.equal(sound().matrix, matrix)
+    path = tmp_path / "gram-1.bin"
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[:-4])
+    else:
+        content[13] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(StreamslrError, match=r"the Gram matrix of b .*gram-1\.bin: .*start the same line again"):
+        damaged()
 
 
 class Routed(nn.Module):

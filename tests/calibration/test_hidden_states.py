@@ -1,5 +1,6 @@
 """One contract for every tier of hidden states, and what the disk tier does when files are lost."""
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from streamslr.calibration.hidden_states import (
     read_batches,
     spans,
 )
-from streamslr.errors import BudgetError
+from streamslr.errors import BudgetError, StreamslrError
 
 SAMPLES, SEQ_LEN, HIDDEN = 5, 3, 4
 SHAPE = (SAMPLES, SEQ_LEN, HIDDEN)
@@ -94,6 +95,48 @@ def test_what_was_just_written_is_read_even_before_it_lies_on_the_disk(
     tier, hidden = OnDisk(tmp_path / "late", *SHAPE, torch.float32), states(torch.float32)
     tier.write(0, hidden)
     assert torch.equal(tier.read(0, SAMPLES), hidden)
+
+
+def remove(chunk: Path) -> None:
+    chunk.unlink()
+
+
+def remove_all(chunk: Path) -> None:
+    shutil.rmtree(chunk.parents[3])
+
+
+def truncate(chunk: Path) -> None:
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+
+
+def empty(chunk: Path) -> None:
+    chunk.write_bytes(b"")
+
+
+def flip(chunk: Path) -> None:
+    content = bytearray(chunk.read_bytes())
+    content[7] ^= 1
+    chunk.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [remove, remove_all, truncate, empty, flip])
+@pytest.mark.parametrize("reopened", [False, True])
+def test_a_chunk_that_is_not_as_it_was_written_is_never_read(
+    tmp_path: Path, damage: Callable[[Path], None], reopened: bool
+) -> None:
+    tier: HiddenStates | None = OnDisk(tmp_path / "boundary.zarr", *SHAPE, torch.float32)
+    assert tier
+    tier.write(0, states(torch.float32))
+    digest = tier.seal()
+    if reopened:
+        tier = OnDisk.reopen(tmp_path / "boundary.zarr", SHAPE, torch.float32, digest)
+        assert tier
+    assert torch.equal(tier.read(0, 5), states(torch.float32))
+    damage(tmp_path / "boundary.zarr/c/2/0/0")
+    with pytest.raises(StreamslrError, match=r"boundary\.zarr: windows (1 to 3|\[.*2.*\]) .*; start the same line"):
+        tier.read(1, 4)
+    if damage is not remove_all:
+        assert torch.equal(tier.read(3, 5), states(torch.float32)[3:])
 
 
 def test_an_incomplete_boundary_cannot_be_sealed(make: Make) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import streamslr
 from streamslr.calibration.tokens import calibration_windows
 from streamslr.config import RunConfig
-from streamslr.errors import BudgetError, InputError, ResumeError
+from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
 from streamslr.io.packing import unpack
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
@@ -490,6 +490,27 @@ def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
 def test_tiers_on_disk_do_not_show_in_the_bytes(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
     context = open_run(RunConfig.of(**settings))
     run(replace(context, plan=replace(context.plan, in_memory=False, grams_at="disk")))
+    assert run_contents(settings["out"]) == unbroken
+
+
+def test_a_scratch_folder_that_vanishes_stops_the_run_and_the_same_line_goes_on(
+    settings: dict[str, Any], unbroken: dict[str, bytes]
+) -> None:
+    context = open_run(RunConfig.of(**settings))
+    context = replace(context, plan=replace(context.plan, in_memory=False, grams_at="disk"))
+    release = context.checkpoint.release
+
+    def vanish(names: tuple[str, ...]) -> None:
+        if names == context.blockwise.block_tensors[0]:  # block 0 is committed by then
+            shutil.rmtree(settings["out"] / ".scratch")
+        release(names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context.checkpoint, "release", vanish)
+        with pytest.raises(StreamslrError, match=r"hidden states in .*\.scratch.* start the same line again"):
+            run(context)
+    assert len(read_run(settings["out"]).blocks) == 1
+    streamslr.compress(**settings)
     assert run_contents(settings["out"]) == unbroken
 
 
