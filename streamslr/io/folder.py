@@ -23,6 +23,11 @@ PackedLinear = tuple[Mapping[str, Tensor], SparsityPattern, tuple[int, int]]
 """Parts of a packed linear, its pattern, and the shape (o, d) of its dense weight."""
 
 
+def is_file_name(name: object) -> bool:
+    """Return True for a name that cannot lead out of the folder it is joined to."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+
+
 def write_auxiliary_files(
     folder: Path, config: Mapping[str, Any], files: Iterable[Path], pattern: SparsityPattern | None, rank: int
 ) -> dict[str, str]:

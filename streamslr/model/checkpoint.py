@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from streamslr.errors import InputError, StreamslrError, first_line
+from streamslr.io.folder import is_file_name
 from streamslr.io.packed_layout import INDEX_FILE, QUANT_METHOD, read_quantization_config
 from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header
 from streamslr.model.decoders import PackedWeight, packed_weights
@@ -251,7 +252,7 @@ def _shard_names(source: ModelSource) -> tuple[list[str], Mapping[str, str]]:
     try:
         weight_map = json.loads(source.fetch(INDEX_FILE).read_bytes())["weight_map"]
         shards = sorted(set(weight_map.values()))
-        if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
+        if not all(is_file_name(shard) for shard in shards):
             raise ValueError(f"its files are {shards[:3]}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(

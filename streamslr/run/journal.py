@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from streamslr.errors import InputError, ResumeError
-from streamslr.io.durable import PARTIAL_SUFFIX, lock_folder, write_json
+from streamslr.errors import InputError, ResumeError, StreamslrError
+from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256, lock_folder, write_json
+from streamslr.io.folder import is_file_name
 from streamslr.io.packed_layout import FORMAT_VERSION, READABLE_VERSIONS
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.version import __version__
@@ -151,8 +152,12 @@ def read_journal(folder: Path) -> JournalState | None:
             f"{' and '.join(map(str, READABLE_VERSIONS))}. Use the version of streamslr that wrote it"
         )
     try:
-        return _state(data if version == FORMAT_VERSION else _from_version_2(data))
-    except (KeyError, TypeError) as error:
+        state = _state(data if version == FORMAT_VERSION else _from_version_2(data))
+        names = (*state.auxiliary_files, *(shard.file for shard in state.shards))
+        if wrong := [name for name in names if not is_file_name(name)]:
+            raise ValueError(f"{wrong[0]!r} is no file name")
+        return state
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error!r}; copy it again from where the folder came from") from error
 
 
@@ -288,17 +293,36 @@ class Journal:
         self._commit(replace(self.state, blocks=blocks, micro_batch=micro_batch, solver_workspace=solver_workspace))
 
     def forget_lost_shards(self) -> None:
-        """Go back to before the first shard that is missing or has another size, with a warning."""
+        """Go back to before the first shard that is missing or not as it was written, with a warning.
+
+        It reads every committed shard, because later blocks are built on what these hold.
+        """
         for position, shard in enumerate(self.state.shards):
-            path = self.folder / shard.file
-            if path.is_file() and path.stat().st_size == shard.nbytes:
+            if self._is_sound(shard):
                 continue
+            path = self.folder / shard.file
             log.warning("%s is missing or not as it was written: going on from there", path)
             if position == 0:
                 self._commit(replace(self.state, non_block=None, hidden_states=None, blocks=()))
             else:
                 self._commit(replace(self.state, blocks=self.state.blocks[: position - 1]))
             return
+
+    def require_sound_shards(self) -> None:
+        """Raise StreamslrError where a committed shard is missing or not as it was written.
+
+        The journal keeps its record, so that the next start makes the shard again.
+        """
+        if lost := [shard.file for shard in self.state.shards if not self._is_sound(shard)]:
+            raise StreamslrError(
+                f"{self.folder / lost[0]} is missing or not as it was written ({len(lost)} of "
+                f"{len(self.state.shards)} shards): something else changed it while the run worked, or the disk is "
+                f"damaged; start the same line again, which makes it anew"
+            )
+
+    def _is_sound(self, shard: WrittenShard) -> bool:
+        path = self.folder / shard.file
+        return path.is_file() and path.stat().st_size == shard.nbytes and file_sha256(path) == shard.sha256
 
     def _commit(self, state: JournalState) -> None:
         write_json(self.folder / JOURNAL_FILE, asdict(state))

@@ -131,6 +131,7 @@ class Compression:
                 self.context.checkpoint.release(done)
             for i in range(len(state.blocks), state.blocks_total):
                 boundary = self.compress_block(i, boundary)
+            self.journal.require_sound_shards()
         for scratch in (config.scratch_folder, config.out / ".scratch"):  # an earlier start may have used the default
             shutil.rmtree(scratch, ignore_errors=True)
 

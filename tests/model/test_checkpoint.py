@@ -220,7 +220,9 @@ def test_an_index_naming_a_tensor_that_no_shard_holds(folder: Path) -> None:
     assert name in message
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"weight_map": {"a": "../b.safetensors"}}'])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "no json", '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": ".."}}']
+)
 def test_a_damaged_index(folder: Path, content: str) -> None:
     (folder / INDEX).write_text(content)
     assert f"{INDEX} of {folder} has no usable weight_map" in refusal(folder)

@@ -1,14 +1,15 @@
 """The journal: its content, its lock, and what it refuses."""
 
+import hashlib
 import json
 import multiprocessing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streamslr.errors import InputError, ResumeError
+from streamslr.errors import InputError, ResumeError, StreamslrError
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.run.journal import (
     JOURNAL_FILE,
@@ -135,17 +136,52 @@ def test_a_folder_of_format_version_2_is_read_under_its_new_names(tmp_path: Path
     assert read_journal(tmp_path) == written
 
 
-def test_a_lost_shard_sends_the_run_back_to_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    non_block = WrittenShard("model-outside.safetensors", "a" * 64, 5)
+@pytest.mark.parametrize("name", ["../../.bashrc", "/etc/passwd", "..", "", "a/b", "a\0b", 3])
+@pytest.mark.parametrize("place", ["auxiliary_files", "non_block", "blocks"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, place: str, name: Any) -> None:
+    with Journal(tmp_path, start(1)) as journal:
+        journal.commit_non_block({"config.json": "c" * 64}, WrittenShard("o", "a" * 64, 5), "b" * 64, 1, {})
+        journal.commit_block(block(0), 1, None)
+    path = tmp_path / JOURNAL_FILE
+    data = json.loads(path.read_text())
+    if place == "auxiliary_files":
+        data[place] = {str(name): "c" * 64} if isinstance(name, str) else {"": "c" * 64}
+    else:
+        shard = data[place] if place == "non_block" else data[place][0]["shard"]
+        shard["file"] = name
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"is damaged: .* is no file name"):
+        read_journal(tmp_path)
+
+
+def on_disk(folder: Path, shard: WrittenShard) -> WrittenShard:
+    """Write a file for the shard, and return the shard with that file's digest."""
+    content = bytes(shard.nbytes)
+    (folder / shard.file).write_bytes(content)
+    return replace(shard, sha256=hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "flipped"])
+def test_a_lost_shard_sends_the_run_back_to_before_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    non_block = on_disk(tmp_path, WrittenShard("model-outside.safetensors", "", 5))
+    blocks = [replace(block(i), shard=on_disk(tmp_path, block(i).shard)) for i in range(3)]
+    (tmp_path / JOURNAL_FILE).write_text(json.dumps(asdict(start(3))))
     with Journal(tmp_path, start(3)) as journal:
         journal.commit_non_block({}, non_block, "b" * 64, 1, {})
-        for i in range(3):
-            journal.commit_block(block(i), 1, None)
-        for shard in journal.state.shards:
-            (tmp_path / shard.file).write_bytes(bytes(shard.nbytes))
+        for record in blocks:
+            journal.commit_block(record, 1, None)
         journal.forget_lost_shards()
+        journal.require_sound_shards()
         assert len(journal.state.blocks) == 3
-        (tmp_path / block(1).shard.file).write_bytes(b"short")
+        path = tmp_path / block(1).shard.file
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(b"short" if damage == "short" else path.read_bytes()[:-1] + b"x")
+        with pytest.raises(StreamslrError, match=r"model-block-00001\.safetensors is missing or not .*1 of 4 shards"):
+            journal.require_sound_shards()
         journal.forget_lost_shards()
     assert "model-block-00001.safetensors is missing or not as it was written" in caplog.text
     state = read_journal(tmp_path)
