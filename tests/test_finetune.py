@@ -22,6 +22,7 @@ from streamslr.results.report.page import write_report
 from streamslr.results.verify import verify
 from tests.support.compressed_folders import file_contents
 from tests.support.killing import finetune_in_child
+from tests.support.markers import slow
 
 RUN: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
 SETTINGS: dict[str, Any] = {"seq_len": 32, "batch": 8, "lr": 0.05, "steps": 10, "device": "cpu"}
@@ -91,7 +92,7 @@ def test_the_source_stays_and_two_trainings_give_the_same_bytes(
 
 # Before the settings, the second file, the journal and the folder itself take their names, and after 6 of 10 steps.
 @pytest.mark.parametrize(
-    ("counting", "die_at"), [("renames", 0), ("renames", 2), ("renames", -2), ("renames", -1), ("steps", 6)]
+    ("counting", "die_at"), [*slow(("renames", 0), ("renames", 2)), ("renames", -2), ("renames", -1), ("steps", 6)]
 )
 def test_what_is_killed_passes_for_nothing_and_goes_on(
     compressed: Path, tuned: Path, text: Path, tmp_path: Path, counting: str, die_at: int

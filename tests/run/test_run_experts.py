@@ -29,7 +29,7 @@ from tests.support.killing import compress_in_child
 from tests.support.markers import slow
 from tests.support.tiny_models import starved_checkpoint
 
-ARCHITECTURES = ["mixtral", *slow("qwen3_moe", "deepseek_v2"), "deepseek_v3"]
+ARCHITECTURES = ["mixtral", *slow("qwen3_moe", "deepseek_v2", "deepseek_v3")]
 RUN: dict[str, Any] = {
     "samples": 6,
     "seq_len": 16,

@@ -136,7 +136,7 @@ def test_a_package_that_cannot_be_imported_is_named(
 # The contract
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:5", "5:16", "50%", "83%", "66%/row"])
+@pytest.mark.parametrize("pattern", ["2:4", *slow("1:4", "3:5"), "5:16", *slow("50%"), "83%", "66%/row"])
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_pattern_holds_and_no_method_is_worse_than_pruning_by_magnitude(name: str, pattern: str) -> None:
     problem = problem_for(name, 40, 80, pattern)
