@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,8 +20,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from streamslr.errors import InputError, StreamslrError, first_line
 from streamslr.io.folder import is_file_name
 from streamslr.io.packed_layout import INDEX_FILE, QUANT_METHOD, read_quantization_config
-from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header
+from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header, read_start
 from streamslr.model.decoders import PackedWeight, packed_weights
+from streamslr.model.pinned_shards import PinnedShards, ShardDigest, Times
 from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source
 
 SINGLE_FILE = "model.safetensors"
@@ -50,9 +52,11 @@ class Checkpoint:
 
     Attributes:
         model: folder or hub id, as the user gave it.
-        identity: "hub:ID@commit", or the sha256 over config.json, file names, headers and sizes of a folder.
+        identity: "hub:ID@commit", or the sha256 over config.json, file names, headers and sizes of a folder, and over
+            what the index says of tensors that two files hold.
         config: config.json as transformers reads it.
         tensors: description of each tensor by its key. A packed linear shows as its merged weight in float32.
+        pinned: digests of the shards that were read, once `pin` was called.
     """
 
     def __init__(self, model: str, source: ModelSource, evict: bool) -> None:
@@ -65,7 +69,7 @@ class Checkpoint:
         with ThreadPoolExecutor(8) as pool:  # on the hub a header costs a round trip or two
             headers = list(pool.map(self._read_header, shards))
         self._headers = dict(zip(shards, headers, strict=True))
-        self.identity: str = source.pinned or _digest(raw_config, self._headers)
+        self.identity: str = source.pinned or _digest(raw_config, self._headers, weight_map)
         stored = _stored_tensors(source, self._headers, weight_map)
         self._decoders: dict[str, PackedWeight] = {}
         if read_quantization_config(self.config) is not None:
@@ -75,8 +79,26 @@ class Checkpoint:
                 del stored[name]
         self.tensors: Mapping[str, TensorInfo] = stored | {name: d.info for name, d in self._decoders.items()}
         _refuse_quantized_weights(source, self.tensors)
+        self.pinned: PinnedShards | None = None
         self._done: set[str] = set()
         self._lock = threading.Lock()  # guards _done
+
+    def pin(self, digests: Mapping[str, ShardDigest], times: Mapping[str, Times]) -> PinnedShards:
+        """Hold every shard to one content from here on: `digests` of an earlier process, or as it is first read.
+
+        Args:
+            digests: content of each shard that an earlier process read.
+            times: times of the files that had it.
+
+        Returns:
+            The pinned shards, to ask for the digests and for what has changed.
+
+        Raises:
+            ResumeError: a shard has other content than in `digests`.
+        """
+        self.pinned = PinnedShards(digests, times)
+        self.pinned.check_earlier(self._source.local_path)
+        return self.pinned
 
     @property
     def download_bytes(self) -> int:
@@ -95,12 +117,7 @@ class Checkpoint:
         tensors = {}
         for shard, wanted in self._by_shard(names, done=False).items():
             path = self._source.fetch(shard)
-            size = self._headers[shard].size
-            if path.stat().st_size != size:
-                raise InputError(
-                    f"{path} had {size} bytes when it was opened and has {path.stat().st_size} now: "
-                    f"something else writes there; let it end, then run the same line again"
-                )
+            self._require_unchanged(shard, path)
             try:
                 with safe_open(path, framework="pt", device="cpu") as file:
                     for name in wanted:
@@ -136,6 +153,8 @@ class Checkpoint:
         shards = self._by_shard(names, done=True)
         if not self._evict:
             return
+        if self.pinned:
+            self.pinned.wait()
         for shard in shards:
             with self._lock:
                 finished = all(name in self._done for name, info in self.tensors.items() if info.shard == shard)
@@ -169,6 +188,17 @@ class Checkpoint:
 
     def _read_header(self, shard: str) -> ShardHeader:
         return read_header(partial(self._source.read_start, shard), shard, self._source.label)
+
+    def _require_unchanged(self, shard: str, path: Path) -> None:
+        """Raise InputError where a shard has another size, or once it is pinned another header, than when opened."""
+        header = self._headers[shard]
+        size = path.stat().st_size
+        changed = "" if size == header.size else f"had {header.size} bytes when it was opened and has {size} now"
+        if not changed and self.pinned and self.pinned.read(shard, path):
+            start, _ = read_start(path, 8 + len(header.raw))
+            changed = "" if start[8:] == header.raw else "has another header than when it was opened"
+        if changed:
+            raise InputError(f"{path} {changed}: something else writes there; let it end, then run the same line again")
 
     def _by_shard(self, names: Iterable[str], done: bool) -> dict[str, list[str]]:
         """Group names by shard, and note them as done or as needed (again)."""
@@ -313,11 +343,15 @@ def _is_auxiliary(name: str) -> bool:
     return name in ("merges.txt", "vocab.txt") or name.endswith((".json", ".model", ".jinja", ".tiktoken"))
 
 
-def _digest(config: bytes, headers: Mapping[str, ShardHeader]) -> str:
+def _digest(config: bytes, headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str]) -> str:
     """Return the identity of a folder."""
     digest = hashlib.sha256(config)
     for name, header in sorted(headers.items()):
         digest.update(f"\0{name}\0{header.size}\0".encode() + header.raw)
+    holders = Counter(name for header in headers.values() for name in header.tensors)
+    for name, shard in sorted(weight_map.items()):
+        if holders[name] > 1:
+            digest.update(f"\0{name}\0{shard}\0".encode())
     return digest.hexdigest()
 
 
