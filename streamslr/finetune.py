@@ -50,7 +50,7 @@ from streamslr.model.parameter_names import find_modules
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from streamslr.run.context import pick_device
-from streamslr.run.journal import JOURNAL_FILE, FinetuneRecord, JournalState
+from streamslr.run.journal import FinetuneRecord, JournalState, write_journal
 from streamslr.runtime.loader import load, packed_modules
 
 _HELD_OUT_FRACTION, _MAX_HELD_OUT = 1 / 20, 64
@@ -391,5 +391,4 @@ def _write(
     non_block = rewritten(state.non_block.file)
     blocks = tuple(replace(block, shard=rewritten(block.shard.file)) for block in state.blocks)
     write_index(out, (non_block, *(block.shard for block in blocks)))
-    made = replace(state, non_block=non_block, blocks=blocks, finetuned=(*state.finetuned, record))
-    write_json(out / JOURNAL_FILE, asdict(made))
+    write_journal(out, replace(state, non_block=non_block, blocks=blocks, finetuned=(*state.finetuned, record)))

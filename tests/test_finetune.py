@@ -1,6 +1,5 @@
 """Fine-tuning: U and V learn a text, all else stays as it was; a training that is cut off can only go on."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from streamslr.results.export import export
 from streamslr.results.inspect import read_run, run_table
 from streamslr.results.report.page import write_report
 from streamslr.results.verify import verify
-from tests.support.compressed_folders import file_contents
+from tests.support.compressed_folders import edit_journal, file_contents
 from tests.support.killing import finetune_in_child
 from tests.support.markers import slow
 
@@ -150,9 +149,8 @@ def test_bad_input_is_refused_before_any_work(compressed: Path, llama: Path, tex
 def test_folders_that_are_unfinished_damaged_or_of_rank_0(compressed: Path, text: Path, tmp_path: Path) -> None:
     def journal(change: Any) -> Path:
         copy = shutil.copytree(compressed, tmp_path / "slr", dirs_exist_ok=True)
-        state = json.loads((copy / "streamslr.json").read_text())
-        change(state)
-        (copy / "streamslr.json").write_text(json.dumps(state))
+        with edit_journal(copy) as state:
+            change(state)
         return copy
 
     def no_rank(state: Any) -> None:

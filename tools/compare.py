@@ -48,7 +48,7 @@ from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from streamslr.results.inspect import read_run, totals
 from streamslr.results.verify import verify
-from streamslr.run.journal import refuse_changed_settings
+from streamslr.run.journal_writer import refuse_changed_settings
 from streamslr.solvers.methods import all_methods, find_method
 from streamslr.spec.pattern import parse_pattern
 

@@ -19,7 +19,8 @@ from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.model.shape import BlockShape, ModelShape
-from streamslr.run.journal import read_journal, refuse_changed_settings
+from streamslr.run.journal import read_journal
+from streamslr.run.journal_writer import refuse_changed_settings
 from streamslr.run.plan import Pieces, Plan, make_plan
 from streamslr.solvers.methods import Method, find_method
 from streamslr.spec.allocation import (

@@ -1,27 +1,70 @@
-"""The journal: what is durably done, kept in the output folder as streamslr.json. A resume believes nothing else."""
+"""The journal: what is durably done, kept in the output folder as streamslr.json. A resume believes nothing else.
 
+The records here check themselves, so that whatever was read from a file can be computed with. `journal_writer.py` has
+the journal of a run that works.
+"""
+
+import hashlib
 import json
-import logging
-import platform
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
-import torch
-import transformers
+import msgspec
 
-from streamslr.errors import InputError, ResumeError, StreamslrError
-from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256, lock_folder, write_json
+from streamslr.config import RunConfig, format_bytes
+from streamslr.errors import InputError, first_line
+from streamslr.io.durable import write_json
 from streamslr.io.folder import is_file_name
-from streamslr.io.packed_layout import FORMAT_VERSION, READABLE_VERSIONS
+from streamslr.io.packed_layout import (
+    BLOCK_FILE,
+    FORMAT_VERSION,
+    INDEX_FILE,
+    NON_BLOCK_FILE,
+    READABLE_VERSIONS,
+    low_rank_bytes,
+)
 from streamslr.io.safetensors_file import WrittenShard
+from streamslr.model.pinned_shards import ShardDigest, Times
+from streamslr.spec.allocation import SpecEntry
+from streamslr.spec.pattern import parse_pattern
 from streamslr.version import __version__
 
 JOURNAL_FILE = "streamslr.json"
 
-log = logging.getLogger("streamslr")
+_SIZE_LIMIT = 1 << 30
+"""Bytes of the largest journal that is read; one of 45,000 linears (DeepSeek-V3) has about 35 MB."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+Number = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]  # sums of these are finite too
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+Sample = tuple[tuple[Number | None, ...], ...]
+"""Values of a boundary at fixed places: of the hidden states and, where blocks are matched, of the targets. None in
+place of a value that is not finite."""
+
+Setting = bool | int | float | str | None
+
+
+class PhaseRecord(TypedDict):
+    """Time and memory of one phase, beside what was planned and the budgets; without GPU where there was none."""
+
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=1e100)]
+    host_peak_bytes: NotRequired[Count]
+    host_planned_bytes: NotRequired[Count]
+    host_budget_bytes: NotRequired[Count]
+    gpu_peak_bytes: NotRequired[Count]
+    gpu_planned_bytes: NotRequired[Count]
+    gpu_budget_bytes: NotRequired[Count]
+
+
+Phases = Mapping[str, PhaseRecord]
+"""Name of each phase -> its record."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +72,26 @@ class LinearRecord:
     """One linear W [o, d] that became S + U·V. Errors are tr(R H Rᵀ) / tr(W H Wᵀ), R as stored, H damped."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[Positive, Positive]
     pattern: str
-    density: float  # of S, counted
-    rank: int
-    wanda_error: float  # of pruning alone, by |W_ij|·‖X_j‖ without U·V (Wanda): the yardstick
-    error: float
-    iterations: int
-    damping: float
-    nbytes: int  # of values, meta, U and V together
-    dense_nbytes: int
+    density: Fraction  # of S, counted
+    rank: Count
+    wanda_error: Number  # of pruning alone, by |W_ij|·‖X_j‖ without U·V (Wanda): the yardstick
+    error: Number
+    iterations: Count
+    damping: Number
+    nbytes: Positive  # of values, meta, U and V together
+    dense_nbytes: Positive
     warnings: tuple[str, ...] = ()
-    rows: int | None = None  # calibration tokens that reached it; None in folders of versions that did not count them
+    rows: Count | None = None  # calibration tokens that reached it; None in folders of versions that did not count them
+
+    def __post_init__(self) -> None:
+        weights = prod(self.shape)
+        _check_pattern(self.pattern, self.name, self.shape)
+        if self.dense_nbytes % weights or self.dense_nbytes // weights not in (1, 2, 4, 8):
+            raise ValueError(f"dense_nbytes is {self.dense_nbytes}, for a weight of shape {list(self.shape)}")
+        if low_rank_bytes(self.shape, self.rank, self.dense_nbytes // weights) >= self.nbytes:
+            raise ValueError(f"nbytes is {self.nbytes}, for shape {list(self.shape)} at rank {self.rank}")
 
 
 @dataclass(frozen=True)
@@ -50,28 +101,34 @@ class MatchRecord:
     None in place of a loss: it was not finite, which JSON cannot say.
     """
 
-    loss_before: float
-    loss_after: float | None  # with the block rounded as it is stored
+    loss_before: Number
+    loss_after: Number | None  # with the block rounded as it is stored
     applied: bool  # False: the loss did not fall, and the block was stored as solved
-    curve: tuple[float | None, ...]  # mean loss of each epoch while the block moves; the first is before any step
+    curve: tuple[Number | None, ...]  # mean loss of each epoch while the block moves; the first is before any step
+
+    def __post_init__(self) -> None:
+        if self.applied and self.loss_after is None:
+            raise ValueError("matching is applied, but loss_after is null")
 
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """One finished block.
+    """One finished block. `measured` is all that differs between two runs of one line."""
 
-    `measured` holds seconds and peak memory of each phase, beside what was planned and the budgets
-    (PhaseTimer.take). It is all that differs between two runs of one line.
-    """
-
-    index: int
+    index: Count
     name: str
     shard: WrittenShard
-    hidden_states: str  # digest of the hidden states that leave this block
+    hidden_states: Sha256  # digest of the hidden states that leave this block
     linears: tuple[LinearRecord, ...]  # as solved, before matching
-    targets: str | None = None  # digest of the block's targets, which the next block's start from
+    targets: Sha256 | None = None  # digest of the block's targets, which the next block's start from
     matching: MatchRecord | None = None
-    measured: Mapping[str, Any] = field(default_factory=dict)
+    measured: Phases = field(default_factory=dict)
+    sample: Sample | None = None  # of the boundary behind the block; None in folders of versions that took none
+
+    def __post_init__(self) -> None:
+        _check_shard(self.shard, BLOCK_FILE.format(self.index))
+        if not self.linears:
+            raise ValueError("linears is empty")
 
 
 @dataclass(frozen=True)
@@ -79,40 +136,63 @@ class FinetuneRecord:
     """One training of U and V. Losses are means in nats per token over the held-out windows, U and V as stored."""
 
     data: str  # name of the text, for people
-    tokens: str  # sha256 of all its windows, trained on and held out
-    windows: int  # trained on
-    held_out: int  # the last ones of the text
-    seq_len: int
-    batch: int
-    steps: int
+    tokens: Sha256  # of all its windows, trained on and held out
+    windows: Count  # trained on
+    held_out: Count  # the last ones of the text
+    seq_len: Positive
+    batch: Positive
+    steps: Positive
     lr: float
     seed: int
-    loss_before: float
-    loss_after: float
+    loss_before: Number
+    loss_after: Number
 
 
 @dataclass(frozen=True)
 class JournalState:
     """The content of streamslr.json."""
 
-    fingerprint: Mapping[str, Any]  # must be equal for a resume
+    fingerprint: Mapping[str, Setting]  # must be equal for a resume
     calibration: str  # name of the text, for people; the digest of its tokens is in the fingerprint
-    blocks_total: int
-    micro_batch: (
-        int  # windows that pass together; smaller once memory ran out, as solver_workspace. Both decide last bits
-    )
-    solver_workspace: int | None = None  # bytes that one solve may take; None: as many as it likes
-    auxiliary_files: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer, licence …: file -> sha256
+    blocks_total: Positive
+    # Windows that pass together; smaller once memory ran out, as solver_workspace. Both decide last bits.
+    micro_batch: Positive
+    solver_workspace: Count | None = None  # bytes that one solve may take; None: as many as it likes
+    auxiliary_files: Mapping[str, Sha256] = field(default_factory=dict)  # config, tokenizer, licence …
     non_block: WrittenShard | None = None
-    hidden_states: str | None = None  # digest of boundary 0
+    hidden_states: Sha256 | None = None  # digest of boundary 0
+    sample: Sample | None = None  # of boundary 0, as a block's
     blocks: tuple[BlockRecord, ...] = ()
-    measured: Mapping[str, Any] = field(default_factory=dict)  # as a block's, of the phases before block 0
+    measured: Phases = field(default_factory=dict)  # as a block's, of the phases before block 0
     model: str = ""  # name of the model, for people; its identity is in the fingerprint
     made_with: Mapping[str, str] = field(default_factory=dict)  # `made_with` at the first start
-    allocation: Mapping[str, Any] | None = None  # of spec.allocation.as_json; None before OWL's survey
-    outliers: tuple[float, ...] | None = None  # fraction of outliers in each block, once OWL's survey is done
+    allocation: Mapping[str, SpecEntry] | None = None  # of spec.allocation.as_json; None before OWL's survey
+    outliers: tuple[Fraction, ...] | None = None  # fraction of outliers in each block, once OWL's survey is done
     finetuned: tuple[FinetuneRecord, ...] = ()  # oldest first; a run does not go on in a fine-tuned folder
+    dense_shards: Mapping[str, ShardDigest] = field(default_factory=dict)  # of the model, once they were read
+    dense_times: Mapping[str, Times] = field(default_factory=dict)  # when these files were written and changed, in ns
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        _check_settings(self.fingerprint)
+        for name in (*self.auxiliary_files, *self.dense_shards):
+            _check_file_name(name)
+        for name in self.auxiliary_files:
+            if name in (JOURNAL_FILE, INDEX_FILE) or name.endswith(".safetensors"):
+                raise ValueError(f"auxiliary_files names {name!r}, which is no auxiliary file")
+        if self.non_block:
+            _check_shard(self.non_block, NON_BLOCK_FILE)
+            if self.hidden_states is None:
+                raise ValueError("non_block is there without hidden_states")
+        elif self.blocks:
+            raise ValueError("there are blocks without non_block")
+        if (found := [block.index for block in self.blocks]) != list(range(len(self.blocks))):
+            wrong = next(place for place, index in enumerate(found) if place != index)
+            raise ValueError(f"blocks[{wrong}] has index {found[wrong]}")
+        if len(self.blocks) > self.blocks_total:
+            raise ValueError(f"there are {len(self.blocks)} blocks, blocks_total is {self.blocks_total}")
+        for name, entry in (self.allocation or {}).items():
+            _check_pattern(entry["pattern"], name)
 
     @property
     def complete(self) -> bool:
@@ -136,42 +216,81 @@ def read_journal(folder: Path) -> JournalState | None:
     """Return the journal of an output folder, finished or not; None where there is none.
 
     Raises:
-        InputError: The journal cannot be read, is damaged, or is of a version that this one does not read.
+        InputError: The journal cannot be read, is damaged or was changed, or is of a version that this one does not
+            read.
     """
     path = folder / JOURNAL_FILE
     try:
-        data = json.loads(path.read_text())
+        data = _read_json(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    version = data.get("format_version") if isinstance(data, dict) else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}; {_ADVICE}") from error
+    version = data.get("format_version")
     if version not in READABLE_VERSIONS:
         raise InputError(
-            f"{path} has format_version {version!r}; streamslr {__version__} reads "
+            f"{path} has format_version {version!r:.80}; streamslr {__version__} reads "
             f"{' and '.join(map(str, READABLE_VERSIONS))}. Use the version of streamslr that wrote it"
         )
     try:
-        state = _state(data if version == FORMAT_VERSION else _from_version_2(data))
-        names = (*state.auxiliary_files, *(shard.file for shard in state.shards))
-        if wrong := [name for name in names if not is_file_name(name)]:
-            raise ValueError(f"{wrong[0]!r} is no file name")
-        return state
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {error!r}; copy it again from where the folder came from") from error
+        claimed = data.pop("sha256", None)
+        if version != FORMAT_VERSION:
+            data = _from_version_2(data)
+        state = msgspec.convert(data, JournalState)
+        if unknown := next(_unknown_fields(data, state), None):
+            raise ValueError(f"{unknown} is no field of version {version}")
+        found = _digest(data)
+    except KeyError as error:
+        raise InputError(f"{path} is damaged: it lacks {error}; {_ADVICE}") from error
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {first_line(error)}; {_ADVICE}") from error
+    if claimed not in (None, found):  # streamslr 0.2.0 wrote none
+        raise InputError(
+            f"{path} was changed after it was written: its content has sha256 {found[:12]}…, it says "
+            f"{str(claimed)[:12]!r}…; {_ADVICE}"
+        )
+    return state
 
 
-def _state(data: dict[str, Any]) -> JournalState:
-    """Turn back what asdict() made of a JournalState."""
-    return JournalState(
-        **data
-        | {
-            "outliers": tuple(data["outliers"]) if data.get("outliers") else None,
-            "non_block": WrittenShard(**data["non_block"]) if data["non_block"] else None,
-            "blocks": tuple(_block(block) for block in data["blocks"]),
-            "finetuned": tuple(FinetuneRecord(**record) for record in data.get("finetuned", ())),
-        }
-    )
+def write_journal(folder: Path, state: JournalState) -> None:
+    """Write the journal durably, with the digest of its content."""
+    data = asdict(state)
+    write_json(folder / JOURNAL_FILE, data | {"sha256": _digest(data)})
+
+
+_ADVICE = "copy it again from where the folder came from, or make the folder anew"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _SIZE_LIMIT:
+        raise ValueError(f"a journal is a file of at most {format_bytes(_SIZE_LIMIT)}")
+    data = msgspec.json.decode(path.read_bytes())
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds a {type(data).__name__}, not an object")
+    return data
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    """Return the sha256 of a journal's content without what differs between two runs of one line."""
+    blocks = [{name: value for name, value in block.items() if name != "measured"} for block in data["blocks"]]
+    stable = {name: value for name, value in data.items() if name not in ("measured", "dense_times")}
+    text = json.dumps(stable | {"blocks": blocks}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _unknown_fields(data: Any, made: Any, path: str = "") -> Iterator[str]:
+    """Yield the path of each value in `data` that the record made of it does not have: msgspec leaves those out."""
+    if is_dataclass(made):
+        names = {f.name for f in fields(made)}
+        for name, value in data.items():
+            if name not in names:
+                yield f"{path}{name[:80]!r}"
+            else:
+                yield from _unknown_fields(value, getattr(made, name), f"{path}{name}.")
+    elif isinstance(made, tuple):
+        for place, (value, record) in enumerate(zip(data, made, strict=True)):
+            yield from _unknown_fields(value, record, f"{path}{place}.")
 
 
 def _from_version_2(data: dict[str, Any]) -> dict[str, Any]:
@@ -195,167 +314,43 @@ def _from_version_2(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _block(data: dict[str, Any]) -> BlockRecord:
-    linears = tuple(
-        LinearRecord(**linear | {"shape": tuple(linear["shape"]), "warnings": tuple(linear["warnings"])})
-        for linear in data["linears"]
-    )
-    matching = data.get("matching")
-    if matching:
-        matching = MatchRecord(**matching | {"curve": tuple(matching["curve"])})
-    shard = WrittenShard(**data["shard"])
-    return BlockRecord(**data | {"shard": shard, "linears": linears, "matching": matching})
+# Checks of records
 
 
-class Journal:
-    """The journal of a running run: it locks the output folder while open, and is durable after every commit."""
-
-    def __init__(self, folder: Path, start: JournalState):
-        """Begin with `start` in `folder`, or go on with the run of the same fingerprint that is there.
-
-        Raises:
-            ResumeError: Another process holds the folder, or the folder holds another run (each setting that differs
-                is named, with both values) or files that are not a run's.
-        """
-        self.folder = folder
-        self.state: JournalState
-        with ExitStack() as opened:
-            opened.enter_context(lock_folder(folder, "give another --out"))
-            found = read_journal(folder)
-            if found is None:
-                self._refuse_foreign_files()
-                # the first commit claims the folder: a file in it without a journal is never ours
-                self._commit(start)
-            else:
-                if found.finetuned:
-                    raise ResumeError(
-                        f"{folder} was fine-tuned, which a run cannot do again; give another --out, "
-                        f"or make it again with `streamslr finetune`"
-                    )
-                refuse_changed_settings(folder, found.fingerprint, start.fingerprint)
-                self.state = found
-            self._lock = opened.pop_all()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._lock.close()
-
-    def commit_survey(
-        self, outliers: Sequence[float], allocation: Mapping[str, Any], micro_batch: int, measured: Mapping[str, Any]
-    ) -> None:
-        """Commit OWL's survey: the fraction of outliers of each block, and the allocation that follows from it."""
-        self._commit(
-            replace(
-                self.state,
-                outliers=tuple(outliers),
-                allocation=allocation,
-                micro_batch=micro_batch,
-                measured=measured,
-            )
-        )
-
-    def commit_non_block(
-        self,
-        auxiliary_files: Mapping[str, str],
-        non_block: WrittenShard,
-        hidden_states: str,
-        micro_batch: int,
-        measured: Mapping[str, Any],
-    ) -> None:
-        """Commit all before block 0: the auxiliary files and the non-block shard are written, boundary 0 is sealed.
-
-        hidden_states: digest of boundary 0. micro_batch: as for commit_block.
-        """
-        self._commit(
-            replace(
-                self.state,
-                auxiliary_files=auxiliary_files,
-                non_block=non_block,
-                hidden_states=hidden_states,
-                micro_batch=micro_batch,
-                measured={**self.state.measured, **measured},  # after those of a survey
-            )
-        )
-
-    def commit_block(self, record: BlockRecord, micro_batch: int, solver_workspace: int | None) -> None:
-        """Commit a block whose shard and boundary are written: from here on a resume starts behind it.
-
-        micro_batch, solver_workspace: for the next block; smaller than before if memory ran out in this one.
-        """
-        if record.index != len(self.state.blocks):
-            raise ValueError(f"block {record.index} committed after {len(self.state.blocks)} blocks")
-        blocks = (*self.state.blocks, record)
-        self._commit(replace(self.state, blocks=blocks, micro_batch=micro_batch, solver_workspace=solver_workspace))
-
-    def forget_lost_shards(self) -> None:
-        """Go back to before the first shard that is missing or not as it was written, with a warning.
-
-        It reads every committed shard, because later blocks are built on what these hold.
-        """
-        for position, shard in enumerate(self.state.shards):
-            if self._is_sound(shard):
-                continue
-            path = self.folder / shard.file
-            log.warning("%s is missing or not as it was written: going on from there", path)
-            if position == 0:
-                self._commit(replace(self.state, non_block=None, hidden_states=None, blocks=()))
-            else:
-                self._commit(replace(self.state, blocks=self.state.blocks[: position - 1]))
-            return
-
-    def require_sound_shards(self) -> None:
-        """Raise StreamslrError where a committed shard is missing or not as it was written.
-
-        The journal keeps its record, so that the next start makes the shard again.
-        """
-        if lost := [shard.file for shard in self.state.shards if not self._is_sound(shard)]:
-            raise StreamslrError(
-                f"{self.folder / lost[0]} is missing or not as it was written ({len(lost)} of "
-                f"{len(self.state.shards)} shards): something else changed it while the run worked, or the disk is "
-                f"damaged; start the same line again, which makes it anew"
-            )
-
-    def _is_sound(self, shard: WrittenShard) -> bool:
-        path = self.folder / shard.file
-        return path.is_file() and path.stat().st_size == shard.nbytes and file_sha256(path) == shard.sha256
-
-    def _commit(self, state: JournalState) -> None:
-        write_json(self.folder / JOURNAL_FILE, asdict(state))
-        self.state = state
-
-    def _refuse_foreign_files(self) -> None:
-        unfinished = JOURNAL_FILE + PARTIAL_SUFFIX
-        foreign = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(".") and p.name != unfinished)
-        if foreign:
-            raise ResumeError(
-                f"{self.folder} holds files but no {JOURNAL_FILE} ({', '.join(foreign[:5])}"
-                f"{', …' if len(foreign) > 5 else ''}); give an empty or new folder as --out"
-            )
+_SETTING_TYPES = {f.name: get_type_hints(RunConfig)[f.name] for f in fields(RunConfig) if f.metadata.get("fixed")}
 
 
-def refuse_changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ResumeError where settings of the run in `folder` differ, naming each with both values."""
-    changed = [
-        f"{name}: {before.get(name)!r} there, {value!r} now" for name, value in now.items() if before.get(name) != value
-    ]
-    if changed:
-        raise ResumeError(
-            f"{folder} belongs to a run with other settings ({'; '.join(changed)}). "
-            "Start with the same settings to go on, or give another --out"
-        )
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where a setting of the fingerprint has a type that its option cannot have, or is missing."""
+    for name, value in settings.items():
+        if name in _SETTING_TYPES:
+            try:
+                msgspec.convert(value, _SETTING_TYPES[name])
+            except msgspec.ValidationError as error:
+                raise ValueError(f"fingerprint: {name}: {error}") from error
+    needed = ["method", "pattern", "rank"]
+    needed += ["compression"] if not settings.get("pattern") else []
+    needed += ["match_epochs", "match_batch", "match_lr", "match_recover"] if settings.get("match") else []
+    if missing := [name for name in needed if name not in settings]:
+        raise ValueError(f"fingerprint lacks {missing[0]}")
 
 
-def made_with(device: torch.device) -> dict[str, str]:
-    """Return the machine's device and threads, and the versions of the software, for the journal."""
-    return {
-        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
+def _check_shard(shard: WrittenShard, file: str) -> None:
+    _check_file_name(shard.file)
+    if shard.file != file:
+        raise ValueError(f"its shard is {shard.file!r}, not {file}")
+    msgspec.convert((shard.sha256, shard.nbytes), tuple[Sha256, Count])
+
+
+def _check_file_name(name: str) -> None:
+    if not is_file_name(name) or len(name.encode(errors="replace")) > 255:
+        raise ValueError(f"{name[:80]!r} is no file name")
+
+
+def _check_pattern(pattern: str, linear: str, shape: tuple[int, int] | None = None) -> None:
+    try:
+        parsed = parse_pattern(pattern)
+        if shape:
+            parsed.require_fits(linear, shape)
+    except InputError as error:
+        raise ValueError(str(error)) from error

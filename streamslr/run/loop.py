@@ -16,7 +16,7 @@ from streamslr.calibration.grams import Gram, offload_grams
 from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows
 from streamslr.config import base_name, default_out
-from streamslr.errors import BudgetError, first_line
+from streamslr.errors import BudgetError, StreamslrError, first_line
 from streamslr.io.folder import (
     discard_uncommitted,
     write_auxiliary_files,
@@ -30,8 +30,9 @@ from streamslr.memory import held_to_gpu_budget, is_out_of_memory, retry_on_oom
 from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import RunContext, require_fit
-from streamslr.run.journal import BlockRecord, Journal, JournalState, LinearRecord, MatchRecord, made_with
-from streamslr.run.passes import Boundary, Passes, drop_block, load_block
+from streamslr.run.journal import BlockRecord, JournalState, LinearRecord, MatchRecord, Sample
+from streamslr.run.journal_writer import Journal, made_with
+from streamslr.run.passes import Boundary, Passes, drop_block, load_block, median_difference
 from streamslr.run.progress import BlockProgress, Display, NoDisplay, PhaseTimer
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.run.survey import allocation_by_outliers
@@ -63,6 +64,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
     )
     planned = context.plan.memory()
     with Journal(config.out, _first_state(context, calibration)) as journal:
+        journal.pin(context.checkpoint)
         state = journal.state
         if state.blocks:
             log.info("%s: %d of %d blocks are done, going on", config.out, len(state.blocks), state.blocks_total)
@@ -146,8 +148,10 @@ class Compression:
             )
             non_block = write_non_block(out, [checkpoint.tensors[name] for name in names], checkpoint.read_one)
         boundary = self.passes.retry("embed", partial(self.passes.embed, targets=context.config.match))
-        digest = boundary.hidden.seal()
-        journal.commit_non_block(auxiliary_files, non_block, digest, self.passes.micro_batch, self.timer.take())
+        digest, _ = boundary.seal()
+        journal.commit_non_block(
+            auxiliary_files, non_block, digest, boundary.sample(), self.passes.micro_batch, self.timer.take()
+        )
         write_index(out, journal.state.shards)
         return boundary
 
@@ -156,14 +160,16 @@ class Compression:
         state, config = self.journal.state, self.context.config
         done = len(state.blocks)
         digests = (state.hidden_states, state.hidden_states)  # at boundary 0 hidden states and targets are the same
+        sample = state.sample
         if done:
-            digests = (state.blocks[-1].hidden_states, state.blocks[-1].targets)
+            last = state.blocks[-1]
+            digests, sample = (last.hidden_states, last.targets), last.sample
         if boundary := self.passes.reopen(done, digests):
             return boundary
         log.warning("hidden states in %s are lost; passing %d finished blocks again", config.scratch_folder, done)
         boundary = self.passes.replay(done, open_checkpoint(str(config.out)))
         if any(new not in (None, old) for new, old in zip(boundary.seal(), digests, strict=True)):
-            log.warning("replayed hidden states differ in their last bits: another machine, torch build or micro-batch")
+            require_same_but_for_rounding(sample, boundary.sample(), self.context.dtype)
         return boundary
 
     def compress_block(self, i: int, boundary: Boundary) -> Boundary:
@@ -189,7 +195,11 @@ class Compression:
         # Commit: from here on a resume starts behind this block.
         with timer.phase("commit", steps=1, block=i):
             digest, digest_of_targets = upcoming.seal()
-        record = BlockRecord(i, block.name, shard, digest, tuple(records), digest_of_targets, matching, timer.take())
+            sample = upcoming.sample()
+        measured = timer.take()
+        record = BlockRecord(
+            i, block.name, shard, digest, tuple(records), digest_of_targets, matching, measured, sample
+        )
         self.journal.commit_block(record, passes.micro_batch, self.linear_compressor.workspace)
         write_index(self.context.config.out, self.journal.state.shards)
         # Drop what only this block needed.
@@ -264,6 +274,31 @@ class Compression:
 
     def patterns(self, block: Block) -> dict[str, SparsityPattern]:
         return {name: self.allocation[name].pattern for name in block.linears}
+
+
+def require_same_but_for_rounding(before: Sample | None, now: Sample, dtype: torch.dtype) -> None:
+    """Warn that replayed hidden states are not bit for bit what they were; refuse what rounding cannot explain.
+
+    Where a block chooses experts, rounding may send a token to another one and change it wholly, hence the median over
+    the sample. It is held against sqrt(eps) of the dtype, for rounding grows from block to block.
+
+    Args:
+        before: Sample of the boundary when it was committed; None where the journal has none.
+        now: Sample of the same boundary, replayed.
+        dtype: Dtype that hidden states are computed in.
+
+    Raises:
+        StreamslrError: They differ by more than rounding.
+    """
+    difference = max(map(median_difference, before, now), default=0.0) if before else 0.0
+    if difference > torch.finfo(dtype).eps ** 0.5:
+        raise StreamslrError(
+            f"replayed hidden states differ from those of the first pass by {difference:.2g} of their size, more than "
+            f"rounding in {dtype}: transformers, torch or the machine compute another model than before. Go on where "
+            f"the run began (streamslr.json says which versions under made_with), or give another --out"
+        )
+    message = "replayed hidden states differ in their last bits%s: another machine, torch build or micro-batch"
+    log.warning(message, f" (by {difference:.1g} of their size)" if before else "")
 
 
 def _finite_or_none(loss: float) -> float | None:

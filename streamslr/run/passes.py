@@ -1,8 +1,11 @@
 """Passes of the calibration windows through the blocks: embed, survey, dense pass, matching, compressed, replay."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
+from statistics import median
 from typing import TypeVar
 
 from torch import Tensor
@@ -14,10 +17,14 @@ from streamslr.matching import BlockWeights, CompressedBlock, Loss, MatchSetting
 from streamslr.memory import release_memory, retry_on_oom
 from streamslr.model.blockwise import Block, BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint
+from streamslr.run.journal import Sample
 from streamslr.run.progress import PhaseTimer
 from streamslr.spec.owl import DEFAULT_OUTLIER_FACTOR, outlier_fraction
 
 T = TypeVar("T")
+
+_SAMPLED_WINDOWS, _SAMPLED_VALUES = 8, 4
+"""Windows of a boundary that its sample is taken from, and values of each."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,10 @@ class Boundary:
     def seal(self) -> tuple[str, str | None]:
         """Wait for all writes; return the digests of both."""
         return self.hidden.seal(), self.targets.seal() if self.targets else None
+
+    def sample(self) -> Sample:
+        """Return values at fixed places of both, once sealed, so that a replay can be compared with them."""
+        return tuple(_sample(states) for states in (self.hidden, self.targets) if states)
 
     def drop(self) -> None:
         self.hidden.drop()
@@ -205,6 +216,32 @@ class Passes:
             yield start, x.to(self.blockwise.device, non_blocking=True)
             if step:
                 step(len(x))
+
+
+def _sample(states: HiddenStates) -> tuple[float | None, ...]:
+    """Return values of windows spread evenly over all, of their last tokens, which all earlier tokens act on."""
+    values: list[float | None] = []
+    count = min(states.windows, _SAMPLED_WINDOWS)
+    for number in range(count):
+        start = number * states.windows // count
+        (window,) = states.read(start, start + 1).float()  # [T, h]
+        tokens, width = window.shape
+        for k in range(_SAMPLED_VALUES):
+            # multiples of the golden ratio spread evenly over the width, however many there are
+            column = int((number * _SAMPLED_VALUES + k) * 0.618034 % 1 * width)
+            value = float(window[max(0, tokens - 1 - k), column])
+            values.append(value if math.isfinite(value) else None)
+    return tuple(values)
+
+
+def median_difference(before: Sequence[float | None], now: Sequence[float | None]) -> float:
+    """Return the median difference between two samples of a stream, relative to the median size of a value."""
+    pairs = [pair for pair in zip_longest(before, now) if pair != (None, None)]
+    if not pairs:
+        return 0.0
+    difference = median(math.inf if a is None or b is None else abs(a - b) for a, b in pairs)
+    size = median(abs(a or 0.0) for a, _ in pairs)
+    return difference / size if size else (math.inf if difference else 0.0)
 
 
 def load_block(blockwise: BlockwiseModel, i: int) -> Block:

@@ -5,7 +5,7 @@ from functools import partial
 
 from streamslr.config import RunConfig
 from streamslr.model.blockwise import BlockwiseModel
-from streamslr.run.journal import Journal
+from streamslr.run.journal_writer import Journal
 from streamslr.run.passes import Passes, drop_block
 from streamslr.spec.allocation import Allocation, allocate, as_json, from_json, in_words
 

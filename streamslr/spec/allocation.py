@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import floor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 from streamslr.config import RunConfig
 from streamslr.errors import InputError
@@ -33,6 +35,13 @@ class LinearSpec:
         """Return the parameters of S, U and V together, for a weight of `shape` (o, d)."""
         o, d = shape
         return round(self.pattern.density * o * d) + min(self.rank, o, d) * (o + d)
+
+
+class SpecEntry(TypedDict):
+    """A `LinearSpec` in JSON."""
+
+    pattern: str
+    rank: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 Linears = Mapping[str, tuple[int, int]]
@@ -97,17 +106,27 @@ def parse_mean_pattern(config: RunConfig) -> SparsityPattern:
     return pattern
 
 
-def as_json(allocation: Allocation) -> dict[str, dict[str, Any]]:
+def as_json(allocation: Allocation) -> dict[str, SpecEntry]:
     """Return what --allocation reads and the journal keeps: an entry a linear, or one for all where they are alike."""
     if len(alike := set(allocation.values())) == 1:
         allocation = {"*": alike.pop()}
     return {name: {"pattern": str(spec.pattern), "rank": spec.rank} for name, spec in allocation.items()}
 
 
-def from_json(entries: Mapping[str, Mapping[str, Any]], blocks: Iterable[Linears]) -> dict[str, LinearSpec]:
-    """Return the allocation that `as_json` wrote, for every linear of `blocks`."""
+def from_json(entries: Mapping[str, SpecEntry], blocks: Iterable[Linears]) -> dict[str, LinearSpec]:
+    """Return the allocation that `as_json` wrote, for every linear of `blocks`.
+
+    Raises:
+        InputError: A linear has no entry, or cannot have its pattern.
+    """
     specs = {name: LinearSpec(parse_pattern(entry["pattern"]), entry["rank"]) for name, entry in entries.items()}
-    return {name: specs.get(name) or specs["*"] for linears in blocks for name in linears}
+    shapes = {name: shape for linears in blocks for name, shape in linears.items()}
+    if missing := [name for name in shapes if name not in specs and "*" not in specs]:
+        raise InputError(f"the journal's allocation has no entry for {missing[0]}: it is of another model")
+    allocation = {name: specs.get(name) or specs["*"] for name in shapes}
+    for name, spec in allocation.items():
+        spec.pattern.require_fits(name, shapes[name])
+    return allocation
 
 
 def common_pattern(allocation: Allocation) -> SparsityPattern | None:

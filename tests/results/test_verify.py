@@ -10,7 +10,7 @@ import torch
 from streamslr.errors import InputError
 from streamslr.results.inspect import read_run, summary
 from streamslr.results.verify import verify
-from tests.support.compressed_folders import BLOCK, rewrite_block
+from tests.support.compressed_folders import BLOCK, edit_journal, rewrite_block
 
 LINEAR = "model.layers.0.mlp.up_proj"
 
@@ -115,9 +115,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_linear_without_a_record_is_found(folder: Path) -> None:
-    journal = json.loads((folder / "streamslr.json").read_text())
-    dropped = journal["blocks"][0]["linears"].pop()
-    (folder / "streamslr.json").write_text(json.dumps(journal))
+    with edit_journal(folder) as journal:
+        dropped = journal["blocks"][0]["linears"].pop()
     assert f"{dropped['name']} has no record in the journal" in problems(folder)
 
 

@@ -14,12 +14,16 @@ from streamslr.io.safetensors_file import WrittenShard
 from streamslr.run.journal import (
     JOURNAL_FILE,
     BlockRecord,
-    Journal,
     JournalState,
     LinearRecord,
     MatchRecord,
     read_journal,
 )
+from streamslr.run.journal_writer import Journal
+from tests.support.compressed_folders import edit_journal
+
+SAMPLE = ((0.5, -1.25), (0.5, None))
+NON_BLOCK = WrittenShard("model-outside.safetensors", "a" * 64, 5)
 
 
 def start(blocks: int = 2, micro_batch: int = 1, **changed: object) -> JournalState:
@@ -30,16 +34,15 @@ FINGERPRINT = {"model": "abc", "method": "3basil", "pattern": "2:4", "rank": 16,
 
 
 def block(index: int) -> BlockRecord:
-    linear = LinearRecord("m.q", (4, 8), "2:4", 0.5, 2, 0.1, 0.01, 40, 1.0, 100, 200, ("damping raised",))
+    linear = LinearRecord("m.q", (4, 8), "2:4", 0.5, 2, 0.1, 0.01, 40, 1.0, 100, 64, ("damping raised",))
     shard = WrittenShard(f"model-block-{index:05d}.safetensors", "d" * 64, 123)
     measured = {"solve": {"seconds": 1.5, "host_peak_bytes": 10}}
     return BlockRecord(index, f"model.layers.{index}", shard, "e" * 64, (linear,), measured=measured)
 
 
 def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> None:
-    non_block = WrittenShard("model-outside.safetensors", "a" * 64, 5)
     with Journal(tmp_path, start(micro_batch=8)) as journal:
-        journal.commit_non_block({"config.json": "c" * 64}, non_block, "b" * 64, 8, {})
+        journal.commit_non_block({"config.json": "c" * 64}, NON_BLOCK, "b" * 64, SAMPLE, 8, {})
         journal.commit_block(block(0), 8, None)
         written = journal.state
     assert not written.complete
@@ -51,7 +54,7 @@ def test_what_is_committed_is_read_back_by_the_next_process(tmp_path: Path) -> N
     assert state is not None
     assert state.complete
     assert state.blocks == (block(0), block(1))
-    assert state.shards == (non_block, block(0).shard, block(1).shard)
+    assert state.shards == (NON_BLOCK, block(0).shard, block(1).shard)
 
 
 def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None:
@@ -117,11 +120,12 @@ def test_blocks_are_committed_in_order(tmp_path: Path) -> None:
 
 def test_a_folder_of_format_version_2_is_read_under_its_new_names(tmp_path: Path) -> None:
     with Journal(tmp_path, start(1)) as journal:
-        journal.commit_non_block({"config.json": "c" * 64}, WrittenShard("o", "a" * 64, 5), "b" * 64, 1, {})
+        journal.commit_non_block({"config.json": "c" * 64}, NON_BLOCK, "b" * 64, SAMPLE, 1, {})
         journal.commit_block(replace(block(0), matching=MatchRecord(0.2, 0.1, True, (0.2, 0.1))), 1, None)
         written = journal.state
     path = tmp_path / JOURNAL_FILE
     old = json.loads(path.read_text()) | {"format_version": 2}
+    del old["sha256"]
     for before, now in (
         ("description", "auxiliary_files"),
         ("outside", "non_block"),
@@ -140,17 +144,15 @@ def test_a_folder_of_format_version_2_is_read_under_its_new_names(tmp_path: Path
 @pytest.mark.parametrize("place", ["auxiliary_files", "non_block", "blocks"])
 def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, place: str, name: Any) -> None:
     with Journal(tmp_path, start(1)) as journal:
-        journal.commit_non_block({"config.json": "c" * 64}, WrittenShard("o", "a" * 64, 5), "b" * 64, 1, {})
+        journal.commit_non_block({"config.json": "c" * 64}, NON_BLOCK, "b" * 64, SAMPLE, 1, {})
         journal.commit_block(block(0), 1, None)
-    path = tmp_path / JOURNAL_FILE
-    data = json.loads(path.read_text())
-    if place == "auxiliary_files":
-        data[place] = {str(name): "c" * 64} if isinstance(name, str) else {"": "c" * 64}
-    else:
-        shard = data[place] if place == "non_block" else data[place][0]["shard"]
-        shard["file"] = name
-    path.write_text(json.dumps(data))
-    with pytest.raises(InputError, match=r"is damaged: .* is no file name"):
+    with edit_journal(tmp_path) as data:
+        if place == "auxiliary_files":
+            data[place] = {str(name): "c" * 64} if isinstance(name, str) else {"": "c" * 64}
+        else:
+            shard = data[place] if place == "non_block" else data[place][0]["shard"]
+            shard["file"] = name
+    with pytest.raises(InputError, match=r"is damaged: .*(is no file name|Expected `str`, got `int`)"):
         read_journal(tmp_path)
 
 
@@ -169,7 +171,7 @@ def test_a_lost_shard_sends_the_run_back_to_before_it(
     blocks = [replace(block(i), shard=on_disk(tmp_path, block(i).shard)) for i in range(3)]
     (tmp_path / JOURNAL_FILE).write_text(json.dumps(asdict(start(3))))
     with Journal(tmp_path, start(3)) as journal:
-        journal.commit_non_block({}, non_block, "b" * 64, 1, {})
+        journal.commit_non_block({}, non_block, "b" * 64, SAMPLE, 1, {})
         for record in blocks:
             journal.commit_block(record, 1, None)
         journal.forget_lost_shards()

@@ -20,7 +20,7 @@ from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from streamslr.runtime.linear import SparseLowRankLinear, _choose_gpu_kernel
 from streamslr.runtime.loader import packed_modules
-from tests.support.compressed_folders import compressed_folder, dense_model
+from tests.support.compressed_folders import compressed_folder, dense_model, edit_journal
 from tests.support.tiny_models import TEXT, VOCABULARY
 
 IDS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -236,9 +236,8 @@ def test_an_unfinished_run_is_named_by_its_journal(llama: Path, text: Path, tmp_
     settings: dict[str, Any] = {"calibration": text, "samples": 2, "seq_len": 16, "rank": 2, "device": "cpu"}
     streamslr.compress(llama, tmp_path / "out", **settings, match=False)
     assert streamslr.load(tmp_path / "out", device="cpu")
-    journal = json.loads((tmp_path / "out/streamslr.json").read_text())
-    journal["blocks"].pop()
-    (tmp_path / "out/streamslr.json").write_text(json.dumps(journal))
+    with edit_journal(tmp_path / "out") as journal:
+        journal["blocks"].pop()
     with pytest.raises(InputError, match="1 of 2 blocks are done; the `streamslr run` line that began it goes on"):
         streamslr.load(tmp_path / "out", device="cpu")
 

@@ -1,7 +1,8 @@
 """Compressed folders as `run` writes them, made in a moment, and what tests read and change in such folders."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,10 @@ def file_contents(folder: Path) -> dict[str, bytes]:
 
 
 def run_contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file of a run; of the journal all but the measurements, which differ between runs."""
+    """Return the bytes of every file of a run; of the journal all but measurements and times, which differ by run."""
     files = file_contents(folder)
     journal = json.loads(files["streamslr.json"])
+    journal["dense_times"] = None
     for part in (journal, *journal["blocks"]):
         part["measured"] = None
     return files | {"streamslr.json": json.dumps(journal).encode()}
@@ -104,6 +106,15 @@ def rewrite_block(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> 
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"] = {k: v for k, v in index["weight_map"].items() if v != BLOCK} | dict.fromkeys(tensors, BLOCK)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    journal = json.loads((folder / "streamslr.json").read_text())
-    journal["blocks"][0]["shard"] |= {"sha256": file_sha256(path), "nbytes": path.stat().st_size}
-    (folder / "streamslr.json").write_text(json.dumps(journal))
+    with edit_journal(folder) as journal:
+        journal["blocks"][0]["shard"] |= {"sha256": file_sha256(path), "nbytes": path.stat().st_size}
+
+
+@contextmanager
+def edit_journal(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the journal of a folder, and write what the body makes of it, without the digest of the earlier content."""
+    path = folder / "streamslr.json"
+    journal = json.loads(path.read_text())
+    journal.pop("sha256")
+    yield journal
+    path.write_text(json.dumps(journal))

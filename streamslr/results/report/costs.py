@@ -95,7 +95,7 @@ def draw_time(state: JournalState) -> Figure:
     divisor, unit = (1, "seconds") if whole / len(state.blocks) < 300 else (60, "minutes")
     traces = []
     for phase in dict.fromkeys(reading.phase for reading in readings if reading.block is not None):
-        seconds = [block.measured.get(phase, {}).get("seconds", 0.0) for block in state.blocks]
+        seconds = [block.measured[phase]["seconds"] if phase in block.measured else 0.0 for block in state.blocks]
         traces.append(
             {
                 "type": "bar",

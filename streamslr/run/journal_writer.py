@@ -1,0 +1,208 @@
+"""The journal of a run that works: it holds the output folder, and is durable after every commit."""
+
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from streamslr.errors import ResumeError, StreamslrError
+from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256, lock_folder
+from streamslr.io.safetensors_file import WrittenShard
+from streamslr.model.checkpoint import Checkpoint
+from streamslr.model.pinned_shards import PinnedShards
+from streamslr.run.journal import (
+    JOURNAL_FILE,
+    BlockRecord,
+    JournalState,
+    Phases,
+    Sample,
+    read_journal,
+    write_journal,
+)
+from streamslr.spec.allocation import SpecEntry
+
+log = logging.getLogger("streamslr")
+
+
+class Journal:
+    """The journal of a run that works: it locks the output folder while open, and is durable after every commit.
+
+    A commit first holds the dense model's shards against what the run read of them (`pin`).
+    """
+
+    def __init__(self, folder: Path, start: JournalState):
+        """Begin with `start` in `folder`, or go on with the run of the same fingerprint that is there.
+
+        Raises:
+            ResumeError: Another process holds the folder, or the folder holds another run (each setting that differs
+                is named, with both values) or files that are not a run's.
+        """
+        self.folder = folder
+        self.state: JournalState
+        self._dense: PinnedShards | None = None
+        with ExitStack() as opened:
+            opened.enter_context(lock_folder(folder, "give another --out"))
+            found = read_journal(folder)
+            if found is None:
+                self._refuse_foreign_files()
+                # the first commit claims the folder: a file in it without a journal is never ours
+                self._commit(start)
+            else:
+                if found.finetuned:
+                    raise ResumeError(
+                        f"{folder} was fine-tuned, which a run cannot do again; give another --out, "
+                        f"or make it again with `streamslr finetune`"
+                    )
+                refuse_changed_settings(folder, found.fingerprint, start.fingerprint)
+                if found.blocks_total != start.blocks_total:
+                    raise ResumeError(
+                        f"{folder / JOURNAL_FILE} counts {found.blocks_total} blocks, the model has "
+                        f"{start.blocks_total}; give another --out"
+                    )
+                self.state = found
+            self._lock = opened.pop_all()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def pin(self, checkpoint: Checkpoint) -> None:
+        """Hold the shards of the dense model to what this run read first, from here on at every commit.
+
+        Raises:
+            ResumeError: A shard has changed since an earlier start.
+        """
+        self._dense = checkpoint.pin(self.state.dense_shards, self.state.dense_times)
+        if self._dense.times != self.state.dense_times:  # so that the next start need not read them again
+            self._commit(self.state)
+
+    def commit_survey(
+        self, outliers: Sequence[float], allocation: Mapping[str, SpecEntry], micro_batch: int, measured: Phases
+    ) -> None:
+        """Commit OWL's survey: the fraction of outliers of each block, and the allocation that follows from it."""
+        self._commit(
+            replace(
+                self.state,
+                outliers=tuple(outliers),
+                allocation=allocation,
+                micro_batch=micro_batch,
+                measured=measured,
+            )
+        )
+
+    def commit_non_block(
+        self,
+        auxiliary_files: Mapping[str, str],
+        non_block: WrittenShard,
+        hidden_states: str,
+        sample: Sample,
+        micro_batch: int,
+        measured: Phases,
+    ) -> None:
+        """Commit all before block 0: the auxiliary files and the non-block shard are written, boundary 0 is sealed.
+
+        hidden_states, sample: of boundary 0. micro_batch: as for commit_block.
+        """
+        self._commit(
+            replace(
+                self.state,
+                auxiliary_files=auxiliary_files,
+                non_block=non_block,
+                hidden_states=hidden_states,
+                sample=sample,
+                micro_batch=micro_batch,
+                measured={**self.state.measured, **measured},  # after those of a survey
+            )
+        )
+
+    def commit_block(self, record: BlockRecord, micro_batch: int, solver_workspace: int | None) -> None:
+        """Commit a block whose shard and boundary are written: from here on a resume starts behind it.
+
+        micro_batch, solver_workspace: for the next block; smaller than before if memory ran out in this one.
+        """
+        if record.index != len(self.state.blocks):
+            raise ValueError(f"block {record.index} committed after {len(self.state.blocks)} blocks")
+        blocks = (*self.state.blocks, record)
+        self._commit(replace(self.state, blocks=blocks, micro_batch=micro_batch, solver_workspace=solver_workspace))
+
+    def forget_lost_shards(self) -> None:
+        """Go back to before the first shard that is missing or not as it was written, with a warning.
+
+        It reads every committed shard, because later blocks are built on what these hold.
+        """
+        for position, shard in enumerate(self.state.shards):
+            if self._is_sound(shard):
+                continue
+            path = self.folder / shard.file
+            log.warning("%s is missing or not as it was written: going on from there", path)
+            if position == 0:
+                self._commit(replace(self.state, non_block=None, hidden_states=None, sample=None, blocks=()))
+            else:
+                self._commit(replace(self.state, blocks=self.state.blocks[: position - 1]))
+            return
+
+    def require_sound_shards(self) -> None:
+        """Raise StreamslrError where a committed shard is missing or not as it was written.
+
+        The journal keeps its record, so that the next start makes the shard again.
+        """
+        if lost := [shard.file for shard in self.state.shards if not self._is_sound(shard)]:
+            raise StreamslrError(
+                f"{self.folder / lost[0]} is missing or not as it was written ({len(lost)} of "
+                f"{len(self.state.shards)} shards): something else changed it while the run worked, or the disk is "
+                f"damaged; start the same line again, which makes it anew"
+            )
+
+    def _is_sound(self, shard: WrittenShard) -> bool:
+        path = self.folder / shard.file
+        return path.is_file() and path.stat().st_size == shard.nbytes and file_sha256(path) == shard.sha256
+
+    def _commit(self, state: JournalState) -> None:
+        if self._dense:
+            self._dense.check()
+            state = replace(state, dense_shards=dict(self._dense.digests), dense_times=dict(self._dense.times))
+        write_journal(self.folder, state)
+        self.state = state
+
+    def _refuse_foreign_files(self) -> None:
+        unfinished = JOURNAL_FILE + PARTIAL_SUFFIX
+        foreign = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(".") and p.name != unfinished)
+        if foreign:
+            raise ResumeError(
+                f"{self.folder} holds files but no {JOURNAL_FILE} ({', '.join(foreign[:5])}"
+                f"{', …' if len(foreign) > 5 else ''}); give an empty or new folder as --out"
+            )
+
+
+def refuse_changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ResumeError where settings of the run in `folder` differ, naming each with both values."""
+    changed = [
+        f"{name}: {before.get(name)!r} there, {value!r} now" for name, value in now.items() if before.get(name) != value
+    ]
+    if changed:
+        raise ResumeError(
+            f"{folder} belongs to a run with other settings ({'; '.join(changed)}). "
+            "Start with the same settings to go on, or give another --out"
+        )
+
+
+def made_with(device: torch.device) -> dict[str, str]:
+    """Return the machine's device and threads, and the versions of the software, for the journal."""
+    return {
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
