@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 
@@ -48,23 +48,8 @@ Sample = tuple[tuple[Number | None, ...], ...]
 """Values of a boundary at fixed places: of the hidden states and, where blocks are matched, of the targets. None in
 place of a value that is not finite."""
 
-Setting = bool | int | float | str | None
-
-
-class PhaseRecord(TypedDict):
-    """Time and memory of one phase, beside what was planned and the budgets; without GPU where there was none."""
-
-    seconds: Annotated[float, msgspec.Meta(ge=0, le=1e100)]
-    host_peak_bytes: NotRequired[Count]
-    host_planned_bytes: NotRequired[Count]
-    host_budget_bytes: NotRequired[Count]
-    gpu_peak_bytes: NotRequired[Count]
-    gpu_planned_bytes: NotRequired[Count]
-    gpu_budget_bytes: NotRequired[Count]
-
-
-Phases = Mapping[str, PhaseRecord]
-"""Name of each phase -> its record."""
+Phases = Mapping[str, Mapping[str, Count | Annotated[float, msgspec.Meta(ge=0, le=1e100)]]]
+"""Name of each phase -> its `seconds` and peak bytes, beside the planned bytes and the budgets."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +114,7 @@ class BlockRecord:
         _check_shard(self.shard, BLOCK_FILE.format(self.index))
         if not self.linears:
             raise ValueError("linears is empty")
+        _check_phases(self.measured)
 
 
 @dataclass(frozen=True)
@@ -152,7 +138,7 @@ class FinetuneRecord:
 class JournalState:
     """The content of streamslr.json."""
 
-    fingerprint: Mapping[str, Setting]  # must be equal for a resume
+    fingerprint: Mapping[str, Any]  # must be equal for a resume
     calibration: str  # name of the text, for people; the digest of its tokens is in the fingerprint
     blocks_total: Positive
     # Windows that pass together; smaller once memory ran out, as solver_workspace. Both decide last bits.
@@ -175,6 +161,7 @@ class JournalState:
 
     def __post_init__(self) -> None:
         _check_settings(self.fingerprint)
+        _check_phases(self.measured)
         for name in (*self.auxiliary_files, *self.dense_shards):
             _check_file_name(name)
         for name in self.auxiliary_files:
@@ -323,16 +310,20 @@ _SETTING_TYPES = {f.name: get_type_hints(RunConfig)[f.name] for f in fields(RunC
 def _check_settings(settings: Mapping[str, Any]) -> None:
     """Raise ValueError where a setting of the fingerprint has a type that its option cannot have, or is missing."""
     for name, value in settings.items():
-        if name in _SETTING_TYPES:
-            try:
-                msgspec.convert(value, _SETTING_TYPES[name])
-            except msgspec.ValidationError as error:
-                raise ValueError(f"fingerprint: {name}: {error}") from error
+        try:
+            msgspec.convert(value, _SETTING_TYPES.get(name, bool | int | float | str | None))
+        except msgspec.ValidationError as error:
+            raise ValueError(f"fingerprint: {name[:80]}: {error}") from error
     needed = ["method", "pattern", "rank"]
     needed += ["compression"] if not settings.get("pattern") else []
     needed += ["match_epochs", "match_batch", "match_lr", "match_recover"] if settings.get("match") else []
     if missing := [name for name in needed if name not in settings]:
         raise ValueError(f"fingerprint lacks {missing[0]}")
+
+
+def _check_phases(measured: Phases) -> None:
+    if without := [phase for phase, record in measured.items() if "seconds" not in record]:
+        raise ValueError(f"measured of {without[0][:80]!r} lacks seconds")
 
 
 def _check_shard(shard: WrittenShard, file: str) -> None:
