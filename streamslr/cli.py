@@ -190,8 +190,8 @@ def inspect(folder: Path, block: int | None, allocation: bool, as_json: bool) ->
 def verify(folder: Path, as_json: bool, quiet: bool) -> None:
     """Check all files and values of a compressed FOLDER.
 
-    Digests, patterns, shapes and finite values are checked against the journal. FOLDER may be unfinished. The exit
-    code is 1 when there is a problem.
+    Digests, patterns, shapes and finite values are checked against the journal, tensors against config.json. Of an
+    unfinished run only what is committed counts. The exit code is 1 when there is a problem.
     """
     with report_errors():
         silence_libraries()
@@ -204,10 +204,17 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
         else:
             for file, problem in result.problems:
                 click.echo(f"{file}: {problem}")
-            advice = "; delete the damaged files and start the same run again, which writes them anew"
-            verdict = f"{len(result.problems)} problems{advice}" if result.problems else "no problems"
-            unfinished = "" if result.complete else " (unfinished run: only its finished part was checked)"
-            click.echo(f"{folder}: {result.files} shards, {result.tensors} tensors, {verdict}{unfinished}")
+            advice = (
+                "; the `streamslr run` line that made the folder makes damaged files anew (or copy them again); "
+                "delete what is not part of the model"
+            )
+            count = f"{len(result.problems)} problem{'s' if len(result.problems) > 1 else ''}"
+            verdict = f"{count}{advice}" if result.problems else "no problems"
+            click.echo(f"{folder}: {result.files} shards, {result.tensors} tensors, {verdict}")
+            if not result.complete:
+                rest = f"; it writes or removes {', '.join(result.leftovers[:3])}" if result.leftovers else ""
+                more = f" and {len(result.leftovers) - 3} more" if len(result.leftovers) > 3 else ""
+                click.echo(f"{folder}: unfinished, the same `streamslr run` line goes on{rest}{more}")
         if result.problems:
             sys.exit(1)
 

@@ -12,6 +12,7 @@ import pytest
 import streamslr
 from tests.support.forkserver import python_script
 from tests.support.forkserver import streamslr_command as call
+from tests.support.killing import compress_in_child
 from tests.support.markers import slow
 from tests.support.tiny_models import tiny_checkpoint
 
@@ -236,6 +237,20 @@ def test_verify_exits_with_1_and_names_what_is_off(finished: Path, tmp_path: Pat
     done = call("verify", copy)
     assert done.returncode == 1
     assert "model-block-00001.safetensors: is missing" in done.stdout
+
+
+def test_verify_says_that_a_killed_run_goes_on(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
+    settings |= {"model": model, "out": out, "calibration": text, "method": "eora-wanda"}
+    assert compress_in_child(settings, die_at=0) == -9
+    assert "a run was stopped here before it began; the same `streamslr run` line begins" in call("verify", out).stderr
+    for renames in (1, 3, 8):
+        assert compress_in_child(settings, die_at=renames) == -9
+        done = call("verify", out)
+        assert done.returncode == 0, done.stdout
+        assert "no problems" in done.stdout
+        assert "unfinished, the same `streamslr run` line goes on" in done.stdout
 
 
 def test_eval_json_has_the_perplexity(finished: Path, text: Path) -> None:

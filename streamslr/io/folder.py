@@ -98,10 +98,21 @@ def index_json(weight_map: Mapping[str, str], total_size: int) -> dict[str, Any]
     return {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def discard_uncommitted(folder: Path, committed: Iterable[WrittenShard]) -> None:
-    """Remove what a killed process left behind: shards that no journal record names, and partial files."""
+def list_uncommitted(folder: Path, committed: Iterable[WrittenShard]) -> list[Path]:
+    """Return what a killed process left behind: shards that no journal record names, and partial files."""
     keep = {shard.file for shard in committed}
-    for path in folder.iterdir():
-        shard = path.name == NON_BLOCK_FILE or path.match(BLOCK_FILE.replace("{:05d}", "*"))
-        if (shard and path.name not in keep) or path.name.endswith(PARTIAL_SUFFIX):
-            path.unlink()
+
+    def is_shard(path: Path) -> bool:
+        return path.name == NON_BLOCK_FILE or path.match(BLOCK_FILE.replace("{:05d}", "*"))
+
+    return [
+        path
+        for path in folder.iterdir()
+        if (is_shard(path) and path.name not in keep) or path.name.endswith(PARTIAL_SUFFIX)
+    ]
+
+
+def discard_uncommitted(folder: Path, committed: Iterable[WrittenShard]) -> None:
+    """Remove what a killed process left behind, as `list_uncommitted` names it."""
+    for path in list_uncommitted(folder, committed):
+        path.unlink()

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
+from streamslr.io.durable import PARTIAL_SUFFIX
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord, read_journal
 from streamslr.run.progress import PHASES
 from streamslr.spec.allocation import LinearSpec, in_words
@@ -22,6 +23,8 @@ REPORT_FILE = "report.html"
 def read_run(folder: Path) -> JournalState:
     """Return the journal of a compressed folder, finished or not. Raise InputError when there is none."""
     state = read_journal(folder)
+    if state is None and (folder / f"{JOURNAL_FILE}{PARTIAL_SUFFIX}").exists():
+        raise InputError(f"{folder}: a run was stopped here before it began; the same `streamslr run` line begins it")
     if state is None:
         raise InputError(f"{folder} holds no {JOURNAL_FILE}: it is not an output folder of streamslr")
     return state

@@ -1,6 +1,7 @@
 """Check a compressed folder against its journal: digests, patterns, finite values, missing and extra files."""
 
 import json
+import logging
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,36 +9,55 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from streamslr.errors import StreamslrError
-from streamslr.io.durable import file_sha256
+from streamslr.errors import InputError, StreamslrError, first_line
+from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256
+from streamslr.io.folder import list_uncommitted
 from streamslr.io.packed_check import check_packed
-from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
+from streamslr.io.packed_layout import (
+    INDEX_FILE,
+    MIXED,
+    NON_BLOCK_FILE,
+    packed_linears,
+    read_quantization_config,
+    stored_parts,
+)
 from streamslr.io.safetensors_file import WrittenShard
+from streamslr.model.blockwise import BlockwiseModel
+from streamslr.model.checkpoint import open_checkpoint
+from streamslr.model.sources import CONFIG_FILE
 from streamslr.results.inspect import REPORT_FILE, read_run
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 from streamslr.tensors import is_finite
 
-_ADDED_FILES = ("README.md", "LICENSE", REPORT_FILE)  # files that users add to a folder before they publish it
+_ADDED_FILES = ("LICENSE", REPORT_FILE)
+_ADDED_SUFFIXES = (".md", ".html", ".png", ".jpg", ".svg", ".log")
+"""Files that people add to a folder before they publish it, and that no reader of models takes for a part of one."""
+
+log = logging.getLogger("streamslr")
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Result of `verify`. The folder is sound when there are no problems."""
+    """Result of `verify`. What the folder holds is sound when there are no problems."""
 
     folder: str
     complete: bool
-    """False for an unfinished run; only its finished part was checked."""
+    """False where a run is not at its end, or was stopped before its last step; its line goes on."""
     files: int
     """Number of shards checked."""
     tensors: int
     """Number of tensors in them."""
     problems: tuple[tuple[str, str], ...]
     """Pairs of a file and a sentence about it, to be read as one: "config.json" "is missing"."""
+    leftovers: tuple[str, ...]
+    """Files of an unfinished run that are not committed; its line writes them anew, or removes them."""
 
 
 def verify(folder: Path, step: Callable[[int, int], None] = lambda done, total: None) -> Verification:
-    """Read every byte of a folder, finished or not, and check it against its journal and its format.
+    """Read every byte of a folder, finished or not, and check it against its journal, its format and its config.json.
+
+    Of an unfinished run only what is committed counts.
 
     Args:
         folder: A compressed folder.
@@ -52,21 +72,31 @@ def verify(folder: Path, step: Callable[[int, int], None] = lambda done, total: 
     shards: list[tuple[WrittenShard, BlockRecord | None]] = [(block.shard, block) for block in state.blocks]
     if state.non_block:
         shards.insert(0, (state.non_block, None))
+    last: list[str] = []
     for number, (shard, block) in enumerate(shards, 1):
-        names, found = _check_shard(folder / shard.file, shard, block)
+        last, found = _check_shard(folder / shard.file, shard, block)
         problems += [(shard.file, problem) for problem in found]
-        tensors |= dict.fromkeys(names, shard.file)
+        problems += [(shard.file, f"holds {name}, as does {tensors[name]}") for name in last if name in tensors]
+        tensors |= dict.fromkeys(last, shard.file)
         step(number, len(shards))
     problems += _check_auxiliary_files(folder, state)
-    if state.non_block:
-        problems += [(INDEX_FILE, problem) for problem in _check_index(folder / INDEX_FILE, tensors)]
-    if [block.index for block in state.blocks] != list(range(len(state.blocks))):
-        problems.append((JOURNAL_FILE, f"counts blocks {[block.index for block in state.blocks]}"))
+    problems += _check_quantization_config(folder / CONFIG_FILE, state)
+    leftovers = _list_leftovers(folder, state)
+    complete = state.complete and not leftovers
+    if state.complete:
+        wrong = list(_check_index(folder / INDEX_FILE, tensors))
+        before_last = {name: file for name, file in tensors.items() if name not in last}
+        if wrong and not list(_check_index(folder / INDEX_FILE, before_last)):
+            complete = False  # killed after the commit of the last block, before the index had it
+        else:
+            problems += [(INDEX_FILE, problem) for problem in wrong]
     if state.non_block:  # earlier, config and tokenizer may lie there before the journal records them
         problems += [
-            (name, "is not part of the model: no journal record names it") for name in _extra_files(folder, state)
+            (name, "is not part of the model: no journal record names it") for name in _strangers(folder, state)
         ]
-    return Verification(str(folder), state.complete, len(shards), len(tensors), tuple(problems))
+    if complete and not problems:
+        problems += _check_model(folder, state)
+    return Verification(str(folder), complete, len(shards), len(tensors), tuple(problems), leftovers)
 
 
 def _check_shard(path: Path, shard: WrittenShard, block: BlockRecord | None) -> tuple[list[str], list[str]]:
@@ -120,12 +150,14 @@ def _check_linear(
     o, d = linear.shape
     for part, shape in (("U", (o, linear.rank)), ("V", (linear.rank, d))):
         there = tuple(parts[part].shape) if part in parts else None
-        if linear.rank and there != shape:
+        if (linear.rank or there) and there != shape:
             yield f"{linear.name}.{part} has shape {there}, the journal says {shape}"
 
 
 def _check_auxiliary_files(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]:
     """Yield the problems of config, tokenizer and the like, each with the file's name."""
+    if state.non_block and CONFIG_FILE not in state.auxiliary_files:
+        yield CONFIG_FILE, "has no record in the journal"
     for name, digest in state.auxiliary_files.items():
         if not (folder / name).is_file():
             yield name, "is missing"
@@ -148,13 +180,82 @@ def _check_index(path: Path, tensors: dict[str, str]) -> Iterator[str]:
             yield f"says {name} is in {weight_map.get(name)}; it is in {tensors.get(name)}"
 
 
-def _extra_files(folder: Path, state: JournalState) -> list[str]:
-    """Return the names of files and folders that no journal record names."""
-    known = {shard.file for shard in state.shards} | set(state.auxiliary_files)
-    known |= {JOURNAL_FILE, INDEX_FILE, *_ADDED_FILES}
-    hidden = () if state.complete else (".scratch",)  # a finished run leaves no hidden states behind
+def _check_quantization_config(path: Path, state: JournalState) -> Iterator[tuple[str, str]]:
+    """Yield where config.json says something else of the format than the journal."""
+    if not state.non_block or not path.is_file():
+        return
+    try:
+        found = read_quantization_config(json.loads(path.read_bytes()))
+    except (StreamslrError, ValueError, AttributeError, RecursionError) as error:
+        yield path.name, f"cannot be read: {first_line(error)}"
+        return
+    specs = list((state.allocation or {}).values())
+    if found is None:
+        yield path.name, "does not say that streamslr compressed the model"
+    elif specs:
+        patterns = {parse_pattern(spec["pattern"]) for spec in specs}
+        pattern = patterns.pop() if len(patterns) == 1 else None
+        rank = max(spec["rank"] for spec in specs)
+        if (found.pattern, found.rank) != (pattern, rank):
+            yield (
+                path.name,
+                f"says pattern {found.pattern or MIXED} and rank {found.rank}, the journal says {pattern or MIXED} and "
+                f"{rank}",
+            )
+
+
+def _check_model(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]:
+    """Yield where the shards hold less than the model of config.json needs, or the journal describes another model."""
+    try:
+        checkpoint = open_checkpoint(str(folder))
+    except InputError as error:  # the files are as the run wrote them: it is this machine's transformers
+        log.warning("the folder is not checked for completeness: %s", error)
+        return
+    try:
+        blockwise = BlockwiseModel(checkpoint, torch.float32, torch.device("cpu"))
+    except InputError as error:
+        yield CONFIG_FILE, f"and the shards are not of one model: {error}"
+        return
+    recorded = [block.name for block in state.blocks]
+    if recorded != list(blockwise.block_names):
+        yield JOURNAL_FILE, f"records blocks {recorded[:2]}…, the model has {list(blockwise.block_names[:2])}…"
+        return
+    for block, linears in zip(state.blocks, blockwise.linears, strict=True):
+        for linear in block.linears:
+            if linears.get(linear.name) != linear.shape:
+                yield (
+                    JOURNAL_FILE,
+                    f"records {linear.name} of shape {linear.shape}, block {block.index} has no such one",
+                )
+    places = {NON_BLOCK_FILE: blockwise.non_block_tensors}
+    places |= {block.shard.file: blockwise.block_tensors[block.index] for block in state.blocks}
+    for file, names in places.items():
+        for name in names:
+            if checkpoint.tensors[name].shard != file:
+                yield checkpoint.tensors[name].shard, f"holds {name}, which belongs into {file}"
+
+
+def _list_leftovers(folder: Path, state: JournalState) -> tuple[str, ...]:
+    """Return the names of what an interrupted run left: partial files, hidden states, shards before their commit.
+
+    In a complete folder a shard without a record is none of these: nothing will commit it.
+    """
+    left = [path.name for path in list_uncommitted(folder, state.shards)]
+    if state.complete:
+        left = [name for name in left if name.endswith(PARTIAL_SUFFIX)]
+    if (folder / ".scratch").exists():
+        left.append(".scratch")
+    return tuple(sorted(left))
+
+
+def _strangers(folder: Path, state: JournalState) -> list[str]:
+    """Return the names of files and folders that no journal record names, and that may be taken for model files."""
+    known = {JOURNAL_FILE, INDEX_FILE, *_ADDED_FILES, *state.auxiliary_files, *_list_leftovers(folder, state)}
+    known |= {shard.file for shard in state.shards}
     return sorted(
-        p.name
-        for p in folder.iterdir()
-        if p.name not in known and p.name not in hidden and (p.name == ".scratch" or not p.name.startswith("."))
+        path.name
+        for path in folder.iterdir()
+        if path.name not in known
+        and not path.name.startswith(".")
+        and not (path.is_file() and path.name.endswith(_ADDED_SUFFIXES))
     )

@@ -126,6 +126,10 @@ class Journal:
             )
         )
 
+    def commit_auxiliary_files(self, auxiliary_files: Mapping[str, str]) -> None:
+        """Commit the auxiliary files, written anew."""
+        self._commit(replace(self.state, auxiliary_files=auxiliary_files))
+
     def commit_block(self, record: BlockRecord, micro_batch: int, solver_workspace: int | None) -> None:
         """Commit a block whose shard and boundary are written: from here on a resume starts behind it.
 
@@ -166,7 +170,7 @@ class Journal:
 
     def _is_sound(self, shard: WrittenShard) -> bool:
         path = self.folder / shard.file
-        return path.is_file() and path.stat().st_size == shard.nbytes and file_sha256(path) == shard.sha256
+        return path.is_file() and path.stat().st_size == shard.nbytes and is_as_written(path, shard.sha256)
 
     def _commit(self, state: JournalState) -> None:
         if self._dense:
@@ -183,6 +187,11 @@ class Journal:
                 f"{self.folder} holds files but no {JOURNAL_FILE} ({', '.join(foreign[:5])}"
                 f"{', …' if len(foreign) > 5 else ''}); give an empty or new folder as --out"
             )
+
+
+def is_as_written(path: Path, sha256: str) -> bool:
+    """Tell if a file is there with the content of this digest."""
+    return path.is_file() and file_sha256(path) == sha256
 
 
 def refuse_changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

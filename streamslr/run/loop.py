@@ -31,7 +31,7 @@ from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import RunContext, require_fit
 from streamslr.run.journal import BlockRecord, JournalState, LinearRecord, MatchRecord, Sample
-from streamslr.run.journal_writer import Journal, made_with
+from streamslr.run.journal_writer import Journal, is_as_written, made_with
 from streamslr.run.passes import Boundary, Passes, drop_block, load_block, median_difference
 from streamslr.run.progress import BlockProgress, Display, NoDisplay, PhaseTimer
 from streamslr.run.solve_linear import LinearCompressor
@@ -124,6 +124,7 @@ class Compression:
         """Compress every block that is not committed yet, and remove the scratch folder."""
         config, blockwise = self.context.config, self.context.blockwise
         self.journal.forget_lost_shards()
+        self.restore_auxiliary_files()
         state = self.journal.state
         discard_uncommitted(config.out, state.shards)
         write_index(config.out, state.shards)
@@ -141,11 +142,8 @@ class Compression:
         """Write all before block 0: auxiliary files, non-block tensors, boundary 0; return that boundary."""
         context, out, journal = self.context, self.context.config.out, self.journal
         with self.timer.phase("non_block", steps=1):
-            rank = max(spec.rank for spec in self.allocation.values())
             checkpoint, names = context.checkpoint, context.blockwise.non_block_tensors
-            auxiliary_files = write_auxiliary_files(
-                out, checkpoint.config_json(), checkpoint.auxiliary_files(), common_pattern(self.allocation), rank
-            )
+            auxiliary_files = self.write_auxiliary_files()
             non_block = write_non_block(out, [checkpoint.tensors[name] for name in names], checkpoint.read_one)
         boundary = self.passes.retry("embed", partial(self.passes.embed, targets=context.config.match))
         digest, _ = boundary.seal()
@@ -154,6 +152,25 @@ class Compression:
         )
         write_index(out, journal.state.shards)
         return boundary
+
+    def write_auxiliary_files(self) -> dict[str, str]:
+        """Write config.json and what travels with the weights; return the sha256 of each file."""
+        checkpoint, rank = self.context.checkpoint, max(spec.rank for spec in self.allocation.values())
+        return write_auxiliary_files(
+            self.context.config.out,
+            checkpoint.config_json(),
+            checkpoint.auxiliary_files(),
+            common_pattern(self.allocation),
+            rank,
+        )
+
+    def restore_auxiliary_files(self) -> None:
+        """Write config.json and the others anew where one of them is missing or not as it was written."""
+        out, files = self.context.config.out, self.journal.state.auxiliary_files
+        lost = [name for name, digest in files.items() if not is_as_written(out / name, digest)]
+        if lost:
+            log.warning("%s is missing or not as it was written: writing it anew", out / lost[0])
+            self.journal.commit_auxiliary_files(self.write_auxiliary_files())
 
     def resume(self) -> Boundary:
         """Return what enters the next block: from the scratch folder, or by passing the finished blocks again."""

@@ -61,7 +61,15 @@ def deep(state: JournalState) -> JournalState:
         on_gpu = {"gpu_peak_bytes": 3 * 10**9, "gpu_planned_bytes": 4 * 10**9, "gpu_budget_bytes": 5 * 10**9}
         measured = {phase: {**reading, **on_gpu} for phase, reading in block.measured.items()}
         blocks.append(
-            dataclasses.replace(block, index=i, name=name, linears=tuple(linears), matching=matching, measured=measured)
+            dataclasses.replace(
+                block,
+                index=i,
+                name=name,
+                shard=dataclasses.replace(block.shard, file=f"model-block-{i:05d}.safetensors"),
+                linears=tuple(linears),
+                matching=matching,
+                measured=measured,
+            )
         )
     return dataclasses.replace(state, blocks=tuple(blocks), blocks_total=80, model=HOSTILE, calibration=HOSTILE)
 

@@ -288,6 +288,16 @@ def test_a_lost_shard_is_made_again(settings: dict[str, Any], finished: Path, un
     assert run_contents(settings["out"]) == unbroken
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_lost_or_changed_auxiliary_file_is_made_again(
+    settings: dict[str, Any], finished: Path, unbroken: dict[str, bytes], name: str
+) -> None:
+    shutil.copytree(finished, settings["out"])
+    (settings["out"] / name).write_text("{}")
+    streamslr.compress(**settings)
+    assert run_contents(settings["out"]) == unbroken
+
+
 def test_another_scratch_on_resume_leaves_nothing_behind(
     begun: dict[str, Any], unbroken: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -115,6 +115,6 @@ def edit_journal(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the journal of a folder, and write what the body makes of it, without the digest of the earlier content."""
     path = folder / "streamslr.json"
     journal = json.loads(path.read_text())
-    journal.pop("sha256")
+    journal.pop("sha256", None)
     yield journal
     path.write_text(json.dumps(journal))
