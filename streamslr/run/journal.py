@@ -144,6 +144,7 @@ class JournalState:
     # Windows that pass together; smaller once memory ran out, as solver_workspace. Both decide last bits.
     micro_batch: Positive
     solver_workspace: Count | None = None  # bytes that one solve may take; None: as many as it likes
+    bos: bool | None = None  # each window begins with BOS; None in folders of versions that had no choice
     auxiliary_files: Mapping[str, Sha256] = field(default_factory=dict)  # config, tokenizer, licence …
     non_block: WrittenShard | None = None
     hidden_states: Sha256 | None = None  # digest of boundary 0
