@@ -97,7 +97,8 @@ class Checkpoint:
             ResumeError: a shard has other content than in `digests`.
         """
         self.pinned = PinnedShards(digests, times)
-        self.pinned.check_earlier(self._source.local_path)
+        found = {shard: self._source.local_path(shard) for shard in self._headers}
+        self.pinned.check_earlier({shard: path for shard, path in found.items() if path})
         return self.pinned
 
     @property

@@ -41,7 +41,7 @@ class PinnedShards:
 
     Attributes:
         digests: content of each shard by its name.
-        times: for each shard, when the file of that content was last written and changed.
+        times: for each shard, when its file was last written and changed, also where it was not read yet.
     """
 
     def __init__(self, digests: Mapping[str, ShardDigest], times: Mapping[str, Times]) -> None:
@@ -70,22 +70,26 @@ class PinnedShards:
                 except OSError as error:
                     raise InputError(f"cannot read {seen.path}: {error}; copy or download the file again") from error
 
-    def check_earlier(self, local_path: Callable[[str], Path | None]) -> None:
-        """Compare the files with the digests of an earlier process. Only what has another size or time is read.
+    def check_earlier(self, files: Mapping[str, Path]) -> None:
+        """Compare files with what an earlier process knew of them. Only what has another size or time is read.
+
+        Args:
+            files: the shards that are on this machine, by name.
 
         Raises:
             ResumeError: a shard has other content.
         """
-        for shard, digest in self.digests.items():
-            path = local_path(shard)
-            if path is None or not path.is_file():  # `read` will fetch it or say that it is missing
-                continue
-            seen = _describe(path)
-            if seen.nbytes == digest.nbytes and seen.times == self.times.get(shard):
-                continue
-            self._compare(shard, seen, file_sha256(path))
-            self._seen[shard] = seen
-            log.info("%s was written or moved since this run read it, and its content is the same", path)
+        for shard, path in files.items():
+            seen, digest = _describe(path), self.digests.get(shard)
+            if self.times.get(shard, seen.times) == seen.times and (digest is None or digest.nbytes == seen.nbytes):
+                self.times[shard] = seen.times
+            elif digest is None:
+                log.warning("%s was written or moved since this run began, which has not read it before", path)
+                self.times[shard] = seen.times
+            else:
+                self._compare(shard, seen, file_sha256(path))
+                self._seen[shard] = seen
+                log.info("%s was written or moved since this run read it, and its content is the same", path)
 
     def check(self) -> None:
         """Wait for the digests of all shards read so far; read again what was written since then.

@@ -157,7 +157,7 @@ class JournalState:
     outliers: tuple[Fraction, ...] | None = None  # fraction of outliers in each block, once OWL's survey is done
     finetuned: tuple[FinetuneRecord, ...] = ()  # oldest first; a run does not go on in a fine-tuned folder
     dense_shards: Mapping[str, ShardDigest] = field(default_factory=dict)  # of the model, once they were read
-    dense_times: Mapping[str, Times] = field(default_factory=dict)  # when these files were written and changed, in ns
+    dense_times: Mapping[str, Times] = field(default_factory=dict)  # when its files were written and changed, in ns
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -84,7 +84,7 @@ class Journal:
             ResumeError: A shard has changed since an earlier start.
         """
         self._dense = checkpoint.pin(self.state.dense_shards, self.state.dense_times)
-        if self._dense.times != self.state.dense_times:  # so that the next start need not read them again
+        if self._dense.times != self.state.dense_times:  # so that the next start need not read shards for them again
             self._commit(self.state)
 
     def commit_survey(
