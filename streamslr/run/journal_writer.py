@@ -84,7 +84,9 @@ class Journal:
             ResumeError: A shard has changed since an earlier start.
         """
         self._dense = checkpoint.pin(self.state.dense_shards, self.state.dense_times)
-        if self._dense.times != self.state.dense_times:  # so that the next start need not read shards for them again
+        known = self.state.dense_times
+        if any(self._dense.times.get(shard) != known.get(shard) for shard in self._dense.digests):
+            # so that the next start need not read these shards again
             self._commit(self.state)
 
     def commit_survey(
