@@ -88,7 +88,7 @@ def test_a_gpu_budget_on_a_cpu_is_warned_of(model: Path, text: Path, tmp_path: P
 INTERRUPTED = """
 import os, signal, sys
 from streamslr.cli import main
-from streamslr.run.journal import Journal
+from streamslr.run.journal_writer import Journal
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without it
 how, commit = int(sys.argv.pop()), Journal.commit_block
