@@ -63,6 +63,12 @@ def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None
         Journal(tmp_path, start(rank=64, pattern="4:8"))
 
 
+def test_a_journal_of_a_model_with_other_blocks_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path, start(2)).close()
+    with pytest.raises(ResumeError, match=r"streamslr\.json counts 2 blocks, the model has 3"):
+        Journal(tmp_path, start(3))
+
+
 def _try_to_open(folder: Path, answer: Any) -> None:
     try:
         Journal(folder, start())

@@ -1,5 +1,6 @@
 """The dense model of a run: the same weights from the first start to the last, or the run names what has changed."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from streamslr.errors import ResumeError, StreamslrError
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.results.inspect import read_run
 from streamslr.run.loop import Compression
+from streamslr.run.passes import median_difference
 from tests.support.compressed_folders import edit_journal, run_contents
 from tests.support.tiny_models import tiny_checkpoint
 
@@ -159,3 +161,23 @@ def test_a_replay_of_a_journal_without_samples_goes_on(
     monkeypatch.setattr(BlockwiseModel, "embed", lambda self, ids: (1 + 3e-7) * embed(self, ids))
     assert streamslr.compress(**settings).complete
     assert "replayed hidden states differ in their last bits: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "difference"),
+    [
+        ((1.0, -2.0, 3.0), (1.0, -2.0, 3.0), 0.0),
+        ((1.0, -2.0, 3.0), (1.02, -2.02, 3.02), 0.01),
+        ((1.0, -2.0, 3.0), (1.0, -2.0, 300.0), 0.0),  # one token went to another expert
+        ((1.0, None, 3.0), (1.0, None, 3.0), 0.0),
+        ((1.0, 2.0, 3.0), (None, None, 3.0), math.inf),
+        ((1.0,), (1.0, 2.0, 3.0), math.inf),
+        ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), 0.0),
+        ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), math.inf),
+        ((), (), 0.0),
+    ],
+)
+def test_samples_differ_by_the_median_of_their_values(
+    before: tuple[float | None, ...], now: tuple[float | None, ...], difference: float
+) -> None:
+    assert median_difference(before, now) == pytest.approx(difference)

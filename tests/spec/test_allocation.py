@@ -17,6 +17,7 @@ from streamslr.config import RunConfig
 from streamslr.errors import InputError
 from streamslr.spec.allocation import (
     LinearSpec,
+    SpecEntry,
     allocate,
     as_json,
     from_json,
@@ -244,3 +245,11 @@ def test_words() -> None:
         LinearSpec(Unstructured(0.7), 10),
     ]
     assert in_words(mixed) == "64%–74.71% + rank 7–22"
+
+
+def test_an_allocation_of_another_model_in_a_journal_is_refused() -> None:
+    entry: SpecEntry = {"pattern": "2:4", "rank": 4}
+    with pytest.raises(InputError, match=r"has no entry for b\.up: it is of another model"):
+        from_json({"a.up": entry}, [{"b.up": (8, 8)}])
+    with pytest.raises(InputError, match=r"b.up: pattern 2:4 needs an input width that is a multiple of 4"):
+        from_json({"*": entry}, [{"b.up": (8, 6)}])
