@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from streamslr.io.durable import PARTIAL_SUFFIX, write_file, write_json
+from streamslr.errors import InputError
+from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256, write_file, write_json
 from streamslr.io.packed_layout import (
     BLOCK_FILE,
     INDEX_FILE,
@@ -96,6 +97,23 @@ def index_json(weight_map: Mapping[str, str], total_size: int) -> dict[str, Any]
         total_size: bytes of all tensors.
     """
     return {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def require_as_written(path: Path, sha256: str) -> None:
+    """Read a file of a compressed folder and compare it with its digest in the journal.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or is not as it was written.
+    """
+    advice = "copy it again from where the folder came from, or let the `streamslr run` line that made it go on"
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}, which the journal names: {error.strerror}; {advice}") from error
+    if found != sha256:
+        raise InputError(
+            f"{path} is damaged or was changed: its sha256 is {found[:12]}…, the journal says {sha256[:12]}…; {advice}"
+        )
 
 
 def discard_uncommitted(folder: Path, committed: Iterable[WrittenShard]) -> None:

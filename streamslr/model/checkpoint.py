@@ -142,6 +142,10 @@ class Checkpoint:
             if finished:
                 self._source.evict(shard)
 
+    def fetch_file(self, name: str) -> Path | None:
+        """Return the path of a file beside the weights, after downloading it where needed; None where it is missing."""
+        return self._source.fetch(name) if name in self._source.files else None
+
     def config_json(self) -> dict[str, Any]:
         """Return config.json with every default written out, and without the path that the model was read from."""
         config: dict[str, Any] = json.loads(self.config.to_json_string(use_diff=False))

@@ -25,7 +25,7 @@ from streamslr.io.durable import (
     write_file,
     write_json,
 )
-from streamslr.io.folder import index_json
+from streamslr.io.folder import index_json, require_as_written
 from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
 from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, shard_header, write_shard
@@ -154,9 +154,11 @@ class _Source:
     """A finished compressed folder, read tensor by tensor; the digest of a shard is checked before its first use."""
 
     def __init__(self, folder: Path) -> None:
-        """Read headers only. Raise InputError for a folder that is unfinished, or whose headers are damaged."""
+        """Read headers and auxiliary files; raise InputError for a folder that is unfinished or damaged there."""
         state = read_run(folder)
         state.require_complete(folder)
+        for name, digest in state.auxiliary_files.items():
+            require_as_written(folder / name, digest)
         self._folder = folder
         self._checkpoint = open_checkpoint(str(folder))  # checks that index, shards and headers agree
         self._digests = {shard.file: shard.sha256 for shard in state.shards}
@@ -247,11 +249,7 @@ class _Source:
         path = self._folder / file
         try:
             if file not in self._checked:
-                if file_sha256(path) != self._digests[file]:
-                    raise InputError(
-                        f"{path} is damaged: its sha256 is not the one in the journal; copy the file again, or "
-                        f"delete it and start the same run again to write it anew"
-                    )
+                require_as_written(path, self._digests[file])
                 self._checked.add(file)
             with safe_open(path, "pt") as opened:
                 return {info.name: opened.get_tensor(info.name) for info in infos}
