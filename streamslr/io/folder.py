@@ -1,5 +1,6 @@
 """The compressed folder: config and tokenizer, non-block tensors, a shard for each block, and the index."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -44,11 +45,39 @@ def write_auxiliary_files(
     Returns:
         The sha256 of each file by its name.
     """
-    config = {**config, "quantization_config": quantization_config(pattern, rank)}
-    digests = {"config.json": write_json(folder / "config.json", config)}
+    entry = {"quantization_config": quantization_config(pattern, rank)}
+    digests = {"config.json": write_file(folder / "config.json", config_bytes({**config, **entry}))}
     for path in files:
-        digests[path.name] = write_file(folder / path.name, path.read_bytes())
+        digests[path.name] = write_file(folder / path.name, without_code(path.name, path.read_bytes()))
     return digests
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """Return the content of a config.json, entries in the order given, without `auto_map` (see `without_code`)."""
+    return (json.dumps(_drop_auto_map(config), indent=2) + "\n").encode()
+
+
+def without_code(name: str, content: bytes) -> bytes:
+    """Return the content of an auxiliary file; of a JSON file without `auto_map`.
+
+    `auto_map` names Python files of the checkpoint. streamslr computes with the classes of transformers and copies no
+    code, so that an output must not ask for it. Other content stays byte for byte.
+    """
+    if not name.endswith(".json") or b'"auto_map"' not in content:
+        return content
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError):  # not for transformers to read either
+        return content
+    dropped = _drop_auto_map(parsed)
+    return content if dropped == parsed else (json.dumps(dropped, indent=2) + "\n").encode()
+
+
+def _drop_auto_map(entry: Any) -> Any:
+    """Return parsed JSON without any `auto_map`, parts of composite models included."""
+    if isinstance(entry, Mapping):
+        return {name: _drop_auto_map(value) for name, value in entry.items() if name != "auto_map"}
+    return entry
 
 
 def write_non_block(folder: Path, tensors: Iterable[TensorInfo], read: Callable[[str], Tensor]) -> WrittenShard:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from streamslr.errors import InputError
+from streamslr.io.durable import file_sha256
 from streamslr.io.packed_check import check_layout, check_positions
 from streamslr.io.packed_layout import (
     INDEX_FILE,
@@ -28,6 +29,7 @@ from streamslr.io.packed_layout import (
     stored_parts,
 )
 from streamslr.io.safetensors_file import TensorInfo, shard_header
+from streamslr.model.other_files import ADAPTER_FILE
 from streamslr.model.transformers_compat import get_model_conversion_mapping
 from streamslr.run.journal import JOURNAL_FILE, JournalState, read_journal
 from streamslr.spec.pattern import parse_pattern
@@ -35,8 +37,6 @@ from streamslr.spec.pattern import parse_pattern
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_FILE = "adapter_config.json"
-"""File of PEFT. Where it is, transformers loads the model that it names, and puts its adapter on top."""
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 log = logging.getLogger("streamslr")
@@ -50,6 +50,8 @@ class StoredModel:
     tensors: Mapping[str, TensorInfo]
     linears: Linears
     """The packed linears."""
+    advice: str = "`streamslr verify` tells more. Copy the folder again from where it came from"
+    """Advice to the user in error messages."""
 
     def parts(self, linear: str) -> dict[str, TensorInfo]:
         """Return the stored parts of a packed linear."""
@@ -61,9 +63,7 @@ class StoredModel:
 
     def refuse(self, problem: str) -> InputError:
         """Return the error for a folder whose shards are not what they should be."""
-        return InputError(
-            f"{self.folder}: {problem}; `streamslr verify` tells more. Copy the folder again from where it came from"
-        )
+        return InputError(f"{self.folder}: {problem}; {self.advice}")
 
 
 def read_stored_model(files: list[str] | None) -> StoredModel:
@@ -109,6 +109,7 @@ def read_stored_model(files: list[str] | None) -> StoredModel:
         _check_layout(stored, linear)
     if state:
         _compare_journal(stored, state, set(headers))
+        _warn_of_changes(folder, state)
     else:
         _warn_of_ranks(stored)
     return stored
@@ -168,6 +169,14 @@ def _compare_journal(stored: StoredModel, state: JournalState, files: set[str]) 
             )
 
 
+def _warn_of_changes(folder: Path, state: JournalState) -> None:
+    """Warn where a file that decides what the model does is not as it was written: someone may have meant it."""
+    for name in ("config.json", "generation_config.json"):
+        digest = state.auxiliary_files.get(name)
+        if digest and not ((folder / name).is_file() and file_sha256(folder / name) == digest):
+            log.warning("%s is missing or not as it was written: the model may do something else", folder / name)
+
+
 def require_complete(model: "PreTrainedModel", stored: StoredModel) -> None:
     """Check that the stored tensors are what the model needs: none missing or unexpected, shapes and dtypes right.
 
@@ -180,7 +189,7 @@ def require_complete(model: "PreTrainedModel", stored: StoredModel) -> None:
     """
     from streamslr.model.parameter_names import ParameterNames
 
-    names = ParameterNames(model, (), get_model_conversion_mapping(model), stored.tensors, by_key=False)
+    names = ParameterNames(model, (), get_model_conversion_mapping(model), stored.tensors)
     expected = f"a {type(model).__name__} as config.json describes it"
     _refuse_missing(model, names.meta.keys() - set(names.computed), names.sources.keys(), stored, expected)
     _refuse_unexpected(model, {key for keys in names.sources.values() for key in keys}, stored, expected)

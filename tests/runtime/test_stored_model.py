@@ -228,3 +228,11 @@ def test_a_tensor_that_the_source_had_for_nothing_is_warned_about(
     with caplog.at_level(logging.WARNING, "streamslr"):
         streamslr.load(without_journal, device="cpu")
     assert "model.x (1 such tensors) is not used" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_changed_setting_is_warned_about(folder: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    settings = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(settings))
+    streamslr.load(folder, device="cpu")
+    assert f"{name} is missing or not as it was written" in caplog.text
