@@ -173,8 +173,9 @@ def _warn_of_changes(folder: Path, state: JournalState) -> None:
     """Warn where a file that decides what the model does is not as it was written: someone may have meant it."""
     for name in ("config.json", "generation_config.json"):
         digest = state.auxiliary_files.get(name)
-        if digest and not ((folder / name).is_file() and file_sha256(folder / name) == digest):
-            log.warning("%s is missing or not as it was written: the model may do something else", folder / name)
+        # Of a hub repository transformers fetches generation_config.json later.
+        if digest and (folder / name).is_file() and file_sha256(folder / name) != digest:
+            log.warning("%s is not as it was written: the model may do something else", folder / name)
 
 
 def require_complete(model: "PreTrainedModel", stored: StoredModel) -> None:

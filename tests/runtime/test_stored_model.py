@@ -235,4 +235,4 @@ def test_a_changed_setting_is_warned_about(folder: Path, name: str, caplog: pyte
     settings = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps(settings))
     streamslr.load(folder, device="cpu")
-    assert f"{name} is missing or not as it was written" in caplog.text
+    assert f"{name} is not as it was written" in caplog.text
