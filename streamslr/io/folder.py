@@ -69,12 +69,14 @@ def without_code(name: str, content: bytes) -> bytes:
         parsed = json.loads(content)
     except (ValueError, RecursionError):  # not for transformers to read either
         return content
-    dropped = _drop_auto_map(parsed)
-    return content if dropped == parsed else (json.dumps(dropped, indent=2) + "\n").encode()
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("auto_map"), dict):  # a word of a vocabulary
+        return content
+    del parsed["auto_map"]
+    return (json.dumps(parsed, indent=2) + "\n").encode()
 
 
 def _drop_auto_map(entry: Any) -> Any:
-    """Return parsed JSON without any `auto_map`, parts of composite models included."""
+    """Return a part of config.json without any `auto_map`, the parts of composite models included."""
     if isinstance(entry, Mapping):
         return {name: _drop_auto_map(value) for name, value in entry.items() if name != "auto_map"}
     return entry

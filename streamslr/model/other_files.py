@@ -64,6 +64,11 @@ def refuse_other_model(source: ModelSource, raw_config: bytes) -> None:
             f"{source.label} is already quantized ({part} of config.json says so); give the original model in bf16, "
             f"fp16 or fp32"
         )
+    if config.get("auto_map"):
+        log.warning(
+            "%s names code of its own (auto_map), which streamslr does not run: the model is taken for transformers' %s",
+            *(source.label, config.get("model_type")),
+        )
     if weights := config.get("transformers_weights"):
         raise InputError(
             f"config.json of {source.label} has transformers read its weights from {weights!r}, which streamslr does "

@@ -143,7 +143,7 @@ def test_transformers_4_reads_the_same_models(text: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(torch.load(folder / "logits.pt"), own)
 
 
-def test_code_that_is_not_there_is_not_named(text: Path, tmp_path: Path) -> None:
+def test_code_that_is_not_there_is_not_named(text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tiny_checkpoint(tmp_path / "source", "phi3", blocks=2, dtype=torch.float32)
     for name, auto_map in (
         ("config.json", AUTO_MAP),
@@ -154,6 +154,7 @@ def test_code_that_is_not_there_is_not_named(text: Path, tmp_path: Path) -> None
     for name in ("configuration_own", "modeling_own", "tokenization_own"):
         (source / f"{name}.py").write_text("raise RuntimeError('code of the checkpoint ran')\n")
     streamslr.compress(source, tmp_path / "slr", calibration=text, **RUN)
+    assert "names code of its own (auto_map), which streamslr does not run" in caplog.text
     export(tmp_path / "slr", tmp_path / "dense", "dense")
     export(tmp_path / "slr", tmp_path / "peft", "peft")
     finetune(tmp_path / "slr", text, tmp_path / "tuned", seq_len=32, batch=8, steps=1, device="cpu")
