@@ -66,7 +66,7 @@ def refuse_other_model(source: ModelSource, raw_config: bytes) -> None:
         )
     if config.get("auto_map"):
         log.warning(
-            "%s names code of its own (auto_map), which streamslr does not run: the model is taken for transformers' %s",
+            "%s names code of its own (auto_map), which is not run: the model is taken for transformers' %s",
             *(source.label, config.get("model_type")),
         )
     if weights := config.get("transformers_weights"):

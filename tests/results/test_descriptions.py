@@ -154,7 +154,7 @@ def test_code_that_is_not_there_is_not_named(text: Path, tmp_path: Path, caplog:
     for name in ("configuration_own", "modeling_own", "tokenization_own"):
         (source / f"{name}.py").write_text("raise RuntimeError('code of the checkpoint ran')\n")
     streamslr.compress(source, tmp_path / "slr", calibration=text, **RUN)
-    assert "names code of its own (auto_map), which streamslr does not run" in caplog.text
+    assert "names code of its own (auto_map), which is not run" in caplog.text
     export(tmp_path / "slr", tmp_path / "dense", "dense")
     export(tmp_path / "slr", tmp_path / "peft", "peft")
     finetune(tmp_path / "slr", text, tmp_path / "tuned", seq_len=32, batch=8, steps=1, device="cpu")
