@@ -123,10 +123,11 @@ def _compare_index(stored: StoredModel) -> None:
         raise InputError(f"{path} has no usable weight_map ({error!r}); copy it again") from error
     shards = {name: info.shard for name, info in stored.tensors.items()}
     for name in sorted(shards.keys() | weight_map.keys()):
-        if weight_map.get(name) != shards.get(name):
-            where = f"{INDEX_FILE} places {name} in {weight_map[name]}" if name in weight_map else f"no {name}"
-            found = f"{shards[name]} holds it" if name in shards else "no shard holds it"
-            raise stored.refuse(f"{where if name in weight_map else f'{INDEX_FILE} names {where}'}, but {found}")
+        said, found = weight_map.get(name), shards.get(name)
+        if said != found:
+            raise stored.refuse(
+                f"{INDEX_FILE} places {name} in {said or 'no file'}, but {found or 'no shard'} holds it"
+            )
 
 
 def _check_layout(stored: StoredModel, linear: str) -> None:
@@ -211,18 +212,18 @@ def _refuse_missing(
     """Refuse a folder that lacks parameters. The head of another task (of a classifier) may be new."""
     present, tied = set(found), model.all_tied_weights_keys
     present |= {a for a, b in tied.items() if b in present} | {tied[a] for a in tied if a in present}
-    if type(model).__name__ not in (model.config.architectures or ()) and model.base_model is not model:
+    if not _has_its_own_head(model) and model.base_model is not model:
         wanted = {name for name in wanted if name.startswith(f"{model.base_model_prefix}.")}
     if missing := sorted(wanted - present):
         raise stored.refuse(f"{missing[0]} is missing ({len(missing)} of {len(wanted)} tensors that {expected} needs)")
 
 
 def _refuse_unexpected(model: "PreTrainedModel", used: set[str], stored: StoredModel, expected: str) -> None:
-    """Refuse tensors that the model has no place for, but for those of a head it lacks; warn of the source's own."""
+    """Refuse tensors that the model has no place for; warn of those that the source had outside its blocks."""
+    if not _has_its_own_head(model):  # the stored head has no place; what is missing elsewhere was named before
+        return
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     unused = [name for name in stored.tensors if name not in used and not any(p.search(name) for p in ignored)]
-    if model.base_model is model:  # without its head: whatever is missing inside it was named before
-        return
     if surplus := sorted(name for name in unused if stored.tensors[name].shard != NON_BLOCK_FILE):
         raise stored.refuse(f"{surplus[0]} is unexpected ({len(surplus)} tensors that {expected} has no place for)")
     if unused:
@@ -233,6 +234,12 @@ def _refuse_unexpected(model: "PreTrainedModel", used: set[str], stored: StoredM
             len(unused),
             expected,
         )
+
+
+def _has_its_own_head(model: "PreTrainedModel") -> bool:
+    """Return False for a model without a head (AutoModel), or with the head of another task than the stored one."""
+    architectures = model.config.architectures
+    return not architectures or type(model).__name__ in architectures
 
 
 def require_sound_positions(stored: StoredModel) -> None:

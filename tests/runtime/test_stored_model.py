@@ -216,9 +216,18 @@ def test_verify_needs_a_journal(without_journal: Path) -> None:
         streamslr.load(without_journal, verify=True)
 
 
-def test_the_head_of_another_task_may_be_new(compressed: Path) -> None:
-    model: Any = AutoModelForSequenceClassification.from_pretrained(compressed)
-    assert model.score.weight.shape == (2, 64)
+def test_the_head_of_another_task_may_be_new(compressed: Path, tmp_path: Path) -> None:
+    streamslr.load(compressed, device="cpu").save_pretrained(tmp_path / "saved")
+    for folder in (compressed, tmp_path / "saved"):
+        model: Any = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert model.score.weight.shape == (2, 64)
+    tensors = load_file(tmp_path / "saved/model.safetensors")
+    with safe_open(tmp_path / "saved/model.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    del tensors[NORM]
+    save_file(tensors, tmp_path / "saved/model.safetensors", metadata)
+    with pytest.raises(InputError, match=f"{NORM} is missing"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
 
 
 def test_a_tensor_that_the_source_had_for_nothing_is_warned_about(
