@@ -21,7 +21,7 @@ from streamslr.model.transformers_compat import (
     register_quantizer,
     revert_weight_conversion,
 )
-from streamslr.run.journal import JOURNAL_FILE, read_journal
+from streamslr.run.journal import JOURNAL_FILE, JournalState, read_journal
 from streamslr.runtime.linear import SparseLowRankLinear
 from streamslr.runtime.stored_model import (
     read_stored_model,
@@ -74,7 +74,8 @@ def load(
     from transformers import AutoConfig
 
     _check_arguments(device, dtype, device_map)
-    name, commit = str(Path(folder).expanduser()), _prepare_files(folder, revision, verify)
+    name = str(Path(folder).expanduser())
+    commit, state = _prepare_files(folder, revision, verify)
     try:
         config = AutoConfig.from_pretrained(name, revision=commit, trust_remote_code=False)
     except Exception as error:  # the values are the folder's, and each architecture checks its own in its own way
@@ -83,6 +84,12 @@ def load(
         raise InputError(
             f"{folder} was not written by streamslr; load it with AutoModelForCausalLM.from_pretrained, "
             f"or compress it with `streamslr run`"
+        )
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if state and depth != state.blocks_total:  # before as many blocks are built
+        raise InputError(
+            f"config.json of {folder} speaks of {depth} blocks, the journal of {state.blocks_total}: one of them is "
+            f"damaged; copy both again"
         )
     if device_map is None:
         device_map = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
@@ -129,8 +136,8 @@ def _from_pretrained(name: str, **arguments: Any) -> "PreTrainedModel":
     return model
 
 
-def _prepare_files(folder: str | Path, revision: str | None, verify: bool) -> str | None:
-    """Find the folder or hub repository; return the repository's commit, None for a folder.
+def _prepare_files(folder: str | Path, revision: str | None, verify: bool) -> tuple[str | None, JournalState | None]:
+    """Find the folder or hub repository; return the repository's commit, None for a folder, and the journal.
 
     Of a hub repository the journal is fetched, so that it lies beside the shards when they are loaded.
 
@@ -153,7 +160,7 @@ def _prepare_files(folder: str | Path, revision: str | None, verify: bool) -> st
         state.require_complete(source.fetch(JOURNAL_FILE).parent)
         for file, digest in state.digests.items():
             require_as_written(source.fetch(file), digest)
-    return source.commit if isinstance(source, HubRepo) else None
+    return source.commit if isinstance(source, HubRepo) else None, state
 
 
 def packed_modules(model: nn.Module) -> dict[str, SparseLowRankLinear]:

@@ -80,6 +80,12 @@ def set_byte(row: int, value: int) -> Callable[[Tensor], Tensor]:
     return change
 
 
+DEEP = (
+    b'{"model_type": "llama", "num_hidden_layers": 1000000, "quantization_config": '
+    b'{"quant_method": "streamslr", "format_version": 3, "pattern": "2:4", "rank": 4}}'
+)
+"""Content of a config.json that asks for a million blocks."""
+
 CHANGES: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], str]] = {
     "a part of a linear": (BLOCK, drop(f"{LINEAR}.V"), f"{LINEAR}: U is there without V"),
     "values": (BLOCK, drop(f"{LINEAR}.values"), f"{LINEAR}: values is missing"),
@@ -178,6 +184,7 @@ def test_an_adapter_beside_the_shards_is_not_put_on_top(folder: Path) -> None:
         ("config.json", b"[]"),
         ("config.json", b'{"model_type": "llama", "quantization_config": "x"}'),
         ("config.json", b'{"model_type": 3}'),
+        ("config.json", DEEP),
         ("config.json", b"[" * 2000),
         (INDEX, b"{"),
         (INDEX, b"[]"),
