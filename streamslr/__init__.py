@@ -80,8 +80,10 @@ def load(
     dtype: "str | torch.dtype | None" = None,
     device_map: Any = None,
     keep_dense: bool = False,
+    verify: bool = False,
+    revision: str | None = None,
 ) -> "PreTrainedModel":
     """Load the model of a compressed folder or hub id, packed in memory: `streamslr.runtime.loader.load`."""
     from streamslr.runtime.loader import load
 
-    return load(folder, device, dtype, device_map, keep_dense)
+    return load(folder, device, dtype, device_map, keep_dense, verify, revision)

@@ -42,7 +42,7 @@ from streamslr.io.durable import (
     write_file,
     write_json,
 )
-from streamslr.io.folder import write_index
+from streamslr.io.folder import require_as_written, write_index
 from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.parameter_names import find_modules
@@ -398,6 +398,7 @@ def _write(
     """Write the folder again, with the trained U and V; one tensor in memory at a time, the journal last."""
 
     def rewritten(file: str) -> WrittenShard:
+        require_as_written(folder / file, state.digests[file])  # it was verified before the training, hours ago
         with safe_open(folder / file, "pt") as opened:
 
             def fetch(name: str, dtype: torch.dtype) -> Tensor:
@@ -412,6 +413,7 @@ def _write(
 
     out.mkdir(exist_ok=True)
     for name in state.auxiliary_files:
+        require_as_written(folder / name, state.auxiliary_files[name])
         write_file(out / name, (folder / name).read_bytes())
     assert state.non_block is not None
     non_block = rewritten(state.non_block.file)

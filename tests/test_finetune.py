@@ -183,3 +183,19 @@ def test_folders_that_are_unfinished_damaged_or_of_rank_0(compressed: Path, text
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
     with pytest.raises(InputError, match=r"model-block-00001\.safetensors has sha256"):
         finetune(copy, text, tmp_path / "out", **SETTINGS)
+
+
+def test_a_source_that_changes_during_the_training_is_refused(
+    compressed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(compressed, tmp_path / "slr")
+
+    def damage(*_: Any) -> tuple[float, float]:
+        shard = folder / "model-block-00001.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+        return 2.0, 1.0
+
+    monkeypatch.setattr("streamslr.finetune._train", damage)
+    with pytest.raises(InputError, match=r"model-block-00001\.safetensors is damaged or was changed"):
+        finetune(folder, text, tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()

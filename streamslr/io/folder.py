@@ -1,5 +1,6 @@
 """The compressed folder: config and tokenizer, non-block tensors, a shard for each block, and the index."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from streamslr.io.durable import PARTIAL_SUFFIX, write_file, write_json
+from streamslr.errors import InputError
+from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256, write_file, write_json
 from streamslr.io.packed_layout import (
     BLOCK_FILE,
     INDEX_FILE,
@@ -43,11 +45,41 @@ def write_auxiliary_files(
     Returns:
         The sha256 of each file by its name.
     """
-    config = {**config, "quantization_config": quantization_config(pattern, rank)}
-    digests = {"config.json": write_json(folder / "config.json", config)}
+    entry = {"quantization_config": quantization_config(pattern, rank)}
+    digests = {"config.json": write_file(folder / "config.json", config_bytes({**config, **entry}))}
     for path in files:
-        digests[path.name] = write_file(folder / path.name, path.read_bytes())
+        digests[path.name] = write_file(folder / path.name, without_code(path.name, path.read_bytes()))
     return digests
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """Return the content of a config.json, entries in the order given, without `auto_map` (see `without_code`)."""
+    return (json.dumps(_drop_auto_map(config), indent=2) + "\n").encode()
+
+
+def without_code(name: str, content: bytes) -> bytes:
+    """Return the content of an auxiliary file; of a JSON file without `auto_map`.
+
+    `auto_map` names Python files of the checkpoint. streamslr computes with the classes of transformers and copies no
+    code, so that an output must not ask for it. Other content stays byte for byte.
+    """
+    if not name.endswith(".json") or b'"auto_map"' not in content:
+        return content
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError):  # not for transformers to read either
+        return content
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("auto_map"), dict):  # a word of a vocabulary
+        return content
+    del parsed["auto_map"]
+    return (json.dumps(parsed, indent=2) + "\n").encode()
+
+
+def _drop_auto_map(entry: Any) -> Any:
+    """Return a part of config.json without any `auto_map`, the parts of composite models included."""
+    if isinstance(entry, Mapping):
+        return {name: _drop_auto_map(value) for name, value in entry.items() if name != "auto_map"}
+    return entry
 
 
 def write_non_block(folder: Path, tensors: Iterable[TensorInfo], read: Callable[[str], Tensor]) -> WrittenShard:
@@ -96,6 +128,23 @@ def index_json(weight_map: Mapping[str, str], total_size: int) -> dict[str, Any]
         total_size: bytes of all tensors.
     """
     return {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def require_as_written(path: Path, sha256: str) -> None:
+    """Read a file of a compressed folder and compare it with its digest in the journal.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or is not as it was written.
+    """
+    advice = "copy it again from where the folder came from, or let the `streamslr run` line that made it go on"
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}, which the journal names: {error.strerror}; {advice}") from error
+    if found != sha256:
+        raise InputError(
+            f"{path} is damaged or was changed: its sha256 is {found[:12]}…, the journal says {sha256[:12]}…; {advice}"
+        )
 
 
 def list_uncommitted(folder: Path, committed: Iterable[WrittenShard]) -> list[Path]:

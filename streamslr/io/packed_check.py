@@ -5,7 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from streamslr.io.packed_layout import PACKED_PARTS, low_rank_misfits, max_values, pattern_misfit, sparse_misfits
+from streamslr.io.packed_layout import (
+    PACKED_PARTS,
+    low_rank_misfits,
+    max_values,
+    meta_code,
+    pattern_misfit,
+    sparse_misfits,
+)
 from streamslr.io.packing import decode_mask, describes_more, row_chunks
 from streamslr.spec.pattern import SparsityPattern
 from streamslr.tensors import count_not_finite, is_finite
@@ -19,20 +26,40 @@ def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape:
         pattern: pattern of S.
         shape: (o, d) of the dense weight.
     """
-    if problem := pattern_misfit(pattern, shape):
-        return [problem]
-    misfits = sparse_misfits(tensors, pattern, shape)
-    groups = pattern.groups(shape[1])
-    known = set(PACKED_PARTS) - ({"row_offsets"} if groups else set())
-    problems = misfits + low_rank_misfits(tensors, shape)
-    problems += [f"{name} does not belong to a {pattern} linear" for name in sorted(tensors.keys() - known)]
+    problems = check_layout(tensors, pattern, shape)
     for name in ("values", "U", "V"):
         if name in tensors and tensors[name].is_floating_point():
             problems += _non_finite(name, tensors[name])
-    if misfits:
+    if pattern_misfit(pattern, shape) or sparse_misfits(tensors, pattern, shape):
         return problems
-    problems += _padding_problems(tensors["meta"], pattern, shape[1])
-    if groups:
+    return problems + check_positions(tensors, pattern, shape)
+
+
+def check_layout(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> list[str]:
+    """Return what is wrong with the names, shapes and dtypes of a linear's parts; no value is read.
+
+    Args:
+        tensors: all that is stored of the linear, by part; they may be on meta.
+        pattern: pattern of S.
+        shape: (o, d) of the dense weight.
+    """
+    if problem := pattern_misfit(pattern, shape):
+        return [problem]
+    known = set(PACKED_PARTS) - ({"row_offsets"} if pattern.groups(shape[1]) else set())
+    problems = sparse_misfits(tensors, pattern, shape) + low_rank_misfits(tensors, shape)
+    return problems + [f"{name} does not belong to a {pattern} linear" for name in sorted(tensors.keys() - known)]
+
+
+def check_positions(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> list[str]:
+    """Return what is wrong with the columns that `meta` and `row_offsets` name, of parts without a wrong layout.
+
+    Args:
+        tensors: the parts; of `values` only the shape is looked at, so they may be on meta.
+        pattern: pattern of S.
+        shape: (o, d) of the dense weight.
+    """
+    problems = _padding_problems(tensors["meta"], pattern, shape[1])
+    if groups := pattern.groups(shape[1]):
         return problems + _group_problems(tensors["meta"], pattern, groups, shape[1])
     return problems + _offset_problems(tensors, pattern, shape)
 
@@ -54,8 +81,10 @@ def _padding_problems(meta: Tensor, pattern: SparsityPattern, d: int) -> list[st
 
 def _group_problems(meta: Tensor, pattern: SparsityPattern, groups: tuple[int, int], d: int) -> list[str]:
     """Name the groups (n, m) that do not store exactly n columns."""
-    first, count = "", 0
     n, m = groups
+    if not meta.numel() or _describes_groups(meta, pattern, n, m, d):
+        return []
+    first, count = "", 0
     for rows in row_chunks(len(meta), d):
         mask = decode_mask(meta[rows], pattern)[:, :d].reshape(-1, d // m, m)
         found = mask.sum(dim=2, dtype=torch.int32)  # [rows, groups]
@@ -68,13 +97,34 @@ def _group_problems(meta: Tensor, pattern: SparsityPattern, groups: tuple[int, i
     return [f"meta: {first} (first of {count} wrong groups)"] if count else []
 
 
+def _describes_groups(meta: Tensor, pattern: SparsityPattern, n: int, m: int, d: int) -> bool:
+    """Return True where bytes alone show that each group of m columns keeps n; it takes no mask of the columns."""
+    code = meta_code(pattern)
+    if code.group:  # each digit of a byte below base^count describes a group
+        return bool(meta.max() < code.base**code.count)
+    if m % 8 and m != d:  # a byte holds columns of two groups
+        return False
+    width = -(-m // 8)  # bytes of a group
+    return all(
+        bool((_count_ones(meta[rows]).view(-1, width).sum(1, dtype=torch.int32) == n).all())
+        for rows in row_chunks(len(meta), d)
+    )
+
+
+def _count_ones(meta: Tensor) -> Tensor:
+    """Return the number of ones in each byte."""
+    pairs = meta - (meta >> 1 & 0x55)
+    nibbles = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    return nibbles + (nibbles >> 4) & 0x0F
+
+
 def _offset_problems(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> list[str]:
     """Name disagreements between meta, row offsets and values where rows differ."""
     o, d = shape
     meta, offsets, values = tensors["meta"], tensors["row_offsets"], tensors["values"]
     counts = torch.zeros(o, dtype=torch.int64, device=meta.device)
-    for rows in row_chunks(o, d):
-        counts[rows] = decode_mask(meta[rows], pattern)[:, :d].sum(dim=1)
+    for rows in row_chunks(o, d):  # such patterns have bitmasks
+        counts[rows] = _count_ones(meta[rows]).sum(dim=1)
     total, allowed = int(counts.sum()), max_values(pattern, shape)
     problems = []
     if total > allowed:

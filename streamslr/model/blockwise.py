@@ -89,9 +89,7 @@ class BlockwiseModel:
         self._experts, self._conversions = unfuse(self._model, conversions, checkpoint.tensors)
         list_name, self._blocks = find_blocks(self._model)
         self.block_names = tuple(f"{list_name}.{i}" for i in range(len(self._blocks)))
-        self._names = ParameterNames(
-            self._model, self.block_names, self._conversions, checkpoint.tensors, by_key=bool(self._experts)
-        )
+        self._names = ParameterNames(self._model, self.block_names, self._conversions, checkpoint.tensors)
         self._shared = find_shared_parameter(self._model, self._names)
 
         keys = self._names.keys_by_block(checkpoint.tensors)

@@ -22,6 +22,7 @@ from streamslr.io.folder import is_file_name
 from streamslr.io.packed_layout import INDEX_FILE, QUANT_METHOD, read_quantization_config
 from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header, read_start
 from streamslr.model.decoders import PackedWeight, packed_weights
+from streamslr.model.other_files import is_auxiliary, refuse_other_model
 from streamslr.model.pinned_shards import PinnedShards, ShardDigest, Times
 from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source
 
@@ -65,6 +66,7 @@ class Checkpoint:
         self._evict = evict
         raw_config = _config_bytes(source)
         self.config: PretrainedConfig = _parse_config(raw_config, source)
+        refuse_other_model(source, raw_config)
         shards, weight_map = _shard_names(source)
         with ThreadPoolExecutor(8) as pool:  # on the hub a header costs a round trip or two
             headers = list(pool.map(self._read_header, shards))
@@ -162,15 +164,18 @@ class Checkpoint:
             if finished:
                 self._source.evict(shard)
 
+    def fetch_file(self, name: str) -> Path | None:
+        """Return the path of a file beside the weights, after downloading it where needed; None where it is missing."""
+        return self._source.fetch(name) if name in self._source.files else None
+
     def config_json(self) -> dict[str, Any]:
-        """Return config.json with every default written out, and without the path that the model was read from."""
-        config: dict[str, Any] = json.loads(self.config.to_json_string(use_diff=False))
-        config.pop("_name_or_path", None)
+        """Return the JSON of config.json as it is: what transformers makes of it depends on the version."""
+        config: dict[str, Any] = json.loads(_config_bytes(self._source))
         return config
 
     def auxiliary_files(self) -> list[Path]:
         """Fetch the files that travel with config and weights: tokenizer, generation config, licence."""
-        return [self._source.fetch(name) for name in sorted(self._source.files) if _is_auxiliary(name)]
+        return [self._source.fetch(name) for name in sorted(self._source.files) if is_auxiliary(name)]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer. Raises InputError when transformers cannot load it."""
@@ -332,16 +337,6 @@ def _refuse_quantized_weights(source: ModelSource, tensors: Mapping[str, TensorI
             f"{odd[0].name} in {odd[0].shard} of {source.label} is {DTYPE_NAMES[odd[0].dtype]} "
             f"({len(odd)} such weights); give the original model in bf16, fp16 or fp32"
         )
-
-
-def _is_auxiliary(name: str) -> bool:
-    """Tell if a file belongs beside the weights in a copy of the model."""
-    if name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
-        return True
-    if name.startswith(".") or name == CONFIG_FILE or name == "streamslr.json" or ".index." in name:
-        return False
-    # Of .txt files only these are a tokenizer's; others may be anything, and large.
-    return name in ("merges.txt", "vocab.txt") or name.endswith((".json", ".model", ".jinja", ".tiktoken"))
 
 
 def _digest(config: bytes, headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str]) -> str:

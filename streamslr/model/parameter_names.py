@@ -26,9 +26,8 @@ class ParameterNames:
         meta: every parameter and buffer of the model -> its tensor on the meta device.
         computed: buffers that no checkpoint holds: rotary tables …
         sources: parameter or persistent buffer -> the keys it is made of; several where transformers fuses them.
-        stored: parameter or persistent buffer -> its stored name. In a model with experts taken apart it is the key,
-            because others that read experts one by one know them by the checkpoint's names. Elsewhere it is the name
-            in the model, which adapters (PEFT) go by.
+        stored: parameter or persistent buffer -> its stored name: its key, so that whatever reads the checkpoint reads
+            what is stored; the name in the model where transformers fuses or splits keys.
     """
 
     def __init__(
@@ -37,7 +36,6 @@ class ParameterNames:
         block_names: tuple[str, ...],
         conversions: Sequence[WeightTransform],
         keys: Iterable[str],
-        by_key: bool,
     ) -> None:
         """Find the names; no tensor is read.
 
@@ -46,7 +44,6 @@ class ParameterNames:
             block_names: module path of each block.
             conversions: how transformers renames and fuses keys.
             keys: the checkpoint's keys.
-            by_key: store parameters under their keys, where each is made of one key as it is.
         """
         computed = dict(model.named_non_persistent_buffers())
         self.block_names = block_names
@@ -56,7 +53,7 @@ class ParameterNames:
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self._base_prefix = model.base_model_prefix
         self.sources: Mapping[str, tuple[str, ...]] = self.find_sources(keys)
-        own_key = {name: key for name in self.sources if by_key and (key := self.own_key(name))}
+        own_key = {name: key for name in self.sources if (key := self.own_key(name))}
         self.stored: Mapping[str, str] = {name: own_key.get(name, name) for name in self.sources}
         self._parameter = {stored: name for name, stored in self.stored.items()}
 

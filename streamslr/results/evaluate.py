@@ -1,7 +1,10 @@
 """Perplexity of a compressed folder or a dense checkpoint, streamed block by block."""
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +14,19 @@ from torch import Tensor
 from streamslr.calibration.hidden_states import HiddenStates, InMemory, OnDisk, Span, read_batches, spans
 from streamslr.calibration.tokens import text_windows, window_prefix
 from streamslr.errors import InputError
+from streamslr.io.folder import require_as_written
+from streamslr.io.packed_layout import read_quantization_config
 from streamslr.io.scratch import scratch_folder
 from streamslr.model.blockwise import BlockwiseModel
-from streamslr.model.checkpoint import open_checkpoint
+from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.run.context import pick_device
+from streamslr.run.journal import JOURNAL_FILE, read_journal
 from streamslr.run.plan import BATCH_TOKENS
 
 _MEMORY_FRACTION = 0.25
 """Fraction of the free host memory that the two boundaries alive at a time may take; larger ones go to disk."""
+
+log = logging.getLogger("streamslr")
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure the perplexity of a model on the consecutive windows of a text, one block in memory at a time.
 
-    All tokens of a window but its first are predicted, as in the SparseGPT and 3BASiL papers.
+    All tokens of a window but its first are predicted, as in the SparseGPT and 3BASiL papers. Every file of a
+    compressed folder is compared with its digest in the journal before it is used.
 
     Args:
         model: A compressed folder, a dense checkpoint or a hub id.
@@ -71,11 +80,12 @@ def evaluate(
         step: Called with (blocks done, blocks in all).
 
     Raises:
-        InputError: The text is shorter than one window, the folder is unfinished, or the loss is not finite.
+        InputError: The text is shorter than one window, the folder is unfinished or damaged, or the loss is not finite.
     """
     checkpoint = open_checkpoint(model, revision)
     where, dtype = pick_device(device)
     blockwise = BlockwiseModel(checkpoint, dtype, where)
+    digests = read_digests(checkpoint)
     tokenizer = checkpoint.tokenizer()
     prefix = window_prefix(tokenizer, bos)
     ids = text_windows(tokenizer, text, seq_len, windows, prefix)  # [n, T]
@@ -86,14 +96,17 @@ def evaluate(
 
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)
-    with scratch_folder("streamslr-eval-", scratch) as folder:
+    with (
+        scratch_folder("streamslr-eval-", scratch) as folder,
+        _checked_ahead(blockwise, digests) as require_sound,
+    ):
 
         def new_boundary(index: int) -> HiddenStates:
             if in_memory:
                 return InMemory(len(ids), seq_len, hidden_size, dtype)
             return OnDisk(folder / f"{index}.zarr", len(ids), seq_len, hidden_size, dtype)
 
-        hidden = _run_blocks(blockwise, ids, batches, new_boundary, step)
+        hidden = _run_blocks(blockwise, ids, batches, new_boundary, require_sound, step)
         nll = _sum_losses(blockwise, ids, batches, hidden)
         hidden.drop()
     tokens = len(ids) * (seq_len - 1)
@@ -114,15 +127,73 @@ def evaluate(
     )
 
 
+def read_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the digest of each shard of a compressed folder, from its journal; check its other files.
+
+    A dense checkpoint has none. A folder of `save_pretrained` has no journal: a warning says that nothing is checked.
+
+    Raises:
+        InputError: The folder is unfinished, or config.json or the tokenizer are not as they were written.
+    """
+    if read_quantization_config(checkpoint.config) is None:
+        return {}
+    path = checkpoint.fetch_file(JOURNAL_FILE)
+    state = read_journal(path.parent) if path else None
+    if path is None or state is None:
+        log.warning("%s has no %s: its bytes are not compared with any digest", checkpoint.model, JOURNAL_FILE)
+        return {}
+    state.require_complete(path.parent)
+    for name, digest in state.auxiliary_files.items():
+        require_as_written(checkpoint.fetch_file(name) or path.parent / name, digest)
+    digests = {shard.file: shard.sha256 for shard in state.shards}
+    if strangers := sorted({info.shard for info in checkpoint.tensors.values()} - digests.keys()):
+        raise InputError(f"{path} does not name {strangers[0]}, which the model is read from; remove that file")
+    return digests
+
+
+@contextmanager
+def _checked_ahead(blockwise: BlockwiseModel, digests: Mapping[str, str]) -> Iterator[Callable[[int | None], None]]:
+    """Yield a function that returns once the shards of a block, or of all else for None, are found as written.
+
+    A thread reads the shards of the block after it meanwhile, which are then in the system's cache.
+    """
+    checkpoint = blockwise.checkpoint
+    checks: dict[str, Future[None]] = {}
+
+    def check(file: str) -> None:
+        path = checkpoint.fetch_file(file)
+        assert path is not None  # the checkpoint has read its header
+        require_as_written(path, digests[file])
+
+    with ThreadPoolExecutor(1, thread_name_prefix="digests") as pool:
+
+        def begin(names: Iterable[str]) -> list[Future[None]]:
+            files = {checkpoint.tensors[name].shard for name in names} & digests.keys()
+            checks.update({file: pool.submit(check, file) for file in sorted(files - checks.keys())})
+            return [checks[file] for file in files]
+
+        def require_sound(block: int | None) -> None:
+            names = blockwise.non_block_tensors if block is None else blockwise.block_tensors[block]
+            begun = begin(names)
+            for following in blockwise.block_tensors[0 if block is None else block + 1 :][:1]:
+                begin(following)
+            for future in begun:
+                future.result()
+
+        yield require_sound
+
+
 def _run_blocks(
     blockwise: BlockwiseModel,
     ids: Tensor,
     batches: Sequence[Span],
     new_boundary: Callable[[int], HiddenStates],
+    require_sound: Callable[[int | None], None],
     step: Callable[[int, int], None],
 ) -> HiddenStates:
     """Pass the windows ids [n, T] through the embeddings and every block; return the last boundary."""
     hidden = new_boundary(0)
+    require_sound(None)
     blockwise.load_non_block()
     for start, stop in batches:
         hidden.write(start, blockwise.embed(ids[start:stop].to(blockwise.device)))
@@ -130,6 +201,7 @@ def _run_blocks(
     hidden.seal()
     blocks = len(blockwise.block_names)
     for i in range(blocks):
+        require_sound(i)
         block = blockwise.load_block(i)
         upcoming = new_boundary(i + 1)
         for start, x in read_batches(hidden, batches):

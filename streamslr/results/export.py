@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from streamslr.errors import InputError, ResumeError, StreamslrError
 from streamslr.io.durable import (
@@ -25,15 +26,16 @@ from streamslr.io.durable import (
     write_file,
     write_json,
 )
-from streamslr.io.folder import index_json
+from streamslr.io.folder import config_bytes, index_json, require_as_written, without_code
 from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
 from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, shard_header, write_shard
 from streamslr.memory import keep_no_freed_memory
-from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
+from streamslr.model.parameter_names import find_modules
 from streamslr.model.sources import CONFIG_FILE
 from streamslr.results.inspect import read_run
+from streamslr.results.readers import LORA_PREFIX, open_on_meta, try_adapter
 from streamslr.spec.pattern import SparsityPattern
 from streamslr.tensors import is_finite
 
@@ -104,7 +106,6 @@ def export(
     if out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{out} lies in the compressed folder itself; export to a folder outside of {folder}")
     source = _Source(folder)
-    ranks = _adapter_ranks(source, folder) if to == "peft" else {}
     model = Path("base" if to == "peft" else "")
     count = len(source.files)
     shards = [
@@ -115,8 +116,15 @@ def export(
         {name: Path(shard.path).name for shard in shards for name, *_ in shard.tensors},
         sum(shard.nbytes for shard in shards),
     )
+    config = source.config(dtype)
+    tensors = zip(source.files, (shard.tensors for shard in shards), strict=True)
+    on_meta = open_on_meta(out / model, config, dict(tensors))
+    adapter: dict[str, Any] = {}
     if to == "peft":
-        shards.append(_Shard("adapter/adapter_model.safetensors", source.factors(dtype)))
+        modules = source.module_paths(on_meta)
+        adapter = _adapter_config(out / model, source.ranks(modules), on_meta)
+        shards.append(_Shard("adapter/adapter_model.safetensors", source.factors(modules, dtype)))
+        try_adapter(on_meta, adapter, shards[-1].tensors)
     made_from = {
         "record_version": _RECORD_VERSION,
         "compressed": source.identity,
@@ -135,14 +143,13 @@ def export(
                 made += 1
             step(number, len(shards))
         # The files that make the folder loadable come last, so that nothing takes an unfinished one for a model.
-        if to == "peft":
-            modules = {name.removesuffix(".weight") for name in index["weight_map"] if name.endswith(".weight")}
-            write_json(out / "adapter/adapter_config.json", _adapter_config(out / model, ranks, modules))
+        if adapter:
+            write_json(out / "adapter/adapter_config.json", adapter)
         for name, content in source.auxiliary_files():
             write_file(out / model / name, content)
         write_json(out / model / INDEX_FILE, index)
-        write_json(out / model / CONFIG_FILE, source.config(dtype))
-    return Exported(out, len(shards), made, sum(shard.nbytes for shard in shards), max(ranks.values(), default=0))
+        write_file(out / model / CONFIG_FILE, config_bytes(config))
+    return Exported(out, len(shards), made, sum(shard.nbytes for shard in shards), adapter.get("r", 0))
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
@@ -154,11 +161,14 @@ class _Source:
     """A finished compressed folder, read tensor by tensor; the digest of a shard is checked before its first use."""
 
     def __init__(self, folder: Path) -> None:
-        """Read headers only. Raise InputError for a folder that is unfinished, or whose headers are damaged."""
+        """Read headers and auxiliary files; raise InputError for a folder that is unfinished or damaged there."""
         state = read_run(folder)
         state.require_complete(folder)
+        for name, digest in state.auxiliary_files.items():
+            require_as_written(folder / name, digest)
         self._folder = folder
         self._checkpoint = open_checkpoint(str(folder))  # checks that index, shards and headers agree
+        self._auxiliary_files = tuple(state.auxiliary_files)
         self._digests = {shard.file: shard.sha256 for shard in state.shards}
         self._checked: set[str] = set()
         headers = {file: shard_header(folder / file) for file in self._digests}
@@ -172,19 +182,34 @@ class _Source:
         """Return the shards in order: the tensors outside the blocks, then one per block."""
         return tuple(self._digests)
 
-    def ranks(self) -> dict[str, int]:
-        """Return module path -> rank of the linears that have a low-rank part."""
+    def module_paths(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return stored name -> module path in `model` of each linear that has a low-rank part.
+
+        Raises:
+            InputError: No linear has one, or transformers fuses them, as it does experts.
+        """
+        stored = [name for file, names in self._linears.items() for name in names if f"{name}.V" in self._stored[file]]
+        if not stored:
+            raise InputError(
+                f"{self._folder} has rank 0: there is nothing for an adapter to hold; export it --to dense"
+            )
+        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        paths = find_modules(model, stored, linears)
+        if fused := [name for name in stored if name not in paths]:
+            raise InputError(
+                f"{fused[0]} is an expert's: transformers fuses experts when it loads them, so a LoRA of PEFT has no "
+                f"linear to adapt; export {self._folder} --to dense, or load it with streamslr.load"
+            )
+        return paths
+
+    def ranks(self, modules: Mapping[str, str]) -> dict[str, int]:
+        """Return module path -> rank, for linears by stored name -> module path."""
         return {
-            linear: self._stored[file][f"{linear}.V"].shape[0]
+            modules[linear]: self._stored[file][f"{linear}.V"].shape[0]
             for file, linears in self._linears.items()
             for linear in linears
-            if f"{linear}.V" in self._stored[file]
+            if linear in modules
         }
-
-    def find_expert(self) -> str | None:
-        """Return the first linear of an expert; None when the model has no experts."""
-        blockwise = BlockwiseModel(self._checkpoint, torch.float32, torch.device("cpu"))
-        return next((linear for linears in blockwise.experts for linear in linears), None)
 
     def weights(self, file: str, low_rank: bool, dtype: torch.dtype | None) -> tuple[TensorSource, ...]:
         """Return the tensors of a shard for the dense model.
@@ -206,28 +231,35 @@ class _Source:
         sources += (self._as_is(info, info.name, dtype) for info in rest.values())
         return tuple(sources)
 
-    def factors(self, dtype: torch.dtype | None) -> tuple[TensorSource, ...]:
-        """Return U and V by their names in a LoRA: V [r, d] is lora_A, U [o, r] is lora_B."""
+    def factors(self, modules: Mapping[str, str], dtype: torch.dtype | None) -> tuple[TensorSource, ...]:
+        """Return U and V by their names in a LoRA: V [r, d] is lora_A, U [o, r] is lora_B.
+
+        Args:
+            modules: Stored name -> module path of each linear that has them; PEFT goes by the latter.
+            dtype: Dtype of both; None keeps the stored dtype.
+        """
         return tuple(
-            self._as_is(self._stored[file][f"{linear}.{part}"], f"base_model.model.{linear}.{lora}.weight", dtype)
+            self._as_is(self._stored[file][f"{linear}.{part}"], f"{LORA_PREFIX}{modules[linear]}.{lora}.weight", dtype)
             for file, linears in self._linears.items()
             for linear in linears
             for part, lora in (("V", "lora_A"), ("U", "lora_B"))
-            if f"{linear}.{part}" in self._stored[file]
+            if linear in modules
         )
 
     def auxiliary_files(self) -> list[tuple[str, bytes]]:
-        """Return name and content of tokenizer, generation config, licence."""
-        return [(path.name, path.read_bytes()) for path in self._checkpoint.auxiliary_files()]
+        """Return name and content of tokenizer, generation config, licence: what the journal names."""
+        return [
+            (name, without_code(name, (self._folder / name).read_bytes()))
+            for name in self._auxiliary_files
+            if name != CONFIG_FILE
+        ]
 
     def config(self, dtype: torch.dtype | None) -> dict[str, Any]:
-        """Return the config.json of the dense model."""
-        config: dict[str, Any] = json.loads((self._folder / CONFIG_FILE).read_text())
+        """Return the config.json of the dense model: the source's own, with another dtype where one is asked for."""
+        config: dict[str, Any] = self._checkpoint.config_json()
         del config["quantization_config"]
-        if dtype is not None:
-            for part in (config, *config.values()):  # models of several parts have a dtype in each
-                if part is config or (isinstance(part, dict) and "dtype" in part):
-                    part["dtype"] = str(dtype).removeprefix("torch.")
+        if dtype is not None and not _set_dtype(config, str(dtype).removeprefix("torch.")):
+            config["torch_dtype"] = str(dtype).removeprefix("torch.")  # every version of transformers reads this name
         return config
 
     def _as_is(self, info: TensorInfo, name: str, dtype: torch.dtype | None) -> TensorSource:
@@ -247,11 +279,7 @@ class _Source:
         path = self._folder / file
         try:
             if file not in self._checked:
-                if file_sha256(path) != self._digests[file]:
-                    raise InputError(
-                        f"{path} is damaged: its sha256 is not the one in the journal; copy the file again, or "
-                        f"delete it and start the same run again to write it anew"
-                    )
+                require_as_written(path, self._digests[file])
                 self._checked.add(file)
             with safe_open(path, "pt") as opened:
                 return {info.name: opened.get_tensor(info.name) for info in infos}
@@ -268,20 +296,17 @@ class _Source:
         return tensor
 
 
-def _adapter_ranks(source: _Source, folder: Path) -> dict[str, int]:
-    """Return the rank of each linear for a PEFT adapter. Raise InputError when the model cannot have one."""
-    if expert := source.find_expert():
-        raise InputError(
-            f"{expert} is an expert's: transformers fuses experts when it loads them, so a LoRA of PEFT has no linear "
-            f"to adapt; export {folder} --to dense, or load it with streamslr.load"
-        )
-    ranks = source.ranks()
-    if not ranks:
-        raise InputError(f"{folder} has rank 0: there is nothing for an adapter to hold; export it --to dense")
-    return ranks
+def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
+    """Set every dtype in config.json, also those of a composite model's parts; return True where its top has one."""
+    names = config.keys() & {"dtype", "torch_dtype"}
+    config.update(dict.fromkeys(names, dtype))
+    for part in config.values():
+        if isinstance(part, dict):
+            _set_dtype(part, dtype)
+    return bool(names)
 
 
-def _adapter_config(base: Path, ranks: Mapping[str, int], modules: set[str]) -> dict[str, Any]:
+def _adapter_config(base: Path, ranks: Mapping[str, int], model: nn.Module) -> dict[str, Any]:
     """Return the adapter_config.json of a LoRA whose scale alpha / r is 1 for every module.
 
     r is the largest rank, because vLLM reserves r rows for each module and pads with zeros. vLLM reads r and lora_alpha
@@ -290,10 +315,10 @@ def _adapter_config(base: Path, ranks: Mapping[str, int], modules: set[str]) -> 
     Args:
         base: Folder of the base model.
         ranks: Rank of each module that has an adapter.
-        modules: Every module of the base model that holds a weight.
+        model: The base model on meta.
     """
     rank = max(ranks.values())
-    others = {name.rpartition(".")[2] for name in modules - ranks.keys()}
+    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in ranks}
     # PEFT applies a target to every module whose name ends in it, so the last part of a name is enough where all
     # modules that share it have an adapter.
     targets = {name if (last := name.rpartition(".")[2]) in others else last for name in ranks}

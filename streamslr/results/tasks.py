@@ -1,20 +1,28 @@
 """Scores of a compressed folder or a dense checkpoint, loaded whole, on tasks of lm-evaluation-harness."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from streamslr.errors import HubError, InputError, first_line
-from streamslr.model.checkpoint import open_checkpoint
+from streamslr.io.packed_layout import read_quantization_config
+from streamslr.model.blockwise import BlockwiseModel
+from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.run.context import pick_device
+from streamslr.run.journal import JOURNAL_FILE
+from streamslr.runtime.loader import load
 
 PAPERS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "rte", "openbookqa", "boolq")
 """The eight zero-shot tasks of HASSLE-free (arXiv:2502.00899) and 3BASiL (arXiv:2603.01376)."""
+
+log = logging.getLogger("streamslr")
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ def evaluate_tasks(
     where, dtype = pick_device(device)
     checkpoint = open_checkpoint(model, revision)
     tokenizer = checkpoint.tokenizer()
-    loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype, device_map=where)
+    loaded = _load_whole(checkpoint, revision, where, dtype)
     lm = HFLM(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     if not progress:
         for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
@@ -102,6 +110,23 @@ def evaluate_tasks(
         lm, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
     )
     return TaskScores(model, where.type, str(dtype).removeprefix("torch."), tuple(_scores(results)))
+
+
+def _load_whole(
+    checkpoint: Checkpoint, revision: str | None, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load a model complete, a compressed folder with each file compared with its digest in the journal."""
+    model = checkpoint.model
+    if read_quantization_config(checkpoint.config) is not None:
+        has_journal = checkpoint.fetch_file(JOURNAL_FILE) is not None
+        if not has_journal:
+            log.warning("%s has no %s: its bytes are not compared with any digest", model, JOURNAL_FILE)
+        return load(model, device, dtype, verify=has_journal, revision=revision)
+    BlockwiseModel(checkpoint, dtype, torch.device("cpu"))  # refuses what is not complete, from headers
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model, revision=revision, dtype=dtype, device_map=device, trust_remote_code=False
+    )
+    return loaded
 
 
 def task_table(scores: TaskScores) -> Table:

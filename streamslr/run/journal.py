@@ -199,6 +199,11 @@ class JournalState:
         """Committed shards, in the model's order."""
         return (*((self.non_block,) if self.non_block else ()), *(block.shard for block in self.blocks))
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of each file that the journal records: the auxiliary files, then the shards."""
+        return dict(self.auxiliary_files) | {shard.file: shard.sha256 for shard in self.shards}
+
 
 def read_journal(folder: Path) -> JournalState | None:
     """Return the journal of an output folder, finished or not; None where there is none.

@@ -9,17 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from streamslr.errors import InputError, first_line
-from streamslr.io.packed_layout import (
-    MIXED,
-    QUANT_METHOD,
-    linears_among,
-    packed_linears,
-    read_quantization_config,
-    shard_metadata,
-    stored_parts,
-)
-from streamslr.io.safetensors_file import TensorInfo, shard_header
+from streamslr.errors import BudgetError, InputError, StreamslrError, first_line, says_out_of_memory
+from streamslr.io.folder import require_as_written
+from streamslr.io.packed_layout import MIXED, QUANT_METHOD, read_quantization_config, shard_metadata
 from streamslr.model.transformers_compat import (
     HfQuantizer,
     QuantizationConfigMixin,
@@ -28,9 +20,14 @@ from streamslr.model.transformers_compat import (
     register_quantizer,
     revert_weight_conversion,
 )
-from streamslr.run.journal import read_journal
+from streamslr.run.journal import JOURNAL_FILE, JournalState, read_journal
 from streamslr.runtime.linear import SparseLowRankLinear
-from streamslr.spec.pattern import SparsityPattern
+from streamslr.runtime.stored_model import (
+    read_stored_model,
+    require_complete,
+    require_same_kinds_packed,
+    require_sound_positions,
+)
 
 # This file is imported while transformers is being imported (runtime/register.py), when AutoModelForCausalLM and
 # PreTrainedModel are not there yet. What needs them is imported inside functions, streamslr's own files included.
@@ -46,11 +43,13 @@ def load(
     dtype: str | torch.dtype | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     keep_dense: bool = False,
+    verify: bool = False,
+    revision: str | None = None,
 ) -> "PreTrainedModel":
     """Load a compressed folder (or hub id) as a model whose linears are `SparseLowRankLinear`, packed in memory.
 
-    Peak host memory is the packed model and one shard. The bytes themselves are not checked against their digests;
-    `streamslr verify` does that.
+    Peak host memory is the packed model and one shard. Names, shapes, dtypes and the columns that S keeps are checked
+    against the index, the journal and the model; digests of the files only with `verify`.
 
     Args:
         folder: compressed folder, or hub id of one.
@@ -59,6 +58,8 @@ def load(
         device_map: in place of device, as in `from_pretrained`.
         keep_dense: hold every S dense too. The model is then as fast as the dense model, for the dense model's memory
             on top: for CPUs, where unpacking costs time.
+        verify: read every file first and compare it with its digest in the journal.
+        revision: branch, tag or commit of a hub model.
 
     Returns:
         The model, in evaluation mode.
@@ -66,33 +67,99 @@ def load(
     Raises:
         InputError: streamslr did not write the folder, the folder is unfinished or damaged, or an argument cannot take
             effect.
+        BudgetError: the model does not fit the memory.
+        HubError: the hub could not be reached.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    if device is not None and device_map is not None:
-        raise InputError(f"device {device!s} and device_map {device_map!r} cannot both hold; give one of them")
-    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!s}, but torch sees no GPU here; leave device out, or give cpu")
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"dtype {dtype!r} is none of torch's; give bfloat16, float16 or float32")
+    _check_arguments(device, dtype, device_map)
+    name = str(Path(folder).expanduser())
+    commit, state = _prepare_files(folder, revision, verify)
     try:
-        config = AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, revision=commit, trust_remote_code=False)
+    except Exception as error:  # the values are the folder's, and each architecture checks its own in its own way
         raise InputError(f"{folder} holds no model that transformers knows: {first_line(error)}") from error
     if read_quantization_config(config) is None:
         raise InputError(
             f"{folder} was not written by streamslr; load it with AutoModelForCausalLM.from_pretrained, "
             f"or compress it with `streamslr run`"
         )
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if state and depth != state.blocks_total:  # before as many blocks are built
+        raise InputError(
+            f"config.json of {folder} speaks of {depth} blocks, the journal of {state.blocks_total}: one of them is "
+            f"damaged; copy both again"
+        )
     if device_map is None:
         device_map = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype or "auto", device_map=device_map, offload_buffers=True
-    )  # values of S are buffers, which accelerate leaves on the GPU unless it is told to offload them too
+    model = _from_pretrained(name, revision=commit, dtype=dtype or "auto", device_map=device_map)
     if keep_dense:
         for linear in packed_modules(model).values():
             linear.keep_dense()
     return model
+
+
+def _check_arguments(
+    device: str | torch.device | None, dtype: str | torch.dtype | None, device_map: str | Mapping[str, Any] | None
+) -> None:
+    """Raise InputError for arguments of `load` that cannot hold."""
+    if device is not None and device_map is not None:
+        raise InputError(f"device {device!s} and device_map {device_map!r} cannot both hold; give one of them")
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!s}, but torch sees no GPU here; leave device out, or give cpu")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"dtype {dtype!r} is none of torch's; give bfloat16, float16 or float32")
+
+
+def _from_pretrained(name: str, **arguments: Any) -> "PreTrainedModel":
+    """Load a model with transformers, whose errors become errors that say what to do; refuse an incomplete one."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # Values of S are buffers, which accelerate leaves on the GPU unless it is told to offload them too.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, offload_buffers=True, output_loading_info=True, trust_remote_code=False, **arguments
+        )
+    except StreamslrError:
+        raise
+    except Exception as error:  # whatever it is: transformers could not load the folder
+        if says_out_of_memory(error):
+            raise BudgetError(f"{name} does not fit the memory ({first_line(error)}); give a device_map") from error
+        raise InputError(
+            f"transformers cannot load {name}: {first_line(error)}; `streamslr verify` tells more"
+        ) from error
+    model: PreTrainedModel
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{name} lacks {missing[0]} ({len(missing)} such tensors); `streamslr verify` tells more")
+    return model
+
+
+def _prepare_files(folder: str | Path, revision: str | None, verify: bool) -> tuple[str | None, JournalState | None]:
+    """Find the folder or hub repository; return the repository's commit, None for a folder, and the journal.
+
+    Of a hub repository the journal is fetched, so that it lies beside the shards when they are loaded.
+
+    Args:
+        folder: compressed folder, or hub id of one.
+        revision: branch, tag or commit of a hub model.
+        verify: compare every file with its digest in the journal.
+
+    Raises:
+        InputError: there is no such folder, or a file is not as the journal says.
+        HubError: the hub could not be reached.
+    """
+    from streamslr.model.sources import HubRepo, find_source
+
+    source = find_source(str(folder), revision)
+    state = read_journal(source.fetch(JOURNAL_FILE).parent) if JOURNAL_FILE in source.files else None
+    if verify:
+        if state is None:
+            raise InputError(f"{folder} has no {JOURNAL_FILE} to verify it against; leave verify out")
+        state.require_complete(source.fetch(JOURNAL_FILE).parent)
+        for file, digest in state.digests.items():
+            require_as_written(source.fetch(file), digest)
+    return source.commit if isinstance(source, HubRepo) else None, state
 
 
 def packed_modules(model: nn.Module) -> dict[str, SparseLowRankLinear]:
@@ -124,41 +191,40 @@ class StreamslrQuantizer(HfQuantizer):
         from streamslr.model.experts import unfuse
         from streamslr.model.parameter_names import find_modules
 
-        stored, patterns = _read_headers(checkpoint_files)
-        unfuse(model, get_model_conversion_mapping(model), stored)
-        packed = read_quantization_config({"quantization_config": self.quantization_config})
-        assert packed is not None
+        stored = read_stored_model(checkpoint_files)
+        unfuse(model, get_model_conversion_mapping(model), stored.tensors)
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        paths = linears_among(stored)
-        names = find_modules(model, paths, linears)
-        if unknown := [path for path in paths if path not in names]:
+        names = find_modules(model, stored.linears, linears)
+        if unknown := [path for path in stored.linears if path not in names]:
             raise InputError(
                 f"the shards hold {unknown[0]} ({len(unknown)} such linears), which {type(model).__name__} lacks: "
                 "config.json is of another model, or another version of transformers wrote the folder"
             )
         for path, name in names.items():
-            parts = {part: stored[key] for part, key in stored_parts(path, stored).items()}
-            if "values" not in parts:
-                raise InputError(f"the shards hold {path}.meta without its values; `streamslr verify` tells more")
-            linear = linears.pop(name)
-            pattern = patterns.get(path, packed.pattern)
-            if pattern is None:
-                raise InputError(f"no shard's header says what pattern {path} has; copy the folder again")
-            rank = parts["U"].shape[1] if "U" in parts else 0
+            linear, (pattern, shape) = linears.pop(name), stored.linears[path]
+            if shape != (linear.out_features, linear.in_features):
+                raise stored.refuse(
+                    f"{path} is {shape[0]}x{shape[1]}, config.json asks for {linear.out_features}x{linear.in_features}"
+                )
             model.set_submodule(
                 name,
                 SparseLowRankLinear(
                     linear.in_features,
                     linear.out_features,
                     pattern,
-                    rank,
+                    stored.rank(path),
                     bias=linear.bias is not None,
-                    nonzeros=parts["values"].shape[0],
+                    nonzeros=stored.parts(path)["values"].shape[0],
                     dtype=linear.weight.dtype,
                     device="meta",
                 ),
             )
-        _require_whole(model, set(linears))
+        require_same_kinds_packed(set(packed_modules(model)), set(linears))
+        entry = read_quantization_config({"quantization_config": self.quantization_config})
+        if entry and entry.rank and not any(stored.rank(path) for path in names):
+            raise stored.refuse(f"no linear has U and V, config.json says rank {entry.rank}")
+        require_complete(model, stored)
+        require_sound_positions(stored)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         kernels = Counter(linear.kernel for linear in packed_modules(model).values())
@@ -189,41 +255,3 @@ class StreamslrQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _read_headers(files: list[str] | None) -> tuple[dict[str, TensorInfo], dict[str, SparsityPattern]]:
-    """Return every tensor of the shards, and the pattern of every packed linear, from the shards' headers.
-
-    Raises:
-        InputError: a header is damaged, or the run that wrote the folder has not finished.
-    """
-    if not files:
-        raise InputError("a compressed model must be loaded from its folder, not from a state_dict alone")
-    for folder in {Path(file).parent for file in files}:
-        if state := read_journal(folder):
-            state.require_complete(folder)
-    headers = [shard_header(Path(file)) for file in files]
-    stored = {name: info for header in headers for name, info in header.tensors.items()}
-    linears = {name: linear for header in headers for name, linear in packed_linears(header.metadata).items()}
-    return stored, {name: pattern for name, (pattern, _) in linears.items()}
-
-
-def _require_whole(model: nn.Module, dense: set[str]) -> None:
-    """Raise InputError when a linear stayed dense that is packed in another block: shards are missing.
-
-    Args:
-        model: the model, packed linears in their places.
-        dense: module paths of the linears that stayed dense.
-    """
-
-    def without_numbers(name: str) -> str:
-        return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-    packed = {without_numbers(name) for name in packed_modules(model)}
-    if not packed:
-        raise InputError("config.json says that streamslr packed the linears, but the shards hold none that fit")
-    if missing := sorted(name for name in dense if without_numbers(name) in packed):
-        raise InputError(
-            f"the shards hold no {missing[0]} ({len(missing)} such linears): the folder is unfinished or "
-            f"incomplete; `streamslr verify` tells more"
-        )

@@ -7,7 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 from streamslr.io.durable import file_sha256
-from streamslr.io.folder import discard_uncommitted, index_json, write_auxiliary_files, write_block, write_index
+from streamslr.io.folder import (
+    discard_uncommitted,
+    index_json,
+    without_code,
+    write_auxiliary_files,
+    write_block,
+    write_index,
+)
 from streamslr.io.packed_layout import packed_linears, quantization_config
 from streamslr.io.packing import pack
 from streamslr.io.safetensors_file import shard_header
@@ -63,3 +70,11 @@ def test_only_uncommitted_shards_and_partial_files_are_discarded(tmp_path: Path)
         (tmp_path / name).touch()
     discard_uncommitted(tmp_path, [kept])
     assert {path.name for path in tmp_path.iterdir()} == {kept.file, "config.json", "mine.safetensors"}
+
+
+def test_auto_map_is_dropped_where_it_names_code_and_kept_where_it_is_a_word() -> None:
+    named = b'{"auto_map": {"AutoTokenizer": ["own.Tokenizer", null]}, "bos_token": "a"}'
+    assert json.loads(without_code("tokenizer_config.json", named)) == {"bos_token": "a"}
+    for content in (b'{"auto_map": 17}', b'{"model": {"vocab": {"auto_map": {}}}}', b'["auto_map"', b'["auto_map"]'):
+        assert without_code("tokenizer.json", content) == content
+    assert without_code("notes.txt", named) == named

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamslr.errors import InputError
-from streamslr.io.packed_check import check_packed
+from streamslr.io.packed_check import check_packed, check_positions
 from streamslr.io.packing import pack, unpack
 from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, parse_pattern
 from tests.support.packed_linears import low_rank_linear, random_sparse
@@ -109,3 +109,16 @@ def test_any_changed_meta_byte_is_found_or_harmless(text: str, where: int, byte:
         S = unpack(packed, pattern, (6, 12))
         assert pattern.check(S != 0) is None
         assert sorted(S[S != 0].tolist()) == sorted(packed["values"][packed["values"] != 0].tolist())
+
+
+@pytest.mark.parametrize(("pattern", "d"), [("4:8", 16), ("3:6", 12), ("8:16", 32), ("50%/row", 20), ("50%", 20)])
+def test_each_changed_bit_of_a_bitmask_is_found(pattern: str, d: int) -> None:
+    parsed = parse_pattern(pattern)
+    W = torch.randn(3, d, generator=torch.Generator().manual_seed(0))
+    parts = pack(W * parsed.project(W), parsed, torch.float32)
+    assert check_positions(parts, parsed, (3, d)) == []
+    for row in range(3):
+        for column in range(8 * parts["meta"].shape[1]):
+            meta = parts["meta"].clone()
+            meta[row, column // 8] ^= 1 << column % 8
+            assert check_positions(parts | {"meta": meta}, parsed, (3, d)), (row, column)

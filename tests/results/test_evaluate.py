@@ -73,3 +73,38 @@ def test_windows_begin_with_bos_where_the_tokenizer_adds_it(llama: Path, text: P
     plain = streamslr.compress(llama, tmp_path / "plain", method="eora-wanda", device="cpu", **settings)
     assert plain.bos is False
     assert plain.fingerprint["tokens"] != journal.fingerprint["tokens"]
+
+
+@pytest.mark.parametrize("file", ["model-outside.safetensors", "model-block-00001.safetensors", "tokenizer.json"])
+def test_a_flipped_bit_gives_no_perplexity(matched: Path, text: Path, tmp_path: Path, file: str) -> None:
+    folder = shutil.copytree(matched, tmp_path / "slr")
+    content = bytearray((folder / file).read_bytes())
+    content[-3] ^= 1
+    (folder / file).write_bytes(content)
+    with pytest.raises(InputError, match=f"{file} is damaged or was changed: its sha256"):
+        evaluate(str(folder), text, SEQ_LEN, device="cpu", free_memory=10**9)
+
+
+def test_a_file_in_place_of_the_shards_gives_no_perplexity(matched: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(matched, tmp_path / "slr")
+    streamslr.load(matched, device="cpu").save_pretrained(tmp_path / "saved")
+    shutil.copy(tmp_path / "saved/model.safetensors", folder)
+    with pytest.raises(InputError, match=r"does not name model\.safetensors"):
+        evaluate(str(folder), text, SEQ_LEN, device="cpu", free_memory=10**9)
+
+
+def test_without_a_journal_it_says_that_nothing_is_checked(
+    matched: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(matched, tmp_path / "slr")
+    (folder / "streamslr.json").unlink()
+    evaluate(str(folder), text, SEQ_LEN, windows=1, device="cpu", free_memory=10**9)
+    assert "no streamslr.json: its bytes are not compared with any digest" in caplog.text
+
+
+def test_a_changed_setting_of_the_model_gives_no_perplexity(matched: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(matched, tmp_path / "slr")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"rms_norm_eps": 1', '"rms_norm_eps": 2'))
+    with pytest.raises(InputError, match=r"config\.json is damaged or was changed: its sha256"):
+        evaluate(str(folder), text, SEQ_LEN, device="cpu", free_memory=10**9)

@@ -153,11 +153,12 @@ def test_a_finished_export_is_checked_and_what_is_damaged_made_again(
     assert file_contents(out) == whole
 
 
-def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path) -> None:
-    content = bytearray((folder / BLOCK).read_bytes())
-    content[-1] ^= 1
-    (folder / BLOCK).write_bytes(content)
-    with pytest.raises(InputError, match=f"{BLOCK} is damaged"):
+@pytest.mark.parametrize("file", [BLOCK, "config.json", "tokenizer.json"])
+def test_a_damaged_file_is_named(folder: Path, tmp_path: Path, file: str) -> None:
+    content = bytearray((folder / file).read_bytes())
+    content[-3] ^= 1
+    (folder / file).write_bytes(content)
+    with pytest.raises(InputError, match=f"{file} is damaged"):
         export(folder, tmp_path / "out", "dense")
 
 
