@@ -31,7 +31,7 @@ class HubError(StreamslrError):
     exit_code = 5
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, at most 200 characters, or the error's type if it is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
