@@ -9,17 +9,18 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from streamslr.config import RunConfig, default_out, parse_bytes
 from streamslr.errors import InputError
+from streamslr.printable import printable
 from streamslr.terminal import (
-    make_console,
     print_json,
     print_table,
     report_errors,
+    say,
     send_log,
     show_bar,
     silence_libraries,
@@ -44,6 +45,16 @@ class _Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class _Path(click.Path):
+    """Path whose refusal does not print what a hostile name holds."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(path_type=Path, **settings)
+
+    def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
+        super().fail(printable(message), param, ctx)
+
+
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add an option for every field of RunConfig: name, type, default and help come from there."""
     hints = typing.get_type_hints(RunConfig)
@@ -61,7 +72,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
         elif field.name.endswith("_mem"):
             settings["type"] = _Size()
         else:
-            settings["type"] = click.Path(path_type=Path) if kinds[0] is Path else kinds[0]
+            settings["type"] = _Path() if kinds[0] is Path else kinds[0]
         command = click.option(flag, field.name, **settings)(command)
     return command
 
@@ -74,7 +85,7 @@ _device_option = click.option(
 _seq_len_option = click.option(
     "--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of the text."
 )
-_folder_argument = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+_folder_argument = click.argument("folder", type=_Path(exists=True, file_okay=False))
 
 
 @click.group(context_settings={"max_content_width": 110})
@@ -92,7 +103,7 @@ def main() -> None:
 @main.command()
 @_run_options
 @_quiet_option
-@click.option("--log-file", type=click.Path(path_type=Path), help="Append a line a block, and every warning, to FILE.")
+@click.option("--log-file", type=_Path(), help="Append a line a block, and every warning, to FILE.")
 def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
     """Compress a model into a folder; the same line again goes on where it stopped."""
     out = settings["out"] or default_out(settings["model"])
@@ -108,7 +119,7 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
 
             context = open_run(config)
             if not quiet:
-                console.print(plan_table(context.plan))
+                print_table(plan_table(context.plan), full_width=False)
             live = not quiet and console.is_terminal
             with LiveDisplay(console, context.host_mem) if live else nullcontext() as display:
                 state = compress(context, display)
@@ -134,7 +145,7 @@ def plan(as_json: bool, **settings: Any) -> None:
         if as_json:
             print_json(context.plan.as_dict())
         else:
-            make_console().print(plan_table(context.plan))
+            print_table(plan_table(context.plan), full_width=False)
         require_fit(context)
 
 
@@ -203,20 +214,18 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
             print_json(dataclasses.asdict(result))
         else:
             for file, problem in result.problems:
-                click.echo(f"{file}: {problem}")
+                say(f"{file}: {problem}")
             advice = "; delete the damaged files and start the same run again, which writes them anew"
             verdict = f"{len(result.problems)} problems{advice}" if result.problems else "no problems"
             unfinished = "" if result.complete else " (unfinished run: only its finished part was checked)"
-            click.echo(f"{folder}: {result.files} shards, {result.tensors} tensors, {verdict}{unfinished}")
+            say(f"{folder}: {result.files} shards, {result.tensors} tensors, {verdict}{unfinished}")
         if result.problems:
             sys.exit(1)
 
 
 @main.command()
 @_folder_argument
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file to write [default: FOLDER/report.html]."
-)
+@click.option("--out", type=_Path(dir_okay=False), help="HTML file to write [default: FOLDER/report.html].")
 def report(folder: Path, out: Path | None) -> None:
     """Write an HTML page about a compressed FOLDER.
 
@@ -226,12 +235,12 @@ def report(folder: Path, out: Path | None) -> None:
     with report_errors():
         from streamslr.results.report.page import write_report
 
-        click.echo(str(write_report(folder, out)))
+        say(str(write_report(folder, out)))
 
 
 @main.command()
 @_folder_argument
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", type=_Path(file_okay=False))
 @click.option(
     "--to",
     type=click.Choice(["dense", "peft"]),
@@ -259,29 +268,27 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
         with show_bar("export", shown=not quiet) as step:
             result = exporting.export(folder, out, to, getattr(torch, dtype) if dtype else None, step)
         already = f"; {result.shards - result.made} of them were there already" if result.made < result.shards else ""
-        click.echo(f"{out}: {result.shards} shards, {result.nbytes:,} bytes, read back and equal{already}")
+        say(f"{out}: {result.shards} shards, {result.nbytes:,} bytes, read back and equal{already}")
         if to == "dense":
-            click.echo(f'load it: AutoModelForCausalLM.from_pretrained("{out}")')
+            say(f'load it: AutoModelForCausalLM.from_pretrained("{out}")')
         else:
-            click.echo(f'load it: peft.AutoPeftModelForCausalLM.from_pretrained("{out}/adapter")')
+            say(f'load it: peft.AutoPeftModelForCausalLM.from_pretrained("{out}/adapter")')
             rank = exporting.vllm_max_lora_rank(result.rank)
             base, adapter = (shlex.quote(f"{out}/{part}") for part in ("base", "adapter"))
             lora = f"--enable-lora --max-lora-rank {rank} --lora-modules slr={adapter}"
             too_large = f"rank {result.rank} is more than vLLM takes in a LoRA; for vLLM export it --to dense"
-            click.echo(f"serve it: vllm serve {base} {lora}" if rank else too_large)
+            say(f"serve it: vllm serve {base} {lora}" if rank else too_large)
 
 
 @main.command()
 @_folder_argument
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=_Path(),
     required=True,
     help="Text to train on: .txt, .jsonl with a `text` field, or .gz of either.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="New folder for the result."
-)
+@click.option("--out", type=_Path(file_okay=False), required=True, help="New folder for the result.")
 @_seq_len_option
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the text.")
 @click.option("--steps", type=click.IntRange(1), help="Number of optimizer steps, in place of --epochs.")
@@ -308,7 +315,7 @@ def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
 
         with send_log(quiet, None):
             record = train(folder, **settings)
-        click.echo(
+        say(
             f"{settings['out']}: held-out loss {record.loss_before:.4f} before, {record.loss_after:.4f} after "
             f"{record.steps} steps on {record.data}"
         )
@@ -318,14 +325,14 @@ def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
 @click.argument("model")
 @click.option(
     "--text",
-    type=click.Path(path_type=Path, exists=True),
+    type=_Path(exists=True),
     help="Text to measure the perplexity on: .txt, .jsonl with a `text` field, or .gz of either.",
 )
 @_seq_len_option
 @click.option("--windows", type=click.IntRange(1), help="Number of windows from the start of the text [default: all].")
 @click.option(
     "--scratch",
-    type=click.Path(path_type=Path),
+    type=_Path(),
     help="Folder for hidden states that memory cannot hold [default: the system's temporary folder].",
 )
 @click.option(
@@ -338,9 +345,7 @@ def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
 @click.option(
     "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Questions evaluated together."
 )
-@click.option(
-    "--include-path", type=click.Path(path_type=Path, exists=True), help="Folder of more tasks, in the harness's YAML."
-)
+@click.option("--include-path", type=_Path(exists=True), help="Folder of more tasks, in the harness's YAML.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @_device_option
 @_json_option
@@ -398,7 +403,7 @@ def eval(
                 )
             found |= dataclasses.asdict(result)
             if not as_json:
-                click.echo(
+                say(
                     f"{model}: perplexity {result.perplexity:.4f} on {result.windows:,} windows of "
                     f"{result.seq_len:,} tokens of {text} ({result.dtype} on {result.device})"
                 )

@@ -4,10 +4,11 @@ import json
 import logging
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -16,32 +17,59 @@ from rich.progress import Progress
 from rich.table import Table
 
 from streamslr.errors import StreamslrError
+from streamslr.printable import printable
 
 _INTERRUPTED = 130  # the exit code that a shell reports for a process ended by Ctrl-C
 
 
-def make_console(stderr: bool = False) -> Console:
-    """Return the terminal, at its width; a file or pipe gets lines of 120 characters."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=120)
+_LONGEST_LINE = 4000
+"""Characters of the longest message that is shown whole."""
 
 
-def print_table(table: Table) -> None:
-    """Print a table; a file or pipe gets its full width."""
+def make_console(stderr: bool = False, width: int | None = None) -> Console:
+    """Return the terminal, at its width; a file or pipe gets lines of 120 characters. Square brackets are text."""
+    console = Console(stderr=stderr, width=width, markup=False, emoji=False)
+    if console.is_terminal or width is not None:
+        return console
+    return make_console(stderr, width=120)
+
+
+def say(message: str, err: bool = False) -> None:
+    """Print one line; what does not print is escaped."""
+    if len(message) > _LONGEST_LINE:
+        message = f"{message[:_LONGEST_LINE]}… ({len(message):,} characters)"
+    click.echo(printable(message), err=err)
+
+
+def print_table(table: Table, full_width: bool = True) -> None:
+    """Print a table, with what does not print escaped; a file or pipe gets its full width unless that is not asked."""
+    _escape_table(table)
     console = make_console()
-    if not console.is_terminal:
-        console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    if full_width and not console.is_terminal:
+        console.width = max(console.width, make_console(width=1000).measure(table).maximum)
     console.print(table)
 
 
+def _escape_table(table: Table) -> None:
+    """Escape title, caption and cells; newlines stay where our own tables have them, in captions and headers."""
+    if isinstance(table.title, str):
+        table.title = printable(table.title)
+    if isinstance(table.caption, str):
+        table.caption = printable(table.caption, keep="\n")
+    for column in table.columns:
+        column._cells = [printable(cell) if isinstance(cell, str) else cell for cell in column._cells]
+
+
 def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, default=str))
+    """Print JSON in ASCII; NaN and infinity, which JSON lacks, become null."""
+    strict = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+    click.echo(json.dumps(strict, indent=2))
 
 
 @contextmanager
 def show_bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on a terminal, and yield the function that moves it: (done, total)."""
-    console = Console(stderr=True)  # where it is no terminal, a bar would leave an empty line
+    console = make_console(stderr=True)  # where it is no terminal, a bar would leave an empty line
     with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -63,18 +91,25 @@ def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Ite
     try:
         yield
     except StreamslrError as error:
-        click.echo(f"streamslr: {error}", err=True)
+        say(f"streamslr: {error}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        click.echo(f"streamslr: {error}", err=True)
+        say(f"streamslr: {error}", err=True)
         sys.exit(StreamslrError.exit_code)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         message = f"; finished {parts} are kept, and {how_to_go_on}" if how_to_go_on else ""
-        click.echo(f"streamslr: interrupted{message}", err=True)
+        say(f"streamslr: interrupted{message}", err=True)
         sys.exit(_INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _OneLine(logging.Formatter):
+    """Formatter of log lines; what does not print is escaped, so that a name cannot forge a line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name that logging gives it
+        return printable(super().formatMessage(record))
 
 
 @contextmanager
@@ -85,11 +120,12 @@ def send_log(quiet: bool, log_file: Path | None) -> Iterator[Console]:
     logger.setLevel(logging.INFO)
     shown = RichHandler(console=make_console(stderr=True) if quiet else console, show_path=False, markup=False)
     shown.setLevel(logging.WARNING if quiet else logging.INFO)
+    shown.setFormatter(_OneLine())
     handlers: list[logging.Handler] = [shown]
     if log_file:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers[-1].setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         logger.addHandler(handler)
     try:
@@ -101,7 +137,7 @@ def send_log(quiet: bool, log_file: Path | None) -> Iterator[Console]:
 
 
 def silence_libraries() -> None:
-    """Turn off the bars and messages of the libraries, which would tear our display."""
+    """Turn off the bars and messages of the libraries, which would tear our display; their warnings take one line."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers import logging as transformers_logging
 
@@ -109,3 +145,17 @@ def silence_libraries() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.setFormatter(_OneLine())
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    say(f"streamslr: warning: {message}", err=True)

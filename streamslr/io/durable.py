@@ -14,6 +14,7 @@ from typing import Any
 
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, ResumeError, StreamslrError
+from streamslr.io.json_file import open_regular
 
 PARTIAL_SUFFIX = ".partial"
 """End of a file's name until it is whole. A later attempt at the same file replaces a leftover one."""
@@ -86,6 +87,18 @@ def write_file(path: Path, content: bytes) -> str:
     """Write a small file durably and return its sha256. Errors as `durable_file`."""
     with durable_file(path, len(content)) as file:
         file.write(content)
+    return file.sha256
+
+
+def copy_file(source: Path, path: Path) -> str:
+    """Copy a regular file durably, piece by piece, and return its sha256.
+
+    Raises:
+        InputError: `source` cannot be read, or is no regular file. Other errors as `durable_file`.
+    """
+    with open_regular(source) as opened, durable_file(path, os.fstat(opened.fileno()).st_size) as file:
+        while piece := opened.read(_SLICE):
+            file.write(piece)
     return file.sha256
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from streamslr.io.durable import PARTIAL_SUFFIX, write_file, write_json
+from streamslr.io.durable import PARTIAL_SUFFIX, copy_file, write_json
 from streamslr.io.packed_layout import (
     BLOCK_FILE,
     INDEX_FILE,
@@ -46,7 +46,7 @@ def write_auxiliary_files(
     config = {**config, "quantization_config": quantization_config(pattern, rank)}
     digests = {"config.json": write_json(folder / "config.json", config)}
     for path in files:
-        digests[path.name] = write_file(folder / path.name, path.read_bytes())
+        digests[path.name] = copy_file(path, folder / path.name)
     return digests
 
 

@@ -177,7 +177,8 @@ def _parse_header(raw: bytes) -> tuple[Mapping[str, str], Mapping[str, _Entry]]:
     if not raw.startswith(b"{"):
         raise ValueError("it does not begin with an object")
     entries = parse_json(raw, dict[str, msgspec.Raw])
-    metadata = parse_json(bytes(entries.pop(_METADATA, b"null")), dict[str, str] | None) or {}
+    texts = bytes(entries.pop(_METADATA, b"null"))
+    metadata = {} if texts == b"null" else parse_json(texts, dict[str, str])
     described = {}
     for name, entry in entries.items():
         if not name.isprintable():

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,13 +20,14 @@ from streamslr.errors import InputError, ResumeError, StreamslrError
 from streamslr.io.durable import (
     PARTIAL_SUFFIX,
     DiskNeed,
+    copy_file,
     file_sha256,
     lock_folder,
     require_disk_space,
-    write_file,
     write_json,
 )
 from streamslr.io.folder import index_json
+from streamslr.io.json_file import parse_json, parse_loose_json, read_bounded
 from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
 from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, shard_header, write_shard
@@ -138,8 +140,8 @@ def export(
         if to == "peft":
             modules = {name.removesuffix(".weight") for name in index["weight_map"] if name.endswith(".weight")}
             write_json(out / "adapter/adapter_config.json", _adapter_config(out / model, ranks, modules))
-        for name, content in source.auxiliary_files():
-            write_file(out / model / name, content)
+        for path in source.auxiliary_files():
+            copy_file(path, out / model / path.name)
         write_json(out / model / INDEX_FILE, index)
         write_json(out / model / CONFIG_FILE, source.config(dtype))
     return Exported(out, len(shards), made, sum(shard.nbytes for shard in shards), max(ranks.values(), default=0))
@@ -216,13 +218,13 @@ class _Source:
             if f"{linear}.{part}" in self._stored[file]
         )
 
-    def auxiliary_files(self) -> list[tuple[str, bytes]]:
-        """Return name and content of tokenizer, generation config, licence."""
-        return [(path.name, path.read_bytes()) for path in self._checkpoint.auxiliary_files()]
+    def auxiliary_files(self) -> list[Path]:
+        """Return tokenizer, generation config, licence. Errors as `Checkpoint.auxiliary_files`."""
+        return self._checkpoint.auxiliary_files()
 
     def config(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """Return the config.json of the dense model."""
-        config: dict[str, Any] = json.loads((self._folder / CONFIG_FILE).read_text())
+        config = parse_loose_json(read_bounded(self._folder / CONFIG_FILE))
         del config["quantization_config"]
         if dtype is not None:
             for part in (config, *config.values()):  # models of several parts have a dtype in each
@@ -325,10 +327,10 @@ def _claimed(out: Path, made_from: Mapping[str, Any]) -> Iterator[dict[str, str]
                 raise ResumeError(f"{out} holds files that are no export's ({foreign[0]}, …); give a new folder")
             write_json(path, {**made_from, "shards": {}})  # before the first shard, to claim the folder
         try:
-            record = json.loads(path.read_text())
-            done: dict[str, str] = record.pop("shards")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ResumeError(f"{path} is damaged ({error!r}); delete {out}, or give another folder") from error
+            record = parse_json(read_bounded(path), dict[str, Any])
+            done = msgspec.convert(record.pop("shards"), dict[str, str])
+        except (ValueError, KeyError, msgspec.MsgspecError) as error:
+            raise ResumeError(f"{path} is damaged ({error}); delete {out}, or give another folder") from error
         changed = [f"{k}: {record.get(k)!r} there, {v!r} now" for k, v in made_from.items() if record.get(k) != v]
         if changed:
             raise ResumeError(f"{out} holds another export ({'; '.join(changed)}); delete it, or give another folder")
