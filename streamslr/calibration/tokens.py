@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from streamslr.errors import HubError, InputError
 from streamslr.memory import return_freed_memory
+from streamslr.model.border import refusing
 
 _PIECE = 2**22
 """Characters tokenized at once: a tokenizer takes 100 bytes a token."""
@@ -159,8 +160,9 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     start = 0
     while start < len(text):
         end = text.find("\n", start + _PIECE) + 1 or len(text)
-        piece = tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
-        ids.append(torch.tensor(piece, dtype=torch.int32))
+        with refusing("the model's tokenizer fails on the text", "check the tokenizer's files, or download them again"):
+            piece = tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+            ids.append(torch.tensor(piece, dtype=torch.int32))
         start = end
     return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int32)
 

@@ -36,6 +36,7 @@ from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.sources import CONFIG_FILE
 from streamslr.results.inspect import read_run
+from streamslr.results.verify import check_auxiliary_files
 from streamslr.spec.pattern import SparsityPattern
 from streamslr.tensors import is_finite
 
@@ -159,6 +160,8 @@ class _Source:
         """Read headers only. Raise InputError for a folder that is unfinished, or whose headers are damaged."""
         state = read_run(folder)
         state.require_complete(folder)
+        for name, problem in check_auxiliary_files(folder, state):
+            raise InputError(f"{folder / name} {problem}; copy the file again from where the folder came from")
         self._folder = folder
         self._checkpoint = open_checkpoint(str(folder))  # checks that index, shards and headers agree
         self._digests = {shard.file: shard.sha256 for shard in state.shards}

@@ -57,7 +57,7 @@ def verify(folder: Path, step: Callable[[int, int], None] = lambda done, total: 
         problems += [(shard.file, problem) for problem in found]
         tensors |= dict.fromkeys(names, shard.file)
         step(number, len(shards))
-    problems += _check_auxiliary_files(folder, state)
+    problems += check_auxiliary_files(folder, state)
     if state.non_block:
         problems += [(INDEX_FILE, problem) for problem in _check_index(folder / INDEX_FILE, tensors)]
     if [block.index for block in state.blocks] != list(range(len(state.blocks))):
@@ -124,7 +124,7 @@ def _check_linear(
             yield f"{linear.name}.{part} has shape {there}, the journal says {shape}"
 
 
-def _check_auxiliary_files(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]:
+def check_auxiliary_files(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]:
     """Yield the problems of config, tokenizer and the like, each with the file's name."""
     for name, digest in state.auxiliary_files.items():
         if not (folder / name).is_file():
