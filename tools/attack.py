@@ -14,7 +14,9 @@ import shutil
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -26,10 +28,10 @@ from tests.support.attacks import TARGETS, Ground, Outcome, Target, attacked, ju
 VERDICTS = ("refused", "harmless", "other input", "failed", "silent")
 
 
-def attack(
-    ground: Ground, sound: dict[str, Outcome], target: Target, command: str, seed: int, scratch: Path
-) -> tuple[str, str]:
+def attack(ground: Ground, sound: dict[str, Outcome], attempt: tuple[Target, str, int]) -> tuple[str, str]:
     """Try one mutation on one command; return the verdict, and a line about it."""
+    target, command, seed = attempt
+    scratch = Path(tempfile.mkdtemp(dir=ground.folder.parent))
     with attacked(ground, target, seed, scratch) as (copy, done):
         changed = (copy.folder / target.file).read_bytes() != (ground.folder / target.file).read_bytes()
         found = outcome(copy, command, scratch)
@@ -73,14 +75,11 @@ def main(attempts: int, first_seed: int, only: str, jobs: int, out: Path | None,
                 sound[command] = outcome(copy, command, folder / "sound")
             assert sound[command].code == 0, sound[command]
 
-        def attempt(number: int) -> tuple[Target, str, str]:
-            target, command = pairs[number % len(pairs)]
-            seed = first_seed + number // len(pairs)
-            verdict, line = attack(ground, sound, target, command, seed, folder / f"attempt-{number}")
-            return target, verdict, line
-
-        with ThreadPoolExecutor(jobs) as pool:
-            for target, verdict, line in pool.map(attempt, range(attempts)):
+        tried = [(*pairs[number % len(pairs)], first_seed + number // len(pairs)) for number in range(attempts)]
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            for (target, *_), (verdict, line) in zip(
+                tried, pool.map(partial(attack, ground, sound), tried), strict=True
+            ):
                 counts[target.name][verdict] += 1
                 lines.append(line)
                 if verdict in ("failed", "silent"):

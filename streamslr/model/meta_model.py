@@ -49,6 +49,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
         InputError: there is no such list, or several.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if depth is not None and (not isinstance(depth, int) or depth < 1):
+        raise InputError(f"config.json says num_hidden_layers {depth!r}; check it, or download it again")
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     lists = [
         module

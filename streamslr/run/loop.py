@@ -17,6 +17,7 @@ from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows
 from streamslr.config import base_name, default_out
 from streamslr.errors import BudgetError, first_line
+from streamslr.io.durable import file_sha256
 from streamslr.io.folder import (
     discard_uncommitted,
     write_auxiliary_files,
@@ -125,6 +126,7 @@ class Compression:
         state = self.journal.state
         discard_uncommitted(config.out, state.shards)
         write_index(config.out, state.shards)
+        self.restore_auxiliary_files()
         if not state.complete:
             boundary = self.begin() if state.non_block is None else self.resume()
             for done in (blockwise.non_block_tensors, *blockwise.block_tensors[: len(state.blocks)]):
@@ -139,17 +141,33 @@ class Compression:
         """Write all before block 0: auxiliary files, non-block tensors, boundary 0; return that boundary."""
         context, out, journal = self.context, self.context.config.out, self.journal
         with self.timer.phase("non_block", steps=1):
-            rank = max(spec.rank for spec in self.allocation.values())
             checkpoint, names = context.checkpoint, context.blockwise.non_block_tensors
-            auxiliary_files = write_auxiliary_files(
-                out, checkpoint.config_json(), checkpoint.auxiliary_files(), common_pattern(self.allocation), rank
-            )
+            auxiliary_files = self.write_auxiliary_files()
             non_block = write_non_block(out, [checkpoint.tensors[name] for name in names], checkpoint.read_one)
         boundary = self.passes.retry("embed", partial(self.passes.embed, targets=context.config.match))
         digest = boundary.hidden.seal()
         journal.commit_non_block(auxiliary_files, non_block, digest, self.passes.micro_batch, self.timer.take())
         write_index(out, journal.state.shards)
         return boundary
+
+    def write_auxiliary_files(self) -> dict[str, str]:
+        """Write config.json, tokenizer and the like; return their digests by name."""
+        checkpoint, rank = self.context.checkpoint, max(spec.rank for spec in self.allocation.values())
+        return write_auxiliary_files(
+            self.context.config.out,
+            checkpoint.config_json(),
+            checkpoint.auxiliary_files(),
+            common_pattern(self.allocation),
+            rank,
+        )
+
+    def restore_auxiliary_files(self) -> None:
+        """Write the auxiliary files again where one of them is not as the journal says, with a warning."""
+        out, recorded = self.context.config.out, self.journal.state.auxiliary_files
+        lost = [name for name in recorded if not (out / name).is_file() or file_sha256(out / name) != recorded[name]]
+        if lost:
+            log.warning("%s is missing or not as it was written: writing it again", out / lost[0])
+            self.write_auxiliary_files()
 
     def resume(self) -> Boundary:
         """Return what enters the next block: from the scratch folder, or by passing the finished blocks again."""

@@ -181,6 +181,8 @@ def judge(target: Target, command: str, attack: Outcome, sound: Outcome, changed
         return ("silent", "verify finds no problem") if unseen else ("harmless", "")
     if target.input:
         return "other input", ""
+    if command == "report" and target.name != "journal":
+        return "harmless", "the page shows the journal, and the architecture of config.json"
     if Path(target.file).name in attack.stderr:
         return "harmless", "warned about"
     return "silent", f"result {attack.result[:80]}, sound {sound.result[:80]}"
