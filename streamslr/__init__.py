@@ -30,6 +30,7 @@ def compress(
     revision: str | None = None,
     calibration: str | Path | None = None,
     samples: int = 128,
+    bos: str = "auto",
     seq_len: int = 2048,
     method: str = "3basil",
     pattern: str | None = None,

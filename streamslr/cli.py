@@ -85,6 +85,13 @@ _device_option = click.option(
 _seq_len_option = click.option(
     "--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of the text."
 )
+_bos_option = click.option(
+    "--bos",
+    type=click.Choice(["auto", "yes", "no"]),
+    default="auto",
+    show_default=True,
+    help="First token of each window is the tokenizer's BOS; auto: where the tokenizer adds one by itself.",
+)
 _folder_argument = click.argument("folder", type=_Path(exists=True, file_okay=False))
 
 
@@ -290,6 +297,7 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 )
 @click.option("--out", type=_Path(file_okay=False), required=True, help="New folder for the result.")
 @_seq_len_option
+@_bos_option
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the text.")
 @click.option("--steps", type=click.IntRange(1), help="Number of optimizer steps, in place of --epochs.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows in an optimizer step.")
@@ -329,6 +337,7 @@ def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
     help="Text to measure the perplexity on: .txt, .jsonl with a `text` field, or .gz of either.",
 )
 @_seq_len_option
+@_bos_option
 @click.option("--windows", type=click.IntRange(1), help="Number of windows from the start of the text [default: all].")
 @click.option(
     "--scratch",
@@ -354,6 +363,7 @@ def eval(
     model: str,
     text: Path | None,
     seq_len: int,
+    bos: str,
     windows: int | None,
     scratch: Path | None,
     tasks: str | None,
@@ -395,6 +405,7 @@ def eval(
                     text,
                     seq_len,
                     windows=windows,
+                    bos=bos,
                     scratch=scratch,
                     revision=revision,
                     device=device,
@@ -403,9 +414,10 @@ def eval(
                 )
             found |= dataclasses.asdict(result)
             if not as_json:
+                first = ", BOS first," if result.bos else ""
                 say(
                     f"{model}: perplexity {result.perplexity:.4f} on {result.windows:,} windows of "
-                    f"{result.seq_len:,} tokens of {text} ({result.dtype} on {result.device})"
+                    f"{result.seq_len:,} tokens{first} of {text} ({result.dtype} on {result.device})"
                 )
         if as_json:
             print_json(found)

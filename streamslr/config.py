@@ -81,6 +81,11 @@ class RunConfig:
         "Calibration text: .txt, .jsonl with a `text` field, or .gz of either [default: C4 from the hub].",
     )
     samples: int = _setting(128, "Number of calibration windows.", fixed=True)
+    bos: str = _setting(
+        "auto",
+        "First token of each window is the tokenizer's BOS: yes, no, or auto, where the tokenizer adds one by itself.",
+        fixed=True,
+    )
     seq_len: int = _setting(2048, "Tokens in a window.", fixed=True)
     method: str = _setting(
         "3basil", "Method that replaces W by S + U·V: a name that `streamslr methods` lists.", fixed=True
@@ -160,6 +165,8 @@ class RunConfig:
             raise InputError(f"--match-recover is {self.match_recover}; it must be from 0 to 1")
         if self.device not in (None, "cpu", "cuda"):
             raise InputError(f"--device is {self.device!r}; it must be cpu or cuda")
+        if self.bos not in ("auto", "yes", "no"):
+            raise InputError(f"--bos is {self.bos!r}; it must be auto, yes or no")
         if self.rank_ratio is not None and not 0 <= self.rank_ratio < 1:
             raise InputError(f"--rank-ratio is {self.rank_ratio}; it must be at least 0 and below 1")
         if self.owl is not None and not 0 < self.owl < 1:

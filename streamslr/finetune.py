@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from streamslr.calibration.tokens import text_windows
+from streamslr.calibration.tokens import text_windows, window_prefix
 from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError, first_line
 from streamslr.io.durable import (
     PARTIAL_SUFFIX,
@@ -75,6 +75,7 @@ def finetune(
     batch: int = 8,
     lr: float = 2e-3,
     seed: int = 0,
+    bos: str = "auto",
     device: str | None = None,
 ) -> FinetuneRecord:
     """Train U [o, r] and V [r, d] of every linear in `folder` to predict `data`; write the result as the folder `out`.
@@ -95,6 +96,7 @@ def finetune(
         lr: Learning rate of an entry of U or V, relative to the root mean square of that U or V, so that it fits every
             width of a model. It rises over the first twentieth of the steps and falls to 0 by a cosine.
         seed: Seed of the order of the windows.
+        bos: First token of each window is the tokenizer's BOS: "yes", "no", or "auto", where it adds one by itself.
         device: "cpu" or "cuda"; None stands for cuda where there is one.
 
     Raises:
@@ -108,7 +110,7 @@ def finetune(
     if out.is_relative_to(folder.resolve()):
         raise InputError(f"{out} lies in the compressed folder itself; give an --out outside of {folder}")
     state = _read_trainable(folder)
-    windows, held_out = _read_windows(folder, data, seq_len, batch)
+    windows, held_out = _read_windows(folder, data, seq_len, batch, bos)
     total = steps or epochs * math.ceil((len(windows) - held_out) / batch)
     training: dict[str, Any] = {
         "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
@@ -198,9 +200,10 @@ def _read_trainable(folder: Path) -> JournalState:
     return state
 
 
-def _read_windows(folder: Path, data: Path, seq_len: int, batch: int) -> tuple[Tensor, int]:
+def _read_windows(folder: Path, data: Path, seq_len: int, batch: int, bos: str) -> tuple[Tensor, int]:
     """Return the windows of `data` [n, T], and how many of the last are held out. Raise InputError for too few."""
-    windows = text_windows(open_checkpoint(str(folder)).tokenizer(), data, seq_len, limit=None)
+    tokenizer = open_checkpoint(str(folder)).tokenizer()
+    windows = text_windows(tokenizer, data, seq_len, limit=None, prefix=window_prefix(tokenizer, bos))
     held_out = min(math.ceil(len(windows) * _HELD_OUT_FRACTION), _MAX_HELD_OUT)
     if len(windows) - held_out < batch:
         raise InputError(

@@ -1,14 +1,10 @@
 """Text -> windows of token ids: seeded random ones for calibration, consecutive ones for perplexity and training."""
 
-import gzip
 import hashlib
-import json
 import random
-import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 from huggingface_hub import errors as hub_errors
@@ -16,6 +12,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from streamslr.calibration.text import is_jsonl, read_documents
 from streamslr.errors import HubError, InputError
 from streamslr.memory import return_freed_memory
 from streamslr.model.border import refusing
@@ -25,6 +22,8 @@ _PIECE = 2**22
 
 C4_REPO, C4_FILE = "allenai/c4", "en/c4-train.00000-of-01024.json.gz"
 """Default calibration text: what SparseGPT and 3BASiL calibrate on."""
+
+_CHECK_TOKENIZER = "check the tokenizer's files, or download them again"
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,37 @@ class Calibration:
     source: str  # name of the text for people
 
 
+def window_prefix(tokenizer: PreTrainedTokenizerBase, bos: str) -> list[int]:
+    """Return the token ids that every window begins with: the tokenizer's BOS, or none.
+
+    Models that were trained with BOS before each text need it: Gemma's hidden states are far out of range without.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        bos: "yes", "no", or "auto": where the tokenizer puts BOS before a text by itself.
+
+    Raises:
+        InputError: BOS is asked for, and the tokenizer has none.
+    """
+    token = tokenizer.bos_token_id
+    if bos == "yes" and token is None:
+        raise InputError("--bos yes, but the model's tokenizer has no BOS token; use --bos auto")
+    if bos == "auto":
+        with refusing("the model's tokenizer fails", _CHECK_TOKENIZER):
+            adds_bos = token is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [token]
+        return [token] if adds_bos else []
+    return [token] if bos == "yes" else []
+
+
 def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, path: Path | None, num_windows: int, seq_len: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path | None,
+    num_windows: int,
+    seq_len: int,
+    seed: int,
+    prefix: Sequence[int] = (),
 ) -> Calibration:
-    """Draw random windows of a text, without special tokens.
+    """Draw random windows of a text; none has special tokens but those of `prefix`.
 
     A .jsonl file gives one window from each of its documents of more than `seq_len` tokens, in random order, as in the
     papers (SparseGPT, section 4), and more than one where there are too few documents. Any other text is one document,
@@ -51,10 +77,10 @@ def calibration_windows(
         num_windows: Number of windows.
         seq_len: Tokens T of a window.
         seed: Seed of documents and starts.
+        prefix: First tokens of every window; the text gives the other T − len(prefix).
 
     Raises:
-        InputError: The text cannot be read, or holds fewer than num_windows · seq_len tokens in documents that are
-            long enough.
+        InputError: The text cannot be read, or holds too few tokens in documents that are long enough.
         HubError: C4 cannot be fetched.
     """
     draw = random.Random(seed)
@@ -62,42 +88,52 @@ def calibration_windows(
         path, source = _fetch_c4(), f"{C4_REPO}/{C4_FILE}"
     else:
         source = path.name
-    if _is_jsonl(path):
-        documents = _draw_long_documents(tokenizer, path, num_windows, seq_len, draw)
+    length = seq_len - len(prefix)  # of the text in a window
+    if is_jsonl(path):
+        documents = _draw_long_documents(tokenizer, path, num_windows, length, draw)
     else:
-        documents = [_tokenize(tokenizer, text) for text in _read_documents(path)]
-    _require_enough(path, documents, num_windows, seq_len)
+        documents = [_tokenize(tokenizer, text) for text in read_documents(path)]
+    _require_enough(path, documents, num_windows, length)
     windows = []
     for i in range(num_windows):
         document = documents[i % len(documents)]
-        start = draw.randint(0, len(document) - seq_len - 1)
-        windows.append(document[start : start + seq_len])
-    ids = torch.stack(windows).long()
+        start = draw.randint(0, len(document) - length - 1)
+        windows.append(document[start : start + length])
+    ids = _prepend(prefix, torch.stack(windows).long())
     return_freed_memory()
     return Calibration(ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), source)
 
 
-def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, seq_len: int, limit: int | None) -> Tensor:
-    """Return a whole text as windows [n, T] of token ids, one after another, without special tokens.
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase, path: Path, seq_len: int, limit: int | None, prefix: Sequence[int] = ()
+) -> Tensor:
+    """Return a whole text as windows [n, T] of token ids, one after another.
 
-    The documents of a .jsonl file are joined by blank lines.
+    The documents of a .jsonl file are joined by blank lines. No window has special tokens but those of `prefix`.
 
     Args:
         tokenizer: Tokenizer of the model.
         path: Text.
         seq_len: Tokens T of a window.
         limit: Most windows to return; None: all.
+        prefix: First tokens of every window; the text gives the other T − len(prefix).
 
     Raises:
         InputError: The text cannot be read, or is shorter than one window.
     """
-    ids = _tokenize(tokenizer, "\n\n".join(_read_documents(path)))
-    count = len(ids) // seq_len if limit is None else min(limit, len(ids) // seq_len)
+    length = seq_len - len(prefix)  # of the text in a window
+    ids = _tokenize(tokenizer, "\n\n".join(read_documents(path)))
+    count = len(ids) // length if limit is None else min(limit, len(ids) // length)
     if count < 1:
         raise InputError(
-            f"{path} holds {len(ids)} tokens, less than one window of {seq_len}; give more text or a smaller --seq-len"
+            f"{path} holds {len(ids)} tokens, less than one window of {length}; give more text or a smaller --seq-len"
         )
-    return ids[: count * seq_len].long().view(count, seq_len)
+    return _prepend(prefix, ids[: count * length].long().view(count, length))
+
+
+def _prepend(prefix: Sequence[int], windows: Tensor) -> Tensor:
+    """Return windows [n, T] of ids with the same first tokens before each."""
+    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(len(windows), -1), windows], dim=1)
 
 
 def _require_enough(path: Path, documents: list[Tensor], num_windows: int, seq_len: int) -> None:
@@ -115,52 +151,13 @@ def _require_enough(path: Path, documents: list[Tensor], num_windows: int, seq_l
     )
 
 
-def _is_jsonl(path: Path) -> bool:
-    return path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
-
-
-def _read_documents(path: Path) -> Iterator[str]:
-    """Yield the documents of a text: the `text` of each line of a .jsonl file, any other file as a whole.
-
-    Lines are read as a stream, since C4's shard is 0.8 GB unpacked. Raises InputError for whatever cannot be read.
-    """
-    if not path.is_file():
-        raise InputError(f"text file {path} does not exist")
-    number = 0
-    try:
-        with _open(path) as file:
-            if not _is_jsonl(path):
-                yield file.read()
-                return
-            for line in file:
-                number += 1
-                if line.strip():
-                    yield _text_field(line)
-    except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
-        where = f" after line {number}" if number else ""
-        raise InputError(f"text {path} cannot be read{where}: {error}") from error
-    except ValueError as error:
-        raise InputError(f'{path} line {number} is not a JSON object with a "text" field: {error}') from error
-
-
-def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-
-
-def _text_field(line: str) -> str:
-    record = json.loads(line)
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f"{line[:80].strip()!r}")
-    return str(record["text"])
-
-
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Return token ids [n] int32; the text is cut at line ends into pieces of `_PIECE` characters and more."""
     ids = []
     start = 0
     while start < len(text):
         end = text.find("\n", start + _PIECE) + 1 or len(text)
-        with refusing("the model's tokenizer fails on the text", "check the tokenizer's files, or download them again"):
+        with refusing("the model's tokenizer fails on the text", _CHECK_TOKENIZER):
             piece = tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
             ids.append(torch.tensor(piece, dtype=torch.int32))
         start = end
@@ -175,13 +172,13 @@ def _draw_long_documents(
     The file is never held in memory. A first reading finds the documents that are long enough in bytes (a token is at
     least one); each further one tokenizes a random batch of these.
     """
-    candidates = [i for i, text in enumerate(_read_documents(path)) if len(text.encode()) > seq_len]
+    candidates = [i for i, text in enumerate(read_documents(path)) if len(text.encode()) > seq_len]
     draw.shuffle(candidates)
     found: list[Tensor] = []
     batch = 8 * count
     for first in range(0, len(candidates), batch):
         wanted = {line: order for order, line in enumerate(candidates[first : first + batch])}
-        texts = {wanted[i]: text for i, text in enumerate(_read_documents(path)) if i in wanted}
+        texts = {wanted[i]: text for i, text in enumerate(read_documents(path, again=True)) if i in wanted}
         for order in range(len(wanted)):
             ids = _tokenize(tokenizer, texts[order])
             if len(ids) > seq_len:

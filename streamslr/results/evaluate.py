@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from streamslr.calibration.hidden_states import HiddenStates, InMemory, OnDisk, Span, read_batches, spans
-from streamslr.calibration.tokens import text_windows
+from streamslr.calibration.tokens import text_windows, window_prefix
 from streamslr.errors import InputError
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
@@ -37,6 +37,8 @@ class Evaluation:
     seq_len: int
     tokens: int
     """Number of predicted tokens."""
+    bos: bool
+    """True where each window begins with the tokenizer's BOS."""
     device: str
     dtype: str
 
@@ -48,6 +50,7 @@ def evaluate(
     seq_len: int,
     *,
     windows: int | None = None,
+    bos: str = "auto",
     revision: str | None = None,
     device: str | None = None,
     scratch: Path | None = None,
@@ -63,6 +66,7 @@ def evaluate(
         text: .txt, .jsonl with a `text` field, or .gz of either.
         seq_len: Tokens in a window.
         windows: Evaluate only so many windows from the start of the text; None stands for all.
+        bos: First token of each window is the tokenizer's BOS: "yes", "no", or "auto", where it adds one by itself.
         revision: Branch, tag or commit of a hub model.
         device: "cpu" or "cuda"; None stands for cuda where there is one.
         scratch: Folder for hidden states on disk; None stands for the system's temporary folder.
@@ -75,7 +79,9 @@ def evaluate(
     checkpoint = open_checkpoint(model, revision)
     where, dtype = pick_device(device)
     blockwise = BlockwiseModel(checkpoint, dtype, where)
-    ids = text_windows(checkpoint.tokenizer(), text, seq_len, windows)  # [n, T]
+    tokenizer = checkpoint.tokenizer()
+    prefix = window_prefix(tokenizer, bos)
+    ids = text_windows(tokenizer, text, seq_len, windows, prefix)  # [n, T]
     batches = spans([(0, len(ids))], max(1, BATCH_TOKENS // seq_len))
     hidden_size = blockwise.hidden_size
     boundary_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize
@@ -105,6 +111,7 @@ def evaluate(
         windows=len(ids),
         seq_len=seq_len,
         tokens=tokens,
+        bos=bool(prefix),
         device=where.type,
         dtype=str(dtype).removeprefix("torch."),
     )

@@ -102,6 +102,7 @@ class JournalState:
         int  # windows that pass together; smaller once memory ran out, as solver_workspace. Both decide last bits
     )
     solver_workspace: int | None = None  # bytes that one solve may take; None: as many as it likes
+    bos: bool | None = None  # each window begins with BOS; None in folders of versions that had no choice
     auxiliary_files: Mapping[str, str] = field(default_factory=dict)  # config, tokenizer, licence …: file -> sha256
     non_block: WrittenShard | None = None
     hidden_states: str | None = None  # digest of boundary 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamslr.calibration.grams import Gram, offload_grams
 from streamslr.calibration.hidden_states import HiddenStates
-from streamslr.calibration.tokens import Calibration, calibration_windows
+from streamslr.calibration.tokens import Calibration, calibration_windows, window_prefix
 from streamslr.config import base_name, default_out
 from streamslr.errors import BudgetError, first_line
 from streamslr.io.durable import file_sha256
@@ -59,11 +59,13 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
     config, display = context.config, display or NoDisplay()
     if config.out == default_out(config.model):
         log.info("the output folder is ./%s", config.out)
+    tokenizer = context.checkpoint.tokenizer()
+    prefix = window_prefix(tokenizer, config.bos)
     calibration = calibration_windows(
-        context.checkpoint.tokenizer(), config.calibration, config.samples, config.seq_len, config.seed
+        tokenizer, config.calibration, config.samples, config.seq_len, config.seed, prefix
     )
     planned = context.plan.memory()
-    with Journal(config.out, _first_state(context, calibration)) as journal:
+    with Journal(config.out, _first_state(context, calibration, bos=bool(prefix))) as journal:
         state = journal.state
         if state.blocks:
             log.info("%s: %d of %d blocks are done, going on", config.out, len(state.blocks), state.blocks_total)
@@ -92,12 +94,13 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
         return journal.state
 
 
-def _first_state(context: RunContext, calibration: Calibration) -> JournalState:
+def _first_state(context: RunContext, calibration: Calibration, bos: bool) -> JournalState:
     """Return the journal's state at the first start of a run."""
     model = context.config.model
     return JournalState(
         fingerprint={**context.fingerprint, "tokens": calibration.digest},
         calibration=calibration.source,
+        bos=bos,
         blocks_total=len(context.blockwise.block_names),
         micro_batch=context.plan.micro_batch,
         solver_workspace=context.plan.solver_workspace,

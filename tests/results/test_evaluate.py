@@ -1,11 +1,15 @@
 """Perplexity: equal to what the whole model gives, whatever the tier, for dense and compressed folders."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
+import streamslr
 from streamslr.calibration.tokens import text_windows
 from streamslr.errors import InputError
 from streamslr.model.checkpoint import open_checkpoint
@@ -48,3 +52,24 @@ def test_an_unfinished_folder_is_refused(text: Path, tmp_path: Path) -> None:
     unfinished = compressed_folder(tmp_path, done=1)
     with pytest.raises(InputError, match="lacks"):
         evaluate(str(unfinished), text, SEQ_LEN, device="cpu", free_memory=10**9)
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_adds_it(llama: Path, text: Path, tmp_path: Path) -> None:
+    """BOS is the first token of every window of calibration and evaluation alike; journal and result say so."""
+    model = shutil.copytree(llama, tmp_path / "with-bos")
+    words = Tokenizer.from_file(str(model / "tokenizer.json"))
+    words.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
+    words.save(str(model / "tokenizer.json"))
+    settings: dict[str, Any] = {"calibration": text, "samples": 4, "seq_len": SEQ_LEN, "rank": 4, "match": False}
+    journal = streamslr.compress(model, tmp_path / "out", method="eora-wanda", device="cpu", **settings)
+    assert journal.bos
+    results = {
+        bos: evaluate(str(tmp_path / "out"), text, SEQ_LEN, bos=bos, device="cpu", free_memory=10**9)
+        for bos in ("auto", "yes", "no")
+    }
+    assert {bos: result.bos for bos, result in results.items()} == {"auto": True, "yes": True, "no": False}
+    assert results["auto"] == results["yes"]
+    assert results["auto"].nll != pytest.approx(results["no"].nll, abs=1e-6)
+    plain = streamslr.compress(llama, tmp_path / "plain", method="eora-wanda", device="cpu", **settings)
+    assert plain.bos is False
+    assert plain.fingerprint["tokens"] != journal.fingerprint["tokens"]

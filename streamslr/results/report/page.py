@@ -130,6 +130,8 @@ def _list_settings(folder: Path, state: JournalState) -> dict[str, Any]:
     """Return everything that decided the output, by the name that the page shows."""
     fixed = dict(state.fingerprint)
     windows = f"{fixed.pop('samples', '?')} windows of {fixed.pop('seq_len', '?')} tokens of {state.calibration}"
+    fixed.pop("bos", None)  # "auto" says less than what it gave
+    windows += ", each begins with BOS" if state.bos else ""
     matching = "no"
     if fixed.get("match"):
         matching = (
