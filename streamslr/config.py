@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -157,6 +158,13 @@ class RunConfig:
             if (value := getattr(self, name)) is not None and not least <= value <= LARGEST:
                 bound = f"at least {least}" if value < least else f"at most {LARGEST:,}"
                 raise InputError(f"{_flag(name)} is {value}; it must be {bound}")
+        for name in ("model", "out"):
+            try:
+                os.fsencode(getattr(self, name)).decode("utf-8")
+            except UnicodeError as error:
+                raise InputError(
+                    f"{_flag(name)} {getattr(self, name)} is no path in UTF-8, which safetensors needs; rename it"
+                ) from error
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"--seed is {self.seed}; it must be below 2^63")
         if not 0 < self.match_lr < math.inf:

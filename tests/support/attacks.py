@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import resource
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +16,8 @@ from tests.support.forkserver import call_in_child
 from tests.support.mutations import mutate
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
-TIME_LIMIT = 10.0
-"""Seconds after which a command hangs."""
+CPU_LIMIT, TIME_LIMIT = 10, 60.0
+"""Seconds of CPU and on the clock after which a command hangs; other processes may want the machine too."""
 
 EXIT_CODES = {0, 1, 2, 3, 4, 5}
 """Exit codes that `streamslr --help` documents, without the interruption."""
@@ -141,6 +143,8 @@ def outcome(ground: Ground, command: str, scratch: Path) -> Outcome:
         done = call_in_child(target, _line(command, ground, out), timeout=TIME_LIMIT)
     except TimeoutError:
         return Outcome(None, "", "", "")
+    if done.returncode == -signal.SIGXCPU:
+        return Outcome(None, done.stdout, done.stderr, "")
     return Outcome(done.returncode, done.stdout, done.stderr, _result(command, done.stdout, out))
 
 
@@ -234,6 +238,7 @@ def _result(command: str, stdout: str, out: Path) -> str:
 def _streamslr(arguments: list[str]) -> None:
     from streamslr.cli import main
 
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT))
     main(arguments, prog_name="streamslr")
 
 
@@ -245,6 +250,7 @@ def _load(arguments: list[str]) -> None:
     import streamslr
     from streamslr.terminal import report_errors, silence_libraries
 
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT))
     checked: Mapping[str, Any] = {"verify": True} if "verify" in inspect.signature(streamslr.load).parameters else {}
     with report_errors():
         silence_libraries()
