@@ -23,7 +23,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.support.attacks import TARGETS, Ground, Outcome, Target, attacked, judge, make_ground, outcome
+from tests.support.attacks import TARGETS, Ground, Outcome, Target, attacked, judge, make_ground, outcome, sound_outcome
 
 VERDICTS = ("refused", "harmless", "other input", "failed", "silent")
 
@@ -68,13 +68,7 @@ def main(attempts: int, first_seed: int, only: str, jobs: int, out: Path | None,
     lines: list[str] = []
     try:
         ground = make_ground(folder / "ground")
-        sound = {}
-        for command in {command for _, command in pairs}:
-            with attacked(ground, TARGETS[0], 0, folder / "sound") as (copy, _):
-                shutil.copytree(ground.folder, copy.folder, dirs_exist_ok=True)
-                sound[command] = outcome(copy, command, folder / "sound")
-            assert sound[command].code == 0, sound[command]
-
+        sound = {command: sound_outcome(ground, command, folder / "sound") for command in {c for _, c in pairs}}
         tried = [(*pairs[number % len(pairs)], first_seed + number // len(pairs)) for number in range(attempts)]
         with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
             for (target, *_), (verdict, line) in zip(

@@ -148,6 +148,15 @@ def outcome(ground: Ground, command: str, scratch: Path) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr, _result(command, done.stdout, out))
 
 
+def sound_outcome(ground: Ground, command: str, scratch: Path) -> Outcome:
+    """Run a command on a copy of the sound ground in the new folder `scratch`."""
+    copy = Ground(Path(shutil.copytree(ground.folder, scratch / "ground")))
+    sound = outcome(copy, command, scratch)
+    shutil.rmtree(scratch)
+    assert sound.code == 0, sound.stderr
+    return sound
+
+
 @contextmanager
 def attacked(ground: Ground, target: Target, seed: int, scratch: Path) -> Iterator[tuple[Ground, str]]:
     """Copy the ground into `scratch`, mutate one file there, and yield it with what was done."""
