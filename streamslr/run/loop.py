@@ -16,7 +16,7 @@ from streamslr.calibration.grams import Gram, offload_grams
 from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows, window_prefix
 from streamslr.config import base_name, default_out
-from streamslr.errors import BudgetError, first_line
+from streamslr.errors import BudgetError, InputError, first_line
 from streamslr.io.durable import file_sha256
 from streamslr.io.folder import (
     discard_uncommitted,
@@ -250,6 +250,10 @@ class Compression:
             phase="match",
             device=self.context.device,
         )
+        if not math.isfinite(curve[0]):
+            raise InputError(
+                f"{block.name}: its output is so large or small that its loss is {curve[0]}; check the model's weights"
+            )
         (leaving, loss), shard = self.propagate_and_write(block, matched, hidden, targets)
         applied = loss < curve[0]
         if not applied:
