@@ -97,9 +97,8 @@ def test_a_mutated_file_is_read_or_refused(
     ground: Ground, tmp_path: Path, name: str, parse: Callable[[Ground], None], seed: int
 ) -> None:
     target = TARGETS[ids.index(name)]
-    with attacked(ground, target, seed, tmp_path / "attack") as (copy, _):
-        with suppress(InputError):
-            parse(copy)
+    with attacked(ground, target, seed, tmp_path / "attack") as (copy, _), suppress(InputError):
+        parse(copy)
 
 
 @pytest.mark.slow

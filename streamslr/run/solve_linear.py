@@ -95,7 +95,7 @@ def compress_linear(
     extreme = f"{problem.name}: its weights or inputs are so large or small that"
     try:
         solution = solver.solve(problem)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in torch's stubs
         raise InputError(f"{extreme} the solver fails ({first_line(error)}); {_CHECK_MODEL}") from error
     try:
         _require_shapes(problem, solution)
