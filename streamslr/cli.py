@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from streamslr.config import RunConfig, default_out, parse_bytes
+from streamslr.config import LARGEST, RunConfig, default_out, parse_bytes
 from streamslr.errors import InputError
 from streamslr.printable import printable
 from streamslr.terminal import (
@@ -83,7 +83,11 @@ _device_option = click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="Device to compute on [default: cuda where there is one]."
 )
 _seq_len_option = click.option(
-    "--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of the text."
+    "--seq-len",
+    type=click.IntRange(2, LARGEST),
+    default=2048,
+    show_default=True,
+    help="Tokens in a window of the text.",
 )
 _bos_option = click.option(
     "--bos",
@@ -298,9 +302,11 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 @click.option("--out", type=_Path(file_okay=False), required=True, help="New folder for the result.")
 @_seq_len_option
 @_bos_option
-@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the text.")
-@click.option("--steps", type=click.IntRange(1), help="Number of optimizer steps, in place of --epochs.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows in an optimizer step.")
+@click.option("--epochs", type=click.IntRange(1, LARGEST), default=1, show_default=True, help="Passes over the text.")
+@click.option("--steps", type=click.IntRange(1, LARGEST), help="Number of optimizer steps, in place of --epochs.")
+@click.option(
+    "--batch", type=click.IntRange(1, LARGEST), default=8, show_default=True, help="Windows in an optimizer step."
+)
 @click.option(
     "--lr",
     type=click.FloatRange(0, min_open=True),
@@ -308,7 +314,13 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
     show_default=True,
     help="Learning rate, relative to the root mean square of each U and V.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the windows.")
+@click.option(
+    "--seed",
+    type=click.IntRange(-LARGEST, LARGEST),
+    default=0,
+    show_default=True,
+    help="Seed of the order of the windows.",
+)
 @_device_option
 @_quiet_option
 def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
@@ -338,7 +350,9 @@ def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
 )
 @_seq_len_option
 @_bos_option
-@click.option("--windows", type=click.IntRange(1), help="Number of windows from the start of the text [default: all].")
+@click.option(
+    "--windows", type=click.IntRange(1, LARGEST), help="Number of windows from the start of the text [default: all]."
+)
 @click.option(
     "--scratch",
     type=_Path(),
@@ -348,11 +362,13 @@ def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
     "--tasks", help="Tasks of lm-evaluation-harness, like arc_easy,piqa; `papers` stands for the papers' eight."
 )
 @click.option(
-    "--num-fewshot", type=click.IntRange(0), help="Solved examples before each question [default: the task's]."
+    "--num-fewshot", type=click.IntRange(0, LARGEST), help="Solved examples before each question [default: the task's]."
 )
-@click.option("--limit", type=click.IntRange(1), help="Number of questions from the start of each task [default: all].")
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Questions evaluated together."
+    "--limit", type=click.IntRange(1, LARGEST), help="Number of questions from the start of each task [default: all]."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1, LARGEST), default=1, show_default=True, help="Questions evaluated together."
 )
 @click.option("--include-path", type=_Path(exists=True), help="Folder of more tasks, in the harness's YAML.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")

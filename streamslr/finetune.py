@@ -105,6 +105,8 @@ def finetune(
         BudgetError: Memory or disk are too small.
         StreamslrError: Training diverged.
     """
+    if not 0 < lr < math.inf:
+        raise InputError(f"--lr is {lr}; it must be above 0")
     where, _ = pick_device(device)
     out = out.resolve()
     if out.is_relative_to(folder.resolve()):

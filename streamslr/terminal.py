@@ -87,6 +87,8 @@ def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Ite
     def on_terminate(*_: object) -> None:  # batch systems send SIGTERM
         raise KeyboardInterrupt
 
+    if logging.lastResort:  # prints the warnings of commands without `send_log`
+        logging.lastResort.setFormatter(_OneLine())
     before = signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield

@@ -66,6 +66,15 @@ def test_log_lines_are_single_lines_on_the_terminal_and_in_the_file(
     assert (tmp_path / "run.log").read_text().splitlines()[0].endswith(f"WARNING {SHOWN}: a warning")
 
 
+def test_warnings_of_commands_without_a_log_are_single_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "propagate", False)  # pytest listens at the root
+    with report_errors():
+        log.warning("%s: a warning", HOSTILE)
+    assert capsys.readouterr().err == f"{SHOWN}: a warning\n"
+
+
 def test_json_stays_json(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"name": HOSTILE, "loss": float("nan"), "path": Path("/a")})
     shown = capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Feed the parsers of outside files with bytes that atheris and tests/support/mutations.py make, until one raises anything but InputError.
+"""Feed the parsers of outside files with mutated bytes, until one raises anything but InputError.
+
+Half of the mutations are atheris's, half those of tests/support/mutations.py.
 
     pip install atheris
     python tools/fuzz_parsers.py header --seconds 300

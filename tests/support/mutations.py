@@ -102,9 +102,9 @@ def _mutate_bytes(content: bytes, random: Random, same_length: bool = False) -> 
 def _mutate_json(content: bytes, random: Random) -> tuple[str, bytes]:
     try:
         value = json.loads(content)
-    except ValueError:
+        places = list(_places(value))
+    except (ValueError, RecursionError):
         return _mutate_bytes(content, random)
-    places = list(_places(value))
     if not places:
         odd = random.choice(ODD_VALUES)
         return f"the whole is {_words(odd)}", _dumped(odd)
