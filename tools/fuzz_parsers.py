@@ -20,7 +20,10 @@ from random import Random
 import atheris
 import click
 
-with atheris.instrument_imports(include=["streamslr.io", "streamslr.spec", "streamslr.run.journal"]):
+with atheris.instrument_imports(
+    include=["streamslr.io", "streamslr.spec", "streamslr.run.journal", "streamslr.calibration.text"]
+):
+    from streamslr.calibration.text import read_documents
     from streamslr.errors import InputError
     from streamslr.io.safetensors_file import read_header
     from streamslr.model import checkpoint
@@ -32,7 +35,6 @@ import safetensors
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from streamslr.calibration.text import read_documents
 from tests.support.mutations import mutate
 
 SEEDS = {
@@ -100,7 +102,8 @@ def main(target: str, seconds: int, repeat: Path | None) -> None:
     corpus = folder / "corpus"
     corpus.mkdir()
     for number, seed in enumerate(SEEDS[target]):
-        (corpus / str(number)).write_bytes(seed + bytes(8) if target == "header" else seed)
+        content = seed + bytes(8) if target == "header" else seed
+        (corpus / str(number)).write_bytes(content)
     work = folder / "work"
     work.mkdir()
 
@@ -117,6 +120,7 @@ def main(target: str, seconds: int, repeat: Path | None) -> None:
     if repeat:
         one(repeat.read_bytes())
         return
+    one(content)  # imports what it needs, which takes longer than a hang may
     arguments = [sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-max_len=4096", "-timeout=10"]
     atheris.Setup(arguments, one, custom_mutator=change)
     atheris.Fuzz()
