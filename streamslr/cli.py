@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import shlex
 import sys
 import typing
@@ -13,9 +14,10 @@ from typing import Any, NoReturn
 
 import click
 
-from streamslr.config import LARGEST, RunConfig, default_out, parse_bytes
-from streamslr.errors import InputError
+from streamslr.config import LARGEST, RunConfig, default_out, format_bytes, parse_bytes
+from streamslr.errors import BudgetError, InputError
 from streamslr.printable import printable
+from streamslr.streams import make_streams_last
 from streamslr.terminal import (
     print_json,
     print_table,
@@ -31,6 +33,10 @@ from streamslr.terminal import (
 # OpenMP threads that spin while they wait slow each other down where other processes want the cores: a demo run beside
 # two others took 69 s, and 22 s with short spins, which cost nothing on an idle machine. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+_LEAST_ADDRESS_SPACE = 10**9
+"""Bytes that Python, torch and transformers map before any work: 0.7 GB, and more for each thread."""
 
 
 class _Size(click.ParamType[int]):
@@ -99,6 +105,16 @@ _bos_option = click.option(
 _folder_argument = click.argument("folder", type=_Path(exists=True, file_okay=False))
 
 
+def _require_address_space() -> None:
+    """Raise BudgetError where `ulimit -v` is too low for the libraries; some of them end the process or hang there."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _LEAST_ADDRESS_SPACE:
+        raise BudgetError(
+            f"`ulimit -v` allows {format_bytes(limit)} of address space, and torch alone takes "
+            f"{format_bytes(_LEAST_ADDRESS_SPACE)}; raise it, or unset it and give --host-mem"
+        )
+
+
 @click.group(context_settings={"max_content_width": 110})
 @click.version_option(package_name="streamslr")
 def main() -> None:
@@ -109,6 +125,9 @@ def main() -> None:
     Exit codes: 0 done, 1 failed or verify found a problem, 2 wrong input, 3 does not fit memory or disk,
     4 the output folder belongs to another run, 5 the hub could not be reached, 130 interrupted.
     """
+    make_streams_last()
+    with report_errors():
+        _require_address_space()
 
 
 @main.command()

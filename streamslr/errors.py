@@ -31,6 +31,19 @@ class HubError(StreamslrError):
     exit_code = 5
 
 
+def says_out_of_memory(error: BaseException) -> bool:
+    """Return True for an error whose cause is memory that ran out, on the host or on a GPU.
+
+    Not every allocator has an error type of its own: torch's on the CPU, cuBLAS, cuSOLVER, the linker and the start of
+    threads say it in words.
+    """
+    words = (
+        *("DefaultCPUAllocator", "ALLOC_FAILED", "out of memory"),
+        *("annot allocate memory", "start new thread", "failed to map segment"),
+    )
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, at most 200 characters, or the error's type if it is empty.
 

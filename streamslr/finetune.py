@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from streamslr.calibration.tokens import text_windows, window_prefix
-from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError, first_line
+from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError, first_line, says_out_of_memory
 from streamslr.io.durable import (
     PARTIAL_SUFFIX,
     DiskNeed,
@@ -44,13 +44,12 @@ from streamslr.io.durable import (
 from streamslr.io.folder import write_index
 from streamslr.io.json_file import parse_json, read_bounded
 from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
-from streamslr.memory import is_out_of_memory
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.parameter_names import find_modules
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from streamslr.run.context import pick_device
-from streamslr.run.journal import JOURNAL_FILE, FinetuneRecord, JournalState
+from streamslr.run.journal import JOURNAL_FILE, FinetuneRecord, JournalState, read_journal
 from streamslr.runtime.loader import load, packed_modules
 
 _HELD_OUT_FRACTION, _MAX_HELD_OUT = 1 / 20, 64
@@ -82,7 +81,8 @@ def finetune(
 
     U and V are trained in float32 and rounded to the dtype they had. On a GPU a bf16 folder computes in bf16, all else
     in float32. All work is in `out`.partial, which becomes `out` at the end; called again after an interruption,
-    training continues from the last twentieth. `out` has the S of `folder` byte for byte.
+    training continues from the last twentieth, and where it was finished, its record is returned. `out` has the S of
+    `folder` byte for byte.
 
     Args:
         folder: A finished compressed folder.
@@ -122,6 +122,9 @@ def finetune(
         "lr": lr,
         "seed": seed,
     }
+    if done := _finished(out, state, training):
+        log.info("%s holds the result of this fine-tuning already", out)
+        return done
     dtypes = _stored_dtypes(folder, state)
     with _claimed(out, {"folder": [asdict(shard) for shard in state.shards], **training}) as work:
         count = sum(linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears)
@@ -196,10 +199,15 @@ def _read_trainable(folder: Path) -> JournalState:
     state.require_complete(folder)
     if not any(linear.rank for block in state.blocks for linear in block.linears):
         raise InputError(f"{folder} has rank 0: there is no U·V to train; compress it with a --rank above 0")
+    _require_sound(folder)
+    return state
+
+
+def _require_sound(folder: Path) -> None:
+    """Raise InputError where `verify` finds a problem in a folder."""
     if problems := verify(folder).problems:
         file, problem = problems[0]
         raise InputError(f"{folder / file} {problem} ({len(problems)} problems; `streamslr verify` names them all)")
-    return state
 
 
 def _read_windows(folder: Path, data: Path, seq_len: int, batch: int, bos: str) -> tuple[Tensor, int]:
@@ -219,6 +227,21 @@ def _stored_dtypes(folder: Path, state: JournalState) -> dict[str, torch.dtype]:
     """Return the dtype of every tensor of the blocks, by its stored name."""
     headers = [shard_header(folder / block.shard.file) for block in state.blocks]
     return {name: info.dtype for header in headers for name, info in header.tensors.items()}
+
+
+def _finished(out: Path, state: JournalState, training: Mapping[str, Any]) -> FinetuneRecord | None:
+    """Return the record of `out` where it is the result of this training, of a folder with the journal `state`."""
+    found = read_journal(out)
+    if found is None or not found.finetuned:
+        return None
+    *earlier, last = found.finetuned
+    if (found.fingerprint, tuple(earlier)) != (state.fingerprint, state.finetuned):
+        return None
+    if any(getattr(last, name) != value for name, value in training.items()):
+        return None
+    _require_sound(out)
+    shutil.rmtree(out.with_name(out.name + PARTIAL_SUFFIX), ignore_errors=True)  # a kill may have come before this
+    return last
 
 
 @contextmanager
@@ -351,7 +374,7 @@ def _train(trainer: _LowRankTrainer, work: Path, dtypes: Mapping[str, torch.dtyp
                 parameter.copy_(parameter.to(dtypes[name]))
         after = trainer.evaluate()["eval_loss"]
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not says_out_of_memory(error):
             raise
         raise BudgetError(
             f"fine-tuning does not fit the memory ({first_line(error)}); give a smaller --batch or --seq-len"

@@ -2,11 +2,12 @@
 
 import json
 import logging
+import resource
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,8 +17,10 @@ from rich.logging import RichHandler
 from rich.progress import Progress
 from rich.table import Table
 
-from streamslr.errors import StreamslrError
+from streamslr.config import format_bytes
+from streamslr.errors import BudgetError, StreamslrError, first_line, says_out_of_memory
 from streamslr.printable import printable
+from streamslr.streams import output_is_gone
 
 _INTERRUPTED = 130  # the exit code that a shell reports for a process ended by Ctrl-C
 
@@ -77,25 +80,26 @@ def show_bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Iterator[None]:
-    """Turn a user's mistake, a full disk or Ctrl-C into one message and an exit code, without a traceback.
+    """Turn a user's mistake, memory or a disk that ends, or Ctrl-C into one message and an exit code.
 
     Args:
         how_to_go_on: Advice after an interruption; None where nothing can be continued.
         parts: Name of the finished parts that an interruption leaves.
     """
-
-    def on_terminate(*_: object) -> None:  # batch systems send SIGTERM
-        raise KeyboardInterrupt
-
     if logging.lastResort:  # prints the warnings of commands without `send_log`
         logging.lastResort.setFormatter(_OneLine())
-    before = signal.signal(signal.SIGTERM, on_terminate)
     try:
-        yield
+        with _stop_signals():
+            yield
     except StreamslrError as error:
         say(f"streamslr: {error}", err=True)
         sys.exit(error.exit_code)
-    except OSError as error:
+    except (MemoryError, ImportError, RuntimeError, OSError) as error:
+        if says_out_of_memory(error):
+            say(f"streamslr: {_explain_lack_of_memory(error)}", err=True)
+            sys.exit(BudgetError.exit_code)
+        if not isinstance(error, OSError):
+            raise
         say(f"streamslr: {error}", err=True)
         sys.exit(StreamslrError.exit_code)
     except KeyboardInterrupt:
@@ -103,8 +107,26 @@ def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Ite
         message = f"; finished {parts} are kept, and {how_to_go_on}" if how_to_go_on else ""
         say(f"streamslr: interrupted{message}", err=True)
         sys.exit(_INTERRUPTED)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Let SIGTERM, which batch systems send, and SIGHUP, which a closed terminal sends, do what Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with ExitStack() as restored:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                restored.callback(signal.signal, number, signal.signal(number, interrupt))
+        yield
+
+
+def _explain_lack_of_memory(error: Exception) -> str:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limited = "" if limit == resource.RLIM_INFINITY else f" (ulimit -v allows {format_bytes(limit)} of address space)"
+    return f"memory ran out: {first_line(error)}{limited}; free some, or raise the limit"
 
 
 class _OneLine(logging.Formatter):
@@ -120,22 +142,60 @@ def send_log(quiet: bool, log_file: Path | None) -> Iterator[Console]:
     console = make_console()
     logger = logging.getLogger("streamslr")
     logger.setLevel(logging.INFO)
-    shown = RichHandler(console=make_console(stderr=True) if quiet else console, show_path=False, markup=False)
-    shown.setLevel(logging.WARNING if quiet else logging.INFO)
-    shown.setFormatter(_OneLine())
-    handlers: list[logging.Handler] = [shown]
+    handlers: list[logging.Handler] = [_TerminalHandler(console, quiet)]
+    logger.addHandler(handlers[0])
     if log_file:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
-        handlers[-1].setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
-    for handler in handlers:
-        logger.addHandler(handler)
+        try:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(_LogFile(log_file))
+            logger.addHandler(handlers[1])
+        except OSError as error:
+            logger.warning("--log-file %s cannot be written: %s; going on without it", log_file, error.strerror)
     try:
         yield console
     finally:
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+
+
+class _TerminalHandler(RichHandler):
+    """Log lines on the terminal; with --quiet, or once standard output is gone, only warnings, on standard error."""
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        super().__init__(logging.INFO, console, show_path=False, markup=False)
+        self.setFormatter(_OneLine())
+        if quiet:
+            self._turn_quiet()
+
+    def _turn_quiet(self) -> None:
+        self.console = make_console(stderr=True)
+        self.setLevel(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.level < logging.WARNING and output_is_gone():
+            self._turn_quiet()
+            logging.getLogger("streamslr").warning("nobody reads standard output any more: going on as with --quiet")
+        if record.levelno >= self.level:
+            super().emit(record)
+
+
+class _LogFile(logging.FileHandler):
+    """Log file with times. It ends with one warning where it cannot be written any more."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._path = path
+        self.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        error = sys.exception()
+        logger = logging.getLogger("streamslr")
+        logger.removeHandler(self)
+        with suppress(OSError):
+            self.close()
+        reason = error.strerror if isinstance(error, OSError) else error
+        logger.warning("--log-file %s cannot be written any more: %s; going on without it", self._path, reason)
 
 
 def silence_libraries() -> None:

@@ -119,6 +119,23 @@ def test_going_on_begins_at_the_last_checkpoint(
     assert "continuing from step 6 of 10" in caplog.text
 
 
+def test_the_same_line_on_the_finished_result_says_that_it_is_done(
+    compressed: Path, text: Path, tuned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = shutil.copytree(tuned, tmp_path / "out")
+    (tmp_path / "out.partial").mkdir()  # killed before it was removed
+    with caplog.at_level("INFO", logger="streamslr"):
+        assert finetune(compressed, text, out, **SETTINGS) == read_run(tuned).finetuned[-1]
+    assert "holds the result of this fine-tuning already" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert file_contents(out) == file_contents(tuned)
+    with pytest.raises(ResumeError, match="is there already"):
+        finetune(compressed, text, out, **SETTINGS | {"seed": 1})
+    (out / "model-block-00000.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="model-block-00000"):
+        finetune(compressed, text, out, **SETTINGS)
+
+
 def test_a_run_does_not_go_on_in_the_result(llama: Path, tuned: Path, text: Path) -> None:
     with pytest.raises(ResumeError, match="fine-tuned"):
         streamslr.compress(llama, tuned, calibration=text, **RUN)

@@ -52,7 +52,7 @@ from torch import Tensor
 from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import StreamslrError
 from streamslr.io.safetensors_file import DTYPE_NAMES
-from streamslr.memory import uss
+from streamslr.memory import held
 from streamslr.results.plan_table import plan_table
 from streamslr.run.context import open_run
 from streamslr.run.costs import PhaseCost
@@ -274,7 +274,7 @@ def main(
             # in another process, so that its memory is not in the figures
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
                 maker.submit(make, folder, shape, blocks, config.samples * config.seq_len, seed).result()
-            baseline, start = uss(), time.monotonic()
+            baseline, start = held(), time.monotonic()
             context = open_run(config)
             console.print(plan_table(context.plan))
             journal = run(context, Lines())

@@ -171,8 +171,8 @@ def require_disk_space(*needs: DiskNeed) -> None:
     """Raise BudgetError when a file system has less space free than all needs on it together."""
     by_disk: dict[int, list[tuple[Path, DiskNeed]]] = {}
     for need in needs:
-        folder = next(p for p in (need.folder.absolute(), *need.folder.absolute().parents) if p.exists())
-        if need.nbytes > 0:
+        if need.nbytes > 0:  # a folder that is not needed may be one that cannot be read
+            folder = next(p for p in (need.folder.absolute(), *need.folder.absolute().parents) if p.exists())
             by_disk.setdefault(folder.stat().st_dev, []).append((folder, need))
     for entries in by_disk.values():
         folder, _ = entries[0]

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from streamslr.errors import InputError, StreamslrError, first_line
-from streamslr.memory import is_out_of_memory
+from streamslr.errors import InputError, StreamslrError, first_line, says_out_of_memory
 
 
 @contextmanager
@@ -23,6 +22,6 @@ def refusing(what: str, advice: str) -> Iterator[None]:
     except (StreamslrError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
-        if is_out_of_memory(error):
+        if says_out_of_memory(error):
             raise
         raise InputError(f"{what}: {first_line(error)}; {advice}") from error

@@ -1,7 +1,6 @@
 """Perplexity of a compressed folder or a dense checkpoint, streamed block by block."""
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from streamslr.calibration.hidden_states import HiddenStates, InMemory, OnDisk, Span, read_batches, spans
 from streamslr.calibration.tokens import text_windows, window_prefix
 from streamslr.errors import InputError
+from streamslr.io.scratch import scratch_folder
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import pick_device
@@ -89,12 +89,12 @@ def evaluate(
 
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="streamslr-eval-", dir=scratch) as folder:
+    with scratch_folder("streamslr-eval-", scratch) as folder:
 
         def new_boundary(index: int) -> HiddenStates:
             if in_memory:
                 return InMemory(len(ids), seq_len, hidden_size, dtype)
-            return OnDisk(Path(folder) / f"{index}.zarr", len(ids), seq_len, hidden_size, dtype)
+            return OnDisk(folder / f"{index}.zarr", len(ids), seq_len, hidden_size, dtype)
 
         hidden = _run_blocks(blockwise, ids, batches, new_boundary, step)
         nll = _sum_losses(blockwise, ids, batches, hidden)

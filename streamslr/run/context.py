@@ -15,7 +15,7 @@ from streamslr.calibration.grams import input_groups
 from streamslr.config import RunConfig, idle_settings
 from streamslr.errors import InputError
 from streamslr.io.packed_layout import read_quantization_config
-from streamslr.memory import free_host_memory, keep_no_freed_memory, uss
+from streamslr.memory import free_host_memory, held, keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.model.shape import BlockShape, ModelShape
@@ -74,7 +74,7 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
     present = device.type == "cpu" or torch.cuda.is_available()
     if device.type == "cuda" and present:  # CUDA's context and libraries take host memory, which the baseline counts
         torch.linalg.cholesky(torch.eye(8, device=device) @ torch.eye(8, device=device))
-    baseline = uss()
+    baseline = held()
     checkpoint, blockwise = _open_model(config, device if present else torch.device("cpu"), dtype)
     before = read_journal(config.out)
     densest = allocate(config, blockwise.linears)  # with --owl each linear at its densest, which the plan must hold

@@ -41,7 +41,7 @@ class Costs:
     solver: Solver
     device: torch.device
     dtype: torch.dtype  # of hidden states and products
-    baseline: int  # private bytes that the process holds before any work
+    baseline: int  # bytes that the process holds before any work
 
     def phases(self, micro_batch: int, grams_at: str, workspace: int | None) -> tuple[PhaseCost, ...]:
         """Return the cost of each phase, in the order that a run goes through them.

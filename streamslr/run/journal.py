@@ -331,7 +331,14 @@ class Journal:
 
     def _refuse_foreign_files(self) -> None:
         unfinished = JOURNAL_FILE + PARTIAL_SUFFIX
-        foreign = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(".") and p.name != unfinished)
+        logs = {
+            Path(handler.baseFilename).resolve() for handler in log.handlers if isinstance(handler, logging.FileHandler)
+        }
+        foreign = sorted(
+            p.name
+            for p in self.folder.iterdir()
+            if not p.name.startswith(".") and p.name != unfinished and p.resolve() not in logs
+        )
         if foreign:
             raise ResumeError(
                 f"{self.folder} holds files but no {JOURNAL_FILE} ({', '.join(foreign[:5])}"

@@ -16,7 +16,7 @@ from streamslr.calibration.grams import Gram, offload_grams
 from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows, window_prefix
 from streamslr.config import base_name, default_out
-from streamslr.errors import BudgetError, InputError, first_line
+from streamslr.errors import BudgetError, InputError, first_line, says_out_of_memory
 from streamslr.io.durable import file_sha256
 from streamslr.io.folder import (
     discard_uncommitted,
@@ -27,7 +27,7 @@ from streamslr.io.folder import (
 )
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.matching import BlockWeights, CompressedBlock
-from streamslr.memory import held_to_gpu_budget, is_out_of_memory, retry_on_oom
+from streamslr.memory import held_to_gpu_budget, retry_on_oom
 from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import RunContext, require_fit
@@ -85,7 +85,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 compressor = LinearCompressor(context.method.solver, allocation, config.seed, state.solver_workspace)
                 Compression(context, allocation, journal, timer, progress, passes, compressor).run()
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                if not says_out_of_memory(error):
                     raise
                 raise BudgetError(
                     f"memory ran out: {first_line(error)}. Free some or raise the budget, then start the same "

@@ -24,20 +24,36 @@ _context.set_forkserver_preload(
 )
 
 
+class Child:
+    """Child process that calls a function."""
+
+    def __init__(self, target: Callable[..., None], *args: Any) -> None:
+        self._process = _context.Process(target=_child, args=(target, *args))
+        self._process.start()
+
+    def join(self, seconds: float | None = None) -> int | None:
+        """Return its exit code, negative for a signal; None where it still works after so many seconds."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """End it as `kill -9` does."""
+        self._process.kill()
+        self._process.join()
+
+
 def exit_code(target: Callable[..., None], *args: Any, timeout: float | None = None) -> int:
     """Call a function in a child and return its exit code, negative for a signal.
 
     Raises:
         TimeoutError: The child was killed after `timeout` seconds.
     """
-    process = _context.Process(target=_child, args=(target, *args))
-    process.start()
-    process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
+    child = Child(target, *args)
+    code = child.join(timeout)
+    if code is None:
+        child.kill()
         raise TimeoutError(f"{args} took more than {timeout} s")
-    return process.exitcode
+    return code
 
 
 def _child(target: Callable[..., None], *args: Any) -> None:
