@@ -1,5 +1,7 @@
 """No mutated file gives a traceback, a hang or another result in silence, whatever the command."""
 
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -116,3 +118,17 @@ def test_every_command_holds(
         found = outcome(copy, command, tmp_path / "attack")
     verdict, reason = judge(target, command, found, sound[command], changed)
     assert verdict not in ("failed", "silent"), f"{command}, {done}: {reason}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", sorted({command for target in TARGETS for command in target.commands}))
+def test_a_pipe_or_folder_in_the_place_of_a_file_is_refused(ground: Ground, tmp_path: Path, command: str) -> None:
+    files = {target.file for target in TARGETS if command in target.commands}
+    for number, file in enumerate(sorted(files)):
+        copy = Ground(Path(shutil.copytree(ground.folder, tmp_path / f"{number}" / "ground")))
+        path = copy.folder / file
+        for make in (os.mkfifo, os.mkdir):
+            path.unlink()
+            make(path)
+            found = outcome(copy, command, tmp_path / f"{number}-{make.__name__}")
+            assert found.failure is None, f"{make.__name__} {file}: {found.failure}"

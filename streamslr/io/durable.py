@@ -109,8 +109,8 @@ def write_json(path: Path, obj: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the digest of a file as hex."""
-    with path.open("rb") as file:
+    """Return the digest of a regular file as hex. Raises InputError where it cannot be read."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

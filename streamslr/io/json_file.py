@@ -3,8 +3,9 @@
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,7 +19,7 @@ takes some 10 MB."""
 T = TypeVar("T")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file to read, through links; never wait for a pipe or read a device.
 
     Raises:
