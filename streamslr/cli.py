@@ -10,18 +10,19 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from streamslr.config import RunConfig, default_out, format_bytes, parse_bytes
+from streamslr.config import LARGEST, RunConfig, default_out, format_bytes, parse_bytes
 from streamslr.errors import BudgetError, InputError
+from streamslr.printable import printable
 from streamslr.streams import make_streams_last
 from streamslr.terminal import (
-    make_console,
     print_json,
     print_table,
     report_errors,
+    say,
     send_log,
     show_bar,
     silence_libraries,
@@ -50,6 +51,16 @@ class _Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class _Path(click.Path):
+    """Path whose refusal does not print what a hostile name holds."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(path_type=Path, **settings)
+
+    def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
+        super().fail(printable(message), param, ctx)
+
+
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add an option for every field of RunConfig: name, type, default and help come from there."""
     hints = typing.get_type_hints(RunConfig)
@@ -67,7 +78,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
         elif field.name.endswith("_mem"):
             settings["type"] = _Size()
         else:
-            settings["type"] = click.Path(path_type=Path) if kinds[0] is Path else kinds[0]
+            settings["type"] = _Path() if kinds[0] is Path else kinds[0]
         command = click.option(flag, field.name, **settings)(command)
     return command
 
@@ -78,7 +89,11 @@ _device_option = click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="Device to compute on [default: cuda where there is one]."
 )
 _seq_len_option = click.option(
-    "--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of the text."
+    "--seq-len",
+    type=click.IntRange(2, LARGEST),
+    default=2048,
+    show_default=True,
+    help="Tokens in a window of the text.",
 )
 _bos_option = click.option(
     "--bos",
@@ -87,7 +102,7 @@ _bos_option = click.option(
     show_default=True,
     help="First token of each window is the tokenizer's BOS; auto: where the tokenizer adds one by itself.",
 )
-_folder_argument = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+_folder_argument = click.argument("folder", type=_Path(exists=True, file_okay=False))
 
 
 def _require_address_space() -> None:
@@ -118,7 +133,7 @@ def main() -> None:
 @main.command()
 @_run_options
 @_quiet_option
-@click.option("--log-file", type=click.Path(path_type=Path), help="Append a line a block, and every warning, to FILE.")
+@click.option("--log-file", type=_Path(), help="Append a line a block, and every warning, to FILE.")
 def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
     """Compress a model into a folder; the same line again goes on where it stopped."""
     out = settings["out"] or default_out(settings["model"])
@@ -134,7 +149,7 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
 
             context = open_run(config)
             if not quiet:
-                console.print(plan_table(context.plan))
+                print_table(plan_table(context.plan), full_width=False)
             live = not quiet and console.is_terminal
             with LiveDisplay(console, context.host_mem) if live else nullcontext() as display:
                 state = compress(context, display)
@@ -160,7 +175,7 @@ def plan(as_json: bool, **settings: Any) -> None:
         if as_json:
             print_json(context.plan.as_dict())
         else:
-            make_console().print(plan_table(context.plan))
+            print_table(plan_table(context.plan), full_width=False)
         require_fit(context)
 
 
@@ -229,27 +244,25 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
             print_json(dataclasses.asdict(result))
         else:
             for file, problem in result.problems:
-                click.echo(f"{file}: {problem}")
+                say(f"{file}: {problem}")
             advice = (
                 "; the `streamslr run` line that made the folder makes damaged files anew (or copy them again); "
                 "delete what is not part of the model"
             )
             count = f"{len(result.problems)} problem{'s' if len(result.problems) > 1 else ''}"
             verdict = f"{count}{advice}" if result.problems else "no problems"
-            click.echo(f"{folder}: {result.files} shards, {result.tensors} tensors, {verdict}")
+            say(f"{folder}: {result.files} shards, {result.tensors} tensors, {verdict}")
             if not result.complete:
                 rest = f"; it writes or removes {', '.join(result.leftovers[:3])}" if result.leftovers else ""
                 more = f" and {len(result.leftovers) - 3} more" if len(result.leftovers) > 3 else ""
-                click.echo(f"{folder}: unfinished, the same `streamslr run` line goes on{rest}{more}")
+                say(f"{folder}: unfinished, the same `streamslr run` line goes on{rest}{more}")
         if result.problems:
             sys.exit(1)
 
 
 @main.command()
 @_folder_argument
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file to write [default: FOLDER/report.html]."
-)
+@click.option("--out", type=_Path(dir_okay=False), help="HTML file to write [default: FOLDER/report.html].")
 def report(folder: Path, out: Path | None) -> None:
     """Write an HTML page about a compressed FOLDER.
 
@@ -259,12 +272,12 @@ def report(folder: Path, out: Path | None) -> None:
     with report_errors():
         from streamslr.results.report.page import write_report
 
-        click.echo(str(write_report(folder, out)))
+        say(str(write_report(folder, out)))
 
 
 @main.command()
 @_folder_argument
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", type=_Path(file_okay=False))
 @click.option(
     "--to",
     type=click.Choice(["dense", "peft"]),
@@ -292,34 +305,34 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
         with show_bar("export", shown=not quiet) as step:
             result = exporting.export(folder, out, to, getattr(torch, dtype) if dtype else None, step)
         already = f"; {result.shards - result.made} of them were there already" if result.made < result.shards else ""
-        click.echo(f"{out}: {result.shards} shards, {result.nbytes:,} bytes, read back and equal{already}")
+        say(f"{out}: {result.shards} shards, {result.nbytes:,} bytes, read back and equal{already}")
         if to == "dense":
-            click.echo(f'load it: AutoModelForCausalLM.from_pretrained("{out}")')
+            say(f'load it: AutoModelForCausalLM.from_pretrained("{out}")')
         else:
-            click.echo(f'load it: peft.AutoPeftModelForCausalLM.from_pretrained("{out}/adapter")')
+            say(f'load it: peft.AutoPeftModelForCausalLM.from_pretrained("{out}/adapter")')
             rank = exporting.vllm_max_lora_rank(result.rank)
             base, adapter = (shlex.quote(f"{out}/{part}") for part in ("base", "adapter"))
             lora = f"--enable-lora --max-lora-rank {rank} --lora-modules slr={adapter}"
             too_large = f"rank {result.rank} is more than vLLM takes in a LoRA; for vLLM export it --to dense"
-            click.echo(f"serve it: vllm serve {base} {lora}" if rank else too_large)
+            say(f"serve it: vllm serve {base} {lora}" if rank else too_large)
 
 
 @main.command()
 @_folder_argument
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=_Path(),
     required=True,
     help="Text to train on: .txt, .jsonl with a `text` field, or .gz of either.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="New folder for the result."
-)
+@click.option("--out", type=_Path(file_okay=False), required=True, help="New folder for the result.")
 @_seq_len_option
 @_bos_option
-@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the text.")
-@click.option("--steps", type=click.IntRange(1), help="Number of optimizer steps, in place of --epochs.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows in an optimizer step.")
+@click.option("--epochs", type=click.IntRange(1, LARGEST), default=1, show_default=True, help="Passes over the text.")
+@click.option("--steps", type=click.IntRange(1, LARGEST), help="Number of optimizer steps, in place of --epochs.")
+@click.option(
+    "--batch", type=click.IntRange(1, LARGEST), default=8, show_default=True, help="Windows in an optimizer step."
+)
 @click.option(
     "--lr",
     type=click.FloatRange(0, min_open=True),
@@ -327,7 +340,13 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
     show_default=True,
     help="Learning rate, relative to the root mean square of each U and V.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the windows.")
+@click.option(
+    "--seed",
+    type=click.IntRange(-LARGEST, LARGEST),
+    default=0,
+    show_default=True,
+    help="Seed of the order of the windows.",
+)
 @_device_option
 @_quiet_option
 def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
@@ -342,7 +361,7 @@ def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
 
         with send_log(quiet, None):
             record = train(folder, **settings)
-        click.echo(
+        say(
             f"{settings['out']}: held-out loss {record.loss_before:.4f} before, {record.loss_after:.4f} after "
             f"{record.steps} steps on {record.data}"
         )
@@ -352,30 +371,32 @@ def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
 @click.argument("model")
 @click.option(
     "--text",
-    type=click.Path(path_type=Path, exists=True),
+    type=_Path(exists=True),
     help="Text to measure the perplexity on: .txt, .jsonl with a `text` field, or .gz of either.",
 )
 @_seq_len_option
 @_bos_option
-@click.option("--windows", type=click.IntRange(1), help="Number of windows from the start of the text [default: all].")
+@click.option(
+    "--windows", type=click.IntRange(1, LARGEST), help="Number of windows from the start of the text [default: all]."
+)
 @click.option(
     "--scratch",
-    type=click.Path(path_type=Path),
+    type=_Path(),
     help="Folder for hidden states that memory cannot hold [default: the system's temporary folder].",
 )
 @click.option(
     "--tasks", help="Tasks of lm-evaluation-harness, like arc_easy,piqa; `papers` stands for the papers' eight."
 )
 @click.option(
-    "--num-fewshot", type=click.IntRange(0), help="Solved examples before each question [default: the task's]."
-)
-@click.option("--limit", type=click.IntRange(1), help="Number of questions from the start of each task [default: all].")
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Questions evaluated together."
+    "--num-fewshot", type=click.IntRange(0, LARGEST), help="Solved examples before each question [default: the task's]."
 )
 @click.option(
-    "--include-path", type=click.Path(path_type=Path, exists=True), help="Folder of more tasks, in the harness's YAML."
+    "--limit", type=click.IntRange(1, LARGEST), help="Number of questions from the start of each task [default: all]."
 )
+@click.option(
+    "--batch-size", type=click.IntRange(1, LARGEST), default=1, show_default=True, help="Questions evaluated together."
+)
+@click.option("--include-path", type=_Path(exists=True), help="Folder of more tasks, in the harness's YAML.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @_device_option
 @_json_option
@@ -436,7 +457,7 @@ def eval(
             found |= dataclasses.asdict(result)
             if not as_json:
                 first = ", BOS first," if result.bos else ""
-                click.echo(
+                say(
                     f"{model}: perplexity {result.perplexity:.4f} on {result.windows:,} windows of "
                     f"{result.seq_len:,} tokens{first} of {text} ({result.dtype} on {result.device})"
                 )

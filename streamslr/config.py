@@ -2,12 +2,16 @@
 
 import hashlib
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from streamslr.errors import InputError
+
+LARGEST = 2**31 - 1
+"""Largest count that a setting may have; no work of that size would end."""
 
 _UNITS = {
     "": 1,
@@ -28,7 +32,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         InputError: The text is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", text.upper())
     if not match:
         raise InputError(f"{text!r} is not a size; write it like 45GB or 16GiB")
     return int(float(match[1]) * _UNITS[match[2]])
@@ -151,8 +155,18 @@ class RunConfig:
 
     def _require_ranges(self) -> None:
         for name, least in (("samples", 1), ("seq_len", 2), ("rank", 0), ("match_epochs", 2), ("match_batch", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise InputError(f"{_flag(name)} is {value}; it must be at least {least}")
+            if (value := getattr(self, name)) is not None and not least <= value <= LARGEST:
+                bound = f"at least {least}" if value < least else f"at most {LARGEST:,}"
+                raise InputError(f"{_flag(name)} is {value}; it must be {bound}")
+        for name in ("model", "out"):
+            try:
+                os.fsencode(getattr(self, name)).decode("utf-8")
+            except UnicodeError as error:
+                raise InputError(
+                    f"{_flag(name)} {getattr(self, name)} is no path in UTF-8, which safetensors needs; rename it"
+                ) from error
+        if not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"--seed is {self.seed}; it must be below 2^63")
         if not 0 < self.match_lr < math.inf:
             raise InputError(f"--match-lr is {self.match_lr}; it must be above 0")
         if not 0 <= self.match_recover <= 1:

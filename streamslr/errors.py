@@ -44,7 +44,11 @@ def says_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of another library's error, at most 200 characters, or the error's type if it is empty."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, at most 200 characters, or the error's type if it is empty.
+
+    A line that ends in a colon has the next one with it.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    whole = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return whole[:200] or type(error).__name__

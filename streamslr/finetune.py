@@ -5,7 +5,6 @@ higher rank to come back into this format. `streamslr export --to peft` gives UÂ
 """
 
 import hashlib
-import json
 import logging
 import math
 import shutil
@@ -39,10 +38,10 @@ from streamslr.io.durable import (
     fsync_folder,
     lock_folder,
     require_disk_space,
-    write_file,
     write_json,
 )
-from streamslr.io.folder import require_as_written, write_index
+from streamslr.io.folder import copy_auxiliary_file, require_as_written, write_index
+from streamslr.io.json_file import parse_json, read_bounded
 from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.parameter_names import find_modules
@@ -105,6 +104,8 @@ def finetune(
         BudgetError: Memory or disk are too small.
         StreamslrError: Training diverged.
     """
+    if not 0 < lr < math.inf:
+        raise InputError(f"--lr is {lr}; it must be above 0")
     where, _ = pick_device(device)
     out = out.resolve()
     if out.is_relative_to(folder.resolve()):
@@ -254,7 +255,10 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
             if any(path.name != _SETTINGS_FILE + PARTIAL_SUFFIX for path in work.iterdir()):
                 raise ResumeError(f"{work} holds files that are no fine-tuning's; delete it, or give another --out")
             write_json(record, settings)
-        there = json.loads(record.read_text())
+        try:
+            there = parse_json(read_bounded(record), dict[str, Any])
+        except ValueError as error:
+            raise ResumeError(f"{record} is damaged ({error}); delete {work}, or give another --out") from error
         if changed := [name for name, value in settings.items() if there.get(name) != value]:
             raise ResumeError(
                 f"{work} holds an unfinished fine-tuning with other settings ({', '.join(changed)}); "
@@ -414,7 +418,7 @@ def _write(
     out.mkdir(exist_ok=True)
     for name in state.auxiliary_files:
         require_as_written(folder / name, state.auxiliary_files[name])
-        write_file(out / name, (folder / name).read_bytes())
+        copy_auxiliary_file(folder / name, out)
     assert state.non_block is not None
     non_block = rewritten(state.non_block.file)
     blocks = tuple(replace(block, shard=rewritten(block.shard.file)) for block in state.blocks)

@@ -5,10 +5,11 @@ import logging
 import resource
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -18,33 +19,60 @@ from rich.table import Table
 
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, StreamslrError, first_line, says_out_of_memory
+from streamslr.printable import printable
 from streamslr.streams import output_is_gone
 
 _INTERRUPTED = 130  # the exit code that a shell reports for a process ended by Ctrl-C
 
 
-def make_console(stderr: bool = False) -> Console:
-    """Return the terminal, at its width; a file or pipe gets lines of 120 characters."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=120)
+_LONGEST_LINE = 4000
+"""Characters of the longest message that is shown whole."""
 
 
-def print_table(table: Table) -> None:
-    """Print a table; a file or pipe gets its full width."""
+def make_console(stderr: bool = False, width: int | None = None) -> Console:
+    """Return the terminal, at its width; a file or pipe gets lines of 120 characters. Square brackets are text."""
+    console = Console(stderr=stderr, width=width, markup=False, emoji=False)
+    if console.is_terminal or width is not None:
+        return console
+    return make_console(stderr, width=120)
+
+
+def say(message: str, err: bool = False) -> None:
+    """Print one line; what does not print is escaped."""
+    if len(message) > _LONGEST_LINE:
+        message = f"{message[:_LONGEST_LINE]}… ({len(message):,} characters)"
+    click.echo(printable(message), err=err)
+
+
+def print_table(table: Table, full_width: bool = True) -> None:
+    """Print a table, with what does not print escaped; a file or pipe gets its full width unless that is not asked."""
+    _escape_table(table)
     console = make_console()
-    if not console.is_terminal:
-        console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    if full_width and not console.is_terminal:
+        console.width = max(console.width, make_console(width=1000).measure(table).maximum)
     console.print(table)
 
 
+def _escape_table(table: Table) -> None:
+    """Escape title, caption and cells; newlines stay where our own tables have them, in captions and headers."""
+    if isinstance(table.title, str):
+        table.title = printable(table.title)
+    if isinstance(table.caption, str):
+        table.caption = printable(table.caption, keep="\n")
+    for column in table.columns:
+        column._cells = [printable(cell) if isinstance(cell, str) else cell for cell in column._cells]
+
+
 def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, default=str))
+    """Print JSON in ASCII; NaN and infinity, which JSON lacks, become null."""
+    strict = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+    click.echo(json.dumps(strict, indent=2))
 
 
 @contextmanager
 def show_bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on a terminal, and yield the function that moves it: (done, total)."""
-    console = Console(stderr=True)  # where it is no terminal, a bar would leave an empty line
+    console = make_console(stderr=True)  # where it is no terminal, a bar would leave an empty line
     with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -58,24 +86,26 @@ def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Ite
         how_to_go_on: Advice after an interruption; None where nothing can be continued.
         parts: Name of the finished parts that an interruption leaves.
     """
+    if logging.lastResort:  # prints the warnings of commands without `send_log`
+        logging.lastResort.setFormatter(_OneLine())
     try:
         with _stop_signals():
             yield
     except StreamslrError as error:
-        click.echo(f"streamslr: {error}", err=True)
+        say(f"streamslr: {error}", err=True)
         sys.exit(error.exit_code)
     except (MemoryError, ImportError, RuntimeError, OSError) as error:
         if says_out_of_memory(error):
-            click.echo(f"streamslr: {_explain_lack_of_memory(error)}", err=True)
+            say(f"streamslr: {_explain_lack_of_memory(error)}", err=True)
             sys.exit(BudgetError.exit_code)
         if not isinstance(error, OSError):
             raise
-        click.echo(f"streamslr: {error}", err=True)
+        say(f"streamslr: {error}", err=True)
         sys.exit(StreamslrError.exit_code)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         message = f"; finished {parts} are kept, and {how_to_go_on}" if how_to_go_on else ""
-        click.echo(f"streamslr: interrupted{message}", err=True)
+        say(f"streamslr: interrupted{message}", err=True)
         sys.exit(_INTERRUPTED)
 
 
@@ -97,6 +127,13 @@ def _explain_lack_of_memory(error: Exception) -> str:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     limited = "" if limit == resource.RLIM_INFINITY else f" (ulimit -v allows {format_bytes(limit)} of address space)"
     return f"memory ran out: {first_line(error)}{limited}; free some, or raise the limit"
+
+
+class _OneLine(logging.Formatter):
+    """Formatter of log lines; what does not print is escaped, so that a name cannot forge a line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name that logging gives it
+        return printable(super().formatMessage(record))
 
 
 @contextmanager
@@ -127,6 +164,7 @@ class _TerminalHandler(RichHandler):
 
     def __init__(self, console: Console, quiet: bool) -> None:
         super().__init__(logging.INFO, console, show_path=False, markup=False)
+        self.setFormatter(_OneLine())
         if quiet:
             self._turn_quiet()
 
@@ -148,7 +186,7 @@ class _LogFile(logging.FileHandler):
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
         self._path = path
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
         error = sys.exception()
@@ -161,7 +199,7 @@ class _LogFile(logging.FileHandler):
 
 
 def silence_libraries() -> None:
-    """Turn off the bars and messages of the libraries, which would tear our display."""
+    """Turn off the bars and messages of the libraries, which would tear our display; their warnings take one line."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers import logging as transformers_logging
 
@@ -169,3 +207,17 @@ def silence_libraries() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.setFormatter(_OneLine())
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    say(f"streamslr: warning: {message}", err=True)

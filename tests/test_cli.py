@@ -139,6 +139,14 @@ def test_a_users_mistake_is_one_message_and_an_exit_code(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("huge", [["--samples"], ["--seq-len"], ["--samples", "--seq-len", "--rank"]])
+def test_a_run_of_any_size_is_planned_and_refused(model: Path, huge: list[str]) -> None:
+    settings = [part for flag in huge for part in (flag, "2147483647")]
+    done = call("plan", "--model", model, "--device", "cpu", *settings)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("streamslr: ")
+
+
 def test_changed_settings_exit_with_4(model: Path, text: Path, finished: Path) -> None:
     done = call(*run_line(model, text, finished, "--rank", "8"))
     assert done.returncode == 4

@@ -31,7 +31,7 @@ def test_sizes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1.2.3G", "45 apples", "1e9"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1.2.3G", "45 apples", "1e9", "9" * 5000])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="45GB"):
         parse_bytes(text)
@@ -48,6 +48,10 @@ def test_a_formatted_size_reads_back_within_its_digits(count: int) -> None:
         ({"samples": 0}, "--samples is 0"),
         ({"seq_len": 1}, "--seq-len is 1"),
         ({"rank": -1}, "--rank is -1"),
+        ({"rank": 10**30}, "--rank is 10+; it must be at most 2,147,483,647"),
+        ({"samples": 2**31}, "--samples is 2147483648; it must be at most"),
+        ({"seq_len": 2**31}, "--seq-len is 2147483648; it must be at most"),
+        ({"seed": 2**63}, "--seed is 9223372036854775808; it must be below"),
         ({"device": "tpu"}, "--device is 'tpu'"),
         ({"match_epochs": 1}, "--match-epochs is 1"),
         ({"match_batch": 0}, "--match-batch is 0"),

@@ -15,12 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from streamslr.calibration.text import is_jsonl, read_documents
 from streamslr.errors import HubError, InputError
 from streamslr.memory import return_freed_memory
+from streamslr.model.border import refusing
 
 _PIECE = 2**22
 """Characters tokenized at once: a tokenizer takes 100 bytes a token."""
 
 C4_REPO, C4_FILE = "allenai/c4", "en/c4-train.00000-of-01024.json.gz"
 """Default calibration text: what SparseGPT and 3BASiL calibrate on."""
+
+_CHECK_TOKENIZER = "check the tokenizer's files, or download them again"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ def window_prefix(tokenizer: PreTrainedTokenizerBase, bos: str) -> list[int]:
     if bos == "yes" and token is None:
         raise InputError("--bos yes, but the model's tokenizer has no BOS token; use --bos auto")
     if bos == "auto":
-        adds_bos = token is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [token]
+        with refusing("the model's tokenizer fails", _CHECK_TOKENIZER):
+            adds_bos = token is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [token]
         return [token] if adds_bos else []
     return [token] if bos == "yes" else []
 
@@ -153,8 +157,9 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     start = 0
     while start < len(text):
         end = text.find("\n", start + _PIECE) + 1 or len(text)
-        piece = tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
-        ids.append(torch.tensor(piece, dtype=torch.int32))
+        with refusing("the model's tokenizer fails on the text", _CHECK_TOKENIZER):
+            piece = tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+            ids.append(torch.tensor(piece, dtype=torch.int32))
         start = end
     return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int32)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, ResumeError, StreamslrError
+from streamslr.io.json_file import open_regular
 
 PARTIAL_SUFFIX = ".partial"
 """End of a file's name until it is whole. A later attempt at the same file replaces a leftover one."""
@@ -89,6 +90,18 @@ def write_file(path: Path, content: bytes) -> str:
     return file.sha256
 
 
+def copy_file(source: Path, path: Path) -> str:
+    """Copy a regular file durably, piece by piece, and return its sha256.
+
+    Raises:
+        InputError: `source` cannot be read, or is no regular file. Other errors as `durable_file`.
+    """
+    with open_regular(source) as opened, durable_file(path, os.fstat(opened.fileno()).st_size) as file:
+        while piece := opened.read(_SLICE):
+            file.write(piece)
+    return file.sha256
+
+
 def write_json(path: Path, obj: Any) -> str:
     """Write `obj` durably as JSON (sorted keys, indented, a newline at the end) and return the file's sha256."""
     text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
@@ -96,8 +109,8 @@ def write_json(path: Path, obj: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the digest of a file as hex."""
-    with path.open("rb") as file:
+    """Return the digest of a regular file as hex. Raises InputError where it cannot be read."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

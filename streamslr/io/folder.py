@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from streamslr.errors import InputError
-from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256, write_file, write_json
+from streamslr.io.durable import PARTIAL_SUFFIX, copy_file, file_sha256, write_file, write_json
+from streamslr.io.json_file import LARGEST_JSON, read_bounded
 from streamslr.io.packed_layout import (
     BLOCK_FILE,
     INDEX_FILE,
@@ -48,22 +49,29 @@ def write_auxiliary_files(
     entry = {"quantization_config": quantization_config(pattern, rank)}
     digests = {"config.json": write_file(folder / "config.json", config_bytes({**config, **entry}))}
     for path in files:
-        digests[path.name] = write_file(folder / path.name, without_code(path.name, path.read_bytes()))
+        digests[path.name] = copy_auxiliary_file(path, folder)
     return digests
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:
-    """Return the content of a config.json, entries in the order given, without `auto_map` (see `without_code`)."""
+    """Return the content of a config.json, entries as given but without `auto_map` (see `copy_auxiliary_file`)."""
     return (json.dumps(_drop_auto_map(config), indent=2) + "\n").encode()
 
 
-def without_code(name: str, content: bytes) -> bytes:
-    """Return the content of an auxiliary file; of a JSON file without `auto_map`.
+def copy_auxiliary_file(path: Path, folder: Path) -> str:
+    """Copy a file that travels with a model into a folder, a JSON file without `auto_map`; return its sha256.
 
     `auto_map` names Python files of the checkpoint. streamslr computes with the classes of transformers and copies no
     code, so that an output must not ask for it. Other content stays byte for byte.
     """
-    if not name.endswith(".json") or b'"auto_map"' not in content:
+    if path.suffix != ".json" or path.stat().st_size > LARGEST_JSON:
+        return copy_file(path, folder / path.name)
+    return write_file(folder / path.name, _without_code(read_bounded(path)))
+
+
+def _without_code(content: bytes) -> bytes:
+    """Return the content of a JSON file without `auto_map`."""
+    if b'"auto_map"' not in content:
         return content
     try:
         parsed = json.loads(content)

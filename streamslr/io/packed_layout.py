@@ -225,7 +225,7 @@ def packed_linears(metadata: Mapping[str, str] | None) -> Linears:
     for name, text in (metadata or {}).items():
         if name == "format":
             continue
-        match = re.fullmatch(r"(\S+) (\d+)x(\d+)", text)
+        match = re.fullmatch(r"(\S+) (\d{1,12})x(\d{1,12})", text)
         if match is None:
             raise InputError(f'the header of a shard says {text!r} of {name}, not "PATTERN OxD": it is damaged')
         linears[name] = parse_pattern(match[1]), (int(match[2]), int(match[3]))

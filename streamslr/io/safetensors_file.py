@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.io.durable import durable_file
+from streamslr.io.json_file import open_regular, parse_json
+from streamslr.printable import printable
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -78,6 +81,17 @@ class ShardHeader:
     metadata: Mapping[str, str]
 
 
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """Description of a tensor as a header stores it."""
+
+    dtype: str
+    shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=64)]
+    data_offsets: tuple[_Size, _Size]
+
+
 @dataclass(frozen=True)
 class WrittenShard:
     """A file that `write_shard` wrote."""
@@ -95,12 +109,12 @@ def shard_header(path: Path) -> ShardHeader:
 
 
 def read_start(path: Path, nbytes: int) -> tuple[bytes, int]:
-    """Return up to the first `nbytes` of a file, and the size of the whole. Raises InputError."""
-    try:
-        with path.open("rb") as file:
+    """Return up to the first `nbytes` of a regular file, and the size of the whole. Raises InputError."""
+    with open_regular(path) as file:
+        try:
             return file.read(nbytes), os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def read_header(read: ReadStart, file: str, label: str) -> ShardHeader:
@@ -129,34 +143,51 @@ def read_header(read: ReadStart, file: str, label: str) -> ShardHeader:
     if len(start) < 8 + length:
         start, _ = read(8 + length)
     raw = start[8 : 8 + length]
+    try:
+        metadata, described = _parse_header(raw)
+    except ValueError as error:
+        raise damaged(f"its header is not a safetensors header ({error})") from error
     tensors: dict[str, TensorInfo] = {}
     ranges: dict[str, tuple[int, int]] = {}
-    try:
-        entries = json.loads(raw)
-        metadata = dict(entries.pop(_METADATA, None) or {})
-        if not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError(f"{_METADATA} holds more than texts")
-        for name, entry in entries.items():
-            shape = tuple(int(n) for n in entry["shape"])
-            first, end = entry["data_offsets"]
-            if entry["dtype"] not in _DTYPES:
-                raise InputError(
-                    f"{name} in {file} of {label} has dtype {entry['dtype']}, which streamslr cannot "
-                    f"read; give the original model in bf16, fp16 or fp32"
-                )
-            dtype = _DTYPES[entry["dtype"]]
-            nbytes = prod(shape) * dtype.itemsize
-            if min((0, *shape)) < 0 or first < 0 or end - first != nbytes:
-                raise damaged(f"{name} {list(shape)} takes {nbytes} bytes, its offsets hold {end - first}")
-            tensors[name] = TensorInfo(name, dtype, shape, file, nbytes)
-            ranges[name] = (8 + length + first, 8 + length + end)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(f"its header is not a safetensors header ({error!r})") from error
-    expected = max((end for _, end in ranges.values()), default=8 + length)
-    if expected != size:
-        problem = "truncated" if expected > size else "longer than its header says"
-        raise damaged(f"{problem}: {size} bytes, the header speaks of {expected}")
-    return ShardHeader(raw, size, tensors, ranges, metadata)
+    end = 0
+    for name, entry in sorted(described.items(), key=lambda item: item[1].data_offsets):
+        if entry.dtype not in _DTYPES:
+            raise InputError(
+                f"{name} in {file} of {label} has dtype {printable(entry.dtype[:20])}, which streamslr cannot "
+                f"read; give the original model in bf16, fp16 or fp32"
+            )
+        dtype, shape = _DTYPES[entry.dtype], entry.shape
+        nbytes = prod(shape) * dtype.itemsize
+        first, last = entry.data_offsets
+        if last - first != nbytes:
+            raise damaged(f"{name} {list(shape)} takes {nbytes} bytes, its offsets hold {last - first}")
+        if first != end:
+            raise damaged(f"{name} begins at byte {first}, where the tensor before it ends at {end}")
+        end = last
+        tensors[name] = TensorInfo(name, dtype, shape, file, nbytes)
+        ranges[name] = (8 + length + first, 8 + length + last)
+    if 8 + length + end != size:
+        problem = "truncated" if 8 + length + end > size else "longer than its header says"
+        raise damaged(f"{problem}: {size} bytes, the header speaks of {8 + length + end}")
+    return ShardHeader(raw, size, {name: tensors[name] for name in described}, ranges, metadata)
+
+
+def _parse_header(raw: bytes) -> tuple[Mapping[str, str], Mapping[str, _Entry]]:
+    """Return the texts and the descriptions of the tensors that a header holds. Raises ValueError."""
+    if not raw.startswith(b"{"):
+        raise ValueError("it does not begin with an object")
+    entries = parse_json(raw, dict[str, msgspec.Raw])
+    texts = bytes(entries.pop(_METADATA, b"null"))
+    metadata = {} if texts == b"null" else parse_json(texts, dict[str, str])
+    described = {}
+    for name, entry in entries.items():
+        if not name.isprintable():
+            raise ValueError(f"the tensor name {printable(name)!r} holds control characters")
+        try:
+            described[name] = msgspec.json.decode(entry, type=_Entry)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return metadata, described
 
 
 def write_shard(

@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError
+from streamslr.model.border import refusing
+from streamslr.model.bounds import require_modest_buffers
 from streamslr.model.call_recorder import PROBE_SHAPE, Call, find_recorder
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.compressibility import find_obstacles, find_shared_parameter
 from streamslr.model.experts import unfuse
 from streamslr.model.meta_model import build_on_meta, find_blocks, get_tensor, set_tensor
-from streamslr.model.parameter_names import ParameterNames, check_headers, find_kinds, find_linears, find_routers
+from streamslr.model.parameter_names import (
+    ParameterNames,
+    check_depth,
+    check_headers,
+    find_kinds,
+    find_linears,
+    find_routers,
+)
 from streamslr.model.transformers_compat import (
     compute_buffers,
     get_model_conversion_mapping,
@@ -26,6 +35,8 @@ from streamslr.tensors import count_not_finite, is_finite
 
 _CACHED_CALLS = 4
 """Batch shapes whose calls (masks, positions) are cached: whole and last micro-batch, in a pass and in matching."""
+
+_CHECK_CONFIG = "check config.json, or download it again"
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ class BlockwiseModel:
             in every expert beside it.
     """
 
+    @refusing("transformers cannot make the model that config.json describes", _CHECK_CONFIG)
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         """Build the model on meta, and find its blocks and names; no tensor is read.
 
@@ -84,7 +96,7 @@ class BlockwiseModel:
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.hidden_size = int(checkpoint.config.get_text_config().hidden_size)
-        self._model = build_on_meta(checkpoint.config, dtype)
+        self._model = build_on_meta(checkpoint.config, dtype, checkpoint.tensors)
         conversions = get_model_conversion_mapping(self._model)
         self._experts, self._conversions = unfuse(self._model, conversions, checkpoint.tensors)
         list_name, self._blocks = find_blocks(self._model)
@@ -105,6 +117,8 @@ class BlockwiseModel:
             find_kinds(linears, self._names, self._experts) for linears in self.linears
         )
         check_headers(self._model, self._names, checkpoint)
+        check_depth(self._model, self._names, checkpoint.tensors)
+        require_modest_buffers({name: self._names.meta[name] for name in self._names.computed}, checkpoint.tensors)
 
         self._live: int | None = None
         self._non_block_loaded = False
@@ -154,7 +168,7 @@ class BlockwiseModel:
         """Pass a batch without values through block i, which must not be live: its hooks see every shape."""
         call = self._calls_for(PROBE_SHAPE)[i]
         hidden = torch.empty(*PROBE_SHAPE, self.hidden_size, dtype=self.dtype, device="meta")
-        with torch.no_grad():
+        with torch.no_grad(), refusing(f"block {i} of {self._class} cannot run", _CHECK_CONFIG):
             call.to_meta().replay(self._blocks[i], hidden)
 
     # Weights in and out
@@ -257,7 +271,8 @@ class BlockwiseModel:
         if self._live != i:
             raise RuntimeError(f"block {i} is not live: load_block({i}) first")
         call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]
-        output = call.replay(self._blocks[i], hidden)
+        with refusing(f"block {i} of {self._class} cannot run", _CHECK_CONFIG):
+            output = call.replay(self._blocks[i], hidden)
         if isinstance(output, tuple) != self._recorder.returns_tuples:
             raise InputError(f"block {i} of {self._class} returns a {type(output).__name__}: not supported")
         out: Tensor = output[0] if isinstance(output, tuple) else output

@@ -12,21 +12,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from streamslr.errors import InputError, StreamslrError, first_line
+from streamslr.config import format_bytes
+from streamslr.errors import InputError, StreamslrError
 from streamslr.io.folder import is_file_name
+from streamslr.io.json_file import parse_json, parse_loose_json, read_bounded
 from streamslr.io.packed_layout import INDEX_FILE, QUANT_METHOD, read_quantization_config
 from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header, read_start
+from streamslr.model.border import refusing
+from streamslr.model.bounds import refuse_huge_counts
 from streamslr.model.decoders import PackedWeight, packed_weights
 from streamslr.model.other_files import is_auxiliary, refuse_other_model
 from streamslr.model.pinned_shards import PinnedShards, ShardDigest, Times
 from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source
 
 SINGLE_FILE = "model.safetensors"
+
+_LARGEST_AUXILIARY, _MOST_AUXILIARY = 300_000_000, 500
+"""Bytes of the largest auxiliary file and number of the most; a tokenizer of 256,000 tokens takes 35 MB."""
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -174,23 +182,50 @@ class Checkpoint:
         return config
 
     def auxiliary_files(self) -> list[Path]:
-        """Fetch the files that travel with config and weights: tokenizer, generation config, licence."""
-        return [self._source.fetch(name) for name in sorted(self._source.files) if is_auxiliary(name)]
+        """Fetch the files that travel with config and weights: tokenizer, generation config, licence.
+
+        Raises:
+            InputError: One is a link out of the folder, whose content would be copied into an output; a tokenizer's
+                is too large; or there are too many. Others that are too large are left out, with a warning.
+        """
+        paths = self._fetch_auxiliary()
+        for path in paths:
+            if target := self._source.outer_target(path.name):
+                raise InputError(
+                    f"{path} is a link to {target}, outside of the model's folder, and would be copied into the "
+                    f"output; put a copy of the file in its place"
+                )
+        return paths
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer. Raises InputError when transformers cannot load it."""
-        self.auxiliary_files()
+        self._fetch_auxiliary()
         folder = self._source.fetch(CONFIG_FILE).parent
-        try:
+        what = f"{self._source.label} holds no tokenizer that transformers can load"
+        with refusing(what, "put the model's tokenizer files beside its config.json"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # the files are the user's: whatever fails here, it is the tokenizer
-            raise InputError(
-                f"{self._source.label} holds no tokenizer that transformers can load ({first_line(error)}); "
-                f"put the model's tokenizer files beside its config.json"
-            ) from error
         return tokenizer
+
+    def _fetch_auxiliary(self) -> list[Path]:
+        names = [name for name in sorted(self._source.files) if is_auxiliary(name)]
+        if len(names) > _MOST_AUXILIARY:
+            raise InputError(
+                f"{self._source.label} has {len(names)} files beside its weights ({names[0]}, …), {_MOST_AUXILIARY} "
+                f"are allowed; move what is no part of the model elsewhere"
+            )
+        found = []
+        for path in (self._source.fetch(name) for name in names):
+            size = path.stat().st_size
+            if size <= _LARGEST_AUXILIARY:
+                found.append(path)
+                continue
+            large = f"{path} has {format_bytes(size)}, more than the {format_bytes(_LARGEST_AUXILIARY)} that a file"
+            if _is_tokenizers(path.name):
+                raise InputError(f"{large} of a tokenizer may have; copy or download it again")
+            log.warning("%s beside the weights may have: left out of the output", large)
+        return found
 
     def _read_header(self, shard: str) -> ShardHeader:
         return read_header(partial(self._source.read_start, shard), shard, self._source.label)
@@ -235,47 +270,59 @@ class Checkpoint:
                 return
 
 
+class _Config(msgspec.Struct):
+    """What is read of config.json before transformers reads it."""
+
+    model_type: str | None = None
+    quantization_config: dict[str, Any] | None = None
+    compression_config: dict[str, Any] | None = None
+    auto_map: Any = None
+
+
+class _Index(msgspec.Struct):
+    """What is read of the index of the shards."""
+
+    weight_map: dict[str, str]
+
+
 def _config_bytes(source: ModelSource) -> bytes:
     if CONFIG_FILE not in source.files:
         raise source.missing_file_error(CONFIG_FILE, ", so nothing says what architecture it is")
-    return source.fetch(CONFIG_FILE).read_bytes()
+    return read_bounded(source.fetch(CONFIG_FILE))
 
 
 def _parse_config(raw: bytes, source: ModelSource) -> PretrainedConfig:
     """Parse config.json. Raises InputError for a model that is quantized already or unknown to transformers."""
     try:
-        config = json.loads(raw)
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise InputError(f"config.json of {source.label} is not JSON ({error}); download it again") from error
-    quantization = config.get("quantization_config") or config.get("compression_config") or {}
+        content = parse_loose_json(raw)
+        config = msgspec.convert(content, _Config)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise InputError(
+            f"config.json of {source.label} is not JSON that describes a model ({error}); download it again"
+        ) from error
+    refuse_huge_counts(content, source.label)
+    quantization = config.quantization_config or config.compression_config or {}
     method = quantization.get("quant_method", "an unnamed method")
     if quantization and method != QUANT_METHOD:
         raise InputError(
             f"{source.label} is already quantized ({method}); give the original model in bf16, fp16 or fp32"
         )
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        if "auto_map" in config:
+    if config.model_type not in CONFIG_MAPPING:
+        if config.auto_map is not None:
             raise InputError(
-                f"{source.label} (model_type {model_type!r}) brings its own modelling code, which streamslr "
+                f"{source.label} (model_type {config.model_type!r}) brings its own modelling code, which streamslr "
                 f"does not run; use a model whose architecture is part of transformers"
             )
         raise InputError(
-            f"transformers does not know model_type {model_type!r} of {source.label}; update transformers, or "
+            f"transformers does not know model_type {config.model_type!r} of {source.label}; update transformers, or "
             f"check config.json"
         )
-    try:
+    what = f"transformers cannot use config.json of {source.label} (model_type {config.model_type!r})"
+    with refusing(what, "download it again, or update transformers"):
         # From the file again: AutoConfig also knows what older versions of transformers wrote.
         parsed: PretrainedConfig = AutoConfig.from_pretrained(
             str(source.fetch(CONFIG_FILE).parent), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # the values are the user's, and each architecture checks its own in its own way
-        raise InputError(
-            f"transformers cannot use config.json of {source.label} (model_type {model_type!r}): "
-            f"{first_line(error)}; download it again, or update transformers"
-        ) from error
     return parsed
 
 
@@ -286,13 +333,15 @@ def _shard_names(source: ModelSource) -> tuple[list[str], Mapping[str, str]]:
     if INDEX_FILE not in source.files:
         raise _no_weights(source)
     try:
-        weight_map = json.loads(source.fetch(INDEX_FILE).read_bytes())["weight_map"]
+        weight_map = parse_json(read_bounded(source.fetch(INDEX_FILE)), _Index).weight_map
         shards = sorted(set(weight_map.values()))
-        if not all(is_file_name(shard) for shard in shards):
-            raise ValueError(f"its files are {shards[:3]}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if odd := [shard for shard in shards if not is_file_name(shard)]:
+            raise ValueError(f"{odd[0]!r} is no name of a file")
+        if not shards:
+            raise ValueError("it is empty")
+    except ValueError as error:
         raise InputError(
-            f"{INDEX_FILE} of {source.label} has no usable weight_map ({error!r}); download it again"
+            f"{INDEX_FILE} of {source.label} has no usable weight_map ({error}); download it again"
         ) from error
     missing = [shard for shard in shards if shard not in source.files]
     if missing:
@@ -318,7 +367,6 @@ def _stored_tensors(
     source: ModelSource, headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str]
 ) -> dict[str, TensorInfo]:
     """Return the tensors of all shards; the index decides where two shards hold the same name."""
-    stored = {name: info for header in headers.values() for name, info in header.tensors.items()}
     absent = [name for name, shard in weight_map.items() if name not in headers[shard].tensors]
     if absent:
         raise InputError(
@@ -326,7 +374,28 @@ def _stored_tensors(
             f"not hold it ({len(absent)} such tensors): "
             f"index and shards are of different models; download both again"
         )
-    return stored | {name: headers[shard].tensors[name] for name, shard in weight_map.items()}
+    stored: dict[str, TensorInfo] = {}
+    unnamed = []
+    for shard, header in headers.items():
+        for name, info in header.tensors.items():
+            if weight_map and name not in weight_map:
+                unnamed.append(name)
+                if name in stored:
+                    raise InputError(
+                        f"{name} is in {stored[name].shard} and in {shard} of {source.label}, and {INDEX_FILE} does "
+                        f"not say which of them counts; download the model again"
+                    )
+            if weight_map.get(name, shard) == shard:
+                stored[name] = info
+    if unnamed:  # transformers reads whole shards, so these are a part of the model
+        log.warning(
+            "%s of %s lacks %d tensors that the shards hold, first %s; they are read all the same",
+            INDEX_FILE,
+            source.label,
+            len(unnamed),
+            unnamed[0],
+        )
+    return stored
 
 
 def _refuse_quantized_weights(source: ModelSource, tensors: Mapping[str, TensorInfo]) -> None:
@@ -337,6 +406,13 @@ def _refuse_quantized_weights(source: ModelSource, tensors: Mapping[str, TensorI
             f"{odd[0].name} in {odd[0].shard} of {source.label} is {DTYPE_NAMES[odd[0].dtype]} "
             f"({len(odd)} such weights); give the original model in bf16, fp16 or fp32"
         )
+
+
+def _is_tokenizers(name: str) -> bool:
+    """Tell if a tokenizer of transformers may read this auxiliary file."""
+    return not name.endswith(".json") or name.startswith(
+        ("tokenizer", "special_tokens", "added_tokens", "vocab", "chat_template", "processor", "preprocessor")
+    )
 
 
 def _digest(config: bytes, headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """A model of transformers on the meta device: built there, its blocks found, its tensors read and set by name."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,22 +9,31 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GradientCheckpointingLayer, PretrainedConfig, PreTrainedModel
 
 from streamslr.errors import InputError, first_line
+from streamslr.io.safetensors_file import TensorInfo
+from streamslr.model.bounds import no_more_modules_than
 from streamslr.model.transformers_compat import quiet_transformers
 
 
-def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, tensors: Mapping[str, TensorInfo]) -> PreTrainedModel:
     """Return the causal language model of `config` in evaluation mode, every parameter and buffer on meta.
 
+    Args:
+        config: config.json as transformers reads it.
+        dtype: dtype of the parameters.
+        tensors: the checkpoint's tensors, which bound the size of the model.
+
     Raises:
-        InputError: transformers builds none from this configuration.
+        InputError: transformers builds none from this configuration, or one of many more modules than tensors.
     """
     try:
-        with quiet_transformers(), torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"), no_more_modules_than(tensors):
             # A copy, because transformers notes the dtype in it. No attn_implementation: some architectures refuse one.
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 copy.deepcopy(config), dtype=dtype
             )
             model.eval()  # type: ignore[no-untyped-call]
+    except InputError:
+        raise
     except Exception as error:  # each architecture checks its own configuration in its own way
         raise InputError(
             f"transformers builds no causal language model from a {type(config).__name__}: {first_line(error)}; "
@@ -39,6 +49,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
         InputError: there is no such list, or several.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if depth is not None and (not isinstance(depth, int) or depth < 1):
+        raise InputError(f"config.json says num_hidden_layers {depth!r}; check it, or download it again")
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     lists = [
         module

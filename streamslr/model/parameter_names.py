@@ -1,5 +1,7 @@
 """Names of a model's parameters: the checkpoint keys they are made of, their stored names, the blocks they are in."""
 
+import logging
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from streamslr.model.transformers_compat import (
     get_model_conversion_mapping,
     rename_source_key,
 )
+
+log = logging.getLogger("streamslr")
 
 
 class ParameterNames:
@@ -219,3 +223,40 @@ def check_headers(model: PreTrainedModel, names: ParameterNames, checkpoint: Che
                 f"{info.name} in {info.shard} is {list(info.shape)}, config.json asks for {list(meta.shape)}: they "
                 f"are of different models; download both again"
             )
+
+
+def check_depth(model: PreTrainedModel, names: ParameterNames, keys: Iterable[str]) -> None:
+    """Check that the checkpoint has no blocks beyond those of the model, which would be left out in silence.
+
+    Layers for multi-token prediction are stored behind the blocks (DeepSeek-V3, GLM-4.5). transformers does not run
+    them; they are kept as they are, and the log says so.
+
+    Raises:
+        InputError: The checkpoint has more blocks than config.json says.
+    """
+    path, prefix = names.block_names[0].removesuffix("0"), f"{model.base_model_prefix}."
+    depth = len(names.block_names)
+    beyond: dict[int, list[str]] = {}
+    for key in keys:
+        name = names.parameters_of(key)[0]
+        inside = next((n for n in (name, prefix + name) if n.startswith(path)), "")
+        index = inside.removeprefix(path).partition(".")[0]
+        if inside and index.isdecimal() and int(index) >= depth:
+            beyond.setdefault(int(index), []).append(key)
+    if not beyond:
+        return
+    config = model.config.get_text_config()
+    predicting = getattr(config, "num_nextn_predict_layers", None) or 0
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    unused = [key for found in beyond.values() for key in found]
+    if max(beyond) < depth + predicting or all(any(p.search(key) for p in ignored) for key in unused):
+        log.info(
+            "layers %s predict further tokens: %d tensors that the model does not run, kept as they are",
+            ", ".join(map(str, sorted(beyond))),
+            len(unused),
+        )
+        return
+    raise InputError(
+        f"config.json says {depth} blocks, the checkpoint holds block {max(beyond)} too ({unused[0]}): config.json is "
+        f"of another model, or num_hidden_layers was changed; copy or download it again"
+    )

@@ -57,6 +57,10 @@ class ModelSource(Protocol):
         """Delete the file if this process downloaded it."""
         ...
 
+    def outer_target(self, name: str) -> Path | None:
+        """Return where the file is a link to, if that lies outside of the model's files."""
+        ...
+
     def missing_file_error(self, name: str, detail: str) -> StreamslrError:
         """Return the error for a file that should be there and is not; `detail` goes on after its name."""
         ...
@@ -91,8 +95,13 @@ class LocalFolder:
         self.pinned: str | None = None
         try:
             self.files = frozenset(entry.name for entry in path.iterdir() if entry.is_file())
+            # transformers opens files by itself, and would wait for a pipe
+            entries = (*path.iterdir(), *(path / "additional_chat_templates").glob("*"))
+            odd = [e for e in entries if e.exists() and not (e.is_file() or e.is_dir())]
         except OSError as error:
             raise InputError(f"cannot read the folder {path}: {error.strerror}") from error
+        if odd:
+            raise InputError(f"{odd[0]} is a pipe, a socket or a device, not a file; remove it from the model's folder")
 
     def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
         return read_start(self.path / name, nbytes)
@@ -105,6 +114,13 @@ class LocalFolder:
 
     def evict(self, name: str) -> None:
         pass
+
+    def outer_target(self, name: str) -> Path | None:
+        target, folder = (self.path / name).resolve(), self.path.resolve()
+        inside = target.is_relative_to(folder)
+        if folder.parent.name == "snapshots":  # of the hub's cache, where files are links to ../../blobs
+            inside = inside or target.is_relative_to(folder.parent.parent / "blobs")
+        return None if inside else target
 
     def missing_file_error(self, name: str, detail: str) -> StreamslrError:
         links = " (a broken link)" if (self.path / name).is_symlink() else ""
@@ -191,6 +207,9 @@ class HubRepo:
             cache.delete_files(*entries).execute()
             if path.exists():
                 log.warning("could not delete %s, which this run downloaded and no longer needs", path)
+
+    def outer_target(self, name: str) -> Path | None:
+        return None  # the hub's client made the links of its cache
 
     def missing_file_error(self, name: str, detail: str) -> StreamslrError:
         if constants.is_offline_mode():

@@ -26,6 +26,9 @@ from streamslr.run.plan import BATCH_TOKENS
 _MEMORY_FRACTION = 0.25
 """Fraction of the free host memory that the two boundaries alive at a time may take; larger ones go to disk."""
 
+_LARGEST_LOSS = 700.0
+"""Loss in nats beyond which exp overflows. Guessing costs log(vocabulary), some 12."""
+
 log = logging.getLogger("streamslr")
 
 
@@ -111,8 +114,8 @@ def evaluate(
         hidden.drop()
     tokens = len(ids) * (seq_len - 1)
     nll /= tokens
-    if not math.isfinite(nll):
-        raise InputError(f"{model} gives a loss of {nll} on {text}: its weights or activations are not finite")
+    if not nll < _LARGEST_LOSS:
+        raise InputError(f"{model} gives a loss of {nll:.4g} on {text}: its weights are damaged, or overflow")
     return Evaluation(
         model=model,
         text=str(text),

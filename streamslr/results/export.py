@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ from streamslr.io.durable import (
     write_file,
     write_json,
 )
-from streamslr.io.folder import config_bytes, index_json, require_as_written, without_code
+from streamslr.io.folder import config_bytes, copy_auxiliary_file, index_json, require_as_written
+from streamslr.io.json_file import parse_json, read_bounded
 from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
 from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, shard_header, write_shard
@@ -145,8 +147,8 @@ def export(
         # The files that make the folder loadable come last, so that nothing takes an unfinished one for a model.
         if adapter:
             write_json(out / "adapter/adapter_config.json", adapter)
-        for name, content in source.auxiliary_files():
-            write_file(out / model / name, content)
+        for path in source.auxiliary_files():
+            copy_auxiliary_file(path, out / model)
         write_json(out / model / INDEX_FILE, index)
         write_file(out / model / CONFIG_FILE, config_bytes(config))
     return Exported(out, len(shards), made, sum(shard.nbytes for shard in shards), adapter.get("r", 0))
@@ -246,13 +248,9 @@ class _Source:
             if linear in modules
         )
 
-    def auxiliary_files(self) -> list[tuple[str, bytes]]:
-        """Return name and content of tokenizer, generation config, licence: what the journal names."""
-        return [
-            (name, without_code(name, (self._folder / name).read_bytes()))
-            for name in self._auxiliary_files
-            if name != CONFIG_FILE
-        ]
+    def auxiliary_files(self) -> list[Path]:
+        """Return tokenizer, generation config, licence: what the journal names. Errors as `Checkpoint`'s."""
+        return [path for path in self._checkpoint.auxiliary_files() if path.name in self._auxiliary_files]
 
     def config(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """Return the config.json of the dense model: the source's own, with another dtype where one is asked for."""
@@ -350,10 +348,10 @@ def _claimed(out: Path, made_from: Mapping[str, Any]) -> Iterator[dict[str, str]
                 raise ResumeError(f"{out} holds files that are no export's ({foreign[0]}, …); give a new folder")
             write_json(path, {**made_from, "shards": {}})  # before the first shard, to claim the folder
         try:
-            record = json.loads(path.read_text())
-            done: dict[str, str] = record.pop("shards")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ResumeError(f"{path} is damaged ({error!r}); delete {out}, or give another folder") from error
+            record = parse_json(read_bounded(path), dict[str, Any])
+            done = msgspec.convert(record.pop("shards"), dict[str, str])
+        except (ValueError, KeyError, msgspec.MsgspecError) as error:
+            raise ResumeError(f"{path} is damaged ({error}); delete {out}, or give another folder") from error
         changed = [f"{k}: {record.get(k)!r} there, {v!r} now" for k, v in made_from.items() if record.get(k) != v]
         if changed:
             raise ResumeError(f"{out} holds another export ({'; '.join(changed)}); delete it, or give another folder")

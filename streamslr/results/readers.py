@@ -42,12 +42,12 @@ def open_on_meta(
             parsed = AutoConfig.from_pretrained(made, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # each architecture checks its own configuration in its own way
             raise InputError(f"transformers does not read the config.json of {folder}: {first_line(error)}") from error
-    model = build_on_meta(parsed, torch.float32)
     infos = {
         name: TensorInfo(name, dtype, tuple(shape), file, torch.Size(shape).numel() * dtype.itemsize)
         for file, sources in tensors.items()
         for name, dtype, shape, _ in sources
     }
+    model = build_on_meta(parsed, torch.float32, infos)
     require_complete(model, StoredModel(folder, infos, {}, advice="nothing was exported"))
     return model
 

@@ -16,7 +16,7 @@ from streamslr.calibration.grams import Gram, offload_grams
 from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows, window_prefix
 from streamslr.config import base_name, default_out
-from streamslr.errors import BudgetError, StreamslrError, first_line, says_out_of_memory
+from streamslr.errors import BudgetError, InputError, StreamslrError, first_line, says_out_of_memory
 from streamslr.io.folder import (
     discard_uncommitted,
     write_auxiliary_files,
@@ -131,6 +131,7 @@ class Compression:
         state = self.journal.state
         discard_uncommitted(config.out, state.shards)
         write_index(config.out, state.shards)
+        self.restore_auxiliary_files()
         if not state.complete:
             boundary = self.begin() if state.non_block is None else self.resume()
             for done in (blockwise.non_block_tensors, *blockwise.block_tensors[: len(state.blocks)]):
@@ -259,6 +260,10 @@ class Compression:
             phase="match",
             device=self.context.device,
         )
+        if not math.isfinite(curve[0]):
+            raise InputError(
+                f"{block.name}: its output is so large or small that its loss is {curve[0]}; check the model's weights"
+            )
         (leaving, loss), shard = self.propagate_and_write(block, matched, hidden, targets)
         applied = loss < curve[0]
         if not applied:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from streamslr.config import format_bytes
 from streamslr.memory import MemoryWatch
+from streamslr.printable import printable
 from streamslr.run.journal import BlockRecord
 
 log = logging.getLogger("streamslr")
@@ -189,7 +190,7 @@ class LiveDisplay(logging.Handler):
         return Group(self._bars, *(Text(w, style="yellow") for w in self._warnings))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._warnings.append(record.getMessage())
+        self._warnings.append(printable(record.getMessage()))
 
     def blocks(self, done: int, total: int, eta: float | None) -> None:
         left = f"{format_duration(eta)} left" if eta is not None else ""

@@ -1,6 +1,7 @@
 """One linear: solve it, pack the result, put S + U·V as stored in its place, and measure how good it is."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.config import format_bytes
-from streamslr.errors import InputError, StreamslrError
+from streamslr.errors import InputError, StreamslrError, first_line
 from streamslr.io.packing import merge, pack
 from streamslr.memory import retry_on_oom
 from streamslr.run.journal import LinearRecord
 from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, relative_error, wanda_error
 from streamslr.spec.allocation import Allocation, LinearSpec
 from streamslr.tensors import is_finite
+
+_CHECK_MODEL = "check the model's weights, or download it again"
 
 log = logging.getLogger("streamslr")
 
@@ -83,13 +86,17 @@ def compress_linear(
         The packed linear, and its record. Errors in the record are those of what is stored, rounding included.
 
     Raises:
-        InputError: A factor overflows `dtype`.
+        InputError: A factor overflows `dtype`, or the weights or inputs are beyond what can be solved.
         StreamslrError: The solver returned no valid solution.
     """
     weight, pattern = problem.weight, problem.pattern  # [o, d]
     shape = (weight.shape[0], weight.shape[1])
     pruned = wanda_error(problem)
-    solution = solver.solve(problem)
+    extreme = f"{problem.name}: its weights or inputs are so large or small that"
+    try:
+        solution = solver.solve(problem)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in torch's stubs
+        raise InputError(f"{extreme} the solver fails ({first_line(error)}); {_CHECK_MODEL}") from error
     try:
         _require_shapes(problem, solution)
         tensors = pack(solution.S, pattern, dtype)
@@ -105,6 +112,9 @@ def compress_linear(
     iterations, damping, warnings = solution.iterations, solution.damping, solution.warnings
     del solution  # S is as large as the weight, and so is `merged`
     merged = merge(tensors, pattern, shape, linear.weight.dtype)
+    lost = relative_error(weight, problem.gram, merged)
+    if not (math.isfinite(lost) and math.isfinite(pruned)):
+        raise InputError(f"{extreme} its error is {lost}; {_CHECK_MODEL}")
     for warning in warnings:
         log.warning("%s", warning)
     record = LinearRecord(
@@ -114,7 +124,7 @@ def compress_linear(
         density=density,
         rank=rank,
         wanda_error=pruned,
-        error=relative_error(weight, problem.gram, merged),
+        error=lost,
         iterations=iterations,
         damping=damping,
         nbytes=sum(t.nbytes for t in tensors.values()),

@@ -11,8 +11,9 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 
-from streamslr.config import RunConfig
+from streamslr.config import LARGEST, RunConfig
 from streamslr.errors import InputError
+from streamslr.io.json_file import parse_json, read_bounded
 from streamslr.spec.owl import vary_by_outliers
 from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
 
@@ -173,6 +174,13 @@ def _linear_spec(config: RunConfig, pattern: SparsityPattern, shape: tuple[int, 
     return LinearSpec(pattern, floor(ratio * density * o * d / (o + d) + 1e-9))  # 16 may come out as 15.999…
 
 
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    """Entry of an allocation file."""
+
+    pattern: str | msgspec.UnsetType = msgspec.UNSET
+    rank: Annotated[int, msgspec.Meta(ge=0, le=LARGEST)] | msgspec.UnsetType = msgspec.UNSET
+
+
 def _read_entries(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Return the entries of --allocation, then those of --ranks: glob of names -> fields of a LinearSpec."""
     entries = _read_file(config.allocation) if config.allocation else {}
@@ -181,7 +189,7 @@ def _read_entries(config: RunConfig) -> dict[str, dict[str, Any]]:
         found[glob] = entry | ({"pattern": parse_pattern(entry["pattern"])} if "pattern" in entry else {})
     for part in [] if config.ranks is None else config.ranks.split(","):
         glob, equals, rank = part.strip().rpartition("=")
-        if not (glob and equals and rank.isdecimal()):
+        if not (glob and equals and rank.isdecimal() and len(rank) <= 10 and int(rank) <= LARGEST):
             raise InputError(f"--ranks is {config.ranks!r}; write it like q_proj=32,down_proj=128")
         found[glob] = found.pop(glob, {}) | {"rank": int(rank)}
     return found
@@ -189,19 +197,20 @@ def _read_entries(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 def _read_file(path: Path) -> dict[str, dict[str, Any]]:
     """Return the entries of an allocation file. Raise InputError, naming the entry that is wrong."""
-    try:
-        entries = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--allocation {path} cannot be read as JSON: {error}") from error
     form = 'like {"q_proj": {"pattern": "2:4", "rank": 32}}, with pattern, rank or both'
-    if not isinstance(entries, dict):
-        raise InputError(f"--allocation {path} holds no names of linears; write it {form}")
+    try:
+        entries = parse_json(read_bounded(path), dict[str, Any])
+    except InputError as error:
+        raise InputError(f"--allocation: {error}") from error
+    except ValueError as error:
+        raise InputError(f"--allocation {path} cannot be read ({error}); write it {form}") from error
     for glob, entry in entries.items():
-        sound = isinstance(entry, dict) and entry and entry.keys() <= {"pattern", "rank"}
-        if sound and "pattern" in entry:
-            sound = isinstance(entry["pattern"], str)
-        if sound and "rank" in entry:
-            sound = type(entry["rank"]) is int and entry["rank"] >= 0
-        if not sound:
-            raise InputError(f"--allocation {path} says {entry!r} of {glob}; write it {form}")
+        try:
+            msgspec.convert(entry, _Entry)
+            if not entry:
+                raise ValueError("neither pattern nor rank")
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise InputError(
+                f"--allocation {path} says {str(entry)[:100]} of {glob} ({error}); write it {form}"
+            ) from error
     return entries

@@ -277,9 +277,9 @@ def parse_pattern(text: str) -> SparsityPattern:
     Raises:
         InputError: The text names no pattern, or an impossible one.
     """
-    if match := re.fullmatch(r"\s*(\d+):(\d+)\s*", text):
+    if match := re.fullmatch(r"\s*(\d{1,9}):(\d{1,9})\s*", text):
         return NofM(int(match[1]), int(match[2]))
-    if match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*(/\s*row\s*)?", text):
+    if match := re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,30})?)\s*%\s*(/\s*row\s*)?", text):
         return (UnstructuredRows if match[2] else Unstructured)(float(match[1]) / 100)
     raise InputError(
         f'pattern {text!r} is not known; write n:m to keep n of every m weights ("2:4"), or the sparsity in percent, '

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from streamslr.io.durable import file_sha256
 from streamslr.io.folder import (
+    copy_auxiliary_file,
     discard_uncommitted,
     index_json,
-    without_code,
     write_auxiliary_files,
     write_block,
     write_index,
@@ -72,9 +72,16 @@ def test_only_uncommitted_shards_and_partial_files_are_discarded(tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {kept.file, "config.json", "mine.safetensors"}
 
 
-def test_auto_map_is_dropped_where_it_names_code_and_kept_where_it_is_a_word() -> None:
+def copied(folder: Path, name: str, content: bytes) -> bytes:
+    (folder / "to").mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    assert copy_auxiliary_file(folder / name, folder / "to") == file_sha256(folder / "to" / name)
+    return (folder / "to" / name).read_bytes()
+
+
+def test_auto_map_is_dropped_where_it_names_code_and_kept_where_it_is_a_word(tmp_path: Path) -> None:
     named = b'{"auto_map": {"AutoTokenizer": ["own.Tokenizer", null]}, "bos_token": "a"}'
-    assert json.loads(without_code("tokenizer_config.json", named)) == {"bos_token": "a"}
+    assert json.loads(copied(tmp_path, "tokenizer_config.json", named)) == {"bos_token": "a"}
     for content in (b'{"auto_map": 17}', b'{"model": {"vocab": {"auto_map": {}}}}', b'["auto_map"', b'["auto_map"]'):
-        assert without_code("tokenizer.json", content) == content
-    assert without_code("notes.txt", named) == named
+        assert copied(tmp_path, "tokenizer.json", content) == content
+    assert copied(tmp_path, "notes.txt", named) == named

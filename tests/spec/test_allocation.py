@@ -211,14 +211,18 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     ("content", "named"),
     [
         ({"r_proj": {"rank": 1}}, r"no linear is named 'r_proj'; there are down_proj, q_proj, up_proj.*"),
-        ({"q_proj": {"rank": -1}}, r"says {'rank': -1} of q_proj; write it like"),
+        ({"q_proj": {"rank": -1}}, r"says {'rank': -1} of q_proj .Expected `int` >= 0 .*; write it like"),
         ({"q_proj": {"rnk": 1}}, r"says {'rnk': 1} of q_proj"),
         ({"q_proj": {}}, r"says {} of q_proj"),
         ({"q_proj": {"pattern": 3}}, r"of q_proj"),
         ({"q_proj": {"pattern": "3:2:1"}}, r"pattern '3:2:1' is not known"),
         ({"up_proj": {"pattern": "3:7"}}, r"model.layers.0.mlp.up_proj: pattern 3:7 needs an input width"),
-        (["q_proj"], r"holds no names of linears"),
-        ("{", r"cannot be read as JSON"),
+        ({"q_proj": {"rank": 2**40}}, r"of q_proj .Expected `int` <= 2147483647"),
+        ({"q_proj": {"rank": 4.0}}, r"of q_proj .Expected `int`, got `float`"),
+        (["q_proj"], r"cannot be read .Expected `object`"),
+        ("{", r"cannot be read .*; write it like"),
+        ('{"q_proj": {"rank": 1}, "q_proj": {"rank": 2}}', r"holds 'q_proj' twice"),
+        ('{"q_proj":' * 100_000, r"nested too deeply"),
     ],
 )
 def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path, content: Any, named: str) -> None:

@@ -42,10 +42,17 @@ class Child:
         self._process.join()
 
 
-def exit_code(target: Callable[..., None], *args: Any) -> int:
-    """Call a function in a child and return its exit code, negative for a signal."""
-    code = Child(target, *args).join()
-    assert code is not None
+def exit_code(target: Callable[..., None], *args: Any, timeout: float | None = None) -> int:
+    """Call a function in a child and return its exit code, negative for a signal.
+
+    Raises:
+        TimeoutError: The child was killed after `timeout` seconds.
+    """
+    child = Child(target, *args)
+    code = child.join(timeout)
+    if code is None:
+        child.kill()
+        raise TimeoutError(f"{args} took more than {timeout} s")
     return code
 
 
@@ -56,17 +63,24 @@ def _child(target: Callable[..., None], *args: Any) -> None:
 
 def streamslr_command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the command `streamslr` as a user does, in a child of its own."""
-    return _completed(_streamslr, [str(argument) for argument in arguments])
+    return call_in_child(_streamslr, [str(argument) for argument in arguments])
 
 
 def python_script(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a Python script as `python SCRIPT` does, in a child of its own."""
-    return _completed(_script, [str(script), *map(str, arguments)])
+    return call_in_child(_script, [str(script), *map(str, arguments)])
 
 
-def _completed(target: Callable[..., None], line: list[str]) -> subprocess.CompletedProcess[str]:
+def call_in_child(
+    target: Callable[[list[str]], None], line: list[str], timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Call a function of a list of texts in a child, and return its exit code and what it printed.
+
+    Raises:
+        TimeoutError: As `exit_code`.
+    """
     with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        code = exit_code(_redirected, target, line, stdout.name, stderr.name, dict(os.environ))
+        code = exit_code(_redirected, target, line, stdout.name, stderr.name, dict(os.environ), timeout=timeout)
         return subprocess.CompletedProcess(line, code, stdout.read().decode(), stderr.read().decode())
 
 

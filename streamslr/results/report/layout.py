@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from streamslr.printable import printable
 from streamslr.run.journal import BlockRecord
 
 Figure = dict[str, Any]
@@ -18,8 +19,8 @@ MIN_LOG_VALUE = 1e-12
 
 
 def escape_text(text: str) -> str:
-    """Escape `text` for plotly, which reads all text as HTML but does not know &quot;."""
-    return escape(text, quote=False)
+    """Escape `text` for plotly, which reads all text as HTML but does not know &quot;; and what does not print."""
+    return escape(printable(text), quote=False)
 
 
 def make_layout(height: int, x: str = "", y: str = "", **more: Any) -> Figure:

@@ -1,17 +1,19 @@
 """The report as an HTML page: the template page.html, filled from the journal of a run."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.io.durable import write_file
+from streamslr.io.json_file import parse_loose_json, read_bounded
+from streamslr.printable import printable
 from streamslr.results.inspect import (
     REPORT_FILE,
     describe_method,
@@ -35,6 +37,13 @@ class KeyFigure:
     name: str
     value: str
     note: str
+
+
+class _Config(msgspec.Struct):
+    """What the page shows of config.json."""
+
+    architectures: list[str] | None = None
+    model_type: str = ""
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
@@ -82,6 +91,7 @@ def _load_template() -> Template:
         loader=PackageLoader("streamslr.results.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not Markup, which is ours
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -163,8 +173,8 @@ def _list_settings(folder: Path, state: JournalState) -> dict[str, Any]:
 def _read_architecture(folder: Path) -> str:
     """Return the architecture of config.json in brackets; "" where the file is missing or damaged."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):  # `verify` reports it
+        config = msgspec.convert(parse_loose_json(read_bounded(folder / "config.json")), _Config)
+    except (InputError, ValueError, msgspec.MsgspecError):  # `verify` reports it
         return ""
-    architecture = ", ".join(config.get("architectures") or []) or config.get("model_type", "")
+    architecture = ", ".join(config.architectures or ()) or config.model_type
     return f"({architecture})" if architecture else ""
