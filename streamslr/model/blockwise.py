@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError
+from streamslr.model.buffers import compute_buffers, find_writers
 from streamslr.model.call_recorder import PROBE_SHAPE, Call, find_recorder
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.compressibility import find_obstacles, find_shared_parameter
@@ -16,7 +17,6 @@ from streamslr.model.experts import unfuse
 from streamslr.model.meta_model import build_on_meta, find_blocks, get_tensor, set_tensor
 from streamslr.model.parameter_names import ParameterNames, check_headers, find_kinds, find_linears, find_routers
 from streamslr.model.transformers_compat import (
-    compute_buffers,
     get_model_conversion_mapping,
     load_converted,
     quiet_transformers,
@@ -85,6 +85,7 @@ class BlockwiseModel:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.hidden_size = int(checkpoint.config.get_text_config().hidden_size)
         self._model = build_on_meta(checkpoint.config, dtype)
+        self._writers = find_writers(self._model)
         conversions = get_model_conversion_mapping(self._model)
         self._experts, self._conversions = unfuse(self._model, conversions, checkpoint.tensors)
         list_name, self._blocks = find_blocks(self._model)
@@ -324,12 +325,8 @@ class BlockwiseModel:
 
     def _init_buffers(self, block: int | None) -> None:
         """Compute the buffers of a block, or outside the blocks, that no checkpoint holds."""
-        owners: dict[nn.Module, None] = {}
-        for name in self._names.computed:
-            if self._names.block_of(name) == block:
-                set_tensor(self._model, name, torch.empty_like(self._names.meta[name], device=self.device))
-                owners[self._model.get_submodule(name.rpartition(".")[0])] = None
-        compute_buffers(self._model, owners)
+        names = [name for name in self._names.computed if self._names.block_of(name) == block]
+        compute_buffers(self._model, names, self._writers, self.device)
 
     def _load(self, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
         """Set the parameters that these checkpoint keys become, converted as `from_pretrained` does."""

@@ -121,9 +121,11 @@ class StreamslrQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from streamslr.model.buffers import check_buffers
         from streamslr.model.experts import unfuse
         from streamslr.model.parameter_names import find_modules
 
+        check_buffers(model)
         stored, patterns = _read_headers(checkpoint_files)
         unfuse(model, get_model_conversion_mapping(model), stored)
         packed = read_quantization_config({"quantization_config": self.quantization_config})
