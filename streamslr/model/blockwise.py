@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from streamslr.errors import InputError
+from streamslr.errors import InputError, first_line
 from streamslr.model.buffers import compute_buffers, find_writers
 from streamslr.model.call_recorder import PROBE_SHAPE, Call, find_recorder
 from streamslr.model.checkpoint import Checkpoint
@@ -18,10 +18,12 @@ from streamslr.model.meta_model import build_on_meta, find_blocks, get_tensor, s
 from streamslr.model.parameter_names import ParameterNames, check_headers, find_kinds, find_linears, find_routers
 from streamslr.model.transformers_compat import (
     get_model_conversion_mapping,
+    initializers,
     load_converted,
     quiet_transformers,
     uses_eager_attention,
 )
+from streamslr.model.weight_reads import find_dense
 from streamslr.tensors import count_not_finite, is_finite
 
 _CACHED_CALLS = 4
@@ -68,6 +70,7 @@ class BlockwiseModel:
         linears: per block, stored name of each linear that is compressed -> shape (o, d) of its weight.
         experts: per block, stored name of each linear that sees only the tokens routed to it -> its kind, the same
             in every expert beside it.
+        dense: stored name of each linear that `require_compressible` found to have to stay dense -> why.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -107,6 +110,7 @@ class BlockwiseModel:
         self.experts: tuple[Mapping[str, str], ...] = tuple(
             find_kinds(linears, self._names, self._experts) for linears in self.linears
         )
+        self.dense: Mapping[str, str] = {}
         check_headers(self._model, self._names, checkpoint)
 
         self._live: int | None = None
@@ -121,15 +125,36 @@ class BlockwiseModel:
     def require_compressible(self) -> None:
         """Check that the blocks' weights are plain linears, which can be solved one by one.
 
+        Linears that must stay dense leave `linears` and `experts` for `dense`.
+
         Raises:
             InputError: they are not; names the most telling reason.
         """
+        self._refuse_obstacles()
+        self._find_dense()
+        self._refuse_obstacles()  # once more: a block may have no linear left
+
+    def _refuse_obstacles(self) -> None:
         blocks = dict(zip(self.block_names, self._blocks, strict=True))
         for why in find_obstacles(blocks, self.linears, self._routers, self._shared):
-            raise InputError(
-                f"{self._label} can be evaluated, but not compressed: {why}; "
-                f"streamslr compresses blocks whose weights are plain linears of their own"
+            raise self._not_compressible(
+                f"{why}; streamslr compresses blocks whose weights are plain linears of their own"
             )
+
+    def _find_dense(self) -> None:
+        """Move linears that the model's code uses in another way than to call them from `linears` to `dense`."""
+        paths = [{self._names.module_path(name): name for name in linears} for linears in self.linears]
+        found = find_dense(
+            self._model,
+            [{path: self.linear(name) for path, name in block.items()} for block in paths],
+            {self._names.module_path(name) for experts in self.experts for name in experts},
+            self.run_on_meta,
+            PROBE_SHAPE[0] * PROBE_SHAPE[1],
+            partial(initializers, self._model),
+        )
+        self.dense = {name: found[path] for block in paths for path, name in block.items() if path in found}
+        self.linears = tuple({n: shape for n, shape in of.items() if n not in self.dense} for of in self.linears)
+        self.experts = tuple({n: kind for n, kind in of.items() if n not in self.dense} for of in self.experts)
 
     def linear(self, name: str) -> nn.Linear:
         """Return the linear of this stored name, live or on meta."""
@@ -154,11 +179,20 @@ class BlockwiseModel:
         return self.checkpoint.tensors[self.sources[self._names.parameter(name)][0]].dtype
 
     def run_on_meta(self, i: int) -> None:
-        """Pass a batch without values through block i, which must not be live: its hooks see every shape."""
+        """Pass a batch without values through block i, which must not be live: its hooks see every shape.
+
+        Raises:
+            InputError: the block needs values; or an error of one of its linears.
+        """
         call = self._calls_for(PROBE_SHAPE)[i]
         hidden = torch.empty(*PROBE_SHAPE, self.hidden_size, dtype=self.dtype, device="meta")
-        with torch.no_grad():
-            call.to_meta().replay(self._blocks[i], hidden)
+        try:
+            with torch.no_grad():
+                call.to_meta().replay(self._blocks[i], hidden)
+        except InputError:
+            raise
+        except Exception as error:  # a block's code may do anything
+            raise self._not_compressible(f"block {i} does not run on the meta device ({first_line(error)})") from error
 
     # Weights in and out
 
@@ -313,6 +347,9 @@ class BlockwiseModel:
     @property
     def _label(self) -> str:
         return f"{self.checkpoint.model} ({self._class})"
+
+    def _not_compressible(self, why: str) -> InputError:
+        return InputError(f"{self._label} can be evaluated, but not compressed: {why}")
 
     def _parameters(self, i: int) -> dict[str, nn.Parameter]:
         named = {f"{self.block_names[i]}.{name}": p for name, p in self._blocks[i].named_parameters()}

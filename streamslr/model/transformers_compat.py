@@ -105,8 +105,8 @@ def load_converted(
     return info
 
 
-def initializers(model: "PreTrainedModel") -> Iterator[Callable[[], None]]:
-    """Yield what fills each module's tensors, in the order in which `from_pretrained` does what no checkpoint holds.
+def initializers(model: "PreTrainedModel") -> Iterator[tuple[nn.Module, Callable[[], None]]]:
+    """Yield each module with what fills its tensors, in the order in which `from_pretrained` fills those not loaded.
 
     Modules come after those that they hold. Each is filled by the innermost model around it. Parameters that a
     checkpoint gave keep their values, within `guard_torch_init_functions`.
@@ -115,12 +115,12 @@ def initializers(model: "PreTrainedModel") -> Iterator[Callable[[], None]]:
 
     seen: set[nn.Module] = set()
 
-    def visit(module: nn.Module, around: PreTrainedModel) -> Iterator[Callable[[], None]]:
+    def visit(module: nn.Module, around: PreTrainedModel) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
         for child in module.children():
             yield from visit(child, child if isinstance(child, PreTrainedModel) else around)
         if module not in seen:
             seen.add(module)
-            yield partial(around._init_weights, module)
+            yield module, partial(around._init_weights, module)
 
     yield from visit(model, model)
 
