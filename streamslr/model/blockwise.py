@@ -86,7 +86,6 @@ class BlockwiseModel:
                 states goes from one block to the next.
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self.hidden_size = int(checkpoint.config.get_text_config().hidden_size)
         self._model = build_on_meta(checkpoint.config, dtype)
         self._writers = find_writers(self._model)
         conversions = get_model_conversion_mapping(self._model)
@@ -119,6 +118,8 @@ class BlockwiseModel:
         self._init_buffers(block=None)
         with self._non_block_stand_ins():
             self._recorder = find_recorder(self._model, self._blocks, self._label, device)
+            hidden, _ = self._recorder.record(torch.zeros(PROBE_SHAPE, dtype=torch.int64, device=device))
+        self.hidden_size = hidden.shape[-1]
 
     # Questions that need no weights
 
@@ -138,7 +139,7 @@ class BlockwiseModel:
         blocks = dict(zip(self.block_names, self._blocks, strict=True))
         for why in find_obstacles(blocks, self.linears, self._routers, self._shared):
             raise self._not_compressible(
-                f"{why}; streamslr compresses blocks whose weights are plain linears of their own"
+                f"{why}; streamslr compresses blocks whose weights are plain linears of their own; choose another model"
             )
 
     def _find_dense(self) -> None:
@@ -172,7 +173,8 @@ class BlockwiseModel:
     def eager_heads(self) -> int:
         """Attention heads where attention writes its weights [b, heads, T, T] out; 0 where it is one fused kernel."""
         config = self._model.config.get_text_config()
-        return int(config.num_attention_heads) if uses_eager_attention(config) else 0
+        heads = getattr(config, "num_attention_heads", None) if uses_eager_attention(config) else None
+        return heads if isinstance(heads, int) else 0  # recurrent models have none
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype in the checkpoint of the parameter or buffer of this stored name."""
@@ -295,7 +297,7 @@ class BlockwiseModel:
             raise RuntimeError(f"block {i} is not live: load_block({i}) first")
         call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]
         output = call.replay(self._blocks[i], hidden)
-        if isinstance(output, tuple) != self._recorder.returns_tuples:
+        if isinstance(output, tuple) != bool(self._recorder.returned):
             raise InputError(f"block {i} of {self._class} returns a {type(output).__name__}: not supported")
         out: Tensor = output[0] if isinstance(output, tuple) else output
         return out

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from streamslr.errors import HubError, InputError, first_line
 from streamslr.model.checkpoint import open_checkpoint
+from streamslr.model.meta_model import auto_class
 from streamslr.run.context import pick_device
 
 PAPERS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "rte", "openbookqa", "boolq")
@@ -93,7 +93,7 @@ def evaluate_tasks(
     where, dtype = pick_device(device)
     checkpoint = open_checkpoint(model, revision)
     tokenizer = checkpoint.tokenizer()
-    loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype, device_map=where)
+    loaded = auto_class(checkpoint.config).from_pretrained(model, revision=revision, dtype=dtype, device_map=where)
     lm = HFLM(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     if not progress:
         for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):

@@ -67,7 +67,9 @@ def load(
         InputError: streamslr did not write the folder, the folder is unfinished or damaged, or an argument cannot take
             effect.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from streamslr.model.meta_model import auto_class
 
     if device is not None and device_map is not None:
         raise InputError(f"device {device!s} and device_map {device_map!r} cannot both hold; give one of them")
@@ -86,7 +88,7 @@ def load(
         )
     if device_map is None:
         device_map = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = auto_class(config).from_pretrained(
         str(folder), dtype=dtype or "auto", device_map=device_map, offload_buffers=True
     )  # values of S are buffers, which accelerate leaves on the GPU unless it is told to offload them too
     if keep_dense:
