@@ -299,7 +299,9 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
     with report_errors(f"the same line goes on in {out}", parts="shards"):
         silence_libraries()
         import torch
+        from transformers import AutoConfig
 
+        from streamslr.model.meta_model import auto_class
         from streamslr.results import export as exporting
 
         with show_bar("export", shown=not quiet) as step:
@@ -307,7 +309,7 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
         already = f"; {result.shards - result.made} of them were there already" if result.made < result.shards else ""
         say(f"{out}: {result.shards} shards, {result.nbytes:,} bytes, read back and equal{already}")
         if to == "dense":
-            say(f'load it: AutoModelForCausalLM.from_pretrained("{out}")')
+            say(f'load it: {auto_class(AutoConfig.from_pretrained(str(out))).__name__}.from_pretrained("{out}")')
         else:
             say(f'load it: peft.AutoPeftModelForCausalLM.from_pretrained("{out}/adapter")')
             rank = exporting.vllm_max_lora_rank(result.rank)

@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from streamslr.errors import InputError
+from streamslr.errors import InputError, first_line, says_out_of_memory
 from streamslr.model.border import refusing
 from streamslr.model.bounds import require_modest_buffers
+from streamslr.model.buffers import compute_buffers, find_writers
 from streamslr.model.call_recorder import PROBE_SHAPE, Call, find_recorder
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.compressibility import find_obstacles, find_shared_parameter
@@ -25,12 +26,13 @@ from streamslr.model.parameter_names import (
     find_routers,
 )
 from streamslr.model.transformers_compat import (
-    compute_buffers,
     get_model_conversion_mapping,
+    initializers,
     load_converted,
     quiet_transformers,
     uses_eager_attention,
 )
+from streamslr.model.weight_reads import find_dense
 from streamslr.tensors import count_not_finite, is_finite
 
 _CACHED_CALLS = 4
@@ -79,6 +81,7 @@ class BlockwiseModel:
         linears: per block, stored name of each linear that is compressed -> shape (o, d) of its weight.
         experts: per block, stored name of each linear that sees only the tokens routed to it -> its kind, the same
             in every expert beside it.
+        dense: stored name of each linear that `require_compressible` found to have to stay dense -> why.
     """
 
     @refusing("transformers cannot make the model that config.json describes", _CHECK_CONFIG)
@@ -95,8 +98,8 @@ class BlockwiseModel:
                 states goes from one block to the next.
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self.hidden_size = int(checkpoint.config.get_text_config().hidden_size)
         self._model = build_on_meta(checkpoint.config, dtype, checkpoint.tensors)
+        self._writers = find_writers(self._model)
         conversions = get_model_conversion_mapping(self._model)
         self._experts, self._conversions = unfuse(self._model, conversions, checkpoint.tensors)
         list_name, self._blocks = find_blocks(self._model)
@@ -116,6 +119,7 @@ class BlockwiseModel:
         self.experts: tuple[Mapping[str, str], ...] = tuple(
             find_kinds(linears, self._names, self._experts) for linears in self.linears
         )
+        self.dense: Mapping[str, str] = {}
         check_headers(self._model, self._names, checkpoint)
         check_depth(self._model, self._names, checkpoint.tensors)
         require_modest_buffers({name: self._names.meta[name] for name in self._names.computed}, checkpoint.tensors)
@@ -126,21 +130,44 @@ class BlockwiseModel:
         self._init_buffers(block=None)
         with self._non_block_stand_ins():
             self._recorder = find_recorder(self._model, self._blocks, self._label, device)
+            hidden, _ = self._recorder.record(torch.zeros(PROBE_SHAPE, dtype=torch.int64, device=device))
+        self.hidden_size = hidden.shape[-1]
 
     # Questions that need no weights
 
     def require_compressible(self) -> None:
         """Check that the blocks' weights are plain linears, which can be solved one by one.
 
+        Linears that must stay dense leave `linears` and `experts` for `dense`.
+
         Raises:
             InputError: they are not; names the most telling reason.
         """
+        self._refuse_obstacles()
+        self._find_dense()
+        self._refuse_obstacles()  # once more: a block may have no linear left
+
+    def _refuse_obstacles(self) -> None:
         blocks = dict(zip(self.block_names, self._blocks, strict=True))
         for why in find_obstacles(blocks, self.linears, self._routers, self._shared):
-            raise InputError(
-                f"{self._label} can be evaluated, but not compressed: {why}; "
-                f"streamslr compresses blocks whose weights are plain linears of their own"
+            raise self._not_compressible(
+                f"{why}; streamslr compresses blocks whose weights are plain linears of their own; choose another model"
             )
+
+    def _find_dense(self) -> None:
+        """Move linears that the model's code uses in another way than to call them from `linears` to `dense`."""
+        paths = [{self._names.module_path(name): name for name in linears} for linears in self.linears]
+        found = find_dense(
+            self._model,
+            [{path: self.linear(name) for path, name in block.items()} for block in paths],
+            {self._names.module_path(name) for experts in self.experts for name in experts},
+            self.run_on_meta,
+            PROBE_SHAPE[0] * PROBE_SHAPE[1],
+            partial(initializers, self._model),
+        )
+        self.dense = {name: found[path] for block in paths for path, name in block.items() if path in found}
+        self.linears = tuple({n: shape for n, shape in of.items() if n not in self.dense} for of in self.linears)
+        self.experts = tuple({n: kind for n, kind in of.items() if n not in self.dense} for of in self.experts)
 
     def linear(self, name: str) -> nn.Linear:
         """Return the linear of this stored name, live or on meta."""
@@ -158,18 +185,30 @@ class BlockwiseModel:
     def eager_heads(self) -> int:
         """Attention heads where attention writes its weights [b, heads, T, T] out; 0 where it is one fused kernel."""
         config = self._model.config.get_text_config()
-        return int(config.num_attention_heads) if uses_eager_attention(config) else 0
+        heads = getattr(config, "num_attention_heads", None) if uses_eager_attention(config) else None
+        return heads if isinstance(heads, int) else 0  # recurrent models have none
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype in the checkpoint of the parameter or buffer of this stored name."""
         return self.checkpoint.tensors[self.sources[self._names.parameter(name)][0]].dtype
 
     def run_on_meta(self, i: int) -> None:
-        """Pass a batch without values through block i, which must not be live: its hooks see every shape."""
+        """Pass a batch without values through block i, which must not be live: its hooks see every shape.
+
+        Raises:
+            InputError: the block needs values; or an error of one of its linears.
+        """
         call = self._calls_for(PROBE_SHAPE)[i]
         hidden = torch.empty(*PROBE_SHAPE, self.hidden_size, dtype=self.dtype, device="meta")
-        with torch.no_grad(), refusing(f"block {i} of {self._class} cannot run", _CHECK_CONFIG):
-            call.to_meta().replay(self._blocks[i], hidden)
+        try:
+            with torch.no_grad():
+                call.to_meta().replay(self._blocks[i], hidden)
+        except InputError:
+            raise
+        except Exception as error:  # a block's code may do anything
+            raise self._not_compressible(
+                f"block {i} does not run on the meta device ({first_line(error)}); choose another model"
+            ) from error
 
     # Weights in and out
 
@@ -250,14 +289,9 @@ class BlockwiseModel:
                 called with values that depend on the tokens.
         """
         self._require_non_block()
-        try:
+        with self._window_errors(ids.shape[1]):
             calls = self._calls_for((ids.shape[0], ids.shape[1]))
             hidden, calls_with_tokens = self._recorder.record(ids.to(self.device))
-        except IndexError as error:  # from the table of learned positions, or from the embedding
-            raise InputError(
-                f"{self._class} cannot take windows of {ids.shape[1]} tokens ({error}); give a --seq-len of at most "
-                f"its max_position_embeddings, and the tokenizer it was made with"
-            ) from error
         for i, (call, call_with_tokens) in enumerate(zip(calls, calls_with_tokens, strict=True)):
             if name := call.difference(call_with_tokens):
                 raise InputError(
@@ -270,10 +304,13 @@ class BlockwiseModel:
         """Pass hidden states [b, T, h] through live block i."""
         if self._live != i:
             raise RuntimeError(f"block {i} is not live: load_block({i}) first")
-        call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]
-        with refusing(f"block {i} of {self._class} cannot run", _CHECK_CONFIG):
+        with (
+            refusing(f"block {i} of {self._class} cannot run", _CHECK_CONFIG),
+            self._window_errors(hidden.shape[1]),
+        ):
+            call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]
             output = call.replay(self._blocks[i], hidden)
-        if isinstance(output, tuple) != self._recorder.returns_tuples:
+        if isinstance(output, tuple) != bool(self._recorder.returned):
             raise InputError(f"block {i} of {self._class} returns a {type(output).__name__}: not supported")
         out: Tensor = output[0] if isinstance(output, tuple) else output
         return out
@@ -287,6 +324,20 @@ class BlockwiseModel:
         """
         self._require_non_block()
         return self._recorder.logits(ids.to(self.device), hidden)
+
+    @contextmanager
+    def _window_errors(self, tokens: int) -> Iterator[None]:
+        """Turn errors about the windows' length, or about ids outside the vocabulary, into one that says what to do."""
+        try:
+            yield
+        except (IndexError, RuntimeError) as error:  # from a table of positions or a mask, or from the embedding
+            positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 0
+            if says_out_of_memory(error) or (isinstance(error, RuntimeError) and tokens <= positions):
+                raise
+            raise InputError(
+                f"{self._class} cannot take windows of {tokens} tokens ({first_line(error)}); give a --seq-len of at "
+                f"most its max_position_embeddings, and the tokenizer it was made with"
+            ) from error
 
     def _calls_for(self, shape: tuple[int, int]) -> tuple[Call, ...]:
         """Return how the model calls each block on a batch of this shape [b, T]."""
@@ -326,6 +377,9 @@ class BlockwiseModel:
     def _label(self) -> str:
         return f"{self.checkpoint.model} ({self._class})"
 
+    def _not_compressible(self, why: str) -> InputError:
+        return InputError(f"{self._label} can be evaluated, but not compressed: {why}")
+
     def _parameters(self, i: int) -> dict[str, nn.Parameter]:
         named = {f"{self.block_names[i]}.{name}": p for name, p in self._blocks[i].named_parameters()}
         stored = self._names.stored
@@ -337,12 +391,8 @@ class BlockwiseModel:
 
     def _init_buffers(self, block: int | None) -> None:
         """Compute the buffers of a block, or outside the blocks, that no checkpoint holds."""
-        owners: dict[nn.Module, None] = {}
-        for name in self._names.computed:
-            if self._names.block_of(name) == block:
-                set_tensor(self._model, name, torch.empty_like(self._names.meta[name], device=self.device))
-                owners[self._model.get_submodule(name.rpartition(".")[0])] = None
-        compute_buffers(self._model, owners)
+        names = [name for name in self._names.computed if self._names.block_of(name) == block]
+        compute_buffers(self._model, names, self._writers, self.device)
 
     def _load(self, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
         """Set the parameters that these checkpoint keys become, converted as `from_pretrained` does."""

@@ -63,13 +63,13 @@ class CallRecorder:
         model: the model.
         blocks: its blocks, in order; they may be on the meta device.
         label: the model, for messages.
-        returns_tuples: True when blocks return a tuple, the hidden states first.
+        returned: length of the tuple that a block returns, the hidden states first; 0 for hidden states alone.
     """
 
     model: PreTrainedModel
     blocks: tuple[nn.Module, ...]
     label: str
-    returns_tuples: bool
+    returned: int
 
     @torch.no_grad()
     def record(self, ids: Tensor) -> tuple[Tensor, tuple[Call, ...]]:
@@ -124,8 +124,8 @@ class CallRecorder:
         return logits
 
     def _as_returned(self, hidden: Tensor) -> Any:
-        # The second element has a type that `record` refuses when the model hands it to the next block.
-        return (hidden, _Unused()) if self.returns_tuples else hidden
+        # The others have a type that `record` refuses when the model hands them to the next block.
+        return (hidden, *[_Unused()] * (self.returned - 1)) if self.returned else hidden
 
 
 class NoChainError(InputError):
@@ -143,7 +143,7 @@ class NoChainError(InputError):
 def find_recorder(
     model: PreTrainedModel, blocks: tuple[nn.Module, ...], label: str, device: torch.device
 ) -> CallRecorder:
-    """Find out whether the model expects tuples from its blocks: it must hand one's output to the next unchanged.
+    """Find out what the model expects its blocks to return: it must hand one's output to the next unchanged.
 
     Args:
         model: the model, its non-block tensors loaded, or zeros in their place.
@@ -152,11 +152,11 @@ def find_recorder(
         device: device of the non-block tensors.
 
     Raises:
-        NoChainError: neither way gives a chain of hidden states.
+        NoChainError: no way gives a chain of hidden states.
     """
     failures: list[NoChainError] = []
-    for returns_tuples in (False, True):
-        recorder = CallRecorder(model, blocks, label, returns_tuples)
+    for returned in (0, 2, 3):
+        recorder = CallRecorder(model, blocks, label, returned)
         try:
             recorder.record(torch.zeros(PROBE_SHAPE, dtype=torch.int64, device=device))
             return recorder
@@ -164,7 +164,8 @@ def find_recorder(
             failures.append(error)
         except Exception as error:  # the wrong guess, or anything that an unusual model does without its blocks
             failures.append(NoChainError(label, first_line(error), reached=-1))
-    raise max(failures, key=lambda failure: failure.reached)  # the wrong guess does not get as far
+    # A wrong guess does not get as far; where two do, the first may have passed a tensor where a tuple was unpacked.
+    raise max(reversed(failures), key=lambda failure: failure.reached)
 
 
 class _Unused:
@@ -222,4 +223,4 @@ def _same(a: Any, b: Any) -> bool:
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}"
-    return f"a {type(value).__name__}"
+    return "what another returned beside it" if isinstance(value, _Unused) else f"a {type(value).__name__}"

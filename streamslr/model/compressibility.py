@@ -16,31 +16,37 @@ def find_obstacles(
 ) -> Iterator[str]:
     """Yield each reason why a block's weights are not plain linears of its own, the most telling first.
 
+    State beside the linears (convolutions, A_log and gates of recurrent blocks) is no obstacle: it stays as it is, and
+    only must not be most of a block.
+
     Args:
         blocks: module path of each block -> the block.
         linears: per block, the linears that are compressed.
         routers: parameters that stay dense.
         shared: two names of one parameter, from `find_shared_parameter`.
     """
-    not_linear = []
-    for path, module in (item for name, block in blocks.items() for item in block.named_modules(prefix=name)):
-        if isinstance(module, nn.ModuleList):
-            yield f"it is a mixture of experts or of branches: {path} is a list of {len(module)} modules"
-        for leaf, parameter in module.named_parameters(recurse=False):
-            found = f"{path}.{leaf} {list(parameter.shape)} in a {type(module).__name__}"
-            if parameter.dim() >= 3 and not type(module).__module__.startswith("torch.nn"):
-                yield (
-                    f"it is a mixture of experts that cannot be taken apart, {found}: they are not plain gated ones, "
-                    f"or the checkpoint does not store them one by one"
-                )
-            elif f"{path}.{leaf}" in routers:
-                continue
-            elif parameter.dim() == 2 and not isinstance(module, nn.Linear | nn.Embedding):
-                not_linear.append(f"{found} is no linear layer")
-    yield from not_linear
-    for name, found_linears in zip(blocks, linears, strict=True):
-        if not found_linears:
-            yield f"{name} holds no linear layer"
+    mostly_others = []
+    for (name, block), found in zip(blocks.items(), linears, strict=True):
+        others: list[tuple[int, str]] = []
+        for path, module in block.named_modules(prefix=name):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() < 2 or isinstance(module, nn.Linear) or f"{path}.{leaf}" in routers:
+                    continue
+                text = f"{path}.{leaf} {list(parameter.shape)} in a {type(module).__name__}"
+                others.append((parameter.numel(), text))
+                if parameter.dim() >= 3 and "expert" in f"{path}.{type(module).__name__}".removeprefix(name).lower():
+                    yield (
+                        f"it is a mixture of experts that cannot be taken apart, {text}: they are not plain gated "
+                        f"ones, or the checkpoint does not store them one by one"
+                    )
+        largest = max(others, default=(0, "none"))[1]
+        if not found:
+            mostly_others.append(
+                f"{name} holds no linear layer that can be packed (its largest other weight: {largest})"
+            )
+        elif sum(size for size, _ in others) > sum(o * d for o, d in found.values()):
+            mostly_others.append(f"most of the weights of {name} are in no linear, first of all {largest}")
+    yield from mostly_others
     if shared:
         yield f"{shared[0]} and {shared[1]} are one parameter"
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, cast
@@ -12,6 +13,8 @@ from transformers import Concatenate, MergeModulelist, PreTrainedModel, WeightCo
 
 from streamslr.model.parameter_names import find_modules
 from streamslr.model.transformers_compat import WeightTransform
+
+log = logging.getLogger("streamslr")
 
 _FUSED: Mapping[str, list[tuple[type, int]]] = {
     "gate_up_proj": [(MergeModulelist, 0), (Concatenate, 1)],
@@ -107,16 +110,14 @@ def unfuse(
     # Fused modules that compute the plain gated product, and the names of their linears in the checkpoint.
     fused: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     fusing: list[WeightTransform] = []
-    plain: dict[type, bool] = {}  # class of a module -> whether it is the plain gated product
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if own.keys() != _FUSED.keys() or any(parameter.dim() != 3 for parameter in own.values()):
             continue
         converters = [_find_converter(path, name, conversions) for name in _FUSED]
-        if type(module) not in plain:
-            with torch.device("cpu"):  # `from_pretrained` builds models under meta
-                plain[type(module)] = _is_plain(module)
-        if plain[type(module)] and all(converters):
+        with torch.device("cpu"):  # `from_pretrained` builds models under meta
+            plain = all(converters) and _is_plain(module)  # each: modules of one class may differ in their activation
+        if plain:
             names = tuple(_leaf(pattern) for c in converters if c for pattern in c.source_patterns)
             fused[path] = module, names
             fusing += [c for c in converters if c]
@@ -170,6 +171,13 @@ def _is_plain(module: nn.Module) -> bool:
     x, weights = random(len(index), hidden), random(index.shape)
     twin = copy.copy(module)
     twin._parameters = {"gate_up_proj": nn.Parameter(gate_up), "down_proj": nn.Parameter(down)}
+    run = inspect.unwrap(type(module).forward)
+    try:  # experts without weights come after the others: a token passes them as it is
+        beyond = torch.full_like(index, len(module.get_parameter("down_proj")))
+        if run(twin, x, beyond, weights).any():
+            return False
+    except Exception:  # there are none
+        log.debug("%s has no experts beyond its weights", type(module).__name__)
     try:
         with torch.device("meta"):
             plain = Experts(down.shape, ("gate", "up", "down"), module.act_fn)
@@ -177,7 +185,7 @@ def _is_plain(module: nn.Module) -> bool:
             parts = (*gate_up[number].chunk(2), down[number])
             for linear, weight in zip(plain.linears(number), parts, strict=True):
                 linear.weight = nn.Parameter(weight)
-        theirs = inspect.unwrap(type(module).forward)(twin, x, index, weights)
+        theirs = run(twin, x, index, weights)
     except Exception:  # a module of another kind may do anything with these
         return False
     return theirs.shape == x.shape and torch.allclose(theirs, plain(x, index, weights), rtol=1e-4)

@@ -1,12 +1,20 @@
 """A model of transformers on the meta device: built there, its blocks found, its tensors read and set by name."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GradientCheckpointingLayer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    GradientCheckpointingLayer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from streamslr.errors import InputError, first_line
 from streamslr.io.safetensors_file import TensorInfo
@@ -14,8 +22,17 @@ from streamslr.model.bounds import no_more_modules_than
 from streamslr.model.transformers_compat import quiet_transformers
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that makes the language model of `config`.
+
+    It is AutoModelForCausalLM; for a decoder that a model of images or sound holds, AutoModelForMultimodalLM.
+    """
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
+
+
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, tensors: Mapping[str, TensorInfo]) -> PreTrainedModel:
-    """Return the causal language model of `config` in evaluation mode, every parameter and buffer on meta.
+    """Return the language model of `config` in evaluation mode, every parameter and buffer on meta.
 
     Args:
         config: config.json as transformers reads it.
@@ -28,9 +45,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, tensors: Mapping
     try:
         with quiet_transformers(), torch.device("meta"), no_more_modules_than(tensors):
             # A copy, because transformers notes the dtype in it. No attn_implementation: some architectures refuse one.
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config), dtype=dtype
-            )
+            model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
             model.eval()  # type: ignore[no-untyped-call]
     except InputError:
         raise
@@ -43,29 +58,41 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, tensors: Mapping
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
-    """Return the decoder's one list of as many layers as the configuration says: its module path, and the layers.
+    """Return the decoder's one list of layers: its module path, and the layers.
+
+    Of several lists it is the one of as many layers as the configuration says.
 
     Raises:
         InputError: there is no such list, or several.
     """
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    try:
+        depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    except Exception as error:  # of models that hold several, or none
+        raise InputError(f"{type(model).__name__} has no one decoder ({first_line(error)}); choose another") from error
     if depth is not None and (not isinstance(depth, int) or depth < 1):
         raise InputError(f"config.json says num_hidden_layers {depth!r}; check it, or download it again")
-    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
-    lists = [
-        module
-        for module in decoder.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == depth
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
-    ]
-    if len(lists) != 1 or not depth:
+    lists = list(_outer_lists(decoder)) if isinstance(decoder, nn.Module) else []
+    layers = [blocks for blocks in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in blocks)]
+    found: list[nn.ModuleList] = []
+    for candidates in (layers, lists):
+        found = found or [blocks for blocks in candidates if len(blocks) == depth] or candidates
+    if len(found) != 1:
         raise InputError(
-            f"{type(model).__name__} has {len(lists)} lists of {depth} layers where one is expected: its blocks "
-            f"cannot be told apart, so this architecture is not supported"
+            f"{type(model).__name__} has {len(found)} lists of layers where one is expected: its blocks cannot be told "
+            f"apart, so this architecture is not supported; choose another model"
         )
-    name = next(name for name, module in model.named_modules() if module is lists[0])
-    return name, tuple(lists[0])
+    name = next(name for name, module in model.named_modules() if module is found[0])
+    return name, tuple(found[0])
+
+
+def _outer_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """Yield the lists of modules that are in no other list."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList) and len(child):
+            yield child
+        else:
+            yield from _outer_lists(child)
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:

@@ -65,13 +65,18 @@ class ParameterNames:
 
     def parameters_of(self, key: str) -> tuple[str, ...]:
         """Return the parameters that a key becomes; several where transformers splits it. The model may lack them."""
-        name, pattern = rename_source_key(key, self._renamings, self._converters, self._base_prefix, self.meta)
-        if name not in self.meta and key in self.meta:  # as transformers' loader does
-            name, pattern = rename_source_key(key, [], [], self._base_prefix, self.meta)
+        name, pattern = self._rename(key)
         if pattern is None:
             return (name,)
         parts = next(c for c in self._converters if pattern in c.source_patterns).target_patterns
         return tuple(name.replace(parts[0], part) for part in parts)
+
+    def _rename(self, key: str) -> tuple[str, str | None]:
+        """Return the parameter that a key becomes, and the pattern of the conversion that makes it; None if none."""
+        name, pattern = rename_source_key(key, self._renamings, self._converters, self._base_prefix, self.meta)
+        if name not in self.meta and key in self.meta:  # as transformers' loader does
+            return rename_source_key(key, [], [], self._base_prefix, self.meta)
+        return name, pattern
 
     def find_sources(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Return the keys, of those given, that each parameter of the model is made of."""
@@ -83,9 +88,9 @@ class ParameterNames:
         return sources
 
     def own_key(self, name: str) -> str | None:
-        """Return the one key that a parameter is; None where it is fused of several keys or split off one."""
+        """Return the one key that a parameter is as it is stored; None where transformers makes it of keys."""
         keys = self.sources[name]
-        return keys[0] if len(keys) == 1 == len(self.parameters_of(keys[0])) else None
+        return keys[0] if len(keys) == 1 and self._rename(keys[0])[1] is None else None
 
     def keys_by_block(self, keys: Iterable[str]) -> dict[int | None, list[str]]:
         """Return the keys of each block; under None every other key, those included that the model has no use for."""

@@ -8,8 +8,9 @@ need `transformers.quantizers` or `transformers.modeling_utils`; those are impor
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,9 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+
+# Keeps `_init_weights` off tensors that a checkpoint gave.
+from transformers.initialization import guard_torch_init_functions
 
 # In 5.0 already: the base class of a quantization method's entry in config.json.
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -55,8 +59,9 @@ __all__ = [
     "QuantizationConfigMixin",
     "WeightRenaming",
     "WeightTransform",
-    "compute_buffers",
     "get_model_conversion_mapping",
+    "guard_torch_init_functions",
+    "initializers",
     "load_converted",
     "quiet_transformers",
     "register_quantization_config",
@@ -100,21 +105,24 @@ def load_converted(
     return info
 
 
-def compute_buffers(model: "PreTrainedModel", modules: Iterable[nn.Module]) -> None:
-    """Compute the buffers of `modules` that no checkpoint holds (rotary tables …), as `from_pretrained` does.
+def initializers(model: "PreTrainedModel") -> Iterator[tuple[nn.Module, Callable[[], None]]]:
+    """Yield each module with what fills its tensors, in the order in which `from_pretrained` fills those not loaded.
 
-    Args:
-        model: the model that the modules are parts of.
-        modules: owners of the buffers, which are allocated already.
+    Modules come after those that they hold. Each is filled by the innermost model around it. Parameters that a
+    checkpoint gave keep their values, within `guard_torch_init_functions`.
     """
     from transformers import PreTrainedModel
 
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    with torch.no_grad():
-        for module in modules:
-            # The innermost model around a module knows how; modules() lists outer ones first.
-            around = [model for model in models if any(part is module for part in model.modules())]
-            around[-1]._init_weights(module)  # type: ignore[no-untyped-call]
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, around: PreTrainedModel) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
+        for child in module.children():
+            yield from visit(child, child if isinstance(child, PreTrainedModel) else around)
+        if module not in seen:
+            seen.add(module)
+            yield module, partial(around._init_weights, module)
+
+    yield from visit(model, model)
 
 
 def uses_eager_attention(config: "PretrainedConfig") -> bool:

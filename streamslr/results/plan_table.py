@@ -20,7 +20,8 @@ def plan_table(plan: Plan) -> Table:
         caption=f"output {format_bytes(plan.output_bytes)} (source {format_bytes(plan.source_bytes)}), "
         f"scratch {format_bytes(plan.scratch_bytes)} (hidden states: {tier}){choices}"
         + (f", to download {format_bytes(plan.download_bytes)}" if plan.download_bytes else "")
-        + f"\nlinears become {plan.linears}: S, U and V keep {plan.parameter_fraction:.1%} of their parameters",
+        + f"\nlinears become {plan.linears}: S, U and V keep {plan.parameter_fraction:.1%} of their parameters"
+        + "".join(f"\nstay dense: {which}" for which in plan.dense),
     )
     for name in ("phase", "host", "gpu", "FLOPs"):
         table.add_column(name, justify="left" if name == "phase" else "right")

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from streamslr.errors import HubError, InputError, first_line
 from streamslr.io.packed_layout import read_quantization_config
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
+from streamslr.model.meta_model import auto_class
 from streamslr.run.context import pick_device
 from streamslr.run.journal import JOURNAL_FILE
 from streamslr.runtime.loader import load
@@ -123,7 +124,7 @@ def _load_whole(
             log.warning("%s has no %s: its bytes are not compared with any digest", model, JOURNAL_FILE)
         return load(model, device, dtype, verify=has_journal, revision=revision)
     BlockwiseModel(checkpoint, dtype, torch.device("cpu"))  # refuses what is not complete, from headers
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    loaded: PreTrainedModel = auto_class(checkpoint.config).from_pretrained(
         model, revision=revision, dtype=dtype, device_map=device, trust_remote_code=False
     )
     return loaded

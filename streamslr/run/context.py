@@ -19,6 +19,7 @@ from streamslr.memory import free_host_memory, held, keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.model.shape import BlockShape, ModelShape
+from streamslr.model.weight_reads import in_kinds
 from streamslr.run.journal import read_journal
 from streamslr.run.journal_writer import refuse_changed_settings
 from streamslr.run.plan import Pieces, Plan, make_plan
@@ -107,6 +108,9 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
     )
     if allocation is None:
         plan = _describe_mean(plan, config, blockwise)
+    plan = replace(plan, dense=in_kinds(blockwise.dense))
+    for which in plan.dense:
+        log.info("stay dense: %s", which)
     return RunContext(
         config, checkpoint, blockwise, method, device, dtype, allocation, host_mem, gpu_mem, plan, fingerprint
     )

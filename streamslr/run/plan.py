@@ -47,6 +47,7 @@ class Plan:
     parameter_fraction: float  # parameters of S, U and V over those of the dense linears
     host_mem: int  # budget of host memory
     gpu_mem: int | None  # budget of GPU memory; None without one: on a CPU, and where no GPU can be asked
+    dense: tuple[str, ...] = ()  # linears that stay dense, with the reason, in words
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as `plan --json` prints it."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from streamslr.errors import InputError
 from streamslr.io.packed_layout import PACKED_PARTS, part_dtype, part_shapes
 from streamslr.io.packing import unpack, unpack_rows
+from streamslr.model.weight_reads import AbsentWeight
 from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
 
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 24
@@ -98,6 +99,12 @@ class SparseLowRankLinear(nn.Module):
         if not self.values.is_cuda:
             return "unpacked in tiles: no sparse kernel on the CPU"
         return self._require_gpu_kernel().name
+
+    @property
+    def weight(self) -> AbsentWeight:
+        """Dtype, device and shape [o, d] of the dense weight, which some models' code asks for; it has no numbers."""
+        shape = (self.out_features, self.in_features)
+        return AbsentWeight.of(f"a linear {shape[0]}x{shape[1]}", shape, self.values.dtype, self.values.device)
 
     def packed(self) -> dict[str, Tensor]:
         """Return the parts that the folder stores, without the bias: values, meta[, row_offsets][, U, V]."""

@@ -32,7 +32,7 @@ from streamslr.runtime.stored_model import (
 # This file is imported while transformers is being imported (runtime/register.py), when AutoModelForCausalLM and
 # PreTrainedModel are not there yet. What needs them is imported inside functions, streamslr's own files included.
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger("streamslr")
 
@@ -92,7 +92,7 @@ def load(
         )
     if device_map is None:
         device_map = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
-    model = _from_pretrained(name, revision=commit, dtype=dtype or "auto", device_map=device_map)
+    model = _from_pretrained(config, name, revision=commit, dtype=dtype or "auto", device_map=device_map)
     if keep_dense:
         for linear in packed_modules(model).values():
             linear.keep_dense()
@@ -111,13 +111,13 @@ def _check_arguments(
         raise InputError(f"dtype {dtype!r} is none of torch's; give bfloat16, float16 or float32")
 
 
-def _from_pretrained(name: str, **arguments: Any) -> "PreTrainedModel":
+def _from_pretrained(config: "PretrainedConfig", name: str, **arguments: Any) -> "PreTrainedModel":
     """Load a model with transformers, whose errors become errors that say what to do; refuse an incomplete one."""
-    from transformers import AutoModelForCausalLM
+    from streamslr.model.meta_model import auto_class
 
     try:
         # Values of S are buffers, which accelerate leaves on the GPU unless it is told to offload them too.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             name, offload_buffers=True, output_loading_info=True, trust_remote_code=False, **arguments
         )
     except StreamslrError:
@@ -188,9 +188,11 @@ class StreamslrQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from streamslr.model.buffers import check_buffers
         from streamslr.model.experts import unfuse
         from streamslr.model.parameter_names import find_modules
 
+        check_buffers(model)
         stored = read_stored_model(checkpoint_files)
         unfuse(model, get_model_conversion_mapping(model), stored.tensors)
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

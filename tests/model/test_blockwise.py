@@ -415,6 +415,15 @@ def test_a_block_that_another_checkpoint_lacks(tmp_path: Path) -> None:
         blockwise_of(a).load_block(1, open_checkpoint(str(b)))
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gptj", "mpt", "codegen"])
+def test_windows_longer_than_the_models_positions(tmp_path: Path, architecture: str) -> None:
+    """The table of positions is beside the blocks or in them, and may be a mask."""
+    sizes: dict[str, Any] = {"n_positions": 8, "max_position_embeddings": 8, "max_seq_len": 8, "rotary_dim": 8}
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", architecture, blocks=1, **sizes))
+    with pytest.raises(InputError, match="cannot take windows of 17 tokens"):
+        streamed_logits(blockwise, token_ids())
+
+
 # Models that cannot be compressed, or not even be taken apart
 
 
@@ -428,7 +437,7 @@ def test_what_can_be_compressed(tmp_path: Path, architecture: str) -> None:
     [
         ("gpt_oss", "cannot be taken apart, model.layers.0.mlp.experts.gate_up_proj [4, 64, 256]"),
         ("granitemoe", "cannot be taken apart, model.layers.0.block_sparse_moe.experts.gate_up_proj [4, 256, 64]"),
-        ("gpt2", "transformer.h.0.attn.c_attn.weight [64, 192] in a Conv1D is no linear layer"),
+        ("gpt2", "its largest other weight: transformer.h.0.mlp.c_proj.weight [256, 64] in a Conv1D"),
     ],
 )
 def test_what_cannot_be_compressed(tmp_path: Path, architecture: str, words: str) -> None:

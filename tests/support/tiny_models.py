@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from streamslr.model.meta_model import auto_class
 
 VOCABULARY = 384
 TEXT = (
@@ -110,7 +111,7 @@ def tiny_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32, see
     """Make a model with every parameter random, norms and biases too, so that any mix-up shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1:
