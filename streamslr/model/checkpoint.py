@@ -20,13 +20,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
 from streamslr.io.folder import is_file_name
-from streamslr.io.json_file import parse_json, parse_loose_json, read_bounded
 from streamslr.io.packed_layout import INDEX_FILE, QUANT_METHOD, read_quantization_config
 from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header
 from streamslr.model.border import refusing
 from streamslr.model.bounds import refuse_huge_counts
 from streamslr.model.decoders import PackedWeight, packed_weights
 from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source
+from streamslr.outside import parse_json, parse_loose_json, read_bounded
 
 SINGLE_FILE = "model.safetensors"
 
@@ -160,17 +160,20 @@ class Checkpoint:
         """Fetch the files that travel with config and weights: tokenizer, generation config, licence.
 
         Raises:
-            InputError: One is a link out of the folder, whose content would be copied into an output; a tokenizer's
-                is too large; or there are too many. Others that are too large are left out, with a warning.
+            InputError: As `require_no_outer_links`; a tokenizer's file is too large; or there are too many. Others that
+                are too large are left out, with a warning.
         """
-        paths = self._fetch_auxiliary()
-        for path in paths:
-            if target := self._source.outer_target(path.name):
+        self.require_no_outer_links()
+        return self._fetch_auxiliary()
+
+    def require_no_outer_links(self) -> None:
+        """Raise InputError where an auxiliary file is a link out of the folder: its content would go into an output."""
+        for name in sorted(filter(_is_auxiliary, self._source.files)):
+            if target := self._source.outer_target(name):
                 raise InputError(
-                    f"{path} is a link to {target}, outside of the model's folder, and would be copied into the "
-                    f"output; put a copy of the file in its place"
+                    f"{name} in {self._source.label} is a link to {target}, outside of the model's folder, and would "
+                    f"be copied into the output; put a copy of the file in its place"
                 )
-        return paths
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer. Raises InputError when transformers cannot load it."""
@@ -184,7 +187,7 @@ class Checkpoint:
         return tokenizer
 
     def _fetch_auxiliary(self) -> list[Path]:
-        names = [name for name in sorted(self._source.files) if _is_auxiliary(name)]
+        names = sorted(filter(_is_auxiliary, self._source.files))
         if len(names) > _MOST_AUXILIARY:
             raise InputError(
                 f"{self._source.label} has {len(names)} files beside its weights ({names[0]}, …), {_MOST_AUXILIARY} "

@@ -27,7 +27,6 @@ from streamslr.io.durable import (
     write_json,
 )
 from streamslr.io.folder import index_json
-from streamslr.io.json_file import parse_json, parse_loose_json, read_bounded
 from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
 from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, shard_header, write_shard
@@ -35,6 +34,7 @@ from streamslr.memory import keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.sources import CONFIG_FILE
+from streamslr.outside import parse_json, parse_loose_json, read_bounded
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import check_auxiliary_files
 from streamslr.spec.pattern import SparsityPattern

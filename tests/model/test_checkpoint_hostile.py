@@ -54,7 +54,7 @@ def test_an_auxiliary_file_that_is_a_link_out_of_the_folder_is_not_copied(folder
     shutil.move(folder / "tokenizer.json", secret)
     (folder / "tokenizer.json").symlink_to(secret)
     checkpoint = open_checkpoint(str(folder))
-    with pytest.raises(InputError, match=rf"tokenizer.json is a link to {secret}, outside of the model's folder"):
+    with pytest.raises(InputError, match=rf"tokenizer.json in .* is a link to {secret}, outside of the model's folder"):
         checkpoint.auxiliary_files()
     assert checkpoint.tokenizer(), "reading through a link is the user's choice"
 
