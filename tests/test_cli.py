@@ -139,9 +139,7 @@ def test_a_users_mistake_is_one_message_and_an_exit_code(
     assert "Traceback" not in done.stderr
 
 
-def test_a_tokenizer_that_links_to_elsewhere_is_refused_before_work(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_links_to_elsewhere_is_refused_before_work(model: Path, text: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(model, tmp_path / "m"))
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer.json").symlink_to("/etc/passwd")
