@@ -24,8 +24,10 @@ PackedLinear = tuple[Mapping[str, Tensor], SparsityPattern, tuple[int, int]]
 
 
 def is_file_name(name: object) -> bool:
-    """Return True for a name that cannot lead out of the folder it is joined to."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+    """Return True for a name that a file can have and that cannot lead out of the folder it is joined to."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        return False
+    return len(name.encode("utf-8", "surrogatepass")) <= 255
 
 
 def write_auxiliary_files(

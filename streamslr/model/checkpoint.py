@@ -303,7 +303,7 @@ def _shard_names(source: ModelSource) -> tuple[list[str], Mapping[str, str]]:
         weight_map = parse_json(read_bounded(source.fetch(INDEX_FILE)), _Index).weight_map
         shards = sorted(set(weight_map.values()))
         if odd := [shard for shard in shards if not is_file_name(shard)]:
-            raise ValueError(f"{odd[0]!r} is no name of a file")
+            raise ValueError(f"{odd[0][:100]!r} is no name of a file")
         if not shards:
             raise ValueError("it is empty")
     except ValueError as error:

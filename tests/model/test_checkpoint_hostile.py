@@ -206,6 +206,7 @@ def test_a_tensor_in_two_shards_needs_the_index_to_choose(folder: Path) -> None:
         b'{"weight_map": {}}',
         b'{"weight_map":' * 100_000,
         b'{"weight_map": {"a": "x\\u0000"}}',
+        b'{"weight_map": {"a": "' + b"x" * 300 + b'"}}',
     ],
 )
 def test_an_index_that_is_no_index_is_refused(folder: Path, content: bytes) -> None:
