@@ -344,7 +344,7 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 )
 @click.option(
     "--seed",
-    type=click.IntRange(-LARGEST, LARGEST),
+    type=click.IntRange(0, LARGEST),
     default=0,
     show_default=True,
     help="Seed of the order of the windows.",

@@ -41,10 +41,10 @@ from streamslr.io.durable import (
     write_json,
 )
 from streamslr.io.folder import copy_auxiliary_file, require_as_written, write_index
-from streamslr.io.json_file import parse_json, read_bounded
 from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.parameter_names import find_modules
+from streamslr.outside import parse_json, read_bounded
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from streamslr.run.context import pick_device

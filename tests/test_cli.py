@@ -1,6 +1,7 @@
 """The command line as a user sees it: exit codes, output, Ctrl-C, JSON that is only JSON."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,18 @@ def test_a_users_mistake_is_one_message_and_an_exit_code(
     assert "Traceback" not in done.stderr
 
 
+def test_a_tokenizer_that_links_to_elsewhere_is_refused_before_work(model: Path, text: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "m"))
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.json").symlink_to("/etc/passwd")
+    for command in ("plan", "run"):
+        done = call(command, *run_line(copy, text, tmp_path / "out")[1:])
+        assert done.returncode == 2
+        assert "tokenizer.json" in done.stderr
+        assert "is a link to /etc/passwd" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("huge", [["--samples"], ["--seq-len"], ["--samples", "--seq-len", "--rank"]])
 def test_a_run_of_any_size_is_planned_and_refused(model: Path, huge: list[str]) -> None:
     settings = [part for flag in huge for part in (flag, "2147483647")]
@@ -237,8 +250,6 @@ def test_plan_says_what_does_not_fit_and_exits_with_3(model: Path) -> None:
 
 
 def test_verify_exits_with_1_and_names_what_is_off(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     assert call("verify", finished).returncode == 0
     copy = shutil.copytree(finished, tmp_path / "copy")
     (copy / "model-block-00001.safetensors").unlink()

@@ -14,7 +14,7 @@ from typing import Any
 
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, ResumeError, StreamslrError
-from streamslr.io.json_file import open_regular
+from streamslr.outside import open_regular
 
 PARTIAL_SUFFIX = ".partial"
 """End of a file's name until it is whole. A later attempt at the same file replaces a leftover one."""

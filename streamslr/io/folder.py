@@ -10,7 +10,6 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.io.durable import PARTIAL_SUFFIX, copy_file, file_sha256, write_file, write_json
-from streamslr.io.json_file import LARGEST_JSON, read_bounded
 from streamslr.io.packed_layout import (
     BLOCK_FILE,
     INDEX_FILE,
@@ -20,6 +19,7 @@ from streamslr.io.packed_layout import (
     shard_metadata,
 )
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, WrittenShard, shard_header, write_shard
+from streamslr.outside import LARGEST_JSON, read_bounded
 from streamslr.spec.pattern import SparsityPattern
 
 PackedLinear = tuple[Mapping[str, Tensor], SparsityPattern, tuple[int, int]]
@@ -27,8 +27,10 @@ PackedLinear = tuple[Mapping[str, Tensor], SparsityPattern, tuple[int, int]]
 
 
 def is_file_name(name: object) -> bool:
-    """Return True for a name that cannot lead out of the folder it is joined to."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+    """Return True for a name that a file can have and that cannot lead out of the folder it is joined to."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        return False
+    return len(name.encode("utf-8", "surrogatepass")) <= 255
 
 
 def write_auxiliary_files(

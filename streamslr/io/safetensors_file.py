@@ -22,7 +22,7 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.io.durable import durable_file
-from streamslr.io.json_file import open_regular, parse_json
+from streamslr.outside import open_regular, parse_json
 from streamslr.printable import printable
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {

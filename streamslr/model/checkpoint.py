@@ -21,7 +21,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
 from streamslr.io.folder import is_file_name
-from streamslr.io.json_file import parse_json, parse_loose_json, read_bounded
 from streamslr.io.packed_layout import INDEX_FILE, QUANT_METHOD, read_quantization_config
 from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header, read_start
 from streamslr.model.border import refusing
@@ -30,6 +29,7 @@ from streamslr.model.decoders import PackedWeight, packed_weights
 from streamslr.model.other_files import is_auxiliary, refuse_other_model
 from streamslr.model.pinned_shards import PinnedShards, ShardDigest, Times
 from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source
+from streamslr.outside import parse_json, parse_loose_json, read_bounded
 
 SINGLE_FILE = "model.safetensors"
 
@@ -185,17 +185,20 @@ class Checkpoint:
         """Fetch the files that travel with config and weights: tokenizer, generation config, licence.
 
         Raises:
-            InputError: One is a link out of the folder, whose content would be copied into an output; a tokenizer's
-                is too large; or there are too many. Others that are too large are left out, with a warning.
+            InputError: As `require_no_outer_links`; a tokenizer's file is too large; or there are too many. Others that
+                are too large are left out, with a warning.
         """
-        paths = self._fetch_auxiliary()
-        for path in paths:
-            if target := self._source.outer_target(path.name):
+        self.require_no_outer_links()
+        return self._fetch_auxiliary()
+
+    def require_no_outer_links(self) -> None:
+        """Raise InputError where an auxiliary file is a link out of the folder: its content would go into an output."""
+        for name in sorted(filter(is_auxiliary, self._source.files)):
+            if target := self._source.outer_target(name):
                 raise InputError(
-                    f"{path} is a link to {target}, outside of the model's folder, and would be copied into the "
-                    f"output; put a copy of the file in its place"
+                    f"{name} in {self._source.label} is a link to {target}, outside of the model's folder, and would "
+                    f"be copied into the output; put a copy of the file in its place"
                 )
-        return paths
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer. Raises InputError when transformers cannot load it."""
@@ -209,7 +212,7 @@ class Checkpoint:
         return tokenizer
 
     def _fetch_auxiliary(self) -> list[Path]:
-        names = [name for name in sorted(self._source.files) if is_auxiliary(name)]
+        names = sorted(filter(is_auxiliary, self._source.files))
         if len(names) > _MOST_AUXILIARY:
             raise InputError(
                 f"{self._source.label} has {len(names)} files beside its weights ({names[0]}, …), {_MOST_AUXILIARY} "
@@ -336,7 +339,7 @@ def _shard_names(source: ModelSource) -> tuple[list[str], Mapping[str, str]]:
         weight_map = parse_json(read_bounded(source.fetch(INDEX_FILE)), _Index).weight_map
         shards = sorted(set(weight_map.values()))
         if odd := [shard for shard in shards if not is_file_name(shard)]:
-            raise ValueError(f"{odd[0]!r} is no name of a file")
+            raise ValueError(f"{odd[0][:100]!r} is no name of a file")
         if not shards:
             raise ValueError("it is empty")
     except ValueError as error:

@@ -28,7 +28,6 @@ from streamslr.io.durable import (
     write_json,
 )
 from streamslr.io.folder import config_bytes, copy_auxiliary_file, index_json, require_as_written
-from streamslr.io.json_file import parse_json, read_bounded
 from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
 from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, shard_header, write_shard
@@ -36,6 +35,7 @@ from streamslr.memory import keep_no_freed_memory
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.parameter_names import find_modules
 from streamslr.model.sources import CONFIG_FILE
+from streamslr.outside import parse_json, read_bounded
 from streamslr.results.inspect import read_run
 from streamslr.results.readers import LORA_PREFIX, open_on_meta, try_adapter
 from streamslr.spec.pattern import SparsityPattern

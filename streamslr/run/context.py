@@ -142,6 +142,7 @@ def _open_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
     if read_quantization_config(checkpoint.config) is not None:
         raise InputError(f"{config.model} is compressed already; give the model that it was made from")
     blockwise.require_compressible()
+    checkpoint.require_no_outer_links()
     positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if positions and config.seq_len > positions:
         log.warning(

@@ -13,7 +13,7 @@ import msgspec
 
 from streamslr.config import LARGEST, RunConfig
 from streamslr.errors import InputError
-from streamslr.io.json_file import parse_json, read_bounded
+from streamslr.outside import parse_json, read_bounded
 from streamslr.spec.owl import vary_by_outliers
 from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
 

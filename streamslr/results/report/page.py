@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.io.durable import write_file
-from streamslr.io.json_file import parse_loose_json, read_bounded
+from streamslr.outside import parse_loose_json, read_bounded
 from streamslr.printable import printable
 from streamslr.results.inspect import (
     REPORT_FILE,
