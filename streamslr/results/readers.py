@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,9 @@ def try_adapter(model: nn.Module, config: Mapping[str, Any], tensors: Iterable[T
     # Without the base's name, which the model on meta does not have.
     settings = {name: value for name, value in config.items() if name not in ("peft_type", "base_model_name_or_path")}
     try:
-        adapted: Any = get_peft_model(model, LoraConfig(**settings), low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT's calls of transformers, nothing for the user
+            adapted: Any = get_peft_model(model, LoraConfig(**settings), low_cpu_mem_usage=True)
         needed = {
             name: tuple(tensor.shape)
             for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
