@@ -99,6 +99,7 @@ class BlockwiseModel:
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._model = build_on_meta(checkpoint.config, dtype, checkpoint.tensors)
+        require_modest_buffers(dict(self._model.named_non_persistent_buffers()), checkpoint.tensors)
         self._writers = find_writers(self._model)
         conversions = get_model_conversion_mapping(self._model)
         self._experts, self._conversions = unfuse(self._model, conversions, checkpoint.tensors)
@@ -122,7 +123,6 @@ class BlockwiseModel:
         self.dense: Mapping[str, str] = {}
         check_headers(self._model, self._names, checkpoint)
         check_depth(self._model, self._names, checkpoint.tensors)
-        require_modest_buffers({name: self._names.meta[name] for name in self._names.computed}, checkpoint.tensors)
 
         self._live: int | None = None
         self._non_block_loaded = False

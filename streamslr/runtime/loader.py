@@ -188,12 +188,14 @@ class StreamslrQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from streamslr.model.bounds import require_modest_buffers
         from streamslr.model.buffers import check_buffers
         from streamslr.model.experts import unfuse
         from streamslr.model.parameter_names import find_modules
 
-        check_buffers(model)
         stored = read_stored_model(checkpoint_files)
+        require_modest_buffers(dict(model.named_non_persistent_buffers()), stored.tensors)
+        check_buffers(model)
         unfuse(model, get_model_conversion_mapping(model), stored.tensors)
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         names = find_modules(model, stored.linears, linears)
