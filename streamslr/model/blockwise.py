@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError, first_line
+from streamslr.memory import is_out_of_memory
 from streamslr.model.buffers import compute_buffers, find_writers
 from streamslr.model.call_recorder import PROBE_SHAPE, Call, find_recorder
 from streamslr.model.checkpoint import Checkpoint
@@ -194,7 +195,9 @@ class BlockwiseModel:
         except InputError:
             raise
         except Exception as error:  # a block's code may do anything
-            raise self._not_compressible(f"block {i} does not run on the meta device ({first_line(error)})") from error
+            raise self._not_compressible(
+                f"block {i} does not run on the meta device ({first_line(error)}); choose another model"
+            ) from error
 
     # Weights in and out
 
@@ -275,14 +278,9 @@ class BlockwiseModel:
                 called with values that depend on the tokens.
         """
         self._require_non_block()
-        try:
+        with self._window_errors(ids.shape[1]):
             calls = self._calls_for((ids.shape[0], ids.shape[1]))
             hidden, calls_with_tokens = self._recorder.record(ids.to(self.device))
-        except IndexError as error:  # from the table of learned positions, or from the embedding
-            raise InputError(
-                f"{self._class} cannot take windows of {ids.shape[1]} tokens ({error}); give a --seq-len of at most "
-                f"its max_position_embeddings, and the tokenizer it was made with"
-            ) from error
         for i, (call, call_with_tokens) in enumerate(zip(calls, calls_with_tokens, strict=True)):
             if name := call.difference(call_with_tokens):
                 raise InputError(
@@ -295,8 +293,9 @@ class BlockwiseModel:
         """Pass hidden states [b, T, h] through live block i."""
         if self._live != i:
             raise RuntimeError(f"block {i} is not live: load_block({i}) first")
-        call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]
-        output = call.replay(self._blocks[i], hidden)
+        with self._window_errors(hidden.shape[1]):
+            call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]
+            output = call.replay(self._blocks[i], hidden)
         if isinstance(output, tuple) != bool(self._recorder.returned):
             raise InputError(f"block {i} of {self._class} returns a {type(output).__name__}: not supported")
         out: Tensor = output[0] if isinstance(output, tuple) else output
@@ -311,6 +310,20 @@ class BlockwiseModel:
         """
         self._require_non_block()
         return self._recorder.logits(ids.to(self.device), hidden)
+
+    @contextmanager
+    def _window_errors(self, tokens: int) -> Iterator[None]:
+        """Turn errors about the windows' length, or about ids outside the vocabulary, into one that says what to do."""
+        try:
+            yield
+        except (IndexError, RuntimeError) as error:  # from a table of positions or a mask, or from the embedding
+            positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 0
+            if is_out_of_memory(error) or (isinstance(error, RuntimeError) and tokens <= positions):
+                raise
+            raise InputError(
+                f"{self._class} cannot take windows of {tokens} tokens ({first_line(error)}); give a --seq-len of at "
+                f"most its max_position_embeddings, and the tokenizer it was made with"
+            ) from error
 
     def _calls_for(self, shape: tuple[int, int]) -> tuple[Call, ...]:
         """Return how the model calls each block on a batch of this shape [b, T]."""

@@ -32,7 +32,9 @@ def find_writers(model: PreTrainedModel) -> Writers:
     by_storage = {_storage(buffer): name for name, buffer in model.named_non_persistent_buffers()}
     writers: dict[str, dict[int, Callable[[], None]]] = {name: {} for name in by_storage.values()}
     with torch.device("cpu"), guard_torch_init_functions():
-        for place, (_, initialize) in enumerate(initializers(model)):
+        for place, (module, initialize) in enumerate(initializers(model)):
+            if not module._non_persistent_buffers_set and next(module.children(), None) is None:
+                continue  # a module alone, such as a linear, has only itself to fill; there are many, and it takes time
             # An initialisation that reads a value fails on meta; a buffer that only it fills is refused later.
             with _Writes() as writes, suppress(Exception):
                 initialize()

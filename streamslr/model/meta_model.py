@@ -56,8 +56,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
     Raises:
         InputError: there is no such list, or several.
     """
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    try:
+        depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    except Exception as error:  # of models that hold several, or none
+        raise InputError(f"{type(model).__name__} has no one decoder ({first_line(error)}); choose another") from error
     lists = list(_outer_lists(decoder)) if isinstance(decoder, nn.Module) else []
     layers = [blocks for blocks in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in blocks)]
     found: list[nn.ModuleList] = []

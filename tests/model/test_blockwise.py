@@ -415,6 +415,15 @@ def test_a_block_that_another_checkpoint_lacks(tmp_path: Path) -> None:
         blockwise_of(a).load_block(1, open_checkpoint(str(b)))
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gptj", "mpt", "codegen"])
+def test_windows_longer_than_the_models_positions(tmp_path: Path, architecture: str) -> None:
+    """The table of positions is beside the blocks or in them, and may be a mask."""
+    sizes: dict[str, Any] = {"n_positions": 8, "max_position_embeddings": 8, "max_seq_len": 8, "rotary_dim": 8}
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", architecture, blocks=1, **sizes))
+    with pytest.raises(InputError, match="cannot take windows of 17 tokens"):
+        streamed_logits(blockwise, token_ids())
+
+
 # Models that cannot be compressed, or not even be taken apart
 
 
