@@ -61,7 +61,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
         decoder = model.get_decoder()  # type: ignore[no-untyped-call]
     except Exception as error:  # of models that hold several, or none
         raise InputError(f"{type(model).__name__} has no one decoder ({first_line(error)}); choose another") from error
-    lists = list(_outer_lists(decoder)) if isinstance(decoder, nn.Module) else []
+    # ModernBERT's `decoder` is its head.
+    lists = list(_outer_lists(decoder)) or list(_outer_lists(model.base_model))
     layers = [blocks for blocks in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in blocks)]
     found: list[nn.ModuleList] = []
     for candidates in (layers, lists):
