@@ -21,8 +21,11 @@ from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from tests.support.tiny_models import TEXT, VOCABULARY, tiny_model, tiny_tokenizer
 
-WRAPPERS = ("mistral3", "llava")
-"""Models of images and text that hold a plain decoder; more of them are in AutoModelForMultimodalLM."""
+WRAPPERS = (
+    *("aya_vision", "idefics3", "internvl", "llava", "llava_next", "mistral3", "paligemma", "qwen3_vl", "smolvlm"),
+    "voxtral",
+)
+"""Models of images or sound that hold a plain decoder; more of them are in AutoModelForMultimodalLM."""
 ARCHITECTURES: tuple[str, ...] = (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WRAPPERS)
 WINDOWS, SEQ_LEN = 3, 24
 LARGEST = 8_000_000
