@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from streamslr.errors import InputError
@@ -19,7 +20,7 @@ from streamslr.io.packed_layout import (
     shard_metadata,
 )
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, WrittenShard, shard_header, write_shard
-from streamslr.outside import LARGEST_JSON, read_bounded
+from streamslr.outside import LARGEST_JSON, parse_json, read_bounded
 from streamslr.spec.pattern import SparsityPattern
 
 PackedLinear = tuple[Mapping[str, Tensor], SparsityPattern, tuple[int, int]]
@@ -169,6 +170,20 @@ def list_uncommitted(folder: Path, committed: Iterable[WrittenShard]) -> list[Pa
         for path in folder.iterdir()
         if (is_shard(path) and path.name not in keep) or path.name.endswith(PARTIAL_SUFFIX)
     ]
+
+
+class _Index(msgspec.Struct):
+    """What is read of an index."""
+
+    weight_map: dict[str, str]
+
+
+def parse_index(raw: bytes) -> dict[str, str]:
+    """Return the tensor name -> shard of an index. Raise ValueError where it is none, or names no plain files."""
+    weight_map = parse_json(raw, _Index).weight_map
+    if odd := [shard for shard in weight_map.values() if not is_file_name(shard)]:
+        raise ValueError(f"{odd[0][:100]!r} is no name of a file")
+    return weight_map
 
 
 def discard_uncommitted(folder: Path, committed: Iterable[WrittenShard]) -> None:

@@ -1,7 +1,6 @@
 """Tensors of a model: described by headers alone, read when asked for, and decoded where they are stored packed."""
 
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -20,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
-from streamslr.io.folder import is_file_name
+from streamslr.io.folder import parse_index
 from streamslr.io.packed_layout import INDEX_FILE, QUANT_METHOD, read_quantization_config
 from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header, read_start
 from streamslr.model.border import refusing
@@ -29,7 +28,7 @@ from streamslr.model.decoders import PackedWeight, packed_weights
 from streamslr.model.other_files import is_auxiliary, refuse_other_model
 from streamslr.model.pinned_shards import PinnedShards, ShardDigest, Times
 from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source
-from streamslr.outside import parse_json, parse_loose_json, read_bounded
+from streamslr.outside import parse_loose_json, read_bounded
 
 SINGLE_FILE = "model.safetensors"
 
@@ -178,7 +177,7 @@ class Checkpoint:
 
     def config_json(self) -> dict[str, Any]:
         """Return the JSON of config.json as it is: what transformers makes of it depends on the version."""
-        config: dict[str, Any] = json.loads(_config_bytes(self._source))
+        config: dict[str, Any] = parse_loose_json(_config_bytes(self._source))
         return config
 
     def auxiliary_files(self) -> list[Path]:
@@ -282,12 +281,6 @@ class _Config(msgspec.Struct):
     auto_map: Any = None
 
 
-class _Index(msgspec.Struct):
-    """What is read of the index of the shards."""
-
-    weight_map: dict[str, str]
-
-
 def _config_bytes(source: ModelSource) -> bytes:
     if CONFIG_FILE not in source.files:
         raise source.missing_file_error(CONFIG_FILE, ", so nothing says what architecture it is")
@@ -336,10 +329,8 @@ def _shard_names(source: ModelSource) -> tuple[list[str], Mapping[str, str]]:
     if INDEX_FILE not in source.files:
         raise _no_weights(source)
     try:
-        weight_map = parse_json(read_bounded(source.fetch(INDEX_FILE)), _Index).weight_map
+        weight_map = parse_index(read_bounded(source.fetch(INDEX_FILE)))
         shards = sorted(set(weight_map.values()))
-        if odd := [shard for shard in shards if not is_file_name(shard)]:
-            raise ValueError(f"{odd[0][:100]!r} is no name of a file")
         if not shards:
             raise ValueError("it is empty")
     except ValueError as error:

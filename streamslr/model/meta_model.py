@@ -72,7 +72,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
         raise InputError(f"{type(model).__name__} has no one decoder ({first_line(error)}); choose another") from error
     if depth is not None and (not isinstance(depth, int) or depth < 1):
         raise InputError(f"config.json says num_hidden_layers {depth!r}; check it, or download it again")
-    lists = list(_outer_lists(decoder)) if isinstance(decoder, nn.Module) else []
+    # ModernBERT's `decoder` is its head.
+    lists = list(_outer_lists(decoder)) or list(_outer_lists(model.base_model))
     layers = [blocks for blocks in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in blocks)]
     found: list[nn.ModuleList] = []
     for candidates in (layers, lists):

@@ -1,12 +1,12 @@
 """Files beside config.json and the weights: which travel with a model, and which would make it another one."""
 
-import json
 import logging
 from collections.abc import Iterator
 
 from streamslr.errors import InputError
 from streamslr.io.packed_layout import INDEX_FILE
 from streamslr.model.sources import CONFIG_FILE, ModelSource
+from streamslr.outside import parse_loose_json
 
 ADAPTER_FILE = "adapter_config.json"
 """File of PEFT. Where it is, transformers loads the model that it names, and puts its adapter on top."""
@@ -58,7 +58,7 @@ def refuse_other_model(source: ModelSource, raw_config: bytes) -> None:
             f"{source.label} holds {found}: its weights are quantized already; give the original model in bf16, fp16 "
             f"or fp32 (or take that file out, if it is not of these weights)"
         )
-    config = json.loads(raw_config)
+    config = parse_loose_json(raw_config)
     if part := next(_quantized_parts(config), None):
         raise InputError(
             f"{source.label} is already quantized ({part} of config.json says so); give the original model in bf16, "

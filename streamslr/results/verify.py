@@ -1,18 +1,16 @@
 """Check a compressed folder against its journal: digests, patterns, finite values, missing and extra files."""
 
-import json
 import logging
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
 from streamslr.errors import InputError, StreamslrError, first_line
 from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256
-from streamslr.io.folder import list_uncommitted
+from streamslr.io.folder import list_uncommitted, parse_index
 from streamslr.io.packed_check import check_packed
 from streamslr.io.packed_layout import (
     INDEX_FILE,
@@ -26,6 +24,7 @@ from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.sources import CONFIG_FILE
+from streamslr.outside import parse_loose_json, read_bounded
 from streamslr.results.inspect import REPORT_FILE, read_run
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
@@ -168,20 +167,14 @@ def _check_auxiliary_files(folder: Path, state: JournalState) -> Iterator[tuple[
             yield name, "has changed since the run wrote it"
 
 
-class _Index(msgspec.Struct):
-    """What is read of the index of the shards."""
-
-    weight_map: dict[str, str]
-
-
 def _check_index(path: Path, tensors: Mapping[str, str], unread: Container[str | None]) -> Iterator[str]:
     """Yield where the index differs from `tensors`, tensor name -> shard, but for those of shards in `unread`."""
-    try:
-        weight_map = msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
-    except FileNotFoundError:
+    if not path.exists():
         yield "is missing"
         return
-    except (ValueError, RecursionError) as error:
+    try:
+        weight_map = parse_index(read_bounded(path))
+    except (InputError, ValueError) as error:
         yield f"cannot be read: {first_line(error)}"
         return
     for name in sorted(tensors.keys() | weight_map.keys()):
@@ -195,8 +188,8 @@ def _check_quantization_config(path: Path, state: JournalState) -> Iterator[tupl
     if not state.non_block or not path.is_file():
         return
     try:
-        found = read_quantization_config(json.loads(path.read_bytes()))
-    except (StreamslrError, ValueError, AttributeError, RecursionError) as error:
+        found = read_quantization_config(parse_loose_json(read_bounded(path)))
+    except (InputError, ValueError) as error:
         yield path.name, f"cannot be read: {first_line(error)}"
         return
     specs = list((state.allocation or {}).values())

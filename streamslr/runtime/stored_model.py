@@ -4,7 +4,6 @@ transformers fills what a folder lacks with random numbers, and reports that. He
 before any weight is read.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.io.durable import file_sha256
+from streamslr.io.folder import parse_index
 from streamslr.io.packed_check import check_layout, check_positions
 from streamslr.io.packed_layout import (
     INDEX_FILE,
@@ -31,6 +31,7 @@ from streamslr.io.packed_layout import (
 from streamslr.io.safetensors_file import TensorInfo, shard_header
 from streamslr.model.other_files import ADAPTER_FILE
 from streamslr.model.transformers_compat import get_model_conversion_mapping
+from streamslr.outside import read_bounded
 from streamslr.run.journal import JOURNAL_FILE, JournalState, read_journal
 from streamslr.spec.pattern import parse_pattern
 
@@ -118,9 +119,9 @@ def read_stored_model(files: list[str] | None) -> StoredModel:
 def _compare_index(stored: StoredModel) -> None:
     path = stored.folder / INDEX_FILE
     try:
-        weight_map = dict(json.loads(path.read_bytes())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} has no usable weight_map ({error!r}); copy it again") from error
+        weight_map = parse_index(read_bounded(path))
+    except ValueError as error:
+        raise InputError(f"{path} has no usable weight_map ({error}); copy it again") from error
     shards = {name: info.shard for name, info in stored.tensors.items()}
     for name in sorted(shards.keys() | weight_map.keys()):
         said, found = weight_map.get(name), shards.get(name)
