@@ -57,8 +57,9 @@ def test_a_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("quiet", [True, False])
 def test_log_lines_are_single_lines_on_the_terminal_and_in_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: bool
 ) -> None:
+    monkeypatch.setattr(log, "propagate", False)  # pytest's report of the test cannot hold such a line
     with send_log(quiet, tmp_path / "run.log"):
         log.warning("%s: a warning", HOSTILE)
     shown = capsys.readouterr()

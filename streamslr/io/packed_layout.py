@@ -277,8 +277,13 @@ def read_quantization_config(config: object) -> PackedFormat | None:
         entry = config.get("quantization_config")
     else:
         entry = getattr(config, "quantization_config", None)
-    if entry is not None and not isinstance(entry, Mapping):
-        entry = entry.to_dict()  # transformers may have parsed it already
+    if hasattr(entry, "to_dict"):  # transformers may have parsed it already
+        entry = entry.to_dict()
+    if not isinstance(entry, Mapping | None):
+        raise InputError(
+            f"quantization_config in config.json is a {type(entry).__name__}; copy config.json again from where the "
+            f"folder came from"
+        )
     if entry is None or entry.get("quant_method") != QUANT_METHOD:
         return None
     version = entry.get("format_version")

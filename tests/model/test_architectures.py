@@ -44,7 +44,7 @@ def test_the_decoder_of_a_model_with_vision_is_compressed_and_the_rest_passed_th
     save(tiny_model(shrunk_config("mistral3")), dense)
     settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
     journal = streamslr.compress(dense, packed, calibration=text, **settings)
-    assert all(".language_model.layers." in linear.name for block in journal.blocks for linear in block.linears)
+    assert all(linear.name.startswith("language_model.") for block in journal.blocks for linear in block.linears)
     before, rest = load_file(dense / "model.safetensors"), load_file(packed / "model-outside.safetensors")
     others = {name for name in before if "vision" in name or "projector" in name}
     assert others

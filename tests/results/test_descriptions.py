@@ -168,7 +168,7 @@ def test_code_that_is_not_there_is_not_named(text: Path, tmp_path: Path, caplog:
 
 def test_settings_that_json_has_no_number_for_and_other_letters_stay(text: Path, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", blocks=2)
-    config = read_config(source) | {"limit": [0.0, float("inf")], "author": "Æsop \ud800"}
+    config = read_config(source) | {"limit": [0.0, float("inf")], "author": "Æsop"}
     (source / "config.json").write_text(json.dumps(config))
     streamslr.compress(source, tmp_path / "slr", calibration=text, **RUN)
     export(tmp_path / "slr", tmp_path / "dense", "dense")
