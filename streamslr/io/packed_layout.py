@@ -273,6 +273,7 @@ def read_quantization_config(config: object) -> PackedFormat | None:
     Raises:
         InputError: a format_version that this version cannot read, or a damaged entry.
     """
+    entry: Any
     if isinstance(config, Mapping):
         entry = config.get("quantization_config")
     else:
