@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streamslr.config import format_bytes
-from streamslr.errors import BudgetError, ResumeError, StreamslrError
+from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
 from streamslr.outside import open_regular
 
 PARTIAL_SUFFIX = ".partial"
@@ -111,7 +111,15 @@ def write_json(path: Path, obj: Any) -> str:
 def file_sha256(path: Path) -> str:
     """Return the digest of a regular file as hex. Raises InputError where it cannot be read."""
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def is_as_written(path: Path, sha256: str) -> bool:
+    """Return True for a file that is there with the content of this digest. Raises InputError as `file_sha256`."""
+    return path.is_file() and file_sha256(path) == sha256
 
 
 def fsync_folder(folder: Path) -> None:

@@ -150,8 +150,8 @@ def require_as_written(path: Path, sha256: str) -> None:
     advice = "copy it again from where the folder came from, or let the `streamslr run` line that made it go on"
     try:
         found = file_sha256(path)
-    except OSError as error:
-        raise InputError(f"cannot read {path}, which the journal names: {error.strerror}; {advice}") from error
+    except InputError as error:
+        raise InputError(f"{error}; the journal names this file: {advice}") from error
     if found != sha256:
         raise InputError(
             f"{path} is damaged or was changed: its sha256 is {found[:12]}…, the journal says {sha256[:12]}…; {advice}"

@@ -65,10 +65,7 @@ class PinnedShards:
         with self._lock:
             while self._hashing:
                 shard, seen, digest = self._hashing.pop(0)
-                try:
-                    self._compare(shard, seen, digest.result())
-                except OSError as error:
-                    raise InputError(f"cannot read {seen.path}: {error}; copy or download the file again") from error
+                self._compare(shard, seen, digest.result())
 
     def check_earlier(self, files: Mapping[str, Path]) -> None:
         """Compare files with what an earlier process knew of them. Only what has another size or time is read.

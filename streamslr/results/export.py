@@ -21,7 +21,7 @@ from streamslr.errors import InputError, ResumeError, StreamslrError
 from streamslr.io.durable import (
     PARTIAL_SUFFIX,
     DiskNeed,
-    file_sha256,
+    is_as_written,
     lock_folder,
     require_disk_space,
     write_file,
@@ -362,7 +362,7 @@ def _is_as_recorded(path: Path, sha256: str | None) -> bool:
     """Return True when a shard is there with its recorded digest; warn when a recorded one is not."""
     if sha256 is None:
         return False
-    if path.is_file() and file_sha256(path) == sha256:
+    if is_as_written(path, sha256):
         return True
     log.warning("%s is missing or not as it was written: writing it again", path)
     return False
@@ -373,7 +373,7 @@ def _write_checked(path: Path, shard: _Shard) -> str:
     path.parent.mkdir(exist_ok=True)
     written = write_shard(path, shard.tensors, {"format": "pt"})
     _drop_cached_pages(path)
-    if file_sha256(path) != written.sha256:
+    if not is_as_written(path, written.sha256):
         path.unlink()
         raise StreamslrError(f"{path} read back other bytes than were written: check the disk, then start again")
     return written.sha256

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from streamslr.errors import InputError, StreamslrError, first_line
-from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256
+from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256, is_as_written
 from streamslr.io.folder import list_uncommitted, parse_index
 from streamslr.io.packed_check import check_packed
 from streamslr.io.packed_layout import (
@@ -163,7 +163,7 @@ def _check_auxiliary_files(folder: Path, state: JournalState) -> Iterator[tuple[
     for name, digest in state.auxiliary_files.items():
         if not (folder / name).is_file():
             yield name, "is missing"
-        elif file_sha256(folder / name) != digest:
+        elif not is_as_written(folder / name, digest):
             yield name, "has changed since the run wrote it"
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from streamslr.errors import ResumeError, StreamslrError
-from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256, lock_folder
+from streamslr.io.durable import PARTIAL_SUFFIX, is_as_written, lock_folder
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.pinned_shards import PinnedShards
@@ -196,11 +196,6 @@ class Journal:
                 f"{self.folder} holds files but no {JOURNAL_FILE} ({', '.join(foreign[:5])}"
                 f"{', …' if len(foreign) > 5 else ''}); give an empty or new folder as --out"
             )
-
-
-def is_as_written(path: Path, sha256: str) -> bool:
-    """Tell if a file is there with the content of this digest."""
-    return path.is_file() and file_sha256(path) == sha256
 
 
 def refuse_changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows, window_prefix
 from streamslr.config import base_name, default_out
 from streamslr.errors import BudgetError, InputError, StreamslrError, first_line, says_out_of_memory
+from streamslr.io.durable import is_as_written
 from streamslr.io.folder import (
     discard_uncommitted,
     write_auxiliary_files,
@@ -31,7 +32,7 @@ from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import RunContext, require_fit
 from streamslr.run.journal import BlockRecord, JournalState, LinearRecord, MatchRecord, Sample
-from streamslr.run.journal_writer import Journal, is_as_written, made_with
+from streamslr.run.journal_writer import Journal, made_with
 from streamslr.run.passes import Boundary, Passes, drop_block, load_block, median_difference
 from streamslr.run.progress import BlockProgress, Display, NoDisplay, PhaseTimer
 from streamslr.run.solve_linear import LinearCompressor
@@ -131,7 +132,6 @@ class Compression:
         state = self.journal.state
         discard_uncommitted(config.out, state.shards)
         write_index(config.out, state.shards)
-        self.restore_auxiliary_files()
         if not state.complete:
             boundary = self.begin() if state.non_block is None else self.resume()
             for done in (blockwise.non_block_tensors, *blockwise.block_tensors[: len(state.blocks)]):

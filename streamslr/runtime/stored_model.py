@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from streamslr.errors import InputError
-from streamslr.io.durable import file_sha256
+from streamslr.io.durable import is_as_written
 from streamslr.io.folder import parse_index
 from streamslr.io.packed_check import check_layout, check_positions
 from streamslr.io.packed_layout import (
@@ -176,7 +176,7 @@ def _warn_of_changes(folder: Path, state: JournalState) -> None:
     for name in ("config.json", "generation_config.json"):
         digest = state.auxiliary_files.get(name)
         # Of a hub repository transformers fetches generation_config.json later.
-        if digest and (folder / name).is_file() and file_sha256(folder / name) != digest:
+        if digest and (folder / name).is_file() and not is_as_written(folder / name, digest):
             log.warning("%s is not as it was written: the model may do something else", folder / name)
 
 

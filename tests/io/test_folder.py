@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from streamslr.errors import InputError
 from streamslr.io.durable import file_sha256
 from streamslr.io.folder import (
     copy_auxiliary_file,
     discard_uncommitted,
     index_json,
+    require_as_written,
     write_auxiliary_files,
     write_block,
     write_index,
@@ -85,3 +88,14 @@ def test_auto_map_is_dropped_where_it_names_code_and_kept_where_it_is_a_word(tmp
     for content in (b'{"auto_map": 17}', b'{"model": {"vocab": {"auto_map": {}}}}', b'["auto_map"', b'["auto_map"]'):
         assert copied(tmp_path, "tokenizer.json", content) == content
     assert copied(tmp_path, "notes.txt", named) == named
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder", "changed"])
+def test_a_file_that_is_not_as_written_is_named_with_what_to_do(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    if kind == "a folder":
+        path.mkdir()
+    if kind == "changed":
+        path.write_bytes(b"other")
+    with pytest.raises(InputError, match=r"tokenizer\.json.*journal.*copy it again from where the folder came from"):
+        require_as_written(path, "0" * 64)
