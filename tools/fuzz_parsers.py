@@ -26,8 +26,7 @@ with atheris.instrument_imports(
     from streamslr.calibration.text import read_documents
     from streamslr.errors import InputError
     from streamslr.io.safetensors_file import read_header
-    from streamslr.model import checkpoint
-    from streamslr.model.sources import LocalFolder
+    from streamslr.model.checkpoint import open_checkpoint
     from streamslr.run.journal import read_journal
     from streamslr.spec.allocation import file_digest
 
@@ -60,12 +59,13 @@ def _header(data: bytes, folder: Path) -> None:
 
 def _config(data: bytes, folder: Path) -> None:
     (folder / "config.json").write_bytes(data)
-    checkpoint._parse_config(data, LocalFolder(folder))
+    open_checkpoint(str(folder))  # which then finds no weights
 
 
 def _index(data: bytes, folder: Path) -> None:
+    (folder / "config.json").write_bytes(b'{"model_type":"llama"}')
     (folder / "model.safetensors.index.json").write_bytes(data)
-    checkpoint._shard_names(LocalFolder(folder))
+    open_checkpoint(str(folder))  # which then finds no shards
 
 
 def _allocation(data: bytes, folder: Path) -> None:

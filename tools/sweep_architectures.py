@@ -1,16 +1,19 @@
 """Take a tiny model of every architecture of transformers through streamslr, and write the table of the models guide.
 
-PYTHONPATH=. python tools/sweep_architectures.py [--only llama,gpt2]
+    python tools/sweep_architectures.py [--only llama,gpt2]
 
 About 190 models, a few seconds each. Each has a folder of its own, which goes when it is done.
 """
 
 import argparse
 import logging
+import sys
 import tempfile
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.support.architectures import ARCHITECTURES, BEGIN, END, GUIDE, sweep, table
 
