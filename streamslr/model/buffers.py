@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from streamslr.errors import InputError, first_line
+from streamslr.errors import InputError
+from streamslr.model.border import refusing
 from streamslr.model.meta_model import get_tensor, set_tensor
 from streamslr.model.transformers_compat import guard_torch_init_functions, initializers
 
@@ -97,15 +98,11 @@ def _computed(
         buffer = torch.empty_like(get_tensor(model, name), device=device)
         _bytes(buffer).fill_(bool(fill) if buffer.dtype == torch.bool else fill)
         set_tensor(model, name, buffer)
-    with torch.no_grad(), torch.device("cpu"), guard_torch_init_functions():
+    what = f"transformers' {type(model).__name__} cannot compute {', '.join(names)}, which no checkpoint holds"
+    advice = "use another version of transformers, or another model"
+    with refusing(what, advice), torch.no_grad(), torch.device("cpu"), guard_torch_init_functions():
         for _, initialize in sorted(steps.items()):
-            try:
-                initialize()
-            except Exception as error:
-                raise InputError(
-                    f"transformers' {type(model).__name__} cannot compute {names[0]}, which no checkpoint holds: "
-                    f"{first_line(error)}; use another version of transformers, or another model"
-                ) from error
+            initialize()
     return {name: get_tensor(model, name) for name in names}
 
 

@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from streamslr.errors import InputError, first_line
+from streamslr.errors import InputError
 from streamslr.io.safetensors_file import TensorInfo
+from streamslr.model.border import refusing
 from streamslr.model.bounds import no_more_modules_than
 from streamslr.model.transformers_compat import quiet_transformers
 
@@ -42,18 +43,16 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, tensors: Mapping
     Raises:
         InputError: transformers builds none from this configuration, or one of many more modules than tensors.
     """
-    try:
-        with quiet_transformers(), torch.device("meta"), no_more_modules_than(tensors):
-            # A copy, because transformers notes the dtype in it. No attn_implementation: some architectures refuse one.
-            model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
-            model.eval()  # type: ignore[no-untyped-call]
-    except InputError:
-        raise
-    except Exception as error:  # each architecture checks its own configuration in its own way
-        raise InputError(
-            f"transformers builds no causal language model from a {type(config).__name__}: {first_line(error)}; "
-            f"choose a decoder-only model, or check config.json"
-        ) from error
+    what = f"transformers builds no causal language model from a {type(config).__name__}"
+    with (
+        refusing(what, "choose a decoder-only model, or check config.json"),
+        quiet_transformers(),
+        torch.device("meta"),
+        no_more_modules_than(tensors),
+    ):
+        # A copy, because transformers notes the dtype in it. No attn_implementation: some architectures refuse one.
+        model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+        model.eval()  # type: ignore[no-untyped-call]
     return model
 
 
@@ -65,11 +64,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
     Raises:
         InputError: there is no such list, or several.
     """
-    try:
+    with refusing(f"{type(model).__name__} has no one decoder", "choose another model"):
         depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
         decoder = model.get_decoder()  # type: ignore[no-untyped-call]
-    except Exception as error:  # of models that hold several, or none
-        raise InputError(f"{type(model).__name__} has no one decoder ({first_line(error)}); choose another") from error
     if depth is not None and (not isinstance(depth, int) or depth < 1):
         raise InputError(f"config.json says num_hidden_layers {depth!r}; check it, or download it again")
     # ModernBERT's `decoder` is its head.

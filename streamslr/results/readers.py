@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from streamslr.errors import InputError, first_line
+from streamslr.errors import InputError
 from streamslr.io.folder import config_bytes
 from streamslr.io.safetensors_file import TensorInfo, TensorSource
+from streamslr.model.border import refusing
 from streamslr.model.meta_model import build_on_meta
 from streamslr.model.sources import CONFIG_FILE
 from streamslr.runtime.stored_model import StoredModel, require_complete
@@ -39,10 +40,9 @@ def open_on_meta(
     """
     with tempfile.TemporaryDirectory(prefix="streamslr-config-") as made:
         (Path(made) / CONFIG_FILE).write_bytes(config_bytes(config))
-        try:
+        what = f"transformers does not read the config.json that {folder} would get"
+        with refusing(what, "update transformers, or compress the model again"):
             parsed = AutoConfig.from_pretrained(made, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # each architecture checks its own configuration in its own way
-            raise InputError(f"transformers does not read the config.json of {folder}: {first_line(error)}") from error
     infos = {
         name: TensorInfo(name, dtype, tuple(shape), file, torch.Size(shape).numel() * dtype.itemsize)
         for file, sources in tensors.items()
@@ -74,16 +74,12 @@ def try_adapter(model: nn.Module, config: Mapping[str, Any], tensors: Iterable[T
     advice = "export it --to dense, or load it with streamslr.load"
     # Without the base's name, which the model on meta does not have.
     settings = {name: value for name, value in config.items() if name not in ("peft_type", "base_model_name_or_path")}
-    try:
+    with refusing("PEFT refuses an adapter for this model", advice):  # it has rules of its own for some architectures
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT's calls of transformers, nothing for the user
             adapted: Any = get_peft_model(model, LoraConfig(**settings), low_cpu_mem_usage=True)
-        needed = {
-            name: tuple(tensor.shape)
-            for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
-        }
-    except Exception as error:  # PEFT has rules of its own for some architectures
-        raise InputError(f"PEFT refuses an adapter for this model: {first_line(error)}; {advice}") from error
+        state_dict = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    needed = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     there = {name: tuple(shape) for name, _, shape, _ in tensors}
     if wrong := sorted(name for name in needed.keys() | there.keys() if needed.get(name) != there.get(name)):
         raise InputError(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from streamslr.errors import BudgetError, InputError, StreamslrError, first_line, says_out_of_memory
+from streamslr.errors import BudgetError, InputError, first_line, says_out_of_memory
 from streamslr.io.folder import require_as_written
 from streamslr.io.packed_layout import MIXED, QUANT_METHOD, read_quantization_config, shard_metadata
+from streamslr.model.border import refusing
 from streamslr.model.transformers_compat import (
     HfQuantizer,
     QuantizationConfigMixin,
@@ -75,10 +76,8 @@ def load(
     _check_arguments(device, dtype, device_map)
     name = str(Path(folder).expanduser())
     commit, state = _prepare_files(folder, revision, verify)
-    try:
+    with refusing(f"{folder} holds no model that transformers knows", "check config.json, or update transformers"):
         config = AutoConfig.from_pretrained(name, revision=commit, trust_remote_code=False)
-    except Exception as error:  # the values are the folder's, and each architecture checks its own in its own way
-        raise InputError(f"{folder} holds no model that transformers knows: {first_line(error)}") from error
     if read_quantization_config(config) is None:
         raise InputError(
             f"{folder} was not written by streamslr; load it with AutoModelForCausalLM.from_pretrained, "
@@ -116,18 +115,15 @@ def _from_pretrained(config: "PretrainedConfig", name: str, **arguments: Any) ->
     from streamslr.model.meta_model import auto_class
 
     try:
-        # Values of S are buffers, which accelerate leaves on the GPU unless it is told to offload them too.
-        loaded: Any = auto_class(config).from_pretrained(
-            name, offload_buffers=True, output_loading_info=True, trust_remote_code=False, **arguments
-        )
-    except StreamslrError:
-        raise
-    except Exception as error:  # whatever it is: transformers could not load the folder
-        if says_out_of_memory(error):
-            raise BudgetError(f"{name} does not fit the memory ({first_line(error)}); give a device_map") from error
-        raise InputError(
-            f"transformers cannot load {name}: {first_line(error)}; `streamslr verify` tells more"
-        ) from error
+        with refusing(f"transformers cannot load {name}", "`streamslr verify` tells more"):
+            # Values of S are buffers, which accelerate leaves on the GPU unless it is told to offload them too.
+            loaded: Any = auto_class(config).from_pretrained(
+                name, offload_buffers=True, output_loading_info=True, trust_remote_code=False, **arguments
+            )
+    except (MemoryError, ImportError, RuntimeError, OSError) as error:
+        if not says_out_of_memory(error):
+            raise
+        raise BudgetError(f"{name} does not fit the memory ({first_line(error)}); give a device_map") from error
     model: PreTrainedModel
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
