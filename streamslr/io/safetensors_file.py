@@ -41,6 +41,9 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }
 """Names of torch's dtypes in headers."""
 
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Dtypes of weights that are not quantized."""
+
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _METADATA = "__metadata__"
 _HEADER_GUESS = 1 << 17

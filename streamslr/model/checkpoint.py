@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -21,7 +20,7 @@ from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
 from streamslr.io.folder import parse_index
 from streamslr.io.packed_layout import INDEX_FILE, QUANT_METHOD, read_quantization_config
-from streamslr.io.safetensors_file import DTYPE_NAMES, ShardHeader, TensorInfo, read_header, read_start
+from streamslr.io.safetensors_file import DTYPE_NAMES, WEIGHT_DTYPES, ShardHeader, TensorInfo, read_header, read_start
 from streamslr.model.border import refusing
 from streamslr.model.bounds import refuse_huge_counts
 from streamslr.model.decoders import PackedWeight, packed_weights
@@ -34,8 +33,6 @@ SINGLE_FILE = "model.safetensors"
 
 _LARGEST_AUXILIARY, _MOST_AUXILIARY = 300_000_000, 500
 """Bytes of the largest auxiliary file and number of the most; a tokenizer of 256,000 tokens takes 35 MB."""
-
-_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 log = logging.getLogger("streamslr")
 
@@ -71,14 +68,16 @@ class Checkpoint:
         self.model = model
         self._source = source
         self._evict = evict
-        raw_config = _config_bytes(source)
-        self.config: PretrainedConfig = _parse_config(raw_config, source)
-        refuse_other_model(source, raw_config)
+        if CONFIG_FILE not in source.files:
+            raise source.missing_file_error(CONFIG_FILE, ", so nothing says what architecture it is")
+        self._raw_config = read_bounded(source.fetch(CONFIG_FILE))
+        self.config: PretrainedConfig = _parse_config(self._raw_config, source)
+        refuse_other_model(source, self.config_json())
         shards, weight_map = _shard_names(source)
         with ThreadPoolExecutor(8) as pool:  # on the hub a header costs a round trip or two
             headers = list(pool.map(self._read_header, shards))
         self._headers = dict(zip(shards, headers, strict=True))
-        self.identity: str = source.pinned or _digest(raw_config, self._headers, weight_map)
+        self.identity: str = source.identity or _digest(self._raw_config, self._headers, weight_map)
         stored = _stored_tensors(source, self._headers, weight_map)
         self._decoders: dict[str, PackedWeight] = {}
         if read_quantization_config(self.config) is not None:
@@ -177,8 +176,7 @@ class Checkpoint:
 
     def config_json(self) -> dict[str, Any]:
         """Return the JSON of config.json as it is: what transformers makes of it depends on the version."""
-        config: dict[str, Any] = parse_loose_json(_config_bytes(self._source))
-        return config
+        return parse_loose_json(self._raw_config)
 
     def auxiliary_files(self) -> list[Path]:
         """Fetch the files that travel with config and weights: tokenizer, generation config, licence.
@@ -279,12 +277,6 @@ class _Config(msgspec.Struct):
     quantization_config: dict[str, Any] | None = None
     compression_config: dict[str, Any] | None = None
     auto_map: Any = None
-
-
-def _config_bytes(source: ModelSource) -> bytes:
-    if CONFIG_FILE not in source.files:
-        raise source.missing_file_error(CONFIG_FILE, ", so nothing says what architecture it is")
-    return read_bounded(source.fetch(CONFIG_FILE))
 
 
 def _parse_config(raw: bytes, source: ModelSource) -> PretrainedConfig:
@@ -394,7 +386,7 @@ def _stored_tensors(
 
 def _refuse_quantized_weights(source: ModelSource, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise InputError for weights of other dtypes: some quantized checkpoints say nothing in config.json."""
-    odd = [info for name, info in tensors.items() if name.endswith(".weight") and info.dtype not in _WEIGHT_DTYPES]
+    odd = [info for name, info in tensors.items() if name.endswith(".weight") and info.dtype not in WEIGHT_DTYPES]
     if odd:
         raise InputError(
             f"{odd[0].name} in {odd[0].shard} of {source.label} is {DTYPE_NAMES[odd[0].dtype]} "

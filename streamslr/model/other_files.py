@@ -1,12 +1,12 @@
 """Files beside config.json and the weights: which travel with a model, and which would make it another one."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from streamslr.errors import InputError
 from streamslr.io.packed_layout import INDEX_FILE
 from streamslr.model.sources import CONFIG_FILE, ModelSource
-from streamslr.outside import parse_loose_json
 
 ADAPTER_FILE = "adapter_config.json"
 """File of PEFT. Where it is, transformers loads the model that it names, and puts its adapter on top."""
@@ -37,12 +37,12 @@ def is_auxiliary(name: str) -> bool:
     return name in ("merges.txt", "vocab.txt") or name.endswith((".json", ".model", ".jinja", ".tiktoken"))
 
 
-def refuse_other_model(source: ModelSource, raw_config: bytes) -> None:
+def refuse_other_model(source: ModelSource, config: Mapping[str, Any]) -> None:
     """Refuse a model that config.json and the safetensors alone do not describe; log what is not read.
 
     Args:
         source: the model's files.
-        raw_config: config.json.
+        config: config.json.
 
     Raises:
         InputError: an adapter, a quantization or another file of weights changes what the model is.
@@ -58,7 +58,6 @@ def refuse_other_model(source: ModelSource, raw_config: bytes) -> None:
             f"{source.label} holds {found}: its weights are quantized already; give the original model in bf16, fp16 "
             f"or fp32 (or take that file out, if it is not of these weights)"
         )
-    config = parse_loose_json(raw_config)
     if part := next(_quantized_parts(config), None):
         raise InputError(
             f"{source.label} is already quantized ({part} of config.json says so); give the original model in bf16, "

@@ -30,11 +30,11 @@ class ModelSource(Protocol):
 
     Attributes:
         label: name of the source in error messages.
-        pinned: identity of the files' content, "hub:ID@commit"; None where the files may change.
+        identity: name of the files' content, "hub:ID@commit"; None where the files may change.
     """
 
     label: str
-    pinned: str | None
+    identity: str | None
 
     @property
     def files(self) -> Collection[str]:
@@ -92,7 +92,7 @@ class LocalFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.label = str(path)
-        self.pinned: str | None = None
+        self.identity: str | None = None
         try:
             self.files = frozenset(entry.name for entry in path.iterdir() if entry.is_file())
             # transformers opens files by itself, and would wait for a pipe
@@ -150,7 +150,7 @@ class HubRepo:
                 self._api.hf_hub_download(repo, CONFIG_FILE, revision=revision)
                 self.files = frozenset(f.rfilename for f in info.siblings or () if "/" not in f.rfilename)
         self.label = f"{repo} at {self.commit[:12]}"
-        self.pinned: str | None = f"hub:{repo}@{self.commit}"
+        self.identity: str | None = f"hub:{repo}@{self.commit}"
 
     def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
         path = self.local_path(name)
