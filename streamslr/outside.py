@@ -40,10 +40,11 @@ def read_bounded(path: Path, limit: int = LARGEST_JSON) -> bytes:
     """Return the content of a regular file of at most `limit` bytes. Raises InputError as `open_regular`."""
     with open_regular(path) as file:
         try:
-            content = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read() if size <= limit else b""
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if len(content) > limit:
+    if max(size, len(content)) > limit:
         raise InputError(f"{path} has more than {limit:,} bytes, too many for such a file; copy or download it again")
     return content
 

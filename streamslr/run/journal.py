@@ -6,7 +6,6 @@ the journal of a run that works.
 
 import hashlib
 import json
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import prod
@@ -15,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import msgspec
 
-from streamslr.config import RunConfig, format_bytes
+from streamslr.config import RunConfig
 from streamslr.errors import InputError, first_line
 from streamslr.io.durable import write_json
 from streamslr.io.folder import is_file_name
@@ -29,6 +28,7 @@ from streamslr.io.packed_layout import (
 )
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.pinned_shards import ShardDigest, Times
+from streamslr.outside import parse_json, read_bounded
 from streamslr.spec.allocation import SpecEntry
 from streamslr.spec.pattern import parse_pattern
 from streamslr.version import __version__
@@ -214,10 +214,10 @@ def read_journal(folder: Path) -> JournalState | None:
     """
     path = folder / JOURNAL_FILE
     try:
-        data = _read_json(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
+        if not path.exists():
+            return None
+        data = parse_json(read_bounded(path, _SIZE_LIMIT), dict[str, Any])
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}; {_ADVICE}") from error
     version = data.get("format_version")
     if version not in READABLE_VERSIONS:
@@ -252,16 +252,6 @@ def write_journal(folder: Path, state: JournalState) -> None:
 
 
 _ADVICE = "copy it again from where the folder came from, or make the folder anew"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _SIZE_LIMIT:
-        raise ValueError(f"a journal is a file of at most {format_bytes(_SIZE_LIMIT)}")
-    data = msgspec.json.decode(path.read_bytes())
-    if not isinstance(data, dict):
-        raise ValueError(f"it holds a {type(data).__name__}, not an object")
-    return data
 
 
 def _digest(data: Mapping[str, Any]) -> str:
@@ -340,7 +330,7 @@ def _check_shard(shard: WrittenShard, file: str) -> None:
 
 
 def _check_file_name(name: str) -> None:
-    if not is_file_name(name) or len(name.encode(errors="replace")) > 255:
+    if not is_file_name(name):
         raise ValueError(f"{name[:80]!r} is no file name")
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -69,25 +68,10 @@ def test_a_journal_of_a_model_with_other_blocks_is_refused(tmp_path: Path) -> No
         Journal(tmp_path, start(3))
 
 
-def _try_to_open(folder: Path, answer: Any) -> None:
-    try:
-        Journal(folder, start())
-        answer.put("opened")
-    except ResumeError as error:
-        answer.put(str(error))
-
-
-def test_a_second_process_is_refused_and_let_in_afterwards(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    answer = context.Queue()
-    for held, expected in ((True, "another process is writing"), (False, "opened")):
-        journal = Journal(tmp_path, start()) if held else None
-        process = context.Process(target=_try_to_open, args=(tmp_path, answer))
-        process.start()
-        assert expected in answer.get(timeout=30)
-        process.join()
-        if journal:
-            journal.close()
+def test_the_folder_is_locked_until_the_journal_is_closed(tmp_path: Path) -> None:
+    with Journal(tmp_path, start()), pytest.raises(ResumeError, match="another process is writing"):
+        Journal(tmp_path, start())
+    Journal(tmp_path, start()).close()
 
 
 def test_a_folder_with_somebodys_files_is_refused(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_what_is_no_json_object_of_a_known_version_is_refused(tmp_path: Path, co
 
 def test_a_journal_that_is_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / JOURNAL_FILE).mkdir()
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no regular file"):
         read_journal(tmp_path)
 
 
