@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import resource
 import shlex
 import sys
 import typing
@@ -14,14 +13,15 @@ from typing import Any, NoReturn
 
 import click
 
-from streamslr.config import LARGEST, RunConfig, default_out, format_bytes, parse_bytes
-from streamslr.errors import BudgetError, InputError
+from streamslr.config import LARGEST, RunConfig, default_out, parse_bytes
+from streamslr.errors import InputError
 from streamslr.printable import printable
 from streamslr.streams import make_streams_last
 from streamslr.terminal import (
     print_json,
     print_table,
     report_errors,
+    require_address_space,
     say,
     send_log,
     show_bar,
@@ -33,10 +33,6 @@ from streamslr.terminal import (
 # OpenMP threads that spin while they wait slow each other down where other processes want the cores: a demo run beside
 # two others took 69 s, and 22 s with short spins, which cost nothing on an idle machine. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-_LEAST_ADDRESS_SPACE = 10**9
-"""Bytes that Python, torch and transformers map before any work: 0.7 GB, and more for each thread."""
 
 
 class _Size(click.ParamType[int]):
@@ -105,16 +101,6 @@ _bos_option = click.option(
 _folder_argument = click.argument("folder", type=_Path(exists=True, file_okay=False))
 
 
-def _require_address_space() -> None:
-    """Raise BudgetError where `ulimit -v` is too low for the libraries; some of them end the process or hang there."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY and limit < _LEAST_ADDRESS_SPACE:
-        raise BudgetError(
-            f"`ulimit -v` allows {format_bytes(limit)} of address space, and torch alone takes "
-            f"{format_bytes(_LEAST_ADDRESS_SPACE)}; raise it, or unset it and give --host-mem"
-        )
-
-
 @click.group(context_settings={"max_content_width": 110})
 @click.version_option(package_name="streamslr")
 def main() -> None:
@@ -127,7 +113,7 @@ def main() -> None:
     """
     make_streams_last()
     with report_errors():
-        _require_address_space()
+        require_address_space()
 
 
 @main.command()
@@ -243,19 +229,8 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
         if as_json:
             print_json(dataclasses.asdict(result))
         else:
-            for file, problem in result.problems:
-                say(f"{file}: {problem}")
-            advice = (
-                "; the `streamslr run` line that made the folder makes damaged files anew (or copy them again); "
-                "delete what is not part of the model"
-            )
-            count = f"{len(result.problems)} problem{'s' if len(result.problems) > 1 else ''}"
-            verdict = f"{count}{advice}" if result.problems else "no problems"
-            say(f"{folder}: {result.files} shards, {result.tensors} tensors, {verdict}")
-            if not result.complete:
-                rest = f"; it writes or removes {', '.join(result.leftovers[:3])}" if result.leftovers else ""
-                more = f" and {len(result.leftovers) - 3} more" if len(result.leftovers) > 3 else ""
-                say(f"{folder}: unfinished, the same `streamslr run` line goes on{rest}{more}")
+            for line in result.in_words():
+                say(line)
         if result.problems:
             sys.exit(1)
 

@@ -23,10 +23,10 @@ from streamslr.printable import printable
 from streamslr.streams import output_is_gone
 
 _INTERRUPTED = 130  # the exit code that a shell reports for a process ended by Ctrl-C
-
-
 _LONGEST_LINE = 4000
 """Characters of the longest message that is shown whole."""
+_LEAST_ADDRESS_SPACE = 10**9
+"""Bytes that Python, torch and transformers map before any work: 0.7 GB, and more for each thread."""
 
 
 def make_console(stderr: bool = False, width: int | None = None) -> Console:
@@ -121,6 +121,16 @@ def _stop_signals() -> Iterator[None]:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 restored.callback(signal.signal, number, signal.signal(number, interrupt))
         yield
+
+
+def require_address_space() -> None:
+    """Raise BudgetError where `ulimit -v` is too low for the libraries; some of them end the process or hang there."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _LEAST_ADDRESS_SPACE:
+        raise BudgetError(
+            f"`ulimit -v` allows {format_bytes(limit)} of address space, and torch alone takes "
+            f"{format_bytes(_LEAST_ADDRESS_SPACE)}; raise it, or unset it and give --host-mem"
+        )
 
 
 def _explain_lack_of_memory(error: Exception) -> str:

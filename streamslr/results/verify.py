@@ -30,11 +30,11 @@ from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, Linea
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 from streamslr.tensors import is_finite
 
+log = logging.getLogger("streamslr")
+
 _ADDED_FILES = ("LICENSE", REPORT_FILE)
 _ADDED_SUFFIXES = (".md", ".html", ".png", ".jpg", ".svg", ".log")
 """Files that people add to a folder before they publish it, and that no reader of models takes for a part of one."""
-
-log = logging.getLogger("streamslr")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,22 @@ class Verification:
     """Pairs of a file and a sentence about it, to be read as one: "config.json" "is missing"."""
     leftovers: tuple[str, ...]
     """Files of an unfinished run that are not committed; its line writes them anew, or removes them."""
+
+    def in_words(self) -> list[str]:
+        """Return the result in lines: the problems, then what was checked, then what is left of a run."""
+        lines = [f"{file}: {problem}" for file, problem in self.problems]
+        verdict = "no problems"
+        if self.problems:
+            verdict = (
+                f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}; the `streamslr run` line that "
+                f"made the folder makes damaged files anew (or copy them again); delete what is not part of the model"
+            )
+        lines.append(f"{self.folder}: {self.files} shards, {self.tensors} tensors, {verdict}")
+        if not self.complete:
+            rest = f"; it writes or removes {', '.join(self.leftovers[:3])}" if self.leftovers else ""
+            more = f" and {len(self.leftovers) - 3} more" if len(self.leftovers) > 3 else ""
+            lines.append(f"{self.folder}: unfinished, the same `streamslr run` line goes on{rest}{more}")
+        return lines
 
 
 def verify(folder: Path, step: Callable[[int, int], None] = lambda done, total: None) -> Verification:
