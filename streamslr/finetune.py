@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -62,6 +62,17 @@ is deleted after the new one is written."""
 log = logging.getLogger("streamslr")
 
 
+class _Training(TypedDict):
+    """What decides the result, and must be the same where a fine-tuning goes on. Fields as in `FinetuneRecord`."""
+
+    tokens: str
+    seq_len: int
+    steps: int
+    batch: int
+    lr: float
+    seed: int
+
+
 def finetune(
     folder: Path,
     data: Path,
@@ -104,37 +115,27 @@ def finetune(
         BudgetError: Memory or disk are too small.
         StreamslrError: Training diverged.
     """
-    if not 0 < lr < math.inf:
-        raise InputError(f"--lr is {lr}; it must be above 0")
-    where, _ = pick_device(device)
     out = out.resolve()
-    if out.is_relative_to(folder.resolve()):
-        raise InputError(f"{out} lies in the compressed folder itself; give an --out outside of {folder}")
+    _check_arguments(folder, out, lr)
+    where, _ = pick_device(device)
     state = _read_trainable(folder)
     windows, held_out = _read_windows(folder, data, seq_len, batch, bos)
     total = steps or epochs * math.ceil((len(windows) - held_out) / batch)
-    training: dict[str, Any] = {
-        "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        "seq_len": seq_len,
-        "steps": total,
-        "batch": batch,
-        "lr": lr,
-        "seed": seed,
-    }
+    tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    training = _Training(tokens=tokens, seq_len=seq_len, steps=total, batch=batch, lr=lr, seed=seed)
     if done := _finished(out, state, training):
         log.info("%s holds the result of this fine-tuning already", out)
         return done
     dtypes = _stored_dtypes(folder, state)
     with _claimed(out, {"folder": [asdict(shard) for shard in state.shards], **training}) as work:
-        count = sum(linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears)
-        nbytes = sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES
-        require_disk_space(DiskNeed(work, "result and checkpoints", nbytes, "give --out on another disk"))
+        _require_space(work, state)
         model = load(folder, where)
         in_bf16 = where.type == "cuda" and model.dtype == torch.bfloat16
         trained = _unfreeze_low_rank(model, state, in_bf16)
         arguments = _training_arguments(work, total, batch, seed, where, in_bf16)
         trainer = _make_trainer(model, trained, windows, held_out, arguments, lr)
         message = "training %s parameters of U and V on %d windows of %d tokens of %s; %d more are held out"
+        count = sum(parameter.numel() for parameter in trained.values())
         log.info(message, f"{count:,}", len(windows) - held_out, seq_len, data, held_out)
         before, after = _train(trainer, work, {name: dtypes[name] for name in trained})
         record = FinetuneRecord(
@@ -192,6 +193,21 @@ class _ProgressLog(TrainerCallback):
             log.info("step %d of %d: loss %.4f, %.0f s left", state.global_step, state.max_steps, logs["loss"], left)
 
 
+def _check_arguments(folder: Path, out: Path, lr: float) -> None:
+    """Raise InputError for arguments of `finetune` that cannot hold; `out` is resolved."""
+    if not 0 < lr < math.inf:
+        raise InputError(f"--lr is {lr}; it must be above 0")
+    if out.is_relative_to(folder.resolve()):
+        raise InputError(f"{out} lies in the compressed folder itself; give an --out outside of {folder}")
+
+
+def _require_space(work: Path, state: JournalState) -> None:
+    """Raise BudgetError where the disk cannot hold the result and the checkpoints."""
+    count = sum(linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears)
+    nbytes = sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES
+    require_disk_space(DiskNeed(work, "result and checkpoints", nbytes, "give --out on another disk"))
+
+
 def _read_trainable(folder: Path) -> JournalState:
     """Return the journal of a folder that can be trained. Raise InputError for one that is not finished and sound."""
     state = read_run(folder)
@@ -228,7 +244,7 @@ def _stored_dtypes(folder: Path, state: JournalState) -> dict[str, torch.dtype]:
     return {name: info.dtype for header in headers for name, info in header.tensors.items()}
 
 
-def _finished(out: Path, state: JournalState, training: Mapping[str, Any]) -> FinetuneRecord | None:
+def _finished(out: Path, state: JournalState, training: _Training) -> FinetuneRecord | None:
     """Return the record of `out` where it is the result of this training, of a folder with the journal `state`."""
     found = read_journal(out)
     if found is None or not found.finetuned:
@@ -416,8 +432,8 @@ def _write(
             return write_shard(out / file, sources, opened.metadata())
 
     out.mkdir(exist_ok=True)
-    for name in state.auxiliary_files:
-        require_as_written(folder / name, state.auxiliary_files[name])
+    for name, digest in state.auxiliary_files.items():
+        require_as_written(folder / name, digest)
         copy_auxiliary_file(folder / name, out)
     assert state.non_block is not None
     non_block = rewritten(state.non_block.file)
