@@ -23,13 +23,13 @@ from streamslr.run.context import pick_device
 from streamslr.run.journal import JOURNAL_FILE, read_journal
 from streamslr.run.plan import BATCH_TOKENS
 
+log = logging.getLogger("streamslr")
+
 _MEMORY_FRACTION = 0.25
 """Fraction of the free host memory that the two boundaries alive at a time may take; larger ones go to disk."""
 
 _LARGEST_LOSS = 700.0
 """Loss in nats beyond which exp overflows. Guessing costs log(vocabulary), some 12."""
-
-log = logging.getLogger("streamslr")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Scores of a compressed folder or a dense checkpoint, loaded whole, on tasks of lm-evaluation-harness."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +15,12 @@ from streamslr.io.packed_layout import read_quantization_config
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.model.meta_model import auto_class
+from streamslr.results.evaluate import read_digests
 from streamslr.run.context import pick_device
-from streamslr.run.journal import JOURNAL_FILE
 from streamslr.runtime.loader import load
 
 PAPERS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "rte", "openbookqa", "boolq")
 """The eight zero-shot tasks of HASSLE-free (arXiv:2502.00899) and 3BASiL (arXiv:2603.01376)."""
-
-log = logging.getLogger("streamslr")
 
 
 @dataclass(frozen=True)
@@ -119,10 +116,7 @@ def _load_whole(
     """Load a model complete, a compressed folder with each file compared with its digest in the journal."""
     model = checkpoint.model
     if read_quantization_config(checkpoint.config) is not None:
-        has_journal = checkpoint.fetch_file(JOURNAL_FILE) is not None
-        if not has_journal:
-            log.warning("%s has no %s: its bytes are not compared with any digest", model, JOURNAL_FILE)
-        return load(model, device, dtype, verify=has_journal, revision=revision)
+        return load(model, device, dtype, verify=bool(read_digests(checkpoint)), revision=revision)
     BlockwiseModel(checkpoint, dtype, torch.device("cpu"))  # refuses what is not complete, from headers
     loaded: PreTrainedModel = auto_class(checkpoint.config).from_pretrained(
         model, revision=revision, dtype=dtype, device_map=device, trust_remote_code=False

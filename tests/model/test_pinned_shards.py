@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from streamslr.errors import InputError, ResumeError
-from streamslr.model.checkpoint import open_checkpoint
+from streamslr.model.checkpoint import Checkpoint, open_checkpoint
+from streamslr.model.pinned_shards import PinnedShards
 from tests.support.tiny_models import tiny_checkpoint
 
 
@@ -18,6 +19,15 @@ def model(tmp_path: Path) -> Path:
 
 def first_shard(model: Path) -> Path:
     return min(model.glob("*.safetensors"))
+
+
+def read_and_pinned(model: Path) -> tuple[Checkpoint, PinnedShards]:
+    """Open a model and read it whole."""
+    checkpoint = open_checkpoint(str(model))
+    pinned = checkpoint.pin({}, {})
+    checkpoint.read(checkpoint.tensors)
+    pinned.check()
+    return checkpoint, pinned
 
 
 def flip_last_byte(path: Path) -> None:
@@ -43,10 +53,7 @@ def test_only_shards_that_were_read_have_a_digest(model: Path) -> None:
 
 @pytest.mark.parametrize("when", ["before it is read again", "after it was read"])
 def test_a_shard_that_changes_while_a_process_works_is_named(model: Path, when: str) -> None:
-    checkpoint = open_checkpoint(str(model))
-    pinned = checkpoint.pin({}, {})
-    checkpoint.read(checkpoint.tensors)
-    pinned.check()
+    checkpoint, pinned = read_and_pinned(model)
     flip_last_byte(first_shard(model))
     if when == "before it is read again":
         checkpoint.read(checkpoint.tensors)
@@ -55,20 +62,14 @@ def test_a_shard_that_changes_while_a_process_works_is_named(model: Path, when: 
 
 
 def test_a_shard_that_changed_between_two_processes_is_named(model: Path) -> None:
-    checkpoint = open_checkpoint(str(model))
-    pinned = checkpoint.pin({}, {})
-    checkpoint.read(checkpoint.tensors)
-    pinned.check()
+    _, pinned = read_and_pinned(model)
     flip_last_byte(first_shard(model))
     with pytest.raises(ResumeError, match=first_shard(model).name):
         open_checkpoint(str(model)).pin(pinned.digests, pinned.times)
 
 
 def test_a_change_that_size_and_times_hide_is_found_when_the_shard_is_read(model: Path) -> None:
-    checkpoint = open_checkpoint(str(model))
-    pinned = checkpoint.pin({}, {})
-    checkpoint.read(checkpoint.tensors)
-    pinned.check()
+    _, pinned = read_and_pinned(model)
     flip_last_byte(first_shard(model))
     status = first_shard(model).stat()
     times = {**pinned.times, first_shard(model).name: (status.st_mtime_ns, status.st_ctime_ns)}
@@ -80,10 +81,7 @@ def test_a_change_that_size_and_times_hide_is_found_when_the_shard_is_read(model
 
 
 def test_a_copy_of_the_model_is_the_same_model(model: Path) -> None:
-    checkpoint = open_checkpoint(str(model))
-    pinned = checkpoint.pin({}, {})
-    checkpoint.read(checkpoint.tensors)
-    pinned.check()
+    checkpoint, pinned = read_and_pinned(model)
     for shard in model.glob("*.safetensors"):
         os.utime(shard)
     again = open_checkpoint(str(model)).pin(pinned.digests, pinned.times)
