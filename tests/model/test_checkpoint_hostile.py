@@ -200,6 +200,11 @@ def test_a_tensor_in_two_shards_needs_the_index_to_choose(folder: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
+        b"{}",
+        b"[]",
+        b"no json",
+        b'{"weight_map": {"a": "../b.safetensors"}}',
+        b'{"weight_map": {"a": ".."}}',
         b'{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}',
         b'{"weight_map": {"a": 3}}',
         b'{"weight_map": {"a": "\\ud83d"}}',

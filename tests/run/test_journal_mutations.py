@@ -111,6 +111,10 @@ def test_any_bytes_in_any_place_are_refused_or_harmless(
     "content",
     [
         b"",
+        b"[1]",
+        b'{"format_version": 3',
+        b'{"format_version": 3}',
+        b'{"format_version": 2}',
         b"\xff\xfe",
         b'{"format_version": 3, "model": "\xed\xa0\x80"}',
         b'{"format_version": 3, "model": "\\ud800"}',
