@@ -199,15 +199,19 @@ def find_modules(model: PreTrainedModel, stored: Iterable[str], modules: Contain
     return found
 
 
+def with_tied(model: PreTrainedModel, parameters: Iterable[str]) -> set[str]:
+    """Return parameters of a model, and those that are tied to one of them."""
+    found, tied = set(parameters), model.all_tied_weights_keys
+    return found | {a for a, b in tied.items() if b in found} | {tied[a] for a in tied if a in found}
+
+
 def check_headers(model: PreTrainedModel, names: ParameterNames, checkpoint: Checkpoint) -> None:
     """Check from headers alone that a checkpoint holds the parameters of the model.
 
     Raises:
         InputError: parameters are missing, are not floating point, or have another shape.
     """
-    tied = model.all_tied_weights_keys
-    present = set(names.sources)
-    present |= {a for a, b in tied.items() if b in present} | {tied[a] for a in tied if a in present}
+    present = with_tied(model, names.sources)
     wanted = [name for name in names.meta if name not in names.computed]
     if missing := [name for name in wanted if name not in present]:
         blocks = {names.block_of(name) for name in missing} - {None}

@@ -44,7 +44,7 @@ log = logging.getLogger("streamslr")
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What the headers of a compressed folder's shards say."""
+    """Tensors of a compressed folder, from the headers of its shards."""
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
@@ -189,6 +189,7 @@ def require_complete(model: "PreTrainedModel", stored: StoredModel) -> None:
     Raises:
         InputError: they are not; names a tensor, what was expected and what was found.
     """
+    # loader.py says why this is not imported above
     from streamslr.model.parameter_names import ParameterNames
 
     names = ParameterNames(model, (), get_model_conversion_mapping(model), stored.tensors)
@@ -210,8 +211,9 @@ def _refuse_missing(
     model: "PreTrainedModel", wanted: set[str], found: Iterable[str], stored: StoredModel, expected: str
 ) -> None:
     """Refuse a folder that lacks parameters. The head of another task (of a classifier) may be new."""
-    present, tied = set(found), model.all_tied_weights_keys
-    present |= {a for a, b in tied.items() if b in present} | {tied[a] for a in tied if a in present}
+    from streamslr.model.parameter_names import with_tied
+
+    present = with_tied(model, found)
     if not _has_its_own_head(model) and model.base_model is not model:
         wanted = {name for name in wanted if name.startswith(f"{model.base_model_prefix}.")}
     if missing := sorted(wanted - present):
