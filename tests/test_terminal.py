@@ -1,4 +1,4 @@
-"""What reaches a terminal or a log: names that hold escape sequences, newlines and markup of rich are shown as text."""
+"""Output to a terminal or a log: names that hold escape sequences, newlines and markup of rich are shown as text."""
 
 import json
 import logging

@@ -173,7 +173,7 @@ def list_uncommitted(folder: Path, committed: Iterable[WrittenShard]) -> list[Pa
 
 
 class _Index(msgspec.Struct):
-    """What is read of an index."""
+    """Entries of an index that are read."""
 
     weight_map: dict[str, str]
 

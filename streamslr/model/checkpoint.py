@@ -271,7 +271,7 @@ class Checkpoint:
 
 
 class _Config(msgspec.Struct):
-    """What is read of config.json before transformers reads it."""
+    """Entries of config.json that are read before transformers reads it."""
 
     model_type: str | None = None
     quantization_config: dict[str, Any] | None = None

@@ -172,11 +172,13 @@ def _is_plain(module: nn.Module) -> bool:
     twin = copy.copy(module)
     twin._parameters = {"gate_up_proj": nn.Parameter(gate_up), "down_proj": nn.Parameter(down)}
     run = inspect.unwrap(type(module).forward)
-    try:  # experts without weights come after the others: a token passes them as it is
+    # LongCat has experts without weights, numbered after the others, which pass a token on as it is. Other modules fail
+    # when they are asked for an expert of such a number, or give zeros for it.
+    try:
         beyond = torch.full_like(index, len(module.get_parameter("down_proj")))
         if run(twin, x, beyond, weights).any():
             return False
-    except Exception:  # there are none
+    except Exception:
         log.debug("%s has no experts beyond its weights", type(module).__name__)
     try:
         with torch.device("meta"):

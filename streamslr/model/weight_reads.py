@@ -73,7 +73,7 @@ def _absent(value: Any) -> Iterator[AbsentWeight]:
 
 
 class _StandIn(nn.Module):
-    """What a packed linear is to a model's code, on meta; counts its inputs."""
+    """Stand-in for a packed linear on meta, as a model's code sees it; counts its inputs."""
 
     def __init__(self, name: str, linear: nn.Linear) -> None:
         super().__init__()

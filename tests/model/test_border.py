@@ -1,4 +1,4 @@
-"""What other libraries raise over a user's files becomes one line; what is not about files passes through."""
+"""Errors of other libraries: over a user's files they become one line; those not about files pass through."""
 
 import pytest
 

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "falcon_h1", "gpt_bigcode", "gptj"])
 @pytest.mark.parametrize("inference", [True, False])
 def test_buffers_are_the_whole_models(architecture: str, inference: bool) -> None:
-    """Those of Falcon-H1's mixers are filled by the model around them, GPT-BigCode's and GPT-J's masks are bool."""
+    """Falcon-H1's mixers have theirs filled by the model around them; GPT-BigCode's and GPT-J's masks are bool."""
     config = tiny_config(architecture)
     whole = AutoModelForCausalLM.from_config(config)
     with torch.inference_mode(inference):

@@ -105,7 +105,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "xlnet": {"d_head": 8},
     "xlstm": {"embedding_dim": 32, "hidden_size": 32, "num_heads": 4},
 }
-"""What an architecture needs beside that."""
+"""Settings that an architecture needs beside those."""
 
 
 def shrunk_config(architecture: str) -> PretrainedConfig:
@@ -132,7 +132,7 @@ def _shrink(cls: type[PretrainedConfig], more: dict[str, Any]) -> PretrainedConf
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an architecture.
+    """Result of one architecture.
 
     Attributes:
         architecture: model type of transformers.

@@ -98,7 +98,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did: its exit code (None: it hung), what it printed, and a digest of its result."""
+    """Result of a command: its exit code (None: it hung), what it printed, and a digest of its result."""
 
     code: int | None
     stdout: str
@@ -107,7 +107,7 @@ class Outcome:
 
     @property
     def failure(self) -> str | None:
-        """What is wrong with the behaviour itself, or None."""
+        """Fault of the behaviour itself, or None."""
         if self.code is None:
             return "hangs"
         if "Traceback" in self.stderr:

@@ -7,7 +7,7 @@ from typing import Any
 
 _DEEP, _HUGE, _INFINITE = "@DEEP@", "@HUGE@", "@INFINITE@"
 _RAW = {f'"{_DEEP}"': "[" * 1000 + "]" * 1000, f'"{_HUGE}"': "9" * 400, f'"{_INFINITE}"': "1e999"}
-"""What Python's encoder does not write, by the text that stands for it."""
+"""JSON that Python's encoder does not write, by the text that stands for it."""
 
 ODD_VALUES: tuple[Any, ...] = (
     None,

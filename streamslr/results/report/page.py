@@ -40,7 +40,7 @@ class KeyFigure:
 
 
 class _Config(msgspec.Struct):
-    """What the page shows of config.json."""
+    """Entries of config.json that the page shows."""
 
     architectures: list[str] | None = None
     model_type: str = ""
