@@ -560,7 +560,7 @@ def test_an_ordinary_registered_model_is_taken(odd: None, tmp_path: Path) -> Non
 
 def test_blocks_without_linears_are_not_compressible(odd: None, tmp_path: Path) -> None:
     blockwise = BlockwiseModel(odd_checkpoint(tmp_path / "m", "no linears"), torch.float32, CPU)
-    with pytest.raises(InputError, match=r"model\.layers\.0 holds no linear layer"):
+    with pytest.raises(InputError, match=r"model\.layers\.0 holds no linear that can be packed"):
         blockwise.require_compressible()
 
 
