@@ -41,9 +41,7 @@ def find_obstacles(
                     )
         largest = max(others, default=(0, "none"))[1]
         if not found:
-            mostly_others.append(
-                f"{name} holds no linear that can be packed (its largest other weight: {largest})"
-            )
+            mostly_others.append(f"{name} holds no linear that can be packed (its largest other weight: {largest})")
         elif sum(size for size, _ in others) > sum(o * d for o, d in found.values()):
             mostly_others.append(f"most of the weights of {name} are in no linear, first of all {largest}")
     yield from mostly_others
