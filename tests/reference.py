@@ -265,14 +265,13 @@ def match(
     masks: dict[str, Tensor] = {}
     rates: dict[str, Tensor] = {}
     for name, (S, U, V) in factors.items():
-        mask = S != 0
+        mask = masks[name] = S != 0
         values = S[mask].double()
         size, per_row = values.square().mean().sqrt(), len(values) / len(S)
         leaves |= {f"{name}.S": S.double(), f"{name}.U": U.double(), f"{name}.V": V.double()}
         rates[f"{name}.S"] = lr * size / math.sqrt(per_row)
         rates |= dict.fromkeys((f"{name}.U", f"{name}.V"), low_rank_lr * lr * size / math.sqrt(per_row))
         rates[f"{name}.bias"] = lr * vector_lr * size * math.sqrt(per_row)
-        masks[name] = mask
     for name, parameter in block.named_parameters():
         module = name.rpartition(".")[0]
         if name.removesuffix(".weight") not in factors:

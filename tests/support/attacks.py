@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from tests.support.forkserver import call_in_child
 from tests.support.mutations import mutate
@@ -252,18 +251,15 @@ def _streamslr(arguments: list[str]) -> None:
 
 
 def _load(arguments: list[str]) -> None:
-    import inspect
-
     import torch
 
     import streamslr
     from streamslr.terminal import report_errors, silence_libraries
 
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT))
-    checked: Mapping[str, Any] = {"verify": True} if "verify" in inspect.signature(streamslr.load).parameters else {}
     with report_errors():
         silence_libraries()
-        model = streamslr.load(arguments[0], device="cpu", dtype=torch.float32, **checked)
+        model = streamslr.load(arguments[0], device="cpu", dtype=torch.float32, verify=True)
         with torch.no_grad():
             logits = model(input_ids=torch.arange(32)[None]).logits
         print("load:", hashlib.sha256(logits.numpy().tobytes()).hexdigest())
