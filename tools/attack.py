@@ -23,7 +23,18 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.support.attacks import TARGETS, Ground, Outcome, Target, attacked, judge, make_ground, outcome, sound_outcome
+from tests.support.attacks import (
+    FLIPS,
+    TARGETS,
+    Ground,
+    Outcome,
+    Target,
+    attacked,
+    judge,
+    make_ground,
+    outcome,
+    sound_outcome,
+)
 
 VERDICTS = ("refused", "harmless", "other input", "failed", "silent")
 
@@ -57,11 +68,14 @@ def _row(name: str, count: Counter[str]) -> str:
 @click.option("--attempts", default=1500, show_default=True, help="Number of attempts, dealt to all pairs in turn.")
 @click.option("--first-seed", default=0, show_default=True, help="Seed of the first round.")
 @click.option("--only", default="", help="Only targets and commands whose names hold this.")
+@click.option("--flips", is_flag=True, help="Flip one bit of each file of a finished folder in turn, and no more.")
 @click.option("--jobs", default=2, show_default=True, help="Commands at a time.")
 @click.option("--out", type=click.Path(path_type=Path), help="File for the table.")
 @click.option("--details", type=click.Path(path_type=Path), help="File for a line an attempt.")
-def main(attempts: int, first_seed: int, only: str, jobs: int, out: Path | None, details: Path | None) -> None:
-    pairs = [(target, command) for target in TARGETS for command in target.commands]
+def main(
+    attempts: int, first_seed: int, only: str, flips: bool, jobs: int, out: Path | None, details: Path | None
+) -> None:
+    pairs = [(target, command) for target in (FLIPS if flips else TARGETS) for command in target.commands]
     pairs = [pair for pair in pairs if only in f"{pair[0].name}, {pair[1]}"]
     folder = Path(tempfile.mkdtemp(prefix="streamslr-attack-"))
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -82,7 +96,9 @@ def main(attempts: int, first_seed: int, only: str, jobs: int, out: Path | None,
         shutil.rmtree(folder, ignore_errors=True)
     click.echo(table(counts))
     if out:
-        command_line = f"python tools/attack.py --attempts {attempts} --first-seed {first_seed}"
+        command_line = (
+            f"python tools/attack.py{' --flips' if flips else ''} --attempts {attempts} --first-seed {first_seed}"
+        )
         out.write_text(f"# Mutated files\n\n`{command_line}`\n\n{__doc__}\n{table(counts)}\n")
     if details:
         details.write_text("\n".join(lines) + "\n")

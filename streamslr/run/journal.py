@@ -255,11 +255,8 @@ _ADVICE = "copy it again from where the folder came from, or make the folder ane
 
 
 def _digest(data: Mapping[str, Any]) -> str:
-    """Return the sha256 of a journal's content without what differs between two runs of one line."""
-    blocks = [{name: value for name, value in block.items() if name != "measured"} for block in data["blocks"]]
-    stable = {name: value for name, value in data.items() if name not in ("measured", "dense_times")}
-    text = json.dumps(stable | {"blocks": blocks}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Return the sha256 of a journal's content."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _unknown_fields(data: Any, made: Any, path: str = "") -> Iterator[str]:

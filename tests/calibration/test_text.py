@@ -64,7 +64,7 @@ def test_lone_surrogates_are_replaced_and_told_of_once(tmp_path: Path, caplog: p
         ("a.txt", b"PAR1\x00\x00", "line 1 has a NUL character: it is no text"),
         ("a.txt", b"\xed\xa0\xbd", "line 1 is not UTF-8"),
         ("a.txt.gz", b"not gzip", "cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9], "cannot be read"),
         ("a.jsonl", b'{"text": "w1"}\n{"body": 1}\n', 'line 2 is not a JSON object with a "text" field'),
         ("a.jsonl", b'{"text": "w1"}\n{"te', "line 2 is not a JSON object"),
         ("a.jsonl", b'[{"text": "w1"}]', "line 1 is not a JSON object"),

@@ -21,7 +21,7 @@ CPU_LIMIT, TIME_LIMIT = 10, 60.0
 EXIT_CODES = {0, 1, 2, 3, 4, 5}
 """Exit codes that `streamslr --help` documents, without the interruption."""
 
-JSON, HEADER, WEIGHTS, TEXT_KIND = "json", "header", "weights", "text"
+JSON, HEADER, WEIGHTS, TEXT_KIND, BIT = "json", "header", "weights", "text", "bit"
 
 _RUN = ("--samples", "4", "--seq-len", "16", "--rank", "4", "--method", "eora-wanda", "--no-match", "--device", "cpu")
 
@@ -93,6 +93,17 @@ TARGETS = (
     Target("tokenizer.json of a folder", "finished/tokenizer.json", JSON, _ON_FOLDER, False),
     Target("auxiliary file of a folder", "finished/generation_config.json", JSON, _ON_FOLDER, False),
 )
+
+_FINISHED = (
+    *("streamslr.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("model.safetensors.index.json", "model-outside.safetensors", "model-block-00000.safetensors", _BLOCK),
+)
+
+FLIPS = tuple(
+    Target(f"one bit of {file}", f"finished/{file}", BIT, ("verify", "eval folder", "load"), False)
+    for file in _FINISHED
+)
+"""A bit flipped by a disk or a copy in each file of a finished folder, and the commands that must see it."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +200,7 @@ def judge(target: Target, command: str, attack: Outcome, sound: Outcome, changed
     if attack.code != 0:
         return "refused", attack.stderr.strip()
     if not changed or attack.result == sound.result:
-        unseen = command == "verify" and changed and target.mutation in (HEADER, WEIGHTS)
+        unseen = command == "verify" and changed and target.file.endswith(".safetensors")
         return ("silent", "verify finds no problem") if unseen else ("harmless", "")
     if target.input:
         return "other input", ""

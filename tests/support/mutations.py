@@ -48,12 +48,17 @@ def mutate(content: bytes, kind: str, random: Random) -> tuple[str, bytes]:
     Args:
         content: The file.
         kind: "json"; "header" for a safetensors file, of which the header is changed; "weights" for one of which the
-            tensors' bytes are; "text" and all else for any file.
+            tensors' bytes are; "bit" for one bit of any file; "text" and all else for any file.
         random: Source of all choices.
 
     Returns:
         What was done, in words, and the changed file.
     """
+    if kind == "bit":
+        at = random.randrange(8 * len(content))
+        flipped = bytearray(content)
+        flipped[at // 8] ^= 1 << at % 8
+        return f"bit {at} flipped", bytes(flipped)
     if kind == "weights":
         start = 8 + int.from_bytes(content[:8], "little")
         done, data = _mutate_bytes(content[start:], random, same_length=True)
