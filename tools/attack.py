@@ -23,30 +23,21 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.support.attacks import (
-    FLIPS,
-    TARGETS,
-    Ground,
-    Outcome,
-    Target,
-    attacked,
-    judge,
-    make_ground,
-    outcome,
-    sound_outcome,
-)
+from tests.support import attacks
 
 VERDICTS = ("refused", "harmless", "other input", "failed", "silent")
 
 
-def attack(ground: Ground, sound: dict[str, Outcome], attempt: tuple[Target, str, int]) -> tuple[str, str]:
+def attack(
+    ground: attacks.Ground, sound: dict[str, attacks.Outcome], attempt: tuple[attacks.Target, str, int]
+) -> tuple[str, str]:
     """Try one mutation on one command; return the verdict, and a line about it."""
     target, command, seed = attempt
     scratch = Path(tempfile.mkdtemp(dir=ground.folder.parent))
-    with attacked(ground, target, seed, scratch) as (copy, done):
+    with attacks.attacked(ground, target, seed, scratch) as (copy, done):
         changed = (copy.folder / target.file).read_bytes() != (ground.folder / target.file).read_bytes()
-        found = outcome(copy, command, scratch)
-    verdict, reason = judge(target, command, found, sound[command], changed)
+        found = attacks.outcome(copy, command, scratch)
+    verdict, reason = attacks.judge(target, command, found, sound[command], changed)
     return verdict, f"{target.name}, {command}, seed {seed}: {done!r}: {verdict}, {reason}"
 
 
@@ -75,14 +66,16 @@ def _row(name: str, count: Counter[str]) -> str:
 def main(
     attempts: int, first_seed: int, only: str, flips: bool, jobs: int, out: Path | None, details: Path | None
 ) -> None:
-    pairs = [(target, command) for target in (FLIPS if flips else TARGETS) for command in target.commands]
+    pairs = [
+        (target, command) for target in (attacks.FLIPS if flips else attacks.TARGETS) for command in target.commands
+    ]
     pairs = [pair for pair in pairs if only in f"{pair[0].name}, {pair[1]}"]
     folder = Path(tempfile.mkdtemp(prefix="streamslr-attack-"))
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     lines: list[str] = []
     try:
-        ground = make_ground(folder / "ground")
-        sound = {command: sound_outcome(ground, command, folder / "sound") for command in {c for _, c in pairs}}
+        ground = attacks.make_ground(folder / "ground")
+        sound = {command: attacks.sound_outcome(ground, command, folder / "sound") for command in {c for _, c in pairs}}
         tried = [(*pairs[number % len(pairs)], first_seed + number // len(pairs)) for number in range(attempts)]
         with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
             for (target, *_), (verdict, line) in zip(
