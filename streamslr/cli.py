@@ -101,7 +101,15 @@ _bos_option = click.option(
 _folder_argument = click.argument("folder", type=_Path(exists=True, file_okay=False))
 
 
-@click.group(context_settings={"max_content_width": 110})
+class _Commands(click.Group):
+    """Commands whose streams last from the start: click prints help, version and usage errors by itself."""
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        make_streams_last()
+        return super().main(*args, **settings)
+
+
+@click.group(cls=_Commands, context_settings={"max_content_width": 110})
 @click.version_option(package_name="streamslr")
 def main() -> None:
     """Compress a language model that does not fit your GPU, one block at a time.
@@ -111,7 +119,6 @@ def main() -> None:
     Exit codes: 0 done, 1 failed or verify found a problem, 2 wrong input, 3 does not fit memory or disk,
     4 the output folder belongs to another run, 5 the hub could not be reached, 130 interrupted.
     """
-    make_streams_last()
     with report_errors():
         require_address_space()
 

@@ -53,6 +53,14 @@ def test_a_run_goes_on_when_standard_output_is_gone(how: str, llama: Path, text:
         assert "going on as with --quiet" in " ".join(done.stderr.split())
 
 
+@pytest.mark.parametrize(("line", "code"), [(["--help"], 0), (["--version"], 0), (["bogus"], 2), ([], 2)])
+@pytest.mark.parametrize("how", ["pipe", "full"])
+def test_help_and_usage_need_no_reader(how: str, line: list[str], code: int, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(_WITHOUT_OUTPUT.replace("from streamslr", "os.dup2(1, 2)\nfrom streamslr"))
+    assert python_script(script, how, *line).returncode == code
+
+
 def test_the_log_may_lie_in_the_new_output_folder(llama: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = [*run_line(llama, text, out), "--quiet", "--log-file", str(out / "logs.txt")]

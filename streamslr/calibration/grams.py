@@ -92,7 +92,9 @@ def offload_grams(grams: list[Gram], tier: str, folder: Path) -> list[Callable[[
             path = folder / f"gram-{len(offloaded)}.bin"
             content = gram.matrix.cpu().numpy().data
             try:
-                path.write_bytes(content)
+                path.unlink(missing_ok=True)  # a link there would lead the bytes to another file
+                with path.open("xb") as file:
+                    file.write(content)
             except OSError as error:
                 raise BudgetError(
                     f"the Gram matrix of {gram.linears[0]} ({format_bytes(gram.matrix.nbytes)}) cannot be written to "

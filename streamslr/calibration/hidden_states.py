@@ -198,6 +198,7 @@ class OnDisk:
         self._digest, self._pending = _Digest(shape[0]), []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-states-writer")
         try:
+            _require_no_pipe(folder / "zarr.json")
             self._array = zarr.open_array(store=folder, mode="r")
             if self._array.shape != shape:
                 return None
@@ -244,6 +245,8 @@ class OnDisk:
 
     def _load(self, start: int, stop: int) -> Tensor:
         """Return what the files hold; zarr gives zeros for a chunk that is missing."""
+        for i in range(start, stop):
+            _require_no_pipe(self.folder / self._array.metadata.encode_chunk_key((i, 0, 0)))
         hidden = torch.empty(stop - start, *self._shape[1:], dtype=self._dtype)
         buffer = default_buffer_prototype().nd_buffer.from_numpy_array(_as_numpy_dtype(hidden).numpy())
         self._array.get_basic_selection(slice(start, stop), out=buffer)
@@ -267,6 +270,12 @@ class OnDisk:
     def drop(self) -> None:
         self._writer.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _require_no_pipe(path: Path) -> None:
+    """Raise OSError where `path` is neither a file nor missing: zarr would wait for a pipe without end."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file")
 
 
 class WriteThrough:

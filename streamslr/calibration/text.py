@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,9 +47,13 @@ def read_documents(path: Path, *, again: bool = False) -> Iterator[str]:
     Raises:
         InputError: The file cannot be read, is no text, or has a line that is no JSON object with a `text`.
     """
-    if not path.exists():
-        raise InputError(f"text file {path} does not exist")
-    if not path.is_file():
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise InputError(f"text file {path} does not exist") from error
+    except OSError as error:
+        raise InputError(f"text file {str(path)[:200]} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(f"text {path} is no regular file; it is read more than once, so give a file")
     number = 0  # lines read
     replaced: list[int] = []
@@ -75,9 +80,12 @@ def read_documents(path: Path, *, again: bool = False) -> Iterator[str]:
         ) from error
     except (EOFError, zlib.error, OSError, UnicodeError) as error:
         where = f" after line {number}" if number else ""
-        raise InputError(f"text {path} cannot be read{where}: {error}") from error
+        raise InputError(f"text {path} cannot be read{where}: {error}; copy it again, or unpack it first") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f'{path} line {number} is not a JSON object with a "text" field: {error}') from error
+        raise InputError(
+            f'{path} line {number} is not a JSON object with a "text" field: {error}; write one a line, or give plain '
+            f"text as .txt"
+        ) from error
     if replaced and not again:
         log.warning(
             "%s: %d lone surrogates, the first in line %d, are read as U+FFFD", path, len(replaced), replaced[0]

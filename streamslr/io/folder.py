@@ -28,10 +28,10 @@ PackedLinear = tuple[Mapping[str, Tensor], SparsityPattern, tuple[int, int]]
 
 
 def is_file_name(name: object) -> bool:
-    """Return True for a name that a file can have and that cannot lead out of the folder it is joined to."""
-    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+    """Return True for a name that prints, that a file can have, and that cannot lead out of the folder."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\"):
         return False
-    return len(name.encode("utf-8", "surrogatepass")) <= 255
+    return name.isprintable() and len(name.encode()) <= 255
 
 
 def write_auxiliary_files(

@@ -27,6 +27,7 @@ from streamslr.io.packed_layout import (
     low_rank_bytes,
 )
 from streamslr.io.safetensors_file import WrittenShard
+from streamslr.model.other_files import is_auxiliary
 from streamslr.model.pinned_shards import ShardDigest, Times
 from streamslr.outside import parse_json, read_bounded
 from streamslr.spec.allocation import SpecEntry
@@ -166,7 +167,8 @@ class JournalState:
         for name in (*self.auxiliary_files, *self.dense_shards):
             _check_file_name(name)
         for name in self.auxiliary_files:
-            if name in (JOURNAL_FILE, INDEX_FILE) or name.endswith(".safetensors"):
+            # streamslr 0.2.0 copied more .json files than today
+            if name in (JOURNAL_FILE, INDEX_FILE) or not (is_auxiliary(name) or name.endswith(".json")):
                 raise ValueError(f"auxiliary_files names {name!r}, which is no auxiliary file")
         if self.non_block:
             _check_shard(self.non_block, NON_BLOCK_FILE)

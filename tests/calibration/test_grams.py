@@ -107,6 +107,17 @@ def test_hooks_are_gone_afterwards() -> None:
     assert not any(linear._forward_pre_hooks for linear in linears(block).values())
 
 
+def test_grams_are_not_written_through_a_link(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("precious")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "gram-0.bin").symlink_to(other)
+    (take,) = offload_grams([Gram(("a",), torch.eye(4), 1)], "disk", scratch)
+    assert torch.equal(take().matrix, torch.eye(4))
+    assert other.read_text() == "precious"
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
 def test_a_gram_on_the_disk_that_is_not_as_it_was_written_is_never_used(tmp_path: Path, damage: str) -> None:
     matrix = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))

@@ -1,5 +1,6 @@
 """One contract for every tier of hidden states, and what the disk tier does when files are lost."""
 
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -119,7 +120,12 @@ def flip(chunk: Path) -> None:
     chunk.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [remove, remove_all, truncate, empty, flip])
+def put_a_pipe(chunk: Path) -> None:
+    chunk.unlink()
+    os.mkfifo(chunk)
+
+
+@pytest.mark.parametrize("damage", [remove, remove_all, truncate, empty, flip, put_a_pipe])
 @pytest.mark.parametrize("reopened", [False, True])
 def test_a_chunk_that_is_not_as_it_was_written_is_never_read(
     tmp_path: Path, damage: Callable[[Path], None], reopened: bool
@@ -137,6 +143,15 @@ def test_a_chunk_that_is_not_as_it_was_written_is_never_read(
         tier.read(1, 4)
     if damage is not remove_all:
         assert torch.equal(tier.read(3, 5), states(torch.float32)[3:])
+
+
+@pytest.mark.parametrize("file", ["zarr.json", "c/2/0/0"])
+def test_a_boundary_with_a_pipe_in_place_of_a_file_is_not_reopened(tmp_path: Path, file: str) -> None:
+    tier = OnDisk(tmp_path / "boundary.zarr", *SHAPE, torch.float32)
+    tier.write(0, states(torch.float32))
+    digest = tier.seal()
+    put_a_pipe(tmp_path / "boundary.zarr" / file)
+    assert OnDisk.reopen(tmp_path / "boundary.zarr", SHAPE, torch.float32, digest) is None
 
 
 def test_an_incomplete_boundary_cannot_be_sealed(make: Make) -> None:

@@ -63,11 +63,11 @@ def test_lone_surrogates_are_replaced_and_told_of_once(tmp_path: Path, caplog: p
         ("a.txt", "one".encode("utf-16")[:-1], "is not UTF-16"),
         ("a.txt", b"PAR1\x00\x00", "line 1 has a NUL character: it is no text"),
         ("a.txt", b"\xed\xa0\xbd", "line 1 is not UTF-8"),
-        ("a.txt.gz", b"not gzip", "cannot be read: Not a gzipped file"),
+        ("a.txt.gz", b"not gzip", "cannot be read: Not a gzipped file .*; .* unpack it"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9], "cannot be read"),
         ("a.jsonl", b'{"text": "w1"}\n{"body": 1}\n', 'line 2 is not a JSON object with a "text" field'),
         ("a.jsonl", b'{"text": "w1"}\n{"te', "line 2 is not a JSON object"),
-        ("a.jsonl", b'[{"text": "w1"}]', "line 1 is not a JSON object"),
+        ("a.jsonl", b'[{"text": "w1"}]', "line 1 is not a JSON object .*; write one a line"),
         ("a.jsonl", b'{"text": null}', "line 1 is not a JSON object"),
         ("a.jsonl", b'{"text": "w1", "deep": ' + b"[" * 100_000, "line 1 is not a JSON object"),
         ("a.jsonl", b'{"text": "w1", "n": ' + b"9" * 5000 + b"}", "line 1 is not a JSON object"),
@@ -81,6 +81,8 @@ def test_what_is_no_text_is_refused_with_its_place(tmp_path: Path, name: str, co
 
 
 def test_what_is_no_regular_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="x cannot be read: File name too long"):
+        list(read_documents(tmp_path / ("x" * 300)))
     with pytest.raises(InputError, match=r"nowhere.txt does not exist"):
         list(read_documents(tmp_path / "nowhere.txt"))
     os.mkfifo(tmp_path / "pipe.txt")
