@@ -5,7 +5,6 @@ A packed linear has no dense weight. Code that asks only for the weight's dtype,
 packed linears on the meta device, and so are linears that do not see every token once.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError, first_line
+from streamslr.io.packed_layout import without_numbers
 from streamslr.model.transformers_compat import guard_torch_init_functions
 
 _ANSWERED = {
@@ -117,27 +117,22 @@ def find_dense(
 
     def until_unread(linears: Mapping[str, nn.Linear], work: Callable[[], object]) -> dict[str, _StandIn]:
         while True:
-            with _stand_ins(model, {path: of for path, of in linears.items() if _kind(path) not in reasons}) as made:
+            still = {path: linear for path, linear in linears.items() if without_numbers(path) not in reasons}
+            with _stand_ins(model, still) as made:
                 try:
                     work()
                     return made
                 except WeightReadError as error:
-                    reasons[_kind(error.linear)] = "the model's own code reads its weight"
+                    reasons[without_numbers(error.linear)] = "the model's own code reads its weight"
 
     for i, linears in enumerate(blocks):
         for path, stand_in in until_unread(linears, partial(run, i)).items():
             if stand_in.rows != tokens and path not in experts:
-                reasons[_kind(path)] = f"it sees {stand_in.rows} inputs where {tokens} tokens pass its block"
+                reasons[without_numbers(path)] = f"it sees {stand_in.rows} inputs where {tokens} tokens pass its block"
     everywhere = {path: linear for linears in blocks for path, linear in linears.items()}
     failing = _failures(initializers())  # on meta many lack values
     until_unread(everywhere, lambda: _require_same(_failures(initializers()), failing))
-    return {path: reasons[_kind(path)] for path in everywhere if _kind(path) in reasons}
-
-
-def in_kinds(dense: Mapping[str, str]) -> tuple[str, ...]:
-    """Return linears and why they stay dense in words, those at the same place of several blocks together."""
-    kinds = Counter((_kind(name), why) for name, why in dense.items())
-    return tuple(f"{kind} ({count} linears): {why}" for (kind, why), count in kinds.items())
+    return {path: reasons[without_numbers(path)] for path in everywhere if without_numbers(path) in reasons}
 
 
 def _failures(initializers: Iterable[tuple[nn.Module, Callable[[], None]]]) -> dict[nn.Module, Exception]:
@@ -176,8 +171,3 @@ def _stand_ins(model: nn.Module, linears: Mapping[str, nn.Linear]) -> Iterator[d
     finally:
         for path, linear in linears.items():
             model.set_submodule(path, linear)
-
-
-def _kind(path: str) -> str:
-    """Return the place of a module in its block and in every other: its path without numbers."""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))

@@ -230,6 +230,10 @@ def _check_model(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]
                     JOURNAL_FILE,
                     f"records {linear.name} of shape {linear.shape}, block {block.index} has no such one",
                 )
+        packed = {linear.name for linear in block.linears}
+        for name in block.dense:
+            if name not in linears or name in packed:
+                yield JOURNAL_FILE, f"records {name} as dense, block {block.index} has no such one"
     places = {NON_BLOCK_FILE: blockwise.non_block_tensors}
     places |= {block.shard.file: blockwise.block_tensors[block.index] for block in state.blocks}
     for file, names in places.items():

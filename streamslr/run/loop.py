@@ -219,7 +219,16 @@ class Compression:
             sample = upcoming.sample()
         measured = timer.take()
         record = BlockRecord(
-            i, block.name, shard, digest, tuple(records), digest_of_targets, matching, measured, sample
+            i,
+            block.name,
+            shard,
+            digest,
+            tuple(records),
+            digest_of_targets,
+            matching,
+            measured,
+            sample,
+            blockwise.dense[i],
         )
         self.journal.commit_block(record, passes.micro_batch, self.linear_compressor.workspace)
         write_index(self.context.config.out, self.journal.state.shards)

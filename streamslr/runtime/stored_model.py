@@ -27,6 +27,7 @@ from streamslr.io.packed_layout import (
     packed_linears,
     part_name,
     stored_parts,
+    without_numbers,
 )
 from streamslr.io.safetensors_file import TensorInfo, shard_header
 from streamslr.model.other_files import ADAPTER_FILE
@@ -143,8 +144,8 @@ def _check_layout(stored: StoredModel, linear: str) -> None:
 
 def _warn_of_ranks(stored: StoredModel) -> None:
     """Warn of linears without U and V where others of their kind have them: without a journal it may be right."""
-    with_rank = {_without_numbers(linear) for linear in stored.linears if stored.rank(linear)}
-    without = [name for name in stored.linears if not stored.rank(name) and _without_numbers(name) in with_rank]
+    with_rank = {without_numbers(linear) for linear in stored.linears if stored.rank(linear)}
+    without = [name for name in stored.linears if not stored.rank(name) and without_numbers(name) in with_rank]
     if without:
         log.warning(
             "%s: %s (%d such linears) has no U and V, others of its kind do; there is no %s to say if that is right",
@@ -280,16 +281,11 @@ def require_same_kinds_packed(packed: set[str], dense: set[str]) -> None:
         packed: module paths of the packed linears.
         dense: module paths of the linears that stayed dense.
     """
-    kinds = {_without_numbers(name) for name in packed}
+    kinds = {without_numbers(name) for name in packed}
     if not kinds:
         raise InputError("config.json says that streamslr packed the linears, but the shards hold none that fit")
-    if missing := sorted(name for name in dense if _without_numbers(name) in kinds):
+    if missing := sorted(name for name in dense if without_numbers(name) in kinds):
         raise InputError(
             f"the shards hold no {missing[0]} ({len(missing)} such linears): the folder is unfinished or "
             f"incomplete; `streamslr verify` tells more"
         )
-
-
-def _without_numbers(name: str) -> str:
-    """Return the name with a star for each number: the same for a linear in every block."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
