@@ -257,6 +257,18 @@ class BlockwiseModel:
                 tensors[stored] = get_tensor(self._model, name).detach().to(self.stored_dtype(stored), copy=True)
         return tensors
 
+    def by_key(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors by stored name; those that transformers joins of several keys (convolutions) by these keys."""
+        result: dict[str, Tensor] = {}
+        for stored, tensor in tensors.items():
+            if joined := self._names.joined_keys(self._names.parameter(stored)):
+                dim, infos = joined[0], [self.checkpoint.tensors[key] for key in joined[1]]
+                parts = torch.split(tensor, [info.shape[dim] for info in infos], dim)
+                result |= {info.name: part.to(info.dtype).contiguous() for info, part in zip(infos, parts, strict=True)}
+            else:
+                result[stored] = tensor
+        return result
+
     def evict_block(self, i: int) -> None:
         """Return block i to the meta device; its memory is free once the caller drops the tensors it took of it."""
         self._to_meta(name for name in self._names.meta if self._names.block_of(name) == i)

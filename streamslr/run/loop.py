@@ -304,7 +304,8 @@ class Compression:
         linears = {
             name: (weights.packed[name], pattern, shapes[name]) for name, pattern in self.patterns(block).items()
         }
-        return write_block(self.context.config.out, block.index, linears, weights.other_tensors)
+        others = self.context.blockwise.by_key(weights.other_tensors)
+        return write_block(self.context.config.out, block.index, linears, others)
 
     def patterns(self, block: Block) -> dict[str, SparsityPattern]:
         return {name: self.allocation[name].pattern for name in block.linears}
