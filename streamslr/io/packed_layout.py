@@ -113,6 +113,11 @@ def part_name(linear: str, part: str) -> str:
     return f"{linear}.{part}"
 
 
+def without_numbers(name: str) -> str:
+    """Return a module path with a star for each number: the same for a linear in every block."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def stored_parts(linear: str, names: Container[str]) -> dict[str, str]:
     """Return part -> stored name, for the parts of one linear that are among `names`."""
     return {part: name for part in PACKED_PARTS if (name := part_name(linear, part)) in names}

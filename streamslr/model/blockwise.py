@@ -81,7 +81,7 @@ class BlockwiseModel:
         linears: per block, stored name of each linear that is compressed -> shape (o, d) of its weight.
         experts: per block, stored name of each linear that sees only the tokens routed to it -> its kind, the same
             in every expert beside it.
-        dense: stored name of each linear that `require_compressible` found to have to stay dense -> why.
+        dense: per block, stored name of each linear that `require_compressible` found to have to stay dense -> why.
     """
 
     @refusing("transformers cannot make the model that config.json describes", _CHECK_CONFIG)
@@ -120,7 +120,7 @@ class BlockwiseModel:
         self.experts: tuple[Mapping[str, str], ...] = tuple(
             find_kinds(linears, self._names, self._experts) for linears in self.linears
         )
-        self.dense: Mapping[str, str] = {}
+        self.dense: tuple[Mapping[str, str], ...] = ({},) * len(self._blocks)
         check_headers(self._model, self._names, checkpoint)
         check_depth(self._model, self._names, checkpoint.tensors)
 
@@ -149,7 +149,7 @@ class BlockwiseModel:
 
     def _refuse_obstacles(self) -> None:
         blocks = dict(zip(self.block_names, self._blocks, strict=True))
-        for why in find_obstacles(blocks, self.linears, self._routers, self._shared):
+        for why in find_obstacles(blocks, self.linears, self._routers, self._shared, self.dense):
             raise self._not_compressible(
                 f"{why}; streamslr compresses blocks whose weights are plain linears of their own; choose another model"
             )
@@ -165,9 +165,10 @@ class BlockwiseModel:
             PROBE_SHAPE[0] * PROBE_SHAPE[1],
             partial(initializers, self._model),
         )
-        self.dense = {name: found[path] for block in paths for path, name in block.items() if path in found}
-        self.linears = tuple({n: shape for n, shape in of.items() if n not in self.dense} for of in self.linears)
-        self.experts = tuple({n: kind for n, kind in of.items() if n not in self.dense} for of in self.experts)
+        self.dense = tuple({name: found[path] for path, name in block.items() if path in found} for block in paths)
+        dense = {name for block in self.dense for name in block}
+        self.linears = tuple({n: shape for n, shape in of.items() if n not in dense} for of in self.linears)
+        self.experts = tuple({n: kind for n, kind in of.items() if n not in dense} for of in self.experts)
 
     def linear(self, name: str) -> nn.Linear:
         """Return the linear of this stored name, live or on meta."""
@@ -255,6 +256,18 @@ class BlockwiseModel:
             else:
                 tensors[stored] = get_tensor(self._model, name).detach().to(self.stored_dtype(stored), copy=True)
         return tensors
+
+    def by_key(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors by stored name; those that transformers joins of several keys (convolutions) by these keys."""
+        result: dict[str, Tensor] = {}
+        for stored, tensor in tensors.items():
+            if joined := self._names.joined_keys(self._names.parameter(stored)):
+                dim, infos = joined[0], [self.checkpoint.tensors[key] for key in joined[1]]
+                parts = torch.split(tensor, [info.shape[dim] for info in infos], dim)
+                result |= {info.name: part.to(info.dtype).contiguous() for info, part in zip(infos, parts, strict=True)}
+            else:
+                result[stored] = tensor
+        return result
 
     def evict_block(self, i: int) -> None:
         """Return block i to the meta device; its memory is free once the caller drops the tensors it took of it."""

@@ -28,6 +28,7 @@ from streamslr.model.other_files import is_auxiliary, refuse_other_model
 from streamslr.model.pinned_shards import PinnedShards, ShardDigest, Times
 from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source
 from streamslr.outside import parse_loose_json, read_bounded
+from streamslr.spec.pattern import SparsityPattern
 
 SINGLE_FILE = "model.safetensors"
 
@@ -108,6 +109,15 @@ class Checkpoint:
         found = {shard: self._source.local_path(shard) for shard in self._headers}
         self.pinned.check_earlier({shard: path for shard, path in found.items() if path})
         return self.pinned
+
+    @property
+    def packed_linears(self) -> dict[str, tuple[SparsityPattern, tuple[int, int], int]]:
+        """Packed linears: name -> pattern, shape (o, d) of the weight, rank."""
+        found = {}
+        for name, decoder in self._decoders.items():
+            V = self._headers[decoder.info.shard].tensors.get(decoder.parts.get("V", ""))
+            found[name.removesuffix(".weight")] = decoder.pattern, decoder.shape, V.shape[0] if V and V.shape else 0
+        return found
 
     @property
     def download_bytes(self) -> int:

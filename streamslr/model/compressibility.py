@@ -13,6 +13,7 @@ def find_obstacles(
     linears: Sequence[Mapping[str, tuple[int, int]]],
     routers: Container[str],
     shared: tuple[str, str] | None,
+    dense: Sequence[Mapping[str, str]],
 ) -> Iterator[str]:
     """Yield each reason why a block's weights are not plain linears of its own, the most telling first.
 
@@ -24,9 +25,10 @@ def find_obstacles(
         linears: per block, the linears that are compressed.
         routers: parameters that stay dense.
         shared: two names of one parameter, from `find_shared_parameter`.
+        dense: per block, each linear that has to stay dense -> why.
     """
     mostly_others = []
-    for (name, block), found in zip(blocks.items(), linears, strict=True):
+    for (name, block), found, kept in zip(blocks.items(), linears, dense, strict=True):
         others: list[tuple[int, str]] = []
         for path, module in block.named_modules(prefix=name):
             for leaf, parameter in module.named_parameters(recurse=False):
@@ -40,7 +42,10 @@ def find_obstacles(
                         f"ones, or the checkpoint does not store them one by one"
                     )
         largest = max(others, default=(0, "none"))[1]
-        if not found:
+        if kept and not found:
+            linear, why = next(iter(kept.items()))
+            mostly_others.append(f"no linear of {name} can be packed, first {linear}: {why}")
+        elif not found:
             mostly_others.append(f"{name} holds no linear that can be packed (its largest other weight: {largest})")
         elif sum(size for size, _ in others) > sum(o * d for o, d in found.values()):
             mostly_others.append(f"most of the weights of {name} are in no linear, first of all {largest}")

@@ -165,27 +165,25 @@ def _is_plain(module: nn.Module) -> bool:
     """Return True when a fused module computes what `Experts` does, on a few large random numbers."""
     draw = torch.Generator().manual_seed(0)
     random = partial(torch.randn, generator=draw, dtype=torch.float32)
-    experts, hidden, inner = 3, 8, 4
+    number = len(module.get_parameter("down_proj"))
+    experts, hidden, inner = min(3, number), 8, 4
     gate_up, down = 16 * random(experts, 2 * inner, hidden), random(experts, hidden, inner)
-    index = torch.tensor([[0, 1], [1, 0], [2, 1], [0, 2], [2, 0], [1, 2]])
+    index = torch.tensor([[0, 1], [1, 0], [2, 1], [0, 2], [2, 0], [1, 2]]) % experts
     x, weights = random(len(index), hidden), random(index.shape)
     twin = copy.copy(module)
     twin._parameters = {"gate_up_proj": nn.Parameter(gate_up), "down_proj": nn.Parameter(down)}
     run = inspect.unwrap(type(module).forward)
-    # LongCat has experts without weights, numbered after the others, which pass a token on as it is. Other modules fail
-    # when they are asked for an expert of such a number, or give zeros for it.
-    try:
-        beyond = torch.full_like(index, len(module.get_parameter("down_proj")))
-        if run(twin, x, beyond, weights).any():
+    try:  # experts without weights come after the others: a token passes them as it is
+        if run(twin, x, torch.full_like(index, number), weights).any():
             return False
     except Exception:
         log.debug("%s has no experts beyond its weights", type(module).__name__)
     try:
         with torch.device("meta"):
             plain = Experts(down.shape, ("gate", "up", "down"), module.act_fn)
-        for number in range(experts):
-            parts = (*gate_up[number].chunk(2), down[number])
-            for linear, weight in zip(plain.linears(number), parts, strict=True):
+        for e in range(experts):
+            parts = (*gate_up[e].chunk(2), down[e])
+            for linear, weight in zip(plain.linears(e), parts, strict=True):
                 linear.weight = nn.Parameter(weight)
         theirs = run(twin, x, index, weights)
     except Exception:  # a module of another kind may do anything with these

@@ -5,7 +5,7 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, WeightConverter
+from transformers import Concatenate, PreTrainedModel, WeightConverter
 
 from streamslr.errors import InputError
 from streamslr.model.checkpoint import Checkpoint
@@ -91,6 +91,16 @@ class ParameterNames:
         """Return the one key that a parameter is as it is stored; None where transformers makes it of keys."""
         keys = self.sources[name]
         return keys[0] if len(keys) == 1 and self._rename(keys[0])[1] is None else None
+
+    def joined_keys(self, name: str) -> tuple[int, tuple[str, ...]] | None:
+        """Return the dimension along which a parameter is its keys joined, and these in order; None where it is not."""
+        keys = {self._rename(key)[1]: key for key in self.sources[name]}
+        for converter in self._converters:
+            steps = converter.operations
+            if keys.keys() == set(converter.source_patterns) and len(steps) == 1 and isinstance(steps[0], Concatenate):
+                dim: int = steps[0].dim
+                return dim, tuple(keys[pattern] for pattern in converter.source_patterns)
+        return None
 
     def keys_by_block(self, keys: Iterable[str]) -> dict[int | None, list[str]]:
         """Return the keys of each block; under None every other key, those included that the model has no use for."""

@@ -5,7 +5,6 @@ A packed linear has no dense weight. Code that asks only for the weight's dtype,
 packed linears on the meta device, and so are linears that do not see every token once.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError, first_line
+from streamslr.io.packed_layout import without_numbers
 from streamslr.model.transformers_compat import guard_torch_init_functions
 
 _ANSWERED = {
@@ -135,12 +135,6 @@ def find_dense(
     return {path: reasons[without_numbers(path)] for path in everywhere if without_numbers(path) in reasons}
 
 
-def in_kinds(dense: Mapping[str, str]) -> tuple[str, ...]:
-    """Return linears and why they stay dense in words, those at the same place of several blocks together."""
-    places = Counter((without_numbers(name), why) for name, why in dense.items())
-    return tuple(f"{place} ({count} linears): {why}" for (place, why), count in places.items())
-
-
 def _failures(initializers: Iterable[tuple[nn.Module, Callable[[], None]]]) -> dict[nn.Module, Exception]:
     """Fill the tensors of modules that hold others, and return the modules for which that fails."""
     failures: dict[nn.Module, Exception] = {}
@@ -177,8 +171,3 @@ def _stand_ins(model: nn.Module, linears: Mapping[str, nn.Linear]) -> Iterator[d
     finally:
         for path, linear in linears.items():
             model.set_submodule(path, linear)
-
-
-def without_numbers(path: str) -> str:
-    """Return the place of a module in its block and in every other: its path with a star for each number."""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))

@@ -22,6 +22,7 @@ from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.run.context import pick_device
 from streamslr.run.journal import JOURNAL_FILE, read_journal
 from streamslr.run.plan import BATCH_TOKENS
+from streamslr.runtime.stored_model import find_difference
 
 log = logging.getLogger("streamslr")
 
@@ -136,7 +137,8 @@ def read_digests(checkpoint: Checkpoint) -> dict[str, str]:
     A dense checkpoint has none. A folder of `save_pretrained` has no journal: a warning says that nothing is checked.
 
     Raises:
-        InputError: The folder is unfinished, or config.json or the tokenizer are not as they were written.
+        InputError: The folder is unfinished, config.json or the tokenizer are not as they were written, or the shards
+            hold other packed linears than the journal records.
     """
     if read_quantization_config(checkpoint.config) is None:
         return {}
@@ -151,6 +153,8 @@ def read_digests(checkpoint: Checkpoint) -> dict[str, str]:
     digests = {shard.file: shard.sha256 for shard in state.shards}
     if strangers := sorted({info.shard for info in checkpoint.tensors.values()} - digests.keys()):
         raise InputError(f"{path} does not name {strangers[0]}, which the model is read from; remove that file")
+    if problem := find_difference(state, checkpoint.packed_linears):
+        raise InputError(f"{checkpoint.model}: {problem}; `streamslr verify` tells more")
     return digests
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.io.durable import PARTIAL_SUFFIX
-from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord, read_journal
+from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord, in_kinds, read_journal
 from streamslr.run.progress import PHASES
 from streamslr.spec.allocation import LinearSpec, in_words
 from streamslr.spec.pattern import parse_pattern
@@ -69,9 +69,14 @@ def list_warnings(block: BlockRecord) -> list[str]:
     return found
 
 
-def short_name(linear: LinearRecord, block: BlockRecord) -> str:
+def list_dense(state: JournalState) -> tuple[str, ...]:
+    """Return the linears that had to stay dense, and why, in words: those at the same place of all blocks together."""
+    return in_kinds(block.dense for block in state.blocks)
+
+
+def short_name(linear: str, block: BlockRecord) -> str:
     """Return a linear's name within its block, like self_attn.q_proj."""
-    return linear.name.partition(f".{block.index}.")[2] or linear.name
+    return linear.partition(f".{block.index}.")[2] or linear
 
 
 def sort_phases(measured: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -143,6 +148,7 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
         "warnings": list_warnings(block),
         "phases": sort_phases(block.measured),
         "linears": [asdict(linear) for linear in block.linears],
+        "dense": dict(block.dense),
     }
 
 
@@ -193,6 +199,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
         f"held-out loss {record.loss_before:.4f} → {record.loss_after:.4f}"
         for record in state.finetuned
     )
+    caption += (f"stay dense: {which}" for which in list_dense(state))
     table = Table(
         title=f"{folder}: {describe_method(state)}, {len(state.blocks)} of {state.blocks_total} blocks"
         + ("" if state.complete else " (unfinished: the same `streamslr run` line continues it)"),
@@ -256,7 +263,7 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
     table.add_column("warnings")
     for linear in block.linears:
         table.add_row(
-            short_name(linear, block),
+            short_name(linear.name, block),
             f"{linear.shape[0]}×{linear.shape[1]}",
             linear.pattern,
             f"{linear.density:.4f}",
@@ -268,4 +275,6 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
             f"{linear.nbytes / linear.dense_nbytes:.1%}",
             "; ".join(linear.warnings),
         )
+    for name, why in block.dense.items():
+        table.add_row(short_name(name, block), "", "dense", *[""] * 6, why)
     return table

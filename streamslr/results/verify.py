@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING
 
 from streamslr.errors import InputError, StreamslrError, first_line
 from streamslr.io.durable import PARTIAL_SUFFIX, file_sha256, is_as_written
@@ -23,10 +24,12 @@ from streamslr.io.packed_layout import (
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
+from streamslr.model.meta_model import build_on_meta
 from streamslr.model.sources import CONFIG_FILE
 from streamslr.outside import parse_loose_json, read_bounded
 from streamslr.results.inspect import REPORT_FILE, read_run
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord
+from streamslr.runtime.loader import pack_on_meta
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 from streamslr.tensors import is_finite
 
@@ -227,8 +230,12 @@ def _check_model(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]
     """Yield where the shards hold less than the model of config.json needs, or the journal describes another model."""
     try:
         checkpoint = open_checkpoint(str(folder))
-    except InputError as error:  # the files are as the run wrote them: it is this machine's transformers
-        log.warning("the folder is not checked for completeness: %s", error)
+    except InputError as error:
+        kind = parse_loose_json(read_bounded(folder / CONFIG_FILE)).get("model_type")
+        if isinstance(kind, str) and kind not in CONFIG_MAPPING:  # the folder may be sound
+            log.warning("the folder is not checked for completeness: %s", error)
+        else:
+            yield CONFIG_FILE, f"and the shards cannot be opened: {error}"
         return
     try:
         blockwise = BlockwiseModel(checkpoint, torch.float32, torch.device("cpu"))
@@ -239,6 +246,13 @@ def _check_model(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]
     if recorded != list(blockwise.block_names):
         yield JOURNAL_FILE, f"records blocks {recorded[:2]}…, the model has {list(blockwise.block_names[:2])}…"
         return
+    try:
+        model = build_on_meta(checkpoint.config, torch.float32, checkpoint.tensors)
+        files = [str(folder / shard.file) for shard in state.shards]
+        pack_on_meta(model, files, checkpoint.config.quantization_config)
+    except InputError as error:
+        yield CONFIG_FILE, f"and the shards do not load: {str(error).partition('; ')[0]}"
+        return
     for block, linears in zip(state.blocks, blockwise.linears, strict=True):
         for linear in block.linears:
             if linears.get(linear.name) != linear.shape:
@@ -246,6 +260,10 @@ def _check_model(folder: Path, state: JournalState) -> Iterator[tuple[str, str]]
                     JOURNAL_FILE,
                     f"records {linear.name} of shape {linear.shape}, block {block.index} has no such one",
                 )
+        packed = {linear.name for linear in block.linears}
+        for name in block.dense:
+            if name not in linears or name in packed:
+                yield JOURNAL_FILE, f"records {name} as dense, block {block.index} has no such one"
     places = {NON_BLOCK_FILE: blockwise.non_block_tensors}
     places |= {block.shard.file: blockwise.block_tensors[block.index] for block in state.blocks}
     for file, names in places.items():

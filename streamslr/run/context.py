@@ -19,8 +19,7 @@ from streamslr.memory import free_host_memory, held, keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.model.shape import BlockShape, ModelShape
-from streamslr.model.weight_reads import in_kinds
-from streamslr.run.journal import read_journal
+from streamslr.run.journal import in_kinds, read_journal
 from streamslr.run.journal_writer import refuse_changed_settings
 from streamslr.run.plan import Pieces, Plan, make_plan
 from streamslr.solvers.methods import Method, find_method

@@ -6,7 +6,8 @@ the journal of a run that works.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +26,7 @@ from streamslr.io.packed_layout import (
     NON_BLOCK_FILE,
     READABLE_VERSIONS,
     low_rank_bytes,
+    without_numbers,
 )
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.other_files import is_auxiliary
@@ -110,6 +112,7 @@ class BlockRecord:
     matching: MatchRecord | None = None
     measured: Phases = field(default_factory=dict)
     sample: Sample | None = None  # of the boundary behind the block; None in folders of versions that took none
+    dense: Mapping[str, str] = field(default_factory=dict)  # linears that had to stay dense -> why
 
     def __post_init__(self) -> None:
         _check_shard(self.shard, BLOCK_FILE.format(self.index))
@@ -205,6 +208,12 @@ class JournalState:
     def digests(self) -> dict[str, str]:
         """Digest of each file that the journal records: the auxiliary files, then the shards."""
         return dict(self.auxiliary_files) | {shard.file: shard.sha256 for shard in self.shards}
+
+
+def in_kinds(blocks: Iterable[Mapping[str, str]]) -> tuple[str, ...]:
+    """Return the linears of each block that stay dense, and why, in words: those at the same place together."""
+    kinds = Counter((without_numbers(name), why) for dense in blocks for name, why in dense.items())
+    return tuple(f"{kind} ({count} linears): {why}" for (kind, why), count in kinds.items())
 
 
 def read_journal(folder: Path) -> JournalState | None:

@@ -219,7 +219,16 @@ class Compression:
             sample = upcoming.sample()
         measured = timer.take()
         record = BlockRecord(
-            i, block.name, shard, digest, tuple(records), digest_of_targets, matching, measured, sample
+            i,
+            block.name,
+            shard,
+            digest,
+            tuple(records),
+            digest_of_targets,
+            matching,
+            measured,
+            sample,
+            blockwise.dense[i],
         )
         self.journal.commit_block(record, passes.micro_batch, self.linear_compressor.workspace)
         write_index(self.context.config.out, self.journal.state.shards)
@@ -295,7 +304,8 @@ class Compression:
         linears = {
             name: (weights.packed[name], pattern, shapes[name]) for name, pattern in self.patterns(block).items()
         }
-        return write_block(self.context.config.out, block.index, linears, weights.other_tensors)
+        others = self.context.blockwise.by_key(weights.other_tensors)
+        return write_block(self.context.config.out, block.index, linears, others)
 
     def patterns(self, block: Block) -> dict[str, SparsityPattern]:
         return {name: self.allocation[name].pattern for name in block.linears}

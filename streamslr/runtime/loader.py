@@ -175,6 +175,60 @@ class StreamslrConfig(QuantizationConfigMixin):
         self.format_version, self.rank, self.pattern = packed.format_version, packed.rank, str(packed.pattern or MIXED)
 
 
+def pack_on_meta(model: "PreTrainedModel", files: list[str] | None, entry: object) -> None:
+    """Put packed linears into a model on meta, once the files are found to hold all that it needs and no more.
+
+    Args:
+        model: the model that config.json describes, on meta.
+        files: the shards.
+        entry: `quantization_config` of config.json.
+
+    Raises:
+        InputError: they are not; or what `read_stored_model` raises.
+    """
+    from streamslr.model.bounds import require_modest_buffers
+    from streamslr.model.buffers import check_buffers
+    from streamslr.model.experts import unfuse
+    from streamslr.model.parameter_names import find_modules
+
+    stored = read_stored_model(files)
+    require_modest_buffers(dict(model.named_non_persistent_buffers()), stored.tensors)
+    check_buffers(model)
+    unfuse(model, get_model_conversion_mapping(model), stored.tensors)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = find_modules(model, stored.linears, linears)
+    if unknown := [path for path in stored.linears if path not in names]:
+        raise InputError(
+            f"the shards hold {unknown[0]} ({len(unknown)} such linears), which {type(model).__name__} lacks: "
+            "config.json is of another model, or another version of transformers wrote the folder"
+        )
+    for path, name in names.items():
+        linear, (pattern, shape) = linears.pop(name), stored.linears[path]
+        if shape != (linear.out_features, linear.in_features):
+            raise stored.refuse(
+                f"{path} is {shape[0]}x{shape[1]}, config.json asks for {linear.out_features}x{linear.in_features}"
+            )
+        model.set_submodule(
+            name,
+            SparseLowRankLinear(
+                linear.in_features,
+                linear.out_features,
+                pattern,
+                stored.rank(path),
+                bias=linear.bias is not None,
+                nonzeros=stored.parts(path)["values"].shape[0],
+                dtype=linear.weight.dtype,
+                device="meta",
+            ),
+        )
+    require_same_kinds_packed(set(packed_modules(model)), set(linears))
+    packed = read_quantization_config({"quantization_config": entry})
+    if packed and packed.rank and not any(stored.rank(path) for path in names):
+        raise stored.refuse(f"no linear has U and V, config.json says rank {packed.rank}")
+    require_complete(model, stored)
+    require_sound_positions(stored)
+
+
 @register_quantizer(QUANT_METHOD)
 class StreamslrQuantizer(HfQuantizer):
     """Part of `from_pretrained` that replaces linears by packed ones before any weight is read."""
@@ -184,47 +238,7 @@ class StreamslrQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from streamslr.model.bounds import require_modest_buffers
-        from streamslr.model.buffers import check_buffers
-        from streamslr.model.experts import unfuse
-        from streamslr.model.parameter_names import find_modules
-
-        stored = read_stored_model(checkpoint_files)
-        require_modest_buffers(dict(model.named_non_persistent_buffers()), stored.tensors)
-        check_buffers(model)
-        unfuse(model, get_model_conversion_mapping(model), stored.tensors)
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        names = find_modules(model, stored.linears, linears)
-        if unknown := [path for path in stored.linears if path not in names]:
-            raise InputError(
-                f"the shards hold {unknown[0]} ({len(unknown)} such linears), which {type(model).__name__} lacks: "
-                "config.json is of another model, or another version of transformers wrote the folder"
-            )
-        for path, name in names.items():
-            linear, (pattern, shape) = linears.pop(name), stored.linears[path]
-            if shape != (linear.out_features, linear.in_features):
-                raise stored.refuse(
-                    f"{path} is {shape[0]}x{shape[1]}, config.json asks for {linear.out_features}x{linear.in_features}"
-                )
-            model.set_submodule(
-                name,
-                SparseLowRankLinear(
-                    linear.in_features,
-                    linear.out_features,
-                    pattern,
-                    stored.rank(path),
-                    bias=linear.bias is not None,
-                    nonzeros=stored.parts(path)["values"].shape[0],
-                    dtype=linear.weight.dtype,
-                    device="meta",
-                ),
-            )
-        require_same_kinds_packed(set(packed_modules(model)), set(linears))
-        entry = read_quantization_config({"quantization_config": self.quantization_config})
-        if entry and entry.rank and not any(stored.rank(path) for path in names):
-            raise stored.refuse(f"no linear has U and V, config.json says rank {entry.rank}")
-        require_complete(model, stored)
-        require_sound_positions(stored)
+        pack_on_meta(model, checkpoint_files, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         kernels = Counter(linear.kernel for linear in packed_modules(model).values())

@@ -27,14 +27,14 @@ from streamslr.io.packed_layout import (
     packed_linears,
     part_name,
     stored_parts,
+    without_numbers,
 )
 from streamslr.io.safetensors_file import WEIGHT_DTYPES, TensorInfo, shard_header
 from streamslr.model.other_files import ADAPTER_FILE
 from streamslr.model.transformers_compat import get_model_conversion_mapping
-from streamslr.model.weight_reads import without_numbers
 from streamslr.outside import read_bounded
 from streamslr.run.journal import JOURNAL_FILE, JournalState, read_journal
-from streamslr.spec.pattern import parse_pattern
+from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,16 +158,23 @@ def _compare_journal(stored: StoredModel, state: JournalState, files: set[str]) 
         name = min(files ^ recorded)
         where = f"{JOURNAL_FILE} does not name" if name in files else "transformers would not read"
         raise stored.refuse(f"{where} {name}; if `save_pretrained` wrote here, delete {JOURNAL_FILE}")
+    if problem := find_difference(state, {name: (*stored.linears[name], stored.rank(name)) for name in stored.linears}):
+        raise stored.refuse(problem)
+
+
+def find_difference(state: JournalState, linears: Mapping[str, tuple[SparsityPattern, tuple[int, int], int]]) -> str:
+    """Return how packed linears, name -> (pattern, shape, rank), differ from a journal's; "" where they do not."""
     records = {linear.name: linear for block in state.blocks for linear in block.linears}
-    for name in sorted(records.keys() | stored.linears.keys()):
-        if name not in records or name not in stored.linears:
-            raise stored.refuse(f"{name} is {'not in the shards' if name in records else 'not in the journal'}")
-        record, (pattern, shape), rank = records[name], stored.linears[name], stored.rank(name)
+    for name in sorted(records.keys() | linears.keys()):
+        if name not in records or name not in linears:
+            return f"{name} is {'not in the shards' if name in records else 'not in the journal'}"
+        record, (pattern, shape, rank) = records[name], linears[name]
         if (pattern, shape, rank) != (parse_pattern(record.pattern), tuple(record.shape), record.rank):
-            raise stored.refuse(
+            return (
                 f"{name} is stored as {pattern} of {shape[0]}x{shape[1]} at rank {rank}, the journal says "
                 f"{record.pattern} of {record.shape[0]}x{record.shape[1]} at rank {record.rank}"
             )
+    return ""
 
 
 def _warn_of_changes(folder: Path, state: JournalState) -> None:

@@ -39,6 +39,14 @@ def routed(tokens: int, top_k: int, experts: range, dtype: torch.dtype) -> tuple
     return x.to(dtype), chosen, weights.to(dtype)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_experts_are_taken_apart_too(count: int, tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "m", "mixtral", num_local_experts=count, num_experts_per_tok=count)
+    blockwise = BlockwiseModel(open_checkpoint(str(model)), torch.float32, torch.device("cpu"))
+    blockwise.require_compressible()
+    assert len(blockwise.experts[0]) == 3 * count
+
+
 @pytest.mark.parametrize("architecture", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("used", [range(4), range(1, 4)])  # or the first has no token

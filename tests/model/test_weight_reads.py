@@ -1,14 +1,17 @@
 """Code of a model that uses a linear in another way than to call it: seen before work begins, and right after it."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, initialization
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaPreTrainedModel
 
 import streamslr
 from streamslr.config import RunConfig
@@ -16,12 +19,21 @@ from streamslr.errors import InputError
 from streamslr.io.safetensors_file import shard_header
 from streamslr.model.weight_reads import AbsentWeight, WeightReadError
 from streamslr.results.export import export
+from streamslr.results.inspect import block_summary, block_table, read_run, run_table
+from streamslr.results.report.page import render_page
+from streamslr.results.verify import verify
 from streamslr.run.context import open_run
 from streamslr.run.journal import JournalState
 from streamslr.runtime.linear import SparseLowRankLinear
 from streamslr.spec.pattern import parse_pattern
 
 SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
+
+
+def shown(*tables: Table) -> str:
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(*tables)
+    return console.export_text()
 
 
 def linears_of(journal: JournalState) -> set[str]:
@@ -113,12 +125,38 @@ def test_a_linear_that_cannot_be_packed_stays_dense(
     assert linears_of(journal) == {"gate_proj", "up_proj", "down_proj"} - {dense}
     if dense:
         assert f"model.layers.0.mlp.{dense}.weight" in shard_header(out / "model-block-00000.safetensors").tensors
+    recorded = {f"model.layers.1.mlp.{dense}": why} if dense else {}
+    assert block_summary(out, read_run(out).blocks[1])["dense"] == recorded
+    assert (f"model.layers.*.mlp.{dense} (2 linears): " in render_page(out, journal)) == bool(dense)
+    assert (why in shown(block_table(out, journal.blocks[1]), run_table(out, journal))) == bool(dense or not why)
+    assert not verify(out).problems
     export(out, tmp_path / "dense", "dense", torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     ours = streamslr.load(out, device="cpu", dtype=torch.float32)
     ids = torch.arange(16)[None]
     with torch.no_grad():
         assert torch.allclose(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5)
+
+
+def reads_all_values(self: Any, x: Tensor) -> Tensor:
+    gate, up, down = (linear.weight for linear in (self.gate_proj, self.up_proj, self.down_proj))
+    out: Tensor = (self.act_fn(x @ gate.T) * (x @ up.T)) @ down.T
+    return out
+
+
+def attends_with_values(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    q, k, v, o = (getattr(self, f"{name}_proj").weight for name in "qkvo")
+    return hidden_states + hidden_states @ q.T @ o.T + (hidden_states @ (k + v).T).sum(), None
+
+
+def test_a_block_of_which_no_linear_can_be_packed_is_refused_with_the_reason(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", reads_all_values)
+    monkeypatch.setattr(LlamaAttention, "forward", attends_with_values)
+    why = r"no linear of model\.layers\.0 can be packed, first .*_proj: the model's own code reads its weight"
+    with pytest.raises(InputError, match=why):
+        open_run(RunConfig(model=str(llama), out=tmp_path / "slr", calibration=text, **SETTINGS))
 
 
 def initialize_with(monkeypatch: pytest.MonkeyPatch, work: Callable[[Any], object]) -> None:

@@ -21,8 +21,9 @@ from streamslr.errors import InputError
 from streamslr.finetune import finetune
 from streamslr.results.export import export
 from streamslr.results.verify import verify
+from tests.support.architectures import save, shrunk_config
 from tests.support.markers import slow
-from tests.support.tiny_models import tiny_checkpoint
+from tests.support.tiny_models import tiny_checkpoint, tiny_model
 
 RUN: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False, "method": "eora-wanda"}
 IDS = torch.arange(2, 42).view(2, 20)
@@ -103,6 +104,23 @@ def test_outputs_have_the_config_and_the_names_of_the_source(name: str, text: Pa
         torch.testing.assert_close(
             logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft/adapter")), expected
         )
+
+
+@pytest.mark.parametrize("match", [False, True])
+def test_tensors_that_transformers_joins_keep_their_names(match: bool, text: Path, tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "slr"
+    save(tiny_model(shrunk_config("olmo_hybrid")), source)
+    streamslr.compress(source, folder, calibration=text, **RUN | {"match": match})
+    export(folder, tmp_path / "dense", "dense")
+    exported = load_file(next((tmp_path / "dense").glob("model-00002*")))
+    theirs = load_file(source / "model.safetensors")
+    assert {name for name in theirs if ".layers.0." in name} == exported.keys()
+    key = "model.layers.0.linear_attn.k_conv1d.weight"
+    assert torch.equal(exported[key], theirs[key]) != match
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(streamslr.load(folder, device="cpu"))
+    )
+    assert not verify(folder).problems
 
 
 _IN_VERSION_4 = """

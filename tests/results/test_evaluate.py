@@ -14,7 +14,7 @@ from streamslr.calibration.tokens import text_windows
 from streamslr.errors import InputError
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
-from tests.support.compressed_folders import compressed_folder
+from tests.support.compressed_folders import compressed_folder, rewrite_block
 
 SEQ_LEN = 16
 
@@ -82,6 +82,19 @@ def test_a_flipped_bit_gives_no_perplexity(matched: Path, text: Path, tmp_path: 
     content[-3] ^= 1
     (folder / file).write_bytes(content)
     with pytest.raises(InputError, match=f"{file} is damaged or was changed: its sha256"):
+        evaluate(str(folder), text, SEQ_LEN, device="cpu", free_memory=10**9)
+
+
+def test_linears_of_another_rank_than_the_journals_give_no_perplexity(
+    matched: Path, text: Path, tmp_path: Path
+) -> None:
+    def drop_low_rank(tensors: dict[str, torch.Tensor]) -> None:
+        for part in ("U", "V"):
+            del tensors[f"model.layers.0.self_attn.q_proj.{part}"]
+
+    folder = shutil.copytree(matched, tmp_path / "slr")
+    rewrite_block(folder, drop_low_rank)
+    with pytest.raises(InputError, match=r"q_proj is stored as 2:4 of 64x64 at rank 0, the journal says"):
         evaluate(str(folder), text, SEQ_LEN, device="cpu", free_memory=10**9)
 
 

@@ -103,6 +103,22 @@ def test_factors_of_another_rank_are_found(folder: Path) -> None:
     assert f"{LINEAR}.U has shape (128, 2), the journal says (128, 4)" in problems(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "problem"),
+    [
+        ("model.layers.0.extra.weight", torch.ones(2), "has no place for"),
+        (f"{LINEAR}.weight", torch.ones(128, 64), "has no place for"),
+        ("model.layers.0.input_layernorm.weight", torch.ones(64, dtype=torch.int32), "is I32"),
+    ],
+)
+def test_a_tensor_with_which_the_folder_does_not_load_is_found(
+    folder: Path, name: str, tensor: torch.Tensor, problem: str
+) -> None:
+    rewrite_block(folder, lambda tensors: tensors.update({name: tensor}))
+    assert "config.json: and the shards" in problems(folder)
+    assert problem in problems(folder)
+
+
 def test_an_index_that_points_elsewhere_is_found(folder: Path) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())

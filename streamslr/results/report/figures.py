@@ -42,11 +42,11 @@ def draw_figures(state: JournalState) -> dict[str, Figure]:
 
 def _draw_error_map(blocks: Sequence[BlockRecord]) -> Figure:
     """Draw a heat map: a row per kind of linear, a column per block; the first row is the mean of each block."""
-    names = list(dict.fromkeys(short_name(linear, block) for block in blocks for linear in block.linears))
+    names = list(dict.fromkeys(short_name(linear.name, block) for block in blocks for linear in block.linears))
     cells: list[list[float | None]] = []
     hover: list[list[str]] = []
     for name in names:
-        found = [next((a for a in block.linears if short_name(a, block) == name), None) for block in blocks]
+        found = [next((a for a in block.linears if short_name(a.name, block) == name), None) for block in blocks]
         cells.append([None if linear is None else clipped_log10(linear.error) for linear in found])
         hover.append(["" if linear is None else _describe_linear(linear) for linear in found])
     means = [totals([block]) for block in blocks]
