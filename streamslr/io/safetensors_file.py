@@ -84,6 +84,10 @@ class ShardHeader:
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
+_Metadata = Annotated[dict[str, str], msgspec.Meta(max_length=100_000)]
+"""Texts of a header. safetensors parses all of them whenever a file is opened; ours has one for each linear."""
+
+
 class _Entry(msgspec.Struct, frozen=True):
     """Description of a tensor as a header stores it."""
 
@@ -178,7 +182,7 @@ def _parse_header(raw: bytes) -> tuple[Mapping[str, str], Mapping[str, _Entry]]:
         raise ValueError("it does not begin with an object")
     entries = parse_json(raw, dict[str, msgspec.Raw])
     texts = bytes(entries.pop(_METADATA, b"null"))
-    metadata = {} if texts == b"null" else parse_json(texts, dict[str, str])
+    metadata = {} if texts == b"null" else parse_json(texts, _Metadata)
     described = {}
     for name, entry in entries.items():
         if not name.isprintable():
