@@ -1,5 +1,7 @@
 """Errors for the user, one class for each thing to do next; the command line maps each to its exit code."""
 
+import errno
+
 
 class StreamslrError(Exception):
     """A failure with a message for the user: names the object, the values, and what to do next."""
@@ -42,6 +44,17 @@ def says_out_of_memory(error: BaseException) -> bool:
         *("annot allocate memory", "start new thread", "failed to map segment"),
     )
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def says_disk_full(error: BaseException) -> bool:
+    """Return True for an error whose cause is a disk, a quota or `ulimit -f` that is used up.
+
+    safetensors says it in words. torch.save says no more than that it failed to write.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    words = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+    return any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:

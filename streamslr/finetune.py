@@ -219,10 +219,11 @@ def _read_trainable(folder: Path) -> JournalState:
 
 
 def _require_sound(folder: Path) -> None:
-    """Raise InputError where `verify` finds a problem in a folder."""
+    """Raise InputError where `verify` finds a problem in a folder, or what would be copied is a link out of it."""
     if problems := verify(folder).problems:
         file, problem = problems[0]
         raise InputError(f"{folder / file} {problem} ({len(problems)} problems; `streamslr verify` names them all)")
+    open_checkpoint(str(folder)).require_no_outer_links()
 
 
 def _read_windows(folder: Path, data: Path, seq_len: int, batch: int, bos: str) -> tuple[Tensor, int]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import resource
 import signal
 import sys
@@ -16,9 +17,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import Progress
 from rich.table import Table
+from safetensors import SafetensorError
 
 from streamslr.config import format_bytes
-from streamslr.errors import BudgetError, StreamslrError, first_line, says_out_of_memory
+from streamslr.errors import BudgetError, StreamslrError, first_line, says_disk_full, says_out_of_memory
 from streamslr.printable import printable
 from streamslr.streams import output_is_gone
 
@@ -94,11 +96,15 @@ def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Ite
     except StreamslrError as error:
         say(f"streamslr: {error}", err=True)
         sys.exit(error.exit_code)
-    except (MemoryError, ImportError, RuntimeError, OSError) as error:
+    except (MemoryError, ImportError, RuntimeError, OSError, SafetensorError) as error:
         if says_out_of_memory(error):
             say(f"streamslr: {_explain_lack_of_memory(error)}", err=True)
             sys.exit(BudgetError.exit_code)
-        if not isinstance(error, OSError):
+        if says_disk_full(error):
+            advice = "free some space or give another folder, then start the same line again"
+            say(f"streamslr: a file cannot be written: {first_line(error)}; {advice}", err=True)
+            sys.exit(BudgetError.exit_code)
+        if not isinstance(error, OSError) and "Too many open files" not in str(error):
             raise
         say(f"streamslr: {error}", err=True)
         sys.exit(StreamslrError.exit_code)
@@ -157,6 +163,7 @@ def send_log(quiet: bool, log_file: Path | None) -> Iterator[Console]:
     if log_file:
         try:
             log_file.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666))  # waits for no pipe's reader
             handlers.append(_LogFile(log_file))
             logger.addHandler(handlers[1])
         except OSError as error:

@@ -185,6 +185,16 @@ def test_folders_that_are_unfinished_damaged_or_of_rank_0(compressed: Path, text
         finetune(copy, text, tmp_path / "out", **SETTINGS)
 
 
+def test_a_link_out_of_the_folder_is_not_copied(compressed: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "slr"
+    shutil.copytree(compressed, folder)
+    (folder / "tokenizer.json").rename(tmp_path / "elsewhere")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"tokenizer\.json in .* is a link to .*elsewhere"):
+        finetune(folder, text, tmp_path / "out", seq_len=32, steps=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_source_that_changes_during_the_training_is_refused(
     compressed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

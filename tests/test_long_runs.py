@@ -1,5 +1,6 @@
 """Runs whose terminal, log or memory ends: they go on, or end with one line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,32 @@ def test_help_and_usage_need_no_reader(how: str, line: list[str], code: int, tmp
     assert python_script(script, how, *line).returncode == code
 
 
-def test_the_log_may_lie_in_the_new_output_folder(llama: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["logs.txt", *slow("logs/today/run.log")])
+def test_the_log_may_lie_in_the_new_output_folder(name: str, llama: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    line = [*run_line(llama, text, out), "--quiet", "--log-file", str(out / "logs.txt")]
+    line = [*run_line(llama, text, out), "--quiet", "--log-file", str(out / name)]
     for _ in range(2):  # the second one finds it there
         done = call(*line)
         assert (done.returncode, done.stderr) == (0, "")
-    assert (out / "logs.txt").read_text().count("INFO block") == 2
+    assert (out / name).read_text().count("INFO block") == 2
+    assert call("verify", out).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["out/streamslr.json", "out/model-block-00000.safetensors", "text.txt", "out"])
+def test_a_log_goes_into_no_file_of_the_run(name: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    own = tmp_path / "text.txt"
+    own.write_bytes(text.read_bytes())
+    done = call(*run_line(llama, own, tmp_path / "out"), "--log-file", tmp_path / name)
+    assert done.returncode == 2
+    assert "give one of its own, like run.log" in done.stderr
+    assert own.read_bytes() == text.read_bytes()
+
+
+def test_a_pipe_that_nobody_reads_is_no_log(llama: Path, text: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = call(*run_line(llama, text, tmp_path / "out"), "--quiet", "--log-file", tmp_path / "pipe")
+    assert done.returncode == 0
+    assert "cannot be written: No such device or address" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("log", ["/dev/full", "/dev/null/log.txt"])

@@ -1,11 +1,13 @@
 """Output to a terminal or a log: names that hold escape sequences, newlines and markup of rich are shown as text."""
 
+import errno
 import json
 import logging
 from pathlib import Path
 
 import pytest
 from rich.table import Table
+from safetensors import SafetensorError
 
 from streamslr.errors import InputError
 from streamslr.printable import printable
@@ -43,6 +45,29 @@ def test_messages_and_errors_are_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err.count("\n") == 1
     say("x" * 10**6)
     assert len(capsys.readouterr().out) < 5000
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (SafetensorError("I/O error: File too large (os error 27)"), 3, "free some space"),
+        (OSError(errno.ENOSPC, "No space left on device", "checkpoint"), 3, "free some space"),
+        (
+            RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/3: file write failed"),
+            3,
+            "space",
+        ),
+        (RuntimeError("unable to open file <a> in read-only mode: Too many open files (24)"), 1, "Too many open files"),
+    ],
+)
+def test_limits_of_the_system_are_one_line(
+    error: Exception, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, report_errors():
+        raise error
+    printed = capsys.readouterr().err
+    assert (ended.value.code, printed.count("\n")) == (code, 1)
+    assert words in printed
 
 
 def test_a_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from streamslr.errors import InputError
+from streamslr.errors import InputError, StreamslrError
 from streamslr.io.durable import PARTIAL_SUFFIX, copy_file, file_sha256, write_file, write_json
 from streamslr.io.packed_layout import (
     BLOCK_FILE,
@@ -189,4 +189,10 @@ def parse_index(raw: bytes) -> dict[str, str]:
 def discard_uncommitted(folder: Path, committed: Iterable[WrittenShard]) -> None:
     """Remove what a killed process left behind, as `list_uncommitted` names it."""
     for path in list_uncommitted(folder, committed):
-        path.unlink()
+        try:
+            path.unlink()
+        except OSError as error:
+            raise StreamslrError(
+                f"{path} is in the way of a file of this run and cannot be removed: {error.strerror}; move it away, "
+                f"then run the same line again"
+            ) from error

@@ -87,6 +87,12 @@ class ShardHeader:
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
+_Entries = Annotated[dict[str, msgspec.Raw], msgspec.Meta(max_length=100_000)]
+"""Entries of a header. The largest model on the hub has some 90,000 tensors, in 163 files."""
+_Metadata = Annotated[dict[str, str], msgspec.Meta(max_length=100_000)]
+"""Texts of a header. safetensors parses all of them whenever a file is opened; ours has one for each linear."""
+
+
 class _Entry(msgspec.Struct, frozen=True):
     """Description of a tensor as a header stores it."""
 
@@ -179,9 +185,9 @@ def _parse_header(raw: bytes) -> tuple[Mapping[str, str], Mapping[str, _Entry]]:
     """Return the texts and the descriptions of the tensors that a header holds. Raises ValueError."""
     if not raw.startswith(b"{"):
         raise ValueError("it does not begin with an object")
-    entries = parse_json(raw, dict[str, msgspec.Raw])
+    entries = parse_json(raw, _Entries)
     texts = bytes(entries.pop(_METADATA, b"null"))
-    metadata = {} if texts == b"null" else parse_json(texts, dict[str, str])
+    metadata = {} if texts == b"null" else parse_json(texts, _Metadata)
     described = {}
     for name, entry in entries.items():
         if not name.isprintable():

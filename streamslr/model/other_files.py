@@ -22,6 +22,7 @@ _OF_OTHER_FILES = (
 )
 """Descriptions of files that no output holds: the pooling of sentence-transformers, Mistral's consolidated weights,
 a training."""
+TOKENIZER_TEXTS = ("merges.txt", "vocab.txt")
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 log = logging.getLogger("streamslr")
@@ -34,7 +35,7 @@ def is_auxiliary(name: str) -> bool:
     if name.startswith(".") or name in (CONFIG_FILE, "streamslr.json", *_OF_OTHER_FILES) or ".index." in name:
         return False
     # Of .txt files only these are a tokenizer's; others may be anything, and large.
-    return name in ("merges.txt", "vocab.txt") or name.endswith((".json", ".model", ".jinja", ".tiktoken"))
+    return name in TOKENIZER_TEXTS or name.endswith((".json", ".model", ".jinja", ".tiktoken"))
 
 
 def refuse_other_model(source: ModelSource, config: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.meta_model import build_on_meta
+from streamslr.model.other_files import TOKENIZER_TEXTS
 from streamslr.model.sources import CONFIG_FILE
 from streamslr.outside import parse_loose_json, read_bounded
 from streamslr.results.inspect import REPORT_FILE, read_run
@@ -36,7 +37,7 @@ from streamslr.tensors import is_finite
 log = logging.getLogger("streamslr")
 
 _ADDED_FILES = ("LICENSE", REPORT_FILE)
-_ADDED_SUFFIXES = (".md", ".html", ".png", ".jpg", ".svg", ".log")
+_ADDED_SUFFIXES = (".md", ".html", ".png", ".jpg", ".svg", ".log", ".txt")
 """Files that people add to a folder before they publish it, and that no reader of models takes for a part of one."""
 
 
@@ -123,7 +124,7 @@ def verify(folder: Path, step: Callable[[int, int], None] = lambda done, total: 
 def _check_shard(path: Path, shard: WrittenShard, block: BlockRecord | None) -> tuple[list[str], list[str]]:
     """Return the names of a shard's tensors, and its problems."""
     if not path.is_file():
-        return [], ["is missing"]
+        return [], ["is no regular file" if path.exists() else "is missing"]
     problems = []
     if path.stat().st_size != shard.nbytes:
         problems.append(f"has {path.stat().st_size:,} bytes, the journal says {shard.nbytes:,}")
@@ -181,7 +182,7 @@ def _check_auxiliary_files(folder: Path, state: JournalState) -> Iterator[tuple[
         yield CONFIG_FILE, "has no record in the journal"
     for name, digest in state.auxiliary_files.items():
         if not (folder / name).is_file():
-            yield name, "is missing"
+            yield name, "is no regular file" if (folder / name).exists() else "is missing"
         elif not is_as_written(folder / name, digest):
             yield name, "has changed since the run wrote it"
 
@@ -292,7 +293,12 @@ def _strangers(folder: Path, state: JournalState) -> list[str]:
     return sorted(
         path.name
         for path in folder.iterdir()
-        if path.name not in known
-        and not path.name.startswith(".")
-        and not (path.is_file() and path.name.endswith(_ADDED_SUFFIXES))
+        if path.name not in known and not path.name.startswith(".") and not _is_added(path)
     )
+
+
+def _is_added(path: Path) -> bool:
+    """Tell if a file, or all that a folder holds, is what people add and no reader of models takes for a part."""
+    if path.is_dir() and not path.is_symlink():
+        return all(map(_is_added, path.iterdir()))
+    return path.is_file() and path.name.endswith(_ADDED_SUFFIXES) and path.name not in TOKENIZER_TEXTS

@@ -2,7 +2,7 @@
 
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -189,13 +189,20 @@ class Journal:
         foreign = sorted(
             p.name
             for p in self.folder.iterdir()
-            if not p.name.startswith(".") and p.name != unfinished and p.resolve() not in logs
+            if not (p.name.startswith(".") or p.name == unfinished or _is_or_holds(p.resolve(), logs))
         )
         if foreign:
             raise ResumeError(
                 f"{self.folder} holds files but no {JOURNAL_FILE} ({', '.join(foreign[:5])}"
                 f"{', …' if len(foreign) > 5 else ''}); give an empty or new folder as --out"
             )
+
+
+def _is_or_holds(path: Path, files: Collection[Path]) -> bool:
+    """Tell if a path is one of the files, or a folder that holds nothing else."""
+    if path.is_dir() and not path.is_symlink():
+        return all(_is_or_holds(inside, files) for inside in path.iterdir())
+    return path in files
 
 
 def refuse_changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

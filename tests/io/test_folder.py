@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from streamslr.errors import InputError
+from streamslr.errors import InputError, StreamslrError
 from streamslr.io.durable import file_sha256
 from streamslr.io.folder import (
     copy_auxiliary_file,
@@ -80,6 +80,12 @@ def copied(folder: Path, name: str, content: bytes) -> bytes:
     (folder / name).write_bytes(content)
     assert copy_auxiliary_file(folder / name, folder / "to") == file_sha256(folder / "to" / name)
     return (folder / "to" / name).read_bytes()
+
+
+def test_a_folder_in_place_of_a_shard_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model-block-00000.safetensors").mkdir()
+    with pytest.raises(StreamslrError, match=r"model-block-00000\.safetensors is in the way .* move it away"):
+        discard_uncommitted(tmp_path, ())
 
 
 def test_auto_map_is_dropped_where_it_names_code_and_kept_where_it_is_a_word(tmp_path: Path) -> None:

@@ -174,6 +174,8 @@ def refusal(entries: object, data: int = 0, end: Callable[[bytes], bytes] = lamb
         ([], 0, "not a safetensors header"),
         ({"a": 1}, 0, "not a safetensors header"),
         ({"__metadata__": {"format": 1}}, 0, "Expected `str`, got `int`"),
+        ({"__metadata__": dict.fromkeys(map(str, range(200_000)), "")}, 0, "of length <= 100000"),
+        (dict.fromkeys(map(str, range(200_000)), 0), 0, "of length <= 100000"),
         ({"__metadata__": ["format"]}, 0, "not a safetensors header"),
         ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, 8, "a [4] takes 16 bytes, its offsets hold 8"),
         ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, 4, "a: Expected `int` >= 0"),
