@@ -242,7 +242,9 @@ def check_headers(model: PreTrainedModel, names: ParameterNames, checkpoint: Che
 
 def warn_of_unused(model: PreTrainedModel, names: ParameterNames, checkpoint: Checkpoint) -> None:
     """Warn of tensors in blocks that the model has no place for: transformers reads none, no output has them."""
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    # Old checkpoints hold rotary tables, which transformers passes over in silence too.
+    patterns = (r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()))
+    ignored = [re.compile(pattern) for pattern in patterns]
     unused = [
         key
         for key in checkpoint.tensors
