@@ -24,6 +24,7 @@ from streamslr.model.parameter_names import (
     find_kinds,
     find_linears,
     find_routers,
+    warn_of_unused,
 )
 from streamslr.model.transformers_compat import (
     get_model_conversion_mapping,
@@ -123,6 +124,7 @@ class BlockwiseModel:
         self.dense: tuple[Mapping[str, str], ...] = ({},) * len(self._blocks)
         check_headers(self._model, self._names, checkpoint)
         check_depth(self._model, self._names, checkpoint.tensors)
+        warn_of_unused(self._model, self._names, checkpoint)
 
         self._live: int | None = None
         self._non_block_loaded = False

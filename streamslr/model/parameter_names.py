@@ -244,6 +244,25 @@ def check_headers(model: PreTrainedModel, names: ParameterNames, checkpoint: Che
             )
 
 
+def warn_of_unused(model: PreTrainedModel, names: ParameterNames, checkpoint: Checkpoint) -> None:
+    """Warn of tensors in blocks that the model has no place for: transformers reads none, no output has them."""
+    # Old checkpoints hold rotary tables, which transformers passes over in silence too.
+    patterns = (r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()))
+    ignored = [re.compile(pattern) for pattern in patterns]
+    unused = [
+        key
+        for key in checkpoint.tensors
+        if (made := names.parameters_of(key))[0] not in names.meta
+        and names.block_of(made[0]) is not None
+        and not any(pattern.search(key) for pattern in ignored)
+    ]
+    if unused:
+        log.warning(
+            "%s: a %s has no place for %s (%d such tensors): it is neither used nor copied",
+            *(checkpoint.model, type(model).__name__, unused[0], len(unused)),
+        )
+
+
 def check_depth(model: PreTrainedModel, names: ParameterNames, keys: Iterable[str]) -> None:
     """Check that the checkpoint has no blocks beyond those of the model, which would be left out in silence.
 

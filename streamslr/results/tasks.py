@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from streamslr.errors import HubError, InputError, first_line
 from streamslr.io.packed_layout import read_quantization_config
 from streamslr.model.blockwise import BlockwiseModel
+from streamslr.model.border import refusing
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.model.meta_model import auto_class
 from streamslr.results.evaluate import read_digests
@@ -78,7 +79,7 @@ def evaluate_tasks(
         progress: Show the harness's bars.
 
     Raises:
-        InputError: The harness is not installed, or has no task of that name.
+        InputError: The harness is not installed, has no task of that name, or fails in the model's code.
         HubError: The data of a task cannot be fetched.
     """
     try:
@@ -100,13 +101,14 @@ def evaluate_tasks(
     checkpoint = open_checkpoint(model, revision)
     tokenizer = checkpoint.tokenizer()
     loaded = _load_whole(checkpoint, revision, where, dtype)
-    lm = HFLM(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-    if not progress:
-        for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-            setattr(lm, request, partial(getattr(lm, request), disable_tqdm=True))
-    results = simple_evaluate(
-        lm, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
-    )
+    with refusing(f"lm-evaluation-harness cannot score {model}", "try another task, or evaluate the model with --text"):
+        lm = HFLM(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        if not progress:
+            for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+                setattr(lm, request, partial(getattr(lm, request), disable_tqdm=True))
+        results = simple_evaluate(
+            lm, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
+        )
     return TaskScores(model, where.type, str(dtype).removeprefix("torch."), tuple(_scores(results)))
 
 

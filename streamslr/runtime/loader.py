@@ -55,7 +55,7 @@ def load(
     Args:
         folder: compressed folder, or hub id of one.
         device: "cpu", "cuda", … [default: cuda where there is one].
-        dtype: dtype of every floating-point tensor [default: as stored].
+        dtype: dtype of every floating-point tensor [default: that of config.json; as stored where it names none].
         device_map: in place of device, as in `from_pretrained`.
         keep_dense: hold every S dense too. The model is then as fast as the dense model, for the dense model's memory
             on top: for CPUs, where unpacking costs time.

@@ -415,6 +415,18 @@ def test_a_block_that_another_checkpoint_lacks(tmp_path: Path) -> None:
         blockwise_of(a).load_block(1, open_checkpoint(str(b)))
 
 
+def test_tensors_in_blocks_that_the_model_does_not_use_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", blocks=2, shards=1)
+    tensors = load_file(folder / "model.safetensors")
+    unused = "model.layers.1.mlp.up_proj.lora_A.weight"
+    inv_freq = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    save_file(tensors | {unused: torch.ones(2, 64), inv_freq: torch.ones(8)}, folder / "model.safetensors")
+    BlockwiseModel(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
+    assert f"LlamaForCausalLM has no place for {unused} (1 such tensors)" in caplog.text
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "gptj", "mpt", "codegen"])
 def test_windows_longer_than_the_models_positions(tmp_path: Path, architecture: str) -> None:
     """The table of positions is beside the blocks or in them, and may be a mask."""

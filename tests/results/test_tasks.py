@@ -108,6 +108,15 @@ def test_a_compressed_folder_scores_as_its_dense_export(model: Path, text: Path,
 
 
 @pytest.mark.slow
+def test_a_model_whose_code_fails_is_one_line(model: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("the cache has no attention layers")
+
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM._model_call", fail)
+    with pytest.raises(InputError, match=r"cannot score .*: the cache has no attention layers; try another task"):
+        evaluate_tasks(str(model), ["tiny_choices"], include_path=tasks, device="cpu", progress=False)
+
+
 def test_an_unknown_task_is_refused_before_the_model_is_opened_and_the_papers_are_known() -> None:
     with pytest.raises(InputError, match="knows no task no_such_task;"):
         evaluate_tasks("/no/model", ["no_such_task", " papers"])
