@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import logging
+import re
 import resource
 import sys
 import threading
@@ -19,6 +20,8 @@ from streamslr.errors import first_line, says_out_of_memory
 _SAMPLE_SECONDS = 0.05
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # mallopt(3)
 _LARGE = 2**20
+_SHARD = re.compile(rb"\.safetensors[^\n]*\n(?:[^\n]*\n)*?Rss: +(\d+) kB")
+"""Resident pages of a mapped shard in /proc/self/smaps: proc_pid_smaps(5)."""
 
 log = logging.getLogger("streamslr")
 
@@ -103,13 +106,17 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def held() -> int:
-    """Return the bytes of memory that this process holds. Slow: it walks every mapping, about 30 ms.
+    """Return the bytes of memory that this process holds. Takes 2 ms; 20 ms where a shard is mapped.
 
     That is its resident memory without the pages of mapped shards, which the kernel can reclaim. Pages of libraries
     count whole. The unique set size leaves out those that another process maps too, so a run beside a second one
     seemed to hold 60 MB less, and its plan was short by them when the other ended.
     """
-    return sum(mapping.rss for mapping in psutil.Process().memory_maps() if not mapping.path.endswith(".safetensors"))
+    resident = int(psutil.Process().memory_info().rss)
+    if b".safetensors" not in Path("/proc/self/maps").read_bytes():
+        return resident
+    # psutil.Process.memory_maps() reads the same in 70 ms.
+    return resident - sum(1024 * int(kilobytes) for kilobytes in _SHARD.findall(Path("/proc/self/smaps").read_bytes()))
 
 
 def anonymous() -> int:

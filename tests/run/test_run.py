@@ -700,14 +700,14 @@ def test_a_run_begun_under_a_tight_budget_goes_on_in_its_pieces_under_a_generous
 def test_a_full_disk_under_the_gram_matrices_names_the_way_out(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Path.write_bytes
+    opened = Path.open
 
-    def full(path: Path, data: Any) -> int:
+    def full(path: Path, *arguments: Any, **settings: Any) -> Any:
         if path.name.startswith("gram-"):
             raise OSError(28, "No space left on device")
-        return write(path, data)
+        return opened(path, *arguments, **settings)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "open", full)
     context = open_run(RunConfig.of(**settings))
     with pytest.raises(BudgetError, match=r"Gram matrix of model.layers.0.* No space left .* --scratch"):
         run(replace(context, plan=replace(context.plan, grams_at="disk")))
