@@ -50,6 +50,7 @@ def test_run_prints_the_plan_a_line_a_block_and_the_result(model: Path, text: Pa
     assert "peak" in lines[0]
 
 
+@pytest.mark.slow
 def test_the_command_and_the_api_write_the_same(model: Path, text: Path, finished: Path, tmp_path: Path) -> None:
     assert call(*run_line(model, text, tmp_path / "out", "--quiet")).returncode == 0
     for shard in finished.glob("*.safetensors"):
@@ -62,6 +63,7 @@ def test_quiet_says_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_without_out_the_same_line_writes_goes_on_and_says_where(
     model: Path, text: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +177,7 @@ def test_inspect_json_is_only_json_and_holds_every_linear(finished: Path) -> Non
     assert json.loads(call("inspect", finished, "--block", "2", "--json").stdout) == whole["blocks"][2]
 
 
+@pytest.mark.slow
 def test_matching_shows_in_inspect_and_can_be_left_out(model: Path, text: Path, finished: Path, tmp_path: Path) -> None:
     matching = json.loads(call("inspect", finished, "--json", "--block", "1").stdout)["matching"]
     assert len(matching["curve"]) == 3
@@ -295,6 +298,7 @@ def test_eval_without_text_and_tasks_is_refused(finished: Path) -> None:
     assert "--tasks" in done.stderr
 
 
+@pytest.mark.slow
 def test_methods_are_listed_for_people_and_programs() -> None:
     script = str(Path(sys.executable).with_name("streamslr"))  # as it is installed
     shown = subprocess.run([script, "methods"], capture_output=True, text=True)

@@ -90,6 +90,7 @@ def test_the_source_stays_and_two_trainings_give_the_same_bytes(
 
 
 # Before the settings, the second file, the journal and the folder itself take their names, and after 6 of 10 steps.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("counting", "die_at"), [*slow(("renames", 0), ("renames", 2)), ("renames", -2), ("renames", -1), ("steps", 6)]
 )

@@ -37,6 +37,7 @@ def test_equal_or_refused_as_the_guide_says(architecture: str, tmp_path: Path) -
         assert f"| `{architecture}` | {cell(outcome.reason)} |" in made
 
 
+@pytest.mark.slow
 def test_the_decoder_of_a_model_with_vision_is_compressed_and_the_rest_passed_through(
     tmp_path: Path, text: Path
 ) -> None:

@@ -439,6 +439,7 @@ def test_windows_longer_than_the_models_positions(tmp_path: Path, architecture: 
 # Models that cannot be compressed, or not even be taken apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS, "olmoe", *slow("qwen2_moe", "glm4_moe")])
 def test_what_can_be_compressed(tmp_path: Path, architecture: str) -> None:
     blockwise_of(tiny_checkpoint(tmp_path / "m", architecture)).require_compressible()

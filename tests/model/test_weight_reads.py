@@ -104,6 +104,7 @@ def skips(self: Any, x: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("forward", "dense", "why"),
     [
@@ -170,6 +171,7 @@ def initialize_with(monkeypatch: pytest.MonkeyPatch, work: Callable[[Any], objec
     monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", init_weights, raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "dense"),
     [

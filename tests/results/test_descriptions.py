@@ -106,6 +106,7 @@ def test_outputs_have_the_config_and_the_names_of_the_source(name: str, text: Pa
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("match", [False, True])
 def test_tensors_that_transformers_joins_keep_their_names(match: bool, text: Path, tmp_path: Path) -> None:
     source, folder = tmp_path / "source", tmp_path / "slr"
@@ -161,6 +162,7 @@ def test_transformers_4_reads_the_same_models(text: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(torch.load(folder / "logits.pt"), own)
 
 
+@pytest.mark.slow
 def test_code_that_is_not_there_is_not_named(text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tiny_checkpoint(tmp_path / "source", "phi3", blocks=2, dtype=torch.float32)
     for name, auto_map in (
@@ -193,6 +195,7 @@ def test_settings_that_json_has_no_number_for_and_other_letters_stay(text: Path,
     assert read_config(tmp_path / "dense") == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "written"),
     [

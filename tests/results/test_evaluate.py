@@ -34,6 +34,7 @@ def test_a_dense_checkpoint_has_the_whole_models_perplexity(llama: Path, text: P
     assert result.tokens == result.windows * (SEQ_LEN - 1)
 
 
+@pytest.mark.slow
 def test_a_compressed_folder_has_the_perplexity_of_its_merged_weights(
     llama: Path, matched: Path, text: Path, tmp_path: Path
 ) -> None:

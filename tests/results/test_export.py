@@ -124,6 +124,7 @@ def test_by_default_a_dense_export_rounds_the_sum_once_and_keeps_the_rest(compre
         assert (out / name).read_bytes() == (compressed / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("to", "die_at"), [("dense", 0), ("dense", 3), ("peft", 5), ("peft", 7), ("peft", 11)])
 def test_what_a_kill_left_goes_on_to_the_same_bytes(compressed: Path, tmp_path: Path, to: str, die_at: int) -> None:
     out = tmp_path / "out"

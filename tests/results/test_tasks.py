@@ -97,6 +97,7 @@ def test_a_dense_checkpoint_scores_as_by_hand(model: Path, tasks: Path) -> None:
     assert (result.device, result.dtype) == ("cpu", "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_tasks_alone")
 def test_a_compressed_folder_scores_as_its_dense_export(model: Path, text: Path, tasks: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "rank": 4, "device": "cpu", "match": False}
@@ -117,6 +118,7 @@ def test_a_model_whose_code_fails_is_one_line(model: Path, tasks: Path, monkeypa
         evaluate_tasks(str(model), ["tiny_choices"], include_path=tasks, device="cpu", progress=False)
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_refused_before_the_model_is_opened_and_the_papers_are_known() -> None:
     with pytest.raises(InputError, match="knows no task no_such_task;"):
         evaluate_tasks("/no/model", ["no_such_task", " papers"])

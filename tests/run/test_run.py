@@ -127,6 +127,7 @@ def test_without_matching_all_but_the_linears_is_unchanged(settings: dict[str, A
     assert all(torch.equal(source[name], written[name]) for name in common)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [*slow("2:4", "4:8", "1:4", "50%"), "50%/row"])
 @pytest.mark.parametrize("rank", [*slow(0), 4])
 def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], pattern: str, rank: int) -> None:
@@ -143,6 +144,7 @@ def test_each_pattern_and_rank_reaches_the_disk(settings: dict[str, Any], patter
                 assert parse_pattern(pattern).check(weight != 0) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "rank"), [*slow(("oats", 4)), ("alps", 0)])
 def test_other_methods_stream_and_keep_their_folder(settings: dict[str, Any], method: str, rank: int) -> None:
     state = streamslr.compress(**settings | {"method": method, "rank": rank, "pattern": "1:4"})
@@ -169,6 +171,7 @@ def model_with_dead_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "pattern"), [*slow(*((method, "2:4") for method in BUILT_IN)), ("3basil", "50%"), ("oats", "50%/row")]
 )
@@ -202,6 +205,7 @@ def test_matching_after_any_method_lowers_the_loss_and_changes_no_support(
             assert not rank or not moved["V"][:, DEAD].any()
 
 
+@pytest.mark.slow
 def test_the_hidden_states_are_those_of_the_written_model(settings: dict[str, Any], unbroken: Any) -> None:
     """A replay of finished blocks gives the digests that the run recorded, so the written weights are those it ran."""
     assert compress_in_child(settings, die_at=15) == -9
@@ -298,6 +302,7 @@ def test_a_lost_or_changed_auxiliary_file_is_made_again(
     assert run_contents(settings["out"]) == unbroken
 
 
+@pytest.mark.slow
 def test_another_scratch_on_resume_leaves_nothing_behind(
     begun: dict[str, Any], unbroken: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -305,6 +310,7 @@ def test_another_scratch_on_resume_leaves_nothing_behind(
     assert run_contents(begun["out"]) == unbroken
 
 
+@pytest.mark.slow
 def test_grams_are_gone_before_the_block_passes_on(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan does not count them in that phase, and down_proj's is the largest tensor of all."""
     from streamslr.calibration.grams import Gram
@@ -336,6 +342,7 @@ def test_changed_windows_are_named_before_memory_is_looked_at(begun: dict[str, A
         streamslr.compress(**begun | {"seq_len": 4096, "host_mem": "1MB"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host_mem", ["10GB", *slow(None)])
 def test_the_tier_of_hidden_states_does_not_show_in_the_bytes(
     settings: dict[str, Any], unbroken: dict[str, bytes], host_mem: str | None, tmp_path: Path
@@ -371,6 +378,7 @@ def test_another_model_or_text_is_refused(begun: dict[str, Any], tmp_path: Path)
         streamslr.compress(**begun | {"calibration": text})
 
 
+@pytest.mark.slow
 def test_a_finished_block_is_kept_when_a_later_one_is_damaged(settings: dict[str, Any], tmp_path: Path) -> None:
     broken = shutil.copytree(settings["model"], tmp_path / "broken")
     for file in broken.glob("*.safetensors"):
@@ -406,6 +414,7 @@ def test_a_budget_that_cannot_hold_is_refused_before_any_work(settings: dict[str
     assert not settings["out"].exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [*slow("qwen2", "gemma2", "opt", "cohere2"), "phi3", "gpt_neox", "bloom"])
 def test_other_architectures_compress_and_verify(settings: dict[str, Any], tmp_path: Path, architecture: str) -> None:
     model = tiny_checkpoint(tmp_path / architecture, architecture, blocks=2)
@@ -423,6 +432,7 @@ def test_windows_longer_than_the_learned_positions_are_refused(settings: dict[st
         streamslr.compress(**settings | {"model": model, "samples": 2, "seq_len": 64})
 
 
+@pytest.mark.slow
 def test_tied_embeddings_are_written_once(settings: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "tied", tie=True)
     streamslr.compress(**settings | {"model": model})
@@ -430,6 +440,7 @@ def test_tied_embeddings_are_written_once(settings: dict[str, Any], tmp_path: Pa
     assert verify(settings["out"]).problems == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, *slow(torch.float32)])
 def test_values_are_stored_in_the_models_dtype(settings: dict[str, Any], tmp_path: Path, dtype: torch.dtype) -> None:
     model = tiny_checkpoint(tmp_path / "m", dtype=dtype)
@@ -472,6 +483,7 @@ def streamed_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         return blockwise.logits(ids, hidden)
 
 
+@pytest.mark.slow
 def test_norms_are_matched_too_and_non_block_tensors_are_not(settings: dict[str, Any], model: Path) -> None:
     streamslr.compress(**settings | {"pattern": "1:4"})
     source = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
@@ -484,6 +496,7 @@ def test_norms_are_matched_too_and_non_block_tensors_are_not(settings: dict[str,
     }
 
 
+@pytest.mark.slow
 def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
     settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -497,6 +510,7 @@ def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
     assert verify(settings["out"]).problems == ()
 
 
+@pytest.mark.slow
 def test_tiers_on_disk_do_not_show_in_the_bytes(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
     context = open_run(RunConfig.of(**settings))
     run(replace(context, plan=replace(context.plan, in_memory=False, grams_at="disk")))
@@ -541,6 +555,7 @@ def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dic
     assert after == pytest.approx(in_pieces, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_pass_that_runs_out_of_memory_is_cut_once_and_says_so(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -576,6 +591,7 @@ def workspaces_of_solves(patch: pytest.MonkeyPatch, fails: bool) -> list[tuple[s
     return seen
 
 
+@pytest.mark.slow
 def test_a_solve_that_runs_out_of_memory_is_done_in_tiles_and_so_are_all_after_it(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -615,6 +631,7 @@ def test_a_run_goes_on_in_the_workspace_that_running_out_of_memory_left_it(
     assert run_contents(settings["out"]) == run_contents(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_again_ends_the_run_and_keeps_finished_blocks(
     settings: dict[str, Any], unbroken: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -652,6 +669,7 @@ def test_memory_that_runs_out_anywhere_is_no_traceback(
         streamslr.compress(**settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["match", *slow("propagate")])
 def test_matching_and_propagation_are_cut_too(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, phase: str

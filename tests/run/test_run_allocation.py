@@ -85,6 +85,7 @@ def state_of(folder: Path) -> JournalState:
     return state
 
 
+@pytest.mark.slow
 def test_blocks_with_more_outliers_keep_more_and_all_together_what_was_asked_for(by_owl: Path) -> None:
     state = state_of(by_owl)
     assert verify(by_owl).problems == ()
@@ -120,6 +121,7 @@ def test_each_linear_becomes_what_the_file_says(by_name: Path) -> None:
     assert all(block.matching is not None for block in state.blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", ["by_owl", "by_name"])
 @torch.no_grad()
 def test_every_reader_has_the_same_model(made: str, tmp_path: Path, text: Path, request: Any) -> None:
@@ -144,6 +146,7 @@ def test_every_reader_has_the_same_model(made: str, tmp_path: Path, text: Path, 
     assert run_table(folder, state_of(folder)).columns[2].header == "pattern + rank"
 
 
+@pytest.mark.slow
 def test_a_mixed_folder_can_be_finetuned(by_name: Path, text: Path, tmp_path: Path) -> None:
     finetune(by_name, text, tmp_path / "tuned", seq_len=16, steps=2, batch=2, device="cpu")
     assert verify(tmp_path / "tuned").problems == ()
@@ -169,6 +172,7 @@ def test_killed_in_the_survey_it_begins_again(settings: dict[str, Any], by_owl: 
     assert run_contents(settings["out"]) == run_contents(by_owl)
 
 
+@pytest.mark.slow
 def test_a_survey_that_is_done_is_not_done_again(
     settings: dict[str, Any], by_owl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +186,7 @@ def test_a_survey_that_is_done_is_not_done_again(
     assert run_contents(settings["out"]) == run_contents(by_owl)
 
 
+@pytest.mark.slow
 def test_what_inspect_prints_is_a_file_for_another_run(settings: dict[str, Any], by_owl: Path, tmp_path: Path) -> None:
     file = tmp_path / "allocation.json"
     file.write_text(json.dumps(get_allocation(state_of(by_owl))))
@@ -190,6 +195,7 @@ def test_what_inspect_prints_is_a_file_for_another_run(settings: dict[str, Any],
         assert (settings["out"] / shard.name).read_bytes() == shard.read_bytes()
 
 
+@pytest.mark.slow
 def test_another_allocation_is_refused_and_another_layout_of_the_file_is_not(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -240,6 +246,7 @@ def test_a_linear_that_cannot_have_its_pattern_is_refused_before_any_work(
     assert not settings["out"].exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("match", [True, *slow(False)])
 def test_the_plan_holds_whatever_the_survey_finds(settings: dict[str, Any], match: bool) -> None:
     settings |= OWL | {"method": "3basil"}

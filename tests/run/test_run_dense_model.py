@@ -74,6 +74,7 @@ def test_a_model_that_was_trained_on_is_refused_in_the_middle(
         streamslr.compress(**settings)
 
 
+@pytest.mark.slow
 def test_blocks_that_are_made_again_are_not_made_of_another_model(settings: dict[str, Any]) -> None:
     streamslr.compress(**settings)
     retrain(settings["model"])
@@ -99,6 +100,7 @@ def test_a_shard_that_is_swapped_while_the_run_works_ends_it(
     assert not read_run(settings["out"]).complete
 
 
+@pytest.mark.slow
 def test_a_model_with_new_times_goes_on_to_the_same_bytes(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

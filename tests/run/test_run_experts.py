@@ -138,6 +138,7 @@ def test_peft_is_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "peft").exists()
 
 
+@pytest.mark.slow
 def test_u_and_v_of_experts_can_be_fine_tuned(mixtral: Path, text: Path, tmp_path: Path) -> None:
     record = finetune(mixtral / "slr", text, tmp_path / "tuned", seq_len=32, batch=4, lr=0.05, steps=6, device="cpu")
     assert record.loss_after < record.loss_before
@@ -147,6 +148,7 @@ def test_u_and_v_of_experts_can_be_fine_tuned(mixtral: Path, text: Path, tmp_pat
     assert not torch.equal(before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("die_at", "counting", "lose_scratch"), [*slow((13, "renames", False)), (45, "work", True)])
 def test_killed_it_goes_on_to_the_same_bytes(
     mixtral: Path, text: Path, tmp_path: Path, die_at: int, counting: str, lose_scratch: bool
@@ -167,6 +169,7 @@ def test_the_plan_counts_the_grams_of_every_expert_and_what_they_share(mixtral: 
     assert grams - load > 4 * (2 * 64**2 + 5 * 64**2 + 5 * 128**2 + 128**2) - 2**17
 
 
+@pytest.mark.slow
 def test_outliers_of_experts_decide_the_patterns_of_blocks(mixtral: Path, text: Path, tmp_path: Path) -> None:
     settings = RUN | {"pattern": "50%", "owl": 0.1, "match": False}
     state = streamslr.compress(mixtral / "model", tmp_path / "slr", calibration=text, **settings)

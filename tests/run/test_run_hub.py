@@ -92,6 +92,7 @@ def test_a_plan_downloads_no_weights(hub: Hub, tmp_path: Path) -> None:
     assert plan.download_bytes == sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_moved_branch_is_another_model_for_a_resume(hub: Hub, text: Path, tmp_path: Path) -> None:
     run(tmp_path / "out", calibration=text)
     hub.add("org/model", tiny_checkpoint(tmp_path / "newer", blocks=BLOCKS, shards=4, seed=1))

@@ -116,6 +116,7 @@ def test_backward_keeps_no_dense_s() -> None:
     assert {t.data_ptr() for t in saved} <= {t.data_ptr() for t in linear.buffers()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
 def test_compiles(pattern: str) -> None:
     linear = packed_linear(pattern)

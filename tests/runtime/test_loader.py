@@ -233,6 +233,7 @@ def test_an_unfinished_folder(folder: Path, tmp_path: Path) -> None:
             load(made)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_named_by_its_journal(llama: Path, text: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"calibration": text, "samples": 2, "seq_len": 16, "rank": 2, "device": "cpu"}
     streamslr.compress(llama, tmp_path / "out", **settings, match=False)

@@ -23,6 +23,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         yield server
 
 
+@pytest.mark.slow
 def test_a_compressed_repository_loads_and_evaluates_as_its_folder(hub: Hub, compressed: Path, text: Path) -> None:
     hub.add("org/slr", compressed)
     with torch.inference_mode():

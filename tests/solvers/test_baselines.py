@@ -124,6 +124,7 @@ def test_eora_is_the_best_low_rank_correction_of_what_its_pruner_left(pruner: st
     assert error(problem, result) <= 1.002 * reference.loss(problem.weight, problem.gram, alone.S + UV)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "50%"])
 def test_hassle_free_sparsegpt_loses_no_more_than_the_reference(pattern: str) -> None:
     ours = theirs = 0.0
@@ -135,6 +136,7 @@ def test_hassle_free_sparsegpt_loses_no_more_than_the_reference(pattern: str) ->
     assert ours <= 1.03 * theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
 def test_hassle_free_alps_loses_no_more_than_the_reference(pattern: str) -> None:
     ours = theirs = 0.0

@@ -207,6 +207,7 @@ def test_other_densities(pattern: str) -> None:
 # Tiles and memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:24", "50%", "60%/row"])
 @pytest.mark.parametrize("tile_rows", [1, 50, 64, 159])
 def test_tiles_make_the_same_steps(pattern: str, tile_rows: int) -> None:
@@ -218,6 +219,7 @@ def test_tiles_make_the_same_steps(pattern: str, tile_rows: int) -> None:
     assert (tiled.dense() - whole.dense()).norm() < 0.02 * whole.dense().norm()  # room for a near tie
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pattern", ["2:4", *slow("4:8", "50%"), "60%/row"])
 def test_tiles_change_nothing_without_a_low_rank_part(pattern: str, precision: str) -> None:
@@ -278,6 +280,7 @@ def test_tiles_of_no_rows_are_refused() -> None:
         ThreeBasil(tile_rows=0).solve(made_problem())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pattern", ["2:4", *slow("50%", "50%/row")])
 @pytest.mark.parametrize("tile_rows", [None, 64, 256])
