@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import streamslr
 from streamslr.calibration.tokens import text_windows
-from streamslr.errors import InputError
+from streamslr.errors import InputError, StreamslrError
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from tests.support.compressed_folders import compressed_folder, rewrite_block
@@ -122,3 +122,18 @@ def test_a_changed_setting_of_the_model_gives_no_perplexity(matched: Path, text:
     (folder / "config.json").write_text(config.replace('"rms_norm_eps": 1', '"rms_norm_eps": 2'))
     with pytest.raises(InputError, match=r"config\.json is damaged or was changed: its sha256"):
         evaluate(str(folder), text, SEQ_LEN, device="cpu", free_memory=10**9)
+
+
+@pytest.mark.parametrize("fault", ["removed", "flipped"])
+def test_hidden_states_that_change_on_the_disk_stop_the_evaluation(
+    llama: Path, text: Path, tmp_path: Path, fault: str
+) -> None:
+    def harm(done: int, total: int) -> None:
+        chunk = next(path for path in tmp_path.rglob("*") if path.is_file() and path.name != "zarr.json")
+        content = bytearray(chunk.read_bytes())
+        content[5] ^= 1
+        chunk.unlink() if fault == "removed" else chunk.write_bytes(content)
+
+    with pytest.raises(StreamslrError, match="start the same line again"):
+        evaluate(str(llama), text, SEQ_LEN, windows=4, device="cpu", scratch=tmp_path, free_memory=0, step=harm)
+    assert not list(tmp_path.iterdir())
