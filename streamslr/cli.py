@@ -22,6 +22,7 @@ from streamslr.terminal import (
     print_table,
     report_errors,
     require_address_space,
+    require_own_file,
     say,
     send_log,
     show_bar,
@@ -33,10 +34,6 @@ from streamslr.terminal import (
 # OpenMP threads that spin while they wait slow each other down where other processes want the cores: a demo run beside
 # two others took 69 s, and 22 s with short spins, which cost nothing on an idle machine. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-_NO_LOGS = (".json", ".safetensors", ".model", ".jinja", ".tiktoken", ".partial", "merges.txt", "vocab.txt")
-"""Ends of names that files of a model or of a run have."""
 
 
 class _Size(click.ParamType[int]):
@@ -113,17 +110,6 @@ class _Commands(click.Group):
         return super().main(*args, **settings)
 
 
-def _require_own_file(log_file: Path | None, config: RunConfig) -> None:
-    """Raise InputError where log lines would be appended to a file of a model, of a run, or that the run reads."""
-    if log_file is None:
-        return
-    inputs = [os.path.realpath(path) for path in (config.calibration, config.allocation, config.out) if path]
-    if log_file.name.endswith(_NO_LOGS) or os.path.realpath(log_file) in inputs:
-        raise InputError(
-            f"--log-file {log_file} is the name of another file of the run; give one of its own, like run.log"
-        )
-
-
 @click.group(cls=_Commands, context_settings={"max_content_width": 110})
 @click.version_option(package_name="streamslr")
 def main() -> None:
@@ -147,7 +133,7 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
     out = settings["out"] or default_out(settings["model"])
     with report_errors(f"the same line goes on in {out}"):
         config = RunConfig(**settings)
-        _require_own_file(log_file, config)
+        require_own_file(log_file, config)
         with send_log(quiet, log_file) as console:
             silence_libraries()
             from streamslr.results.inspect import run_table

@@ -63,7 +63,7 @@ log = logging.getLogger("streamslr")
 
 
 class _Training(TypedDict):
-    """What decides the result, and must be the same where a fine-tuning goes on. Fields as in `FinetuneRecord`."""
+    """Settings that decide the result, and must be the same for a resume. Fields as in `FinetuneRecord`."""
 
     tokens: str
     seq_len: int

@@ -19,8 +19,8 @@ from rich.progress import Progress
 from rich.table import Table
 from safetensors import SafetensorError
 
-from streamslr.config import format_bytes
-from streamslr.errors import BudgetError, StreamslrError, first_line, says_disk_full, says_out_of_memory
+from streamslr.config import RunConfig, format_bytes
+from streamslr.errors import BudgetError, InputError, StreamslrError, first_line, says_disk_full, says_out_of_memory
 from streamslr.printable import printable
 from streamslr.streams import output_is_gone
 
@@ -29,6 +29,8 @@ _LONGEST_LINE = 4000
 """Characters of the longest message that is shown whole."""
 _LEAST_ADDRESS_SPACE = 10**9
 """Bytes that Python, torch and transformers map before any work: 0.7 GB, and more for each thread."""
+_NO_LOGS = (".json", ".safetensors", ".model", ".jinja", ".tiktoken", ".partial", "merges.txt", "vocab.txt")
+"""Ends of names that files of a model or of a run have."""
 
 
 def make_console(stderr: bool = False, width: int | None = None) -> Console:
@@ -150,6 +152,17 @@ class _OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name that logging gives it
         return printable(super().formatMessage(record))
+
+
+def require_own_file(log_file: Path | None, config: RunConfig) -> None:
+    """Raise InputError where log lines would be appended to a file of a model, of a run, or that the run reads."""
+    if log_file is None:
+        return
+    inputs = [os.path.realpath(path) for path in (config.calibration, config.allocation, config.out) if path]
+    if log_file.name.endswith(_NO_LOGS) or os.path.realpath(log_file) in inputs:
+        raise InputError(
+            f"--log-file {log_file} is the name of another file of the run; give one of its own, like run.log"
+        )
 
 
 @contextmanager
