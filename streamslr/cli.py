@@ -4,12 +4,11 @@ import dataclasses
 import os
 import shlex
 import sys
-import typing
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import click
 
@@ -60,10 +59,10 @@ class _Path(click.Path):
 
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add an option for every field of RunConfig: name, type, default and help come from there."""
-    hints = typing.get_type_hints(RunConfig)
+    hints = get_type_hints(RunConfig)
     for field in reversed(dataclasses.fields(RunConfig)):
         flag = "--" + field.name.replace("_", "-")
-        kinds = [kind for kind in (*typing.get_args(hints[field.name]), hints[field.name]) if kind is not NoneType]
+        kinds = [kind for kind in (*get_args(hints[field.name]), hints[field.name]) if kind is not NoneType]
         settings: dict[str, Any] = {"help": field.metadata["help"]}
         if field.default is dataclasses.MISSING:
             settings["required"] = True
