@@ -10,7 +10,7 @@ The tool makes a checkpoint with blocks of the model's true shape and a vocabula
 plan's. A linear is packed in phase solve as soon as it is solved, and the shard is written during propagate.
 
 FLOP/s of a phase are the plan's FLOPs of one block over the measured seconds. They are compared with one large matrix
-product on the same device after the run, in bf16 and on a CPU also in float32. The time of all blocks is the time of
+product on the same device after the run, in bf16, on a CPU in float32. The time of all blocks is the time of
 the last block times the real model's number of blocks; with `--blocks 2` the last block's tensors were prefetched.
 
 Weights resemble trained ones: normal entries, columns scaled lognormally, and 32 directions added whose singular values
@@ -53,7 +53,6 @@ from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import StreamslrError
 from streamslr.io.safetensors_file import DTYPE_NAMES
 from streamslr.memory import held
-from streamslr.results.plan_table import plan_table
 from streamslr.run.context import open_run
 from streamslr.run.costs import PhaseCost
 from streamslr.run.loop import run
@@ -120,6 +119,12 @@ def make(folder: Path, shape: Shape, blocks: int, tokens: int, seed: int) -> Non
         while written < tokens * _CHARACTERS_PER_TOKEN:
             order.shuffle(paragraphs)
             written += text.write("\n\n".join(paragraphs) + "\n\n")
+
+
+def make_apart(folder: Path, name: str, blocks: int, tokens: int, seed: int) -> None:
+    """Call `make` for a shape of SHAPES in another process, so that its memory is not in the figures."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
+        maker.submit(make, folder, SHAPES[name], blocks, tokens, seed).result()
 
 
 def trained(name: str, empty: Tensor, generator: torch.Generator) -> Tensor:
@@ -229,6 +234,63 @@ def commit() -> str | None:
         return None
 
 
+def bench(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Compress the model that `make` wrote into `folder`; return the journal's figures beside the plan's.
+
+    Args:
+        folder: Folder of the model and its text. The output goes to `folder`/out, which must not exist.
+        name: Name of the shape, a key of SHAPES.
+        settings: Settings of RunConfig beside model, out and calibration.
+    """
+    shape, messages = SHAPES[name], BufferingHandler(10**6)
+    log = logging.getLogger("streamslr")
+    log.addHandler(messages)
+    paths = {"model": folder / "model", "out": folder / "out", "calibration": folder / "text.txt"}
+    baseline, start = held(), time.monotonic()
+    try:
+        context = open_run(RunConfig.of(**paths, **settings))
+        journal = run(context, Lines())
+    finally:
+        log.removeHandler(messages)
+    wall = time.monotonic() - start
+
+    dtypes = [torch.bfloat16 if context.device.type == "cuda" else torch.float32]  # of the passes
+    products = {DTYPE_NAMES[dtype]: product_flops(context.device, dtype) for dtype in dtypes}
+    measured = [journal.measured, *(block.measured for block in journal.blocks)]
+    parts = [compare_with_plan(context.plan, readings, products) for readings in measured]
+    seconds = [sum(row["seconds"] for row in part.values()) for part in parts]
+    return {
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "shape": {"name": name, **asdict(shape)},
+        "settings": dict(settings),
+        "micro_batch": context.plan.micro_batch,
+        "in_memory": context.plan.in_memory,
+        "grams_at": context.plan.grams_at,
+        "solver_workspace": context.plan.solver_workspace,
+        "baseline_bytes": baseline,
+        "host_budget_bytes": context.plan.host_mem,
+        "gpu_budget_bytes": context.plan.gpu_mem,
+        "product_flops_per_second": products,
+        "non_block": parts[0],
+        "blocks": [
+            {
+                "phases": part,
+                "seconds": block_seconds,
+                "mean_error": sum(linear.error for linear in block.linears) / len(block.linears),
+                "sha256": block.shard.sha256,
+            }
+            for part, block_seconds, block in zip(parts[1:], seconds[1:], journal.blocks, strict=True)
+        ],
+        "wall_seconds": wall,
+        "wall_to_phases": wall / sum(seconds),
+        "all_blocks_hours": shape.blocks * seconds[-1] / 3600,
+        "warnings": [entry.getMessage() for entry in messages.buffer if entry.levelno >= logging.WARNING],
+    }
+
+
 @click.command(help=__doc__)
 @click.option("--shape", "name", type=click.Choice(list(SHAPES)), required=True)
 @click.option("--blocks", default=1, help="Blocks to make and compress.")
@@ -261,64 +323,18 @@ def main(
     shape = SHAPES[name]
     settings |= {"samples": samples or shape.samples, "seq_len": seq_len or shape.seq_len, "seed": seed}
     settings |= {key.replace("-", "_"): _value(value) for key, value in (change.split("=", 1) for change in others)}
-    console = Console(width=100)
-    messages = BufferingHandler(10**6)
-    logging.basicConfig(format="%(message)s", handlers=[logging.StreamHandler(), messages])
+    logging.basicConfig(format="%(message)s")
     logging.getLogger("streamslr").setLevel(logging.INFO)
-
     with tempfile.TemporaryDirectory(dir=scratch) as temporary:
         folder = Path(temporary)
-        paths = {"model": folder / "model", "out": folder / "out", "calibration": folder / "text.txt"}
         try:
-            config = RunConfig.of(**paths, **settings)
-            # in another process, so that its memory is not in the figures
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
-                maker.submit(make, folder, shape, blocks, config.samples * config.seq_len, seed).result()
-            baseline, start = held(), time.monotonic()
-            context = open_run(config)
-            console.print(plan_table(context.plan))
-            journal = run(context, Lines())
+            make_apart(folder, name, blocks, settings["samples"] * settings["seq_len"], seed)
+            record = bench(folder, name, settings)
         except StreamslrError as error:
             raise SystemExit(str(error)) from error
-        wall = time.monotonic() - start
-
-    dtypes = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}[context.device.type]
-    products = {DTYPE_NAMES[dtype]: product_flops(context.device, dtype) for dtype in dtypes}
-    measured = [journal.measured, *(block.measured for block in journal.blocks)]
-    parts = [compare_with_plan(context.plan, readings, products) for readings in measured]
-    seconds = [sum(row["seconds"] for row in part.values()) for part in parts]
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": known_commit or commit(),
-        "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "shape": {"name": name, **asdict(shape)},
-        "settings": settings,
-        "micro_batch": context.plan.micro_batch,
-        "in_memory": context.plan.in_memory,
-        "grams_at": context.plan.grams_at,
-        "solver_workspace": context.plan.solver_workspace,
-        "baseline_bytes": baseline,
-        "host_budget_bytes": context.plan.host_mem,
-        "gpu_budget_bytes": context.plan.gpu_mem,
-        "product_flops_per_second": products,
-        "non_block": parts[0],
-        "blocks": [
-            {
-                "phases": part,
-                "seconds": block_seconds,
-                "mean_error": sum(linear.error for linear in block.linears) / len(block.linears),
-            }
-            for part, block_seconds, block in zip(parts[1:], seconds[1:], journal.blocks, strict=True)
-        ],
-        "wall_seconds": wall,
-        "wall_to_phases": wall / sum(seconds),
-        "all_blocks_hours": shape.blocks * seconds[-1] / 3600,
-        "warnings": [entry.getMessage() for entry in messages.buffer if entry.levelno >= logging.WARNING],
-    }
-
-    show(console, record)
+    record = {"command": " ".join(["python", *sys.argv]), **record}
+    record["commit"] = known_commit or record["commit"]
+    show(Console(width=100), record)
     if to:
         to.write_text(json.dumps(record, indent=2) + "\n")
 
