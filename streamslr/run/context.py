@@ -131,6 +131,8 @@ def pick_device(name: str | None, gpu_required: bool = True) -> tuple[torch.devi
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and gpu_required and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch sees no GPU here; use --device cpu")
+    if device.type == "cuda" and torch.cuda.is_available():  # torch's limit on memory wants the number
+        device = torch.device("cuda", torch.cuda.current_device())
     return device, torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
