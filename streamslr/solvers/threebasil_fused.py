@@ -30,14 +30,14 @@ _PRODUCT_ROWS = 8192
 class Blocks(NamedTuple):
     """Rows, columns and rank that a program of the kernel works on at a time, its warps and stages of prefetching."""
 
-    rows: int = 64
+    rows: int = 32
     columns: int = 64
     rank: int = 16
     warps: int = 8
     stages: int = 2
 
 
-# Small, since registers decide how many programs run side by side, and so how much is read at once: 93 a thread at
+# Small, since registers decide how many programs run side by side, and so how much is read at once: 58 a thread at
 # sm_90 (compiled for it, not measured).
 BLOCKS = Blocks()
 
