@@ -9,6 +9,7 @@ from torch import Tensor
 from streamslr.errors import StreamslrError
 from streamslr.solvers.base import Damping, LinearProblem, damp_until_positive_definite
 from streamslr.solvers.low_rank import balance_factors
+from streamslr.solvers.threebasil_fused import fused_state
 
 # Elements of a slice of the elementwise passes: on the CPU five float32 slices stay in a 2 MiB cache; on a GPU
 # they fill the device, and the temporaries of the projection stay small (size chosen, not measured).
@@ -164,11 +165,13 @@ class AdmmState:
         U = torch.randn(o, rank, generator=generator).to(self.weight)  # on the CPU: the same start on every device
         self.U = torch.linalg.qr(U).Q if rank else U  # [o, r], orthonormal
         self.B = self.weight.new_zeros(d, rank)
+        self.rest: Tensor | None = None  # B − M B, where it is known
         self._fit_low_rank()
         self.store = torch.mul(self.weight, self.scale).addmm_(self.U, self.B.t(), alpha=-1)  # [o, d] E, for now
         self.marker = problem.pattern.marker(self.store)
         self.whole = tile_rows is None or tile_rows >= o
-        self.tiles = self._make_tiles(o if tile_rows is None else min(tile_rows, o))
+        self.fused = fused_state(self.weight, self.scale, self.store, self.pattern, product_dtype, tile_rows)
+        self.tiles = [] if self.fused else self._make_tiles(o if tile_rows is None else min(tile_rows, o))
         for tile in self.tiles:
             tile.X.copy_(self.store[tile.rows].t())
             if self.whole:
@@ -223,6 +226,7 @@ class AdmmState:
 
     def set_inverse(self, rho: float) -> None:
         """Set M = ρ (G + ρI)⁻¹ in the precision of the products."""
+        self.rest = None
         inverse = self.metric.inverse(rho, self.buffer)
         if inverse is None:  # G has a factor, so G + ρI has one
             raise StreamslrError(f"{self.name}: G + {rho:g}·I lost its Cholesky factor; report this as a bug")
@@ -237,9 +241,12 @@ class AdmmState:
         """Update U·V by one subspace step towards the best fit of T in the metric G M: U for the last V, then V."""
         if not self.U.shape[1]:
             return
-        y = self.metric.times((self.M @ self.B.to(self.product_dtype)).float())  # [d, r]
-        if self.whole:
+        if self.fused:
+            y, T = self._rest_of_low_rank(), self.fused.input.t()
+        else:
+            y = self.metric.times((self.M @ self.B.to(self.product_dtype)).float())  # [d, r]
             T = self.tiles[0].input
+        if self.fused or self.whole:
             self.U = torch.linalg.qr((T.t() @ y.to(self.product_dtype)).float()).Q
             self.B = (T @ self.U.to(self.product_dtype)).float()
         else:  # T = W − held, never formed for all rows at once
@@ -250,6 +257,13 @@ class AdmmState:
             self.B = (self.weight.t() @ self.U).mul_(self.scale[:, None])
             for tile in self.tiles:
                 self.B.addmm_(tile.held, self.U[tile.rows], alpha=-1)
+        self.rest = None
+
+    def _rest_of_low_rank(self) -> Tensor:
+        """Return B − M B [d, r], which is G M B / ρ; computed once for each B and M."""
+        if self.rest is None:
+            self.rest = self.B - (self.M @ self.B.to(self.product_dtype)).float()
+        return self.rest
 
     def update_sparse(self, dual_scale: float = 1.0, count_moved: bool = False) -> float:
         """Update S, D and Y, tile by tile, and return the fraction of the support that moved, 0 if not counted.
@@ -258,6 +272,9 @@ class AdmmState:
             dual_scale: ρ / (the ρ of the next iteration), by which Y is rescaled.
             count_moved: Count the positions of the support that moved.
         """
+        if self.fused:
+            self.iterations += 1
+            return self.fused.step(self.M, self.U, self._rest_of_low_rank(), dual_scale, count_moved)
         moved = num_kept = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         for tile in self.tiles:
             if not self.whole:  # X ← T
@@ -289,8 +306,9 @@ class AdmmState:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return S [o, d] exactly in the pattern, and U [o, r], V [r, d] fitted to it, in the problem's own scale."""
         S, scale, dead = self._collect_sums(), self.metric.scale, self.metric.dead
-        projected_together = [tile.rows for tile in self.tiles] if self.pattern.by_row else [slice(None)]
-        del self.tiles, self.buffer, self.M
+        row_slices = self.fused.rows if self.fused else [tile.rows for tile in self.tiles]
+        projected_together = row_slices if self.pattern.by_row else [slice(None)]
+        del self.fused, self.tiles, self.buffer, self.M
         for rows in projected_together:
             S[rows].masked_fill_(self.pattern.project(S[rows]).logical_not_(), 0)
         S.div_(scale)
