@@ -6,7 +6,7 @@ that reads and writes its arguments. They compute by what they registered for "c
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pretended_gpu.cost import extra_launches, operator_bytes, operator_flops, workspace_bytes
 from pretended_gpu.streams import HOST
@@ -261,13 +260,13 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         gpu, (name, written) = self.gpu, _name_and_written(func)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
         places = {gpu.where(t) for t in tensors}
         if "cuda" not in places:
             return self._beside_device(func, name, args, kwargs, tensors, written)
         self._require_one_device(func, name, args, tensors, places)
         self._require_deterministic(name)
-        changed = [t for t in tree_leaves([_argument(a, args, kwargs) for a in written]) if isinstance(t, Tensor)]
+        changed = _tensors([_argument(a, args, kwargs) for a in written]) if written else []
         if name == "copy_" and places == {"cuda", "cpu"}:
             to, source = args[:2]
             gpu.streams.access(HOST, [t for t in (to, source) if gpu.where(t) == "cpu" and not gpu.is_pinned(t)], [])
@@ -293,7 +292,7 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         gpu = self.gpu
         if gpu.streams.watching:
             on_host = [t for t in tensors if t.device.type == "cpu"]
-            changed = [t for t in tree_leaves([_argument(a, args, kwargs) for a in written]) if isinstance(t, Tensor)]
+            changed = _tensors([_argument(a, args, kwargs) for a in written]) if written else []
             gpu.streams.access(HOST, on_host, [t for t in changed if t.device.type == "cpu"])
         return func(*args, **kwargs)
 
@@ -339,17 +338,16 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _place(self, name: str, kwargs: Mapping[str, Any], tensors: list[Tensor], out: Any) -> None:
         """Give what an operator on the device made its place."""
         gpu = self.gpu
+        made = _tensors([out])
+        if not made or any(made[0] is t for t in tensors):
+            return
         inputs = {id(t.untyped_storage()) for t in tensors if t.layout == torch.strided}
-        elsewhere = kwargs.get("device") is not None or name in ("_to_copy", "clone")
+        new = [t for t in made if t.layout == torch.strided and id(t.untyped_storage()) not in inputs]
+        elsewhere = "device" in kwargs or name in ("_to_copy", "clone")
         wanted = getattr(gpu.wanted, "where", None) if elsewhere else None
-        new = [
-            made
-            for made in tree_leaves(out)
-            if isinstance(made, Tensor) and made.layout == torch.strided and id(made.untyped_storage()) not in inputs
-        ]
         if wanted is None:
-            for made in new:
-                gpu.place(made, "cuda", name)
+            for tensor in new:
+                gpu.place(tensor, "cuda", name)
         gpu.streams.access(gpu.streams.current, [], new)
 
     def _without_values(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, Any]:
@@ -383,10 +381,10 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out: Any,
     ) -> None:
         unit, flops = operator_flops(name, args)
-        only_written = {id(t) for t in tree_leaves(kwargs.get("out")) if isinstance(t, Tensor)}
+        only_written = {id(t) for t in _tensors([kwargs["out"]])} if "out" in kwargs else set()
         if name in _FILLING:
             only_written.add(id(args[0]))
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        made = _tensors([out])
         made += [t for t in changed if not any(t is other for other in made)]
         nbytes = operator_bytes([t for t in tensors if id(t) not in only_written], made)
         if name.startswith("_fused_adam"):  # reads four tensors of a parameter's size and writes three
@@ -407,6 +405,17 @@ def _name_and_written(func: Any) -> tuple[str, tuple[tuple[int, str], ...]]:
     arguments = func._schema.arguments
     changed = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     return func._schema.name.partition("::")[2], tuple(changed)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among arguments or results, those in lists too."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
 
 
 def _argument(which: tuple[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
