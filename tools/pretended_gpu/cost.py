@@ -50,8 +50,8 @@ class Cost:
         copied: ("h2d" or "d2h", "pinned" or "pageable") -> bytes.
         syncs: Times that the host waited for all work of a stream: `.item()`, blocking copies, `synchronize()`.
         event_waits: Times that the host waited for one event.
-        file_bytes: Bytes of hidden states read from and written to files, and bytes that went into a digest, counted by
-            whoever stands in for the files ("read", "write", "digest").
+        file_bytes: (thread, "read", "write" or "digest") -> bytes that it read from and wrote to files, and put into
+            digests; counted by whoever stands in for the files.
     """
 
     work: Counter[tuple[str, float, int]] = field(default_factory=Counter)
@@ -59,7 +59,7 @@ class Cost:
     copied: Counter[tuple[str, str]] = field(default_factory=Counter)
     syncs: int | float = 0
     event_waits: int | float = 0
-    file_bytes: Counter[str] = field(default_factory=Counter)
+    file_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def h2d(self) -> int:
@@ -93,8 +93,8 @@ class Cost:
         """Return the seconds of each kind of work at a card's rates, and "total".
 
         A kernel takes the longer of its FLOPs and its bytes. Copies of pageable memory hold the device up. Copies of
-        pinned memory, launches, and reading, digesting and writing of files (in a thread each way) go on beside the
-        kernels, so the total is the longest of these.
+        pinned memory, launches, and each thread that reads, writes and digests files go on beside the kernels, so the
+        total is the longest of these.
         """
         parts: dict[str, float] = defaultdict(float)
         for (unit, flops, nbytes), times in self.work.items():
@@ -105,11 +105,20 @@ class Cost:
         beside = {
             "pinned copies": max(self.copied["h2d", "pinned"], self.copied["d2h", "pinned"]) / card.pinned,
             "launches": self.launches * card.launch,
-            "files": max(self.file_bytes["read"], self.file_bytes["write"]) / card.disk
-            + self.file_bytes["digest"] / card.digest,
+            "files": self._file_seconds(card),
         }
         total = max(held_up, *beside.values())
         return {**parts, "pageable copies": pageable / card.pageable, **beside, "total": total}
+
+    def _file_seconds(self, card: Card) -> float:
+        """Return the seconds of the busiest thread, or of the disk where all together keep it longer."""
+        threads: dict[str, float] = defaultdict(float)
+        disk = 0.0
+        for (thread, kind), nbytes in self.file_bytes.items():
+            seconds = nbytes / (card.digest if kind == "digest" else card.disk)
+            threads[thread] += seconds
+            disk += 0 if kind == "digest" else seconds
+        return max(disk, *threads.values()) if threads else 0.0
 
     def extrapolate(self, shorter: "Cost", factor: float) -> "Cost":
         """Return this cost plus `factor` times what it has more than `shorter`, a run of fewer repetitions."""

@@ -122,6 +122,8 @@ class PretendedGpu:
 
     def __enter__(self) -> "PretendedGpu":
         gpu, run = self, threading.Thread.run
+        deterministic: Any = torch.utils.deterministic
+        deterministic_fills = deterministic.fill_uninitialized_memory
 
         def run_in_modes(thread: threading.Thread) -> None:
             with gpu.modes():
@@ -131,8 +133,8 @@ class PretendedGpu:
             self._stack.enter_context(mock.patch.object(torch.cuda, name, stand_in, create=True))
         self._stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
         if not self.values:  # else deterministic algorithms fill host memory that stands for nothing
-            filled = "fill_uninitialized_memory"
-            self._stack.enter_context(mock.patch.object(torch.utils.deterministic, filled, False))
+            self._stack.callback(setattr, deterministic, "fill_uninitialized_memory", deterministic_fills)
+            deterministic.fill_uninitialized_memory = False
         self._stack.enter_context(self.modes())
         return self
 

@@ -304,8 +304,12 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if places == {"cuda"} or name in ("copy_", "_to_copy") or name.startswith("_fused_adam"):
             return
         others = [t for t in tensors if gpu.where(t) != "cuda"]
+        if not gpu.values:  # a number that torch itself made a tensor of, where it thinks the others are
+            others = [t for t in others if t.dim() or t.device.type != "meta"]
         takes_scalars = torch.Tag.pointwise in func.tags or name in _TAKES_HOST_SCALARS
         if takes_scalars and all(t.dim() == 0 and gpu.where(t) == "cpu" for t in others):
+            return
+        if not others:
             return
         if name in _INDEXING and gpu.where(args[0]) == "cuda" and all(gpu.where(t) == "cpu" for t in others):
             gpu.synchronized("index on the host")
