@@ -1,0 +1,240 @@
+"""One block of a model of any shape through the run's own code on a pretended GPU, without its weights.
+
+The checkpoint is a sparse file: headers of all blocks, zeros that take no disk. Everything from `open_run` and its plan
+to the commit of block 0 is the run's own code, but for what stands in for files: the arrays of boundaries, digests and
+the writing of the shard only count their bytes. Scalars are `Answers`, so the solver never settles: give it a number of
+iterations, and matching a number of epochs.
+"""
+
+import json
+import struct
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pretended_gpu.cost import Cost
+from pretended_gpu.device import PretendedGpu
+from streamslr.calibration import grams, hidden_states
+from streamslr.config import RunConfig
+from streamslr.io import folder as shard_folder
+from streamslr.io.safetensors_file import WrittenShard
+from streamslr.memory import held_to_gpu_budget
+from streamslr.run import loop
+from streamslr.run.context import RunContext, open_run
+from streamslr.run.passes import Passes
+from streamslr.run.plan import Plan
+from streamslr.run.progress import BlockProgress, NoDisplay, PhaseTimer
+from streamslr.run.solve_linear import LinearCompressor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    blocks: int
+    vocabulary: int = 128256
+
+
+SHAPES = {
+    "8b": Shape(4096, 14336, 32, 8, 32),
+    "70b": Shape(8192, 28672, 64, 8, 80),
+    "405b": Shape(16384, 53248, 128, 8, 126),
+    "small": Shape(512, 1792, 8, 2, 2, vocabulary=512),
+}
+
+
+@dataclass
+class Peak:
+    """The most bytes that a phase had allocated and reserved, and the largest allocations then (with `trace`)."""
+
+    allocated: int = 0
+    reserved: int = 0
+    largest: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """What one block took: its plan, and the cost and peak of each phase."""
+
+    plan: Plan
+    costs: Mapping[str, Cost]
+    peaks: Mapping[str, Peak]
+    retries: int
+    """Times that the allocator gave back its cached memory because the limit was hit."""
+
+    def plan_over_peak(self, phase: str) -> float:
+        """Return planned over allocated bytes of a phase."""
+        (planned,) = (cost.gpu_bytes for cost in self.plan.phases if cost.name == phase)
+        return planned / self.peaks[phase].allocated
+
+
+def write_sparse_checkpoint(folder: Path, shape: Shape, positions: int, blocks: int | None = None) -> None:
+    """Write a Llama of zeros that takes no disk: config.json and one shard with the headers of all tensors."""
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        num_hidden_layers=blocks or shape.blocks,
+        max_position_embeddings=positions,
+        dtype="bfloat16",
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, parameter in model.named_parameters():
+        start, end = end, end + parameter.nbytes
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + end)
+
+
+@contextmanager
+def watching_phases(gpu: PretendedGpu) -> Iterator[dict[str, Peak]]:
+    """Add costs to the phase that is on, while entered; yield the peak of each phase as it becomes known."""
+    peaks: dict[str, Peak] = defaultdict(Peak)
+    original = PhaseTimer.phase
+
+    @contextmanager
+    def phase(timer: PhaseTimer, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        before, gpu.phase = gpu.phase, name
+        try:
+            with original(timer, name, *args, **kwargs) as step:
+                yield step
+        finally:
+            gpu.phase = before
+            peak, now = peaks[name], gpu.allocator
+            if now.peak_allocated > peak.allocated:
+                peak.largest = gpu.at_peak
+            peak.allocated = max(peak.allocated, now.peak_allocated)
+            peak.reserved = max(peak.reserved, now.peak_reserved)
+
+    with mock.patch.object(PhaseTimer, "phase", phase):
+        yield peaks
+
+
+def run_block(folder: Path, gpu: PretendedGpu, iterations: int = 40, **settings: Any) -> BlockRun:
+    """Compress block 0 of the checkpoint in `folder`, which `write_sparse_checkpoint` wrote.
+
+    Args:
+        folder: Folder of the checkpoint; the run's own folder is made beside it.
+        gpu: Device without values; it must not be entered yet.
+        iterations: Iterations of the solver for each linear.
+        **settings: Settings of the run.
+    """
+    config = RunConfig(**{"model": str(folder), "out": folder.with_name("out"), "device": "cuda", **settings})
+    with ExitStack() as stack:
+        stack.enter_context(gpu)
+        gpu.phase = "open"
+        context = open_run(config)
+        peaks = stack.enter_context(watching_phases(gpu))
+        for target, name, stand_in in _stand_ins(gpu):
+            stack.enter_context(mock.patch.object(target, name, stand_in))
+        gpu.phase = "between phases"
+        _compress_block(context, iterations)
+    return BlockRun(context.plan, dict(gpu.by_phase), dict(peaks), gpu.allocator.retries)
+
+
+def _compress_block(context: RunContext, iterations: int) -> None:
+    """Do what `loop.run` does, for block 0 alone, with a journal that keeps nothing."""
+    config, plan = context.config, context.plan
+    ids = torch.zeros(config.samples, config.seq_len, dtype=torch.int64)
+    journal: Any = SimpleNamespace(state=SimpleNamespace(shards=[], blocks=[]), commit_block=lambda *_, **__: None)
+    assert context.allocation is not None
+    with (
+        PhaseTimer(context.device, NoDisplay(), None, plan.memory()) as timer,
+        held_to_gpu_budget(context.device, context.gpu_mem),
+        torch.no_grad(),
+    ):
+        passes = Passes(config, context.blockwise, ids, timer, plan.micro_batch, plan.in_memory)
+        solver: Any = replace(context.method.solver, max_iterations=iterations)  # type: ignore[type-var]
+        compressor = LinearCompressor(solver, context.allocation, config.seed, plan.solver_workspace)
+        progress = BlockProgress(NoDisplay(), 0, plan.blocks)
+        compression = loop.Compression(context, context.allocation, journal, timer, progress, passes, compressor)
+        compression.compress_block(0, passes.embed(targets=config.match)).drop()
+
+
+def _stand_ins(gpu: PretendedGpu) -> list[tuple[Any, str, Any]]:
+    """Return (module or class, name, what takes its place): files that only count, and a loss that matching lowers."""
+    propagate = Passes.propagate
+    local = threading.local()  # .stream: boundary that this thread last read or wrote
+
+    def count(kind: str, nbytes: int) -> None:
+        gpu.cost.file_bytes[getattr(local, "stream", threading.current_thread().name), kind] += nbytes
+
+    def propagate_below(*args: Any, **kwargs: Any) -> Any:
+        leaving, *_ = propagate(*args, **kwargs)
+        return leaving, 0.0
+
+    def write_shard(path: Path, tensors: Any, metadata: object) -> WrittenShard:
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        for kind in ("write", "digest"):
+            count(kind, nbytes)
+        return WrittenShard(path.name, "0" * 64, nbytes)
+
+    class Digest:
+        """A sha256 that only counts."""
+
+        def __init__(self, content: Any = b"") -> None:
+            self.update(content)
+
+        def update(self, content: Any) -> None:
+            count("digest", memoryview(content).nbytes)
+
+        def digest(self) -> bytes:
+            return bytes(32)
+
+        def hexdigest(self) -> str:
+            return "0" * 64
+
+    class Array:
+        """A zarr array that only counts."""
+
+        metadata = SimpleNamespace(encode_chunk_key=lambda chunk: f"c/{chunk[0]}")
+
+        def __init__(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+            self.shape, self._name, self._itemsize = shape, name, np.dtype(dtype).itemsize
+
+        def __setitem__(self, key: object, values: Any) -> None:
+            local.stream = f"writes {self._name}"
+            count("write", values.nbytes)
+
+        def get_basic_selection(self, selection: slice, out: Any) -> None:
+            local.stream = f"reads {self._name}"
+            windows = len(range(*selection.indices(self.shape[0])))
+            count("read", windows * self.shape[1] * self.shape[2] * self._itemsize)
+
+    def create_array(**options: Any) -> Array:
+        return Array(Path(options["store"]).name, options["shape"], options["dtype"])
+
+    counting = SimpleNamespace(sha256=Digest)
+    return [
+        (Passes, "propagate", propagate_below),
+        (shard_folder, "write_shard", write_shard),
+        (loop, "write_index", lambda *_: None),
+        (hidden_states, "zarr", SimpleNamespace(create_array=create_array)),
+        (hidden_states, "hashlib", counting),
+        (grams, "hashlib", counting),
+    ]
