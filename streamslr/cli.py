@@ -145,7 +145,7 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
             if not quiet:
                 print_table(plan_table(context.plan), full_width=False)
             live = not quiet and console.is_terminal
-            with LiveDisplay(console, context.host_mem) if live else nullcontext() as display:
+            with LiveDisplay(console, context.host_mem, context.plan.gpu_mem) if live else nullcontext() as display:
                 state = compress(context, display)
             if not quiet:
                 print_table(run_table(config.out, state))

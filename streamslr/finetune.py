@@ -32,6 +32,7 @@ from transformers import (
 
 from streamslr.calibration.tokens import text_windows, window_prefix
 from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError, first_line, says_out_of_memory
+from streamslr.gpu import deterministic_libraries, deterministic_operators, pick_device, retry_in_any_order
 from streamslr.io.durable import (
     PARTIAL_SUFFIX,
     DiskNeed,
@@ -42,12 +43,12 @@ from streamslr.io.durable import (
 )
 from streamslr.io.folder import copy_auxiliary_file, require_as_written, write_index
 from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
+from streamslr.memory import note_nothing
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.parameter_names import find_modules
 from streamslr.outside import parse_json, read_bounded
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
-from streamslr.run.context import pick_device
 from streamslr.run.journal import FinetuneRecord, JournalState, read_journal, write_journal
 from streamslr.runtime.loader import load, packed_modules
 
@@ -137,7 +138,9 @@ def finetune(
         message = "training %s parameters of U and V on %d windows of %d tokens of %s; %d more are held out"
         count = sum(parameter.numel() for parameter in trained.values())
         log.info(message, f"{count:,}", len(windows) - held_out, seq_len, data, held_out)
-        before, after = _train(trainer, work, {name: dtypes[name] for name in trained})
+        train = partial(_train, trainer, work, {name: dtypes[name] for name in trained})
+        with deterministic_libraries(where):
+            before, after = retry_in_any_order(train, "training", note_nothing)
         record = FinetuneRecord(
             **training,
             data=data.name,
@@ -367,6 +370,7 @@ def _make_adam(trained: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Op
     return torch.optim.Adam(groups)
 
 
+@deterministic_operators()
 def _train(trainer: _LowRankTrainer, work: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[float, float]:
     """Train from the last checkpoint, if there is one, to the last step; round U and V to `dtypes`, by stored name.
 

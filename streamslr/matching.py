@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.calibration.hidden_states import Span, spans
+from streamslr.gpu import deterministic_operators
 from streamslr.io.packing import merge, unpack
 from streamslr.model.blockwise import Block
 from streamslr.model.pass_costs import routed_bytes
@@ -27,6 +28,10 @@ _TILE_COPIES = 4
 """Tiles of a dense weight that a refinement is planned to hold at once: two are made (a gradient, a product), and the
 products take temporaries of their own. With 4 the plan is 1.02 to 1.04 of the measured peak (in
 tools/results/run-llama-8m.json)."""
+
+_NORM_COPIES, _LOSS_TENSORS = 2, 4
+"""Float32 tensors [b, T, h] that a pass in 16 bits holds in addition when its backward pass begins: inputs of norms,
+which compute in float32; the difference from the targets, and three tensors of its gradient."""
 
 _SAVED_HIDDEN = 6
 """Tensors [b, T, h] that a pass saves for its gradients beside the inputs and outputs of linears. Counted in Llama's
@@ -111,6 +116,9 @@ def refine_bytes(block: BlockShape, allocation: Allocation, tokens: int, hidden_
     outputs = sum(block.token_fraction(name) * o for name, (o, _) in block.linears.items())
     saved = round(inputs + outputs) + _SAVED_HIDDEN * hidden_size  # numbers a token
     routed = routed_bytes(block, tokens, hidden_size, value_bytes)
+    if value_bytes < 4:
+        saved += max(o for o, _ in block.linears.values())  # an activation beside what goes into it
+        saved += (_NORM_COPIES + _LOSS_TENSORS) * hidden_size * 4 // value_bytes
     tiles = _TILE_COPIES * 4 * min(max(o * d for o, d in block.linears.values()), TILE)
     return 16 * (kept_values + low_rank + vectors) + 4 * kept_values + tokens * saved * value_bytes + routed + tiles
 
@@ -231,7 +239,7 @@ class CompressedBlock:
 
     def _add_gradients(self, x: Tensor, target: Tensor, scale: float) -> float:
         """Add the gradients of one micro-batch, times `scale`, to the masters'; return its squared error."""
-        with torch.enable_grad():
+        with torch.enable_grad(), deterministic_operators():
             error = (self._block.run(x).float() - target.float()).square().sum()
             (error * scale).backward()  # type: ignore[no-untyped-call]
         return float(error)

@@ -55,20 +55,31 @@ def release_memory(device: torch.device) -> None:
 
 
 @contextmanager
-def held_to_gpu_budget(device: torch.device, budget: int | None) -> Iterator[None]:
-    """Make torch refuse to reserve more of a GPU's memory than `budget` bytes while entered."""
-    if device.type != "cuda" or budget is None:
+def held_to_gpu_limit(device: torch.device, limit: int | None) -> Iterator[None]:
+    """Make torch's allocator refuse to reserve more of a GPU's memory than `limit` bytes while entered."""
+    if device.type != "cuda" or limit is None:
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def retry_on_oom(work: Callable[[], T], shrink: Callable[[], str | None], *, phase: str, device: torch.device) -> T:
+def note_nothing(phase: str, sentence: str) -> None:
+    """Take no note of a retry."""
+
+
+def retry_on_oom(
+    work: Callable[[], T],
+    shrink: Callable[[], str | None],
+    *,
+    phase: str,
+    device: torch.device,
+    note: Callable[[str, str], None] = note_nothing,
+) -> T:
     """Call `work`; where memory runs out in it, shrink and call it once more.
 
     Args:
@@ -76,6 +87,7 @@ def retry_on_oom(work: Callable[[], T], shrink: Callable[[], str | None], *, pha
         shrink: Makes the second call need less memory and says how, in words; returns None where nothing can shrink.
         phase: Name of the work, for messages.
         device: Where the work computes; its unused memory is released before the second call.
+        note: Called before the second call, with the phase and what it does with less, for the journal.
 
     Returns:
         What `work` returns.
@@ -95,6 +107,7 @@ def retry_on_oom(work: Callable[[], T], shrink: Callable[[], str | None], *, pha
     if smaller is None:
         raise MemoryError(f"phase {phase}, as small as it can be: {reason}")
     log.warning("phase %s ran out of memory (%s): once more with %s", phase, reason, smaller)
+    note(phase, f"ran out of memory: {smaller}")
     return work()
 
 

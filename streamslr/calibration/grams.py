@@ -22,6 +22,10 @@ ENOUGH_TOKENS = 2
 Chosen between two measurements that disagree: tools/results/experts.md."""
 
 
+_STRIP = 1 << 24
+"""Numbers of a Gram that are on their way from a GPU to a file at a time: 64 MB."""
+
+
 @dataclass(frozen=True)
 class Gram:
     """H [d, d] float32 = Σ x xᵀ over the `rows` inputs x that all of `linears` receive.
@@ -90,20 +94,23 @@ def offload_grams(grams: list[Gram], tier: str, folder: Path) -> list[Callable[[
         gram = grams.pop(0)
         if tier == "disk":
             path = folder / f"gram-{len(offloaded)}.bin"
-            content = gram.matrix.cpu().numpy().data
+            digest = hashlib.sha256()
             try:
                 path.unlink(missing_ok=True)  # a link there would lead the bytes to another file
                 with path.open("xb") as file:
-                    file.write(content)
+                    for rows in torch.split(gram.matrix, max(1, _STRIP // len(gram.matrix))):  # never all on the host
+                        content = rows.cpu().numpy().data
+                        file.write(content)
+                        digest.update(content)
+                        del rows, content  # which hold the matrix on a CPU
             except OSError as error:
                 raise BudgetError(
                     f"the Gram matrix of {gram.linears[0]} ({format_bytes(gram.matrix.nbytes)}) cannot be written to "
                     f"{path}: {error.strerror}; free space there or give --scratch another folder, then start the "
                     f"same line again"
                 ) from error
-            digest = hashlib.sha256(content).digest()
-            offloaded.append(partial(_take_from_disk, replace(gram, matrix=gram.matrix.to("meta")), path, digest))
-            del content
+            on_meta = replace(gram, matrix=gram.matrix.to("meta"))
+            offloaded.append(partial(_take_from_disk, on_meta, path, digest.digest()))
         else:
             moved = gram if tier == "device" else replace(gram, matrix=gram.matrix.cpu())
             offloaded.append(partial(replace, moved))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError
+from streamslr.gpu import in_any_order
 from streamslr.io.packed_layout import (
     MetaCode,
     low_rank_misfits,
@@ -287,7 +288,8 @@ def _expand_pairs(values: Tensor, meta: Tensor, d: int) -> Tensor:
     if values.element_size() != 2:
         columns = torch.stack((codes >> 4, (codes >> 2 & 3) + 1), dim=1).long()  # [groups, 2]
         S = torch.zeros(len(codes), 4, dtype=values.dtype, device=values.device)
-        return S.scatter_(1, columns, values.view(-1, 2)).view(-1, d)
+        with in_any_order():  # no column twice
+            return S.scatter_(1, columns, values.view(-1, 2)).view(-1, d)
     if values.storage_offset() % 2:  # a view of a mapped file, where pairs need not be aligned
         values = values.clone()
     low = values.view(torch.int32).long()  # [groups]

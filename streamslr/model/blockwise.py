@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError, first_line, says_out_of_memory
+from streamslr.gpu import deterministic_operators
 from streamslr.model.border import refusing
 from streamslr.model.bounds import require_modest_buffers
 from streamslr.model.buffers import compute_buffers, find_writers
@@ -324,7 +325,8 @@ class BlockwiseModel:
             self._window_errors(hidden.shape[1]),
         ):
             call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]
-            output = call.replay(self._blocks[i], hidden)
+            with deterministic_operators():
+                output = call.replay(self._blocks[i], hidden)
         if isinstance(output, tuple) != bool(self._recorder.returned):
             raise InputError(f"block {i} of {self._class} returns a {type(output).__name__}: not supported")
         out: Tensor = output[0] if isinstance(output, tuple) else output

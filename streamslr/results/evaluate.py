@@ -14,12 +14,12 @@ from torch import Tensor
 from streamslr.calibration.hidden_states import HiddenStates, InMemory, OnDisk, Span, read_batches, spans
 from streamslr.calibration.tokens import text_windows, window_prefix
 from streamslr.errors import InputError
+from streamslr.gpu import deterministic_libraries, pick_device
 from streamslr.io.folder import require_as_written
 from streamslr.io.packed_layout import read_quantization_config
 from streamslr.io.scratch import scratch_folder
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
-from streamslr.run.context import pick_device
 from streamslr.run.journal import JOURNAL_FILE, read_journal
 from streamslr.run.plan import BATCH_TOKENS
 from streamslr.runtime.stored_model import find_difference
@@ -103,6 +103,7 @@ def evaluate(
     with (
         scratch_folder("streamslr-eval-", scratch) as folder,
         _checked_ahead(blockwise, digests) as require_sound,
+        deterministic_libraries(where, strict=False),
     ):
 
         def new_boundary(index: int) -> HiddenStates:

@@ -11,13 +11,13 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from streamslr.errors import HubError, InputError, first_line
+from streamslr.gpu import pick_device
 from streamslr.io.packed_layout import read_quantization_config
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.border import refusing
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.model.meta_model import auto_class
 from streamslr.results.evaluate import read_digests
-from streamslr.run.context import pick_device
 from streamslr.runtime.loader import load
 
 PAPERS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "rte", "openbookqa", "boolq")

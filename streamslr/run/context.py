@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from streamslr.calibration.grams import input_groups
 from streamslr.config import RunConfig, idle_settings
 from streamslr.errors import InputError
+from streamslr.gpu import GpuMemory, open_gpu, pick_device
 from streamslr.io.packed_layout import read_quantization_config
 from streamslr.memory import free_host_memory, held, keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
@@ -49,8 +50,8 @@ class RunContext:
     device: torch.device
     dtype: torch.dtype  # of hidden states and products: float32 on a CPU, bfloat16 on a GPU
     allocation: Allocation | None  # None with --owl until its survey is done
-    host_mem: int  # budgets in bytes
-    gpu_mem: int | None  # None on a CPU, and for a GPU that is only planned for
+    host_mem: int  # budget in bytes
+    gpu: GpuMemory | None  # None on a CPU, and for a GPU that is only planned for, without a budget
     plan: Plan
     fingerprint: Mapping[str, Any]  # must be equal for a resume, with the digest of the tokens
 
@@ -64,6 +65,7 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
 
     Raises:
         InputError: Settings, model or method do not go together, as far as headers show.
+        BudgetError: The card lacks the GPU memory that the run may use.
         ResumeError: The output folder holds a run with other settings.
     """
     keep_no_freed_memory()
@@ -73,8 +75,11 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
     for sentence in idle_settings(config, device.type):
         log.warning("%s", sentence)
     present = device.type == "cpu" or torch.cuda.is_available()
-    if device.type == "cuda" and present:  # CUDA's context and libraries take host memory, which the baseline counts
-        torch.linalg.cholesky(torch.eye(8, device=device) @ torch.eye(8, device=device))
+    gpu = None
+    if device.type == "cuda" and present:  # before the baseline, which counts what CUDA takes of the host
+        gpu = open_gpu(device, config.gpu_mem if gpu_required else None)
+    if device.type == "cuda" and config.gpu_mem is not None:  # a plan may be for a larger card than this one
+        gpu = replace(gpu or GpuMemory(0), budget=config.gpu_mem)
     baseline = held()
     checkpoint, blockwise = _open_model(config, device if present else torch.device("cpu"), dtype)
     before = read_journal(config.out)
@@ -84,9 +89,6 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
     for sentence in _overridden(config, blockwise, densest):
         log.warning("%s", sentence)
     host_mem = free_host_memory() if config.host_mem is None else config.host_mem
-    gpu_mem = config.gpu_mem if device.type == "cuda" else None
-    if device.type == "cuda" and present and gpu_mem is None:
-        gpu_mem = torch.cuda.mem_get_info(device)[0]
     fingerprint = _fingerprint(config, checkpoint, method, device)
     allocation: Allocation | None = densest if config.owl is None else None
     if before:
@@ -102,7 +104,7 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
         dtype,
         baseline,
         host_mem,
-        gpu_mem,
+        gpu,
         Pieces(before.micro_batch, before.solver_workspace) if before else None,
     )
     if allocation is None:
@@ -111,7 +113,7 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
     for which in plan.dense:
         log.info("stay dense: %s", which)
     return RunContext(
-        config, checkpoint, blockwise, method, device, dtype, allocation, host_mem, gpu_mem, plan, fingerprint
+        config, checkpoint, blockwise, method, device, dtype, allocation, host_mem, gpu, plan, fingerprint
     )
 
 
@@ -120,20 +122,6 @@ def require_fit(context: RunContext) -> None:
     config = context.config
     context.plan.require_memory()
     context.plan.require_disk(config.out, config.scratch_folder, Path(constants.HF_HUB_CACHE))
-
-
-def pick_device(name: str | None, gpu_required: bool = True) -> tuple[torch.device, torch.dtype]:
-    """Return the device called `name`, by default the best there is, and the dtype to compute in there.
-
-    Raises:
-        InputError: A GPU is asked for and required, and torch sees none.
-    """
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and gpu_required and not torch.cuda.is_available():
-        raise InputError("--device cuda, but torch sees no GPU here; use --device cpu")
-    if device.type == "cuda" and torch.cuda.is_available():  # torch's limit on memory wants the number
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _open_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[Checkpoint, BlockwiseModel]:

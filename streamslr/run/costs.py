@@ -42,6 +42,7 @@ class Costs:
     device: torch.device
     dtype: torch.dtype  # of hidden states and products
     baseline: int  # bytes that the process holds before any work
+    gpu_workspaces: int = 0  # bytes of libraries in torch's allocator, from the first product on
 
     def phases(self, micro_batch: int, grams_at: str, workspace: int | None) -> tuple[PhaseCost, ...]:
         """Return the cost of each phase, in the order that a run goes through them.
@@ -106,13 +107,22 @@ class Costs:
     def _embed(self, micro_batch: int) -> PhaseCost:
         outputs = 2 * self._hidden_bytes(micro_batch)
         host = transfer_bytes(self._hidden_bytes(micro_batch), writes=2) - outputs
+        if self.device.type != "cpu":  # the call is recorded up to the final norm, which computes in float32
+            outputs += self._hidden_bytes(micro_batch) + 2 * 4 * self._tokens(micro_batch) * self.model.hidden_size
         return self._cost("embed", self.model.non_block_parameters * self._value_bytes + outputs, host, 0.0)
 
     def _load(self) -> PhaseCost:
-        return self._cost("load", self._block_bytes, max(b.source_bytes for b in self.model.blocks), 0.0)
+        # beside the weights, values that calls of blocks share: angles of the positions, masks
+        shared = 0 if self.device.type == "cpu" else self._hidden_bytes(1) // 4
+        return self._cost("load", self._block_bytes + shared, max(b.source_bytes for b in self.model.blocks), 0.0)
 
     def _grams(self, micro_batch: int) -> PhaseCost:
-        passing = self._pass_bytes(micro_batch) + self._input_copy(micro_batch)
+        passing = self._pass_bytes(micro_batch)
+        if self.device.type == "cpu":
+            passing += self._input_copy(micro_batch)
+        else:  # when the widest input is copied, the tensors that made it are gone; the streams' windows are there
+            made_of = 2 * self._tokens(micro_batch) * self._widest * self._value_bytes
+            passing += max(0, self._input_copy(micro_batch) - made_of) + self._streams * self._hidden_bytes(micro_batch)
         blending = max(blend_bytes(b.expert_grams.values()) for b in self.model.blocks)  # after all windows have passed
         compute = self._block_bytes + self.gram_bytes + max(blending, passing)
         targets = 1 if self.config.match else 0
@@ -141,7 +151,9 @@ class Costs:
         """Place the bytes of a phase: `compute` where blocks are computed, `host` on the host in any case."""
         on_cpu = self.device.type == "cpu"
         fixed = self.baseline + _EARLY_BUFFERS if phase == "embed" else self.fixed_bytes
-        return PhaseCost(phase, fixed + host + (compute if on_cpu else 0), 0 if on_cpu else compute, flops)
+        return PhaseCost(
+            phase, fixed + host + (compute if on_cpu else 0), 0 if on_cpu else compute + self.gpu_workspaces, flops
+        )
 
     def _tokens(self, windows: int) -> int:
         return windows * self.config.seq_len

@@ -54,6 +54,10 @@ place of a value that is not finite."""
 Phases = Mapping[str, Mapping[str, Count | Annotated[float, msgspec.Meta(ge=0, le=1e100)]]]
 """Name of each phase -> its `seconds` and peak bytes, beside the planned bytes and the budgets."""
 
+Retries = Mapping[str, tuple[str, ...]]
+"""Name of a phase -> what was cut or allowed when it was tried again, in words: memory had run out, or the model has an
+operator without a deterministic form."""
+
 
 @dataclass(frozen=True)
 class LinearRecord:
@@ -113,6 +117,7 @@ class BlockRecord:
     measured: Phases = field(default_factory=dict)
     sample: Sample | None = None  # of the boundary behind the block; None in folders of versions that took none
     dense: Mapping[str, str] = field(default_factory=dict)  # linears that had to stay dense -> why
+    retries: Retries = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_shard(self.shard, BLOCK_FILE.format(self.index))
@@ -155,6 +160,7 @@ class JournalState:
     sample: Sample | None = None  # of boundary 0, as a block's
     blocks: tuple[BlockRecord, ...] = ()
     measured: Phases = field(default_factory=dict)  # as a block's, of the phases before block 0
+    retries: Retries = field(default_factory=dict)  # the same
     model: str = ""  # name of the model, for people; its identity is in the fingerprint
     made_with: Mapping[str, str] = field(default_factory=dict)  # `made_with` at the first start
     allocation: Mapping[str, SpecEntry] | None = None  # of spec.allocation.as_json; None before OWL's survey

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from streamslr.errors import ResumeError, StreamslrError
+from streamslr.gpu import GpuMemory
 from streamslr.io.durable import PARTIAL_SUFFIX, is_as_written, lock_folder
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from streamslr.run.journal import (
     BlockRecord,
     JournalState,
     Phases,
+    Retries,
     Sample,
     read_journal,
     write_journal,
@@ -90,7 +92,12 @@ class Journal:
             self._commit(self.state)
 
     def commit_survey(
-        self, outliers: Sequence[float], allocation: Mapping[str, SpecEntry], micro_batch: int, measured: Phases
+        self,
+        outliers: Sequence[float],
+        allocation: Mapping[str, SpecEntry],
+        micro_batch: int,
+        measured: Phases,
+        retries: Retries | None = None,
     ) -> None:
         """Commit OWL's survey: the fraction of outliers of each block, and the allocation that follows from it."""
         self._commit(
@@ -100,6 +107,7 @@ class Journal:
                 allocation=allocation,
                 micro_batch=micro_batch,
                 measured=measured,
+                retries=retries or {},
             )
         )
 
@@ -111,6 +119,7 @@ class Journal:
         sample: Sample,
         micro_batch: int,
         measured: Phases,
+        retries: Retries | None = None,
     ) -> None:
         """Commit all before block 0: the auxiliary files and the non-block shard are written, boundary 0 is sealed.
 
@@ -125,6 +134,7 @@ class Journal:
                 sample=sample,
                 micro_batch=micro_batch,
                 measured={**self.state.measured, **measured},  # after those of a survey
+                retries={**self.state.retries, **(retries or {})},
             )
         )
 
@@ -217,7 +227,7 @@ def refuse_changed_settings(folder: Path, before: Mapping[str, Any], now: Mappin
         )
 
 
-def made_with(device: torch.device) -> dict[str, str]:
+def made_with(device: torch.device, gpu: GpuMemory | None) -> dict[str, str]:
     """Return the machine's device and threads, and the versions of the software, for the journal."""
     return {
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -225,4 +235,5 @@ def made_with(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
+        **(gpu.made_with() if gpu else {}),
     }

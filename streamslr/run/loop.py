@@ -17,6 +17,7 @@ from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows, window_prefix
 from streamslr.config import base_name, default_out
 from streamslr.errors import BudgetError, InputError, StreamslrError, first_line, says_out_of_memory
+from streamslr.gpu import deterministic_libraries
 from streamslr.io.durable import is_as_written
 from streamslr.io.folder import (
     discard_uncommitted,
@@ -27,7 +28,7 @@ from streamslr.io.folder import (
 )
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.matching import BlockWeights, CompressedBlock
-from streamslr.memory import held_to_gpu_budget, retry_on_oom
+from streamslr.memory import held_to_gpu_limit
 from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.run.context import RunContext, require_fit
@@ -73,8 +74,11 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
             log.info("%s: %d of %d blocks are done, going on", config.out, len(state.blocks), state.blocks_total)
         progress = BlockProgress(display, len(state.blocks), state.blocks_total)
         with (
-            PhaseTimer(context.device, display, config.host_mem, planned) as timer,
-            held_to_gpu_budget(context.device, context.gpu_mem),
+            PhaseTimer(
+                context.device, display, config.host_mem, planned, context.gpu.context if context.gpu else 0
+            ) as timer,
+            held_to_gpu_limit(context.device, context.gpu.limit if context.gpu else None),
+            deterministic_libraries(context.device),
             torch.no_grad(),
         ):
             passes = Passes(
@@ -84,7 +88,9 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 allocation = context.allocation
                 if allocation is None:
                     allocation = allocation_by_outliers(config, context.blockwise, journal, passes)
-                compressor = LinearCompressor(context.method.solver, allocation, config.seed, state.solver_workspace)
+                compressor = LinearCompressor(
+                    context.method.solver, allocation, config.seed, state.solver_workspace, timer.note_retry
+                )
                 Compression(context, allocation, journal, timer, progress, passes, compressor).run()
             except (MemoryError, RuntimeError) as error:
                 if not says_out_of_memory(error):
@@ -107,7 +113,7 @@ def _first_state(context: RunContext, calibration: Calibration, bos: bool) -> Jo
         micro_batch=context.plan.micro_batch,
         solver_workspace=context.plan.solver_workspace,
         model=base_name(model) if Path(model).is_dir() else model,
-        made_with=made_with(context.device),
+        made_with=made_with(context.device, context.gpu),
         allocation=None if context.allocation is None else as_json(context.allocation),
     )
 
@@ -152,7 +158,13 @@ class Compression:
         boundary = self.passes.retry("embed", partial(self.passes.embed, targets=context.config.match))
         digest, _ = boundary.seal()
         journal.commit_non_block(
-            auxiliary_files, non_block, digest, boundary.sample(), self.passes.micro_batch, self.timer.take()
+            auxiliary_files,
+            non_block,
+            digest,
+            boundary.sample(),
+            self.passes.micro_batch,
+            self.timer.take(),
+            self.timer.take_retries(),
         )
         write_index(out, journal.state.shards)
         return boundary
@@ -196,7 +208,7 @@ class Compression:
     def compress_block(self, i: int, boundary: Boundary) -> Boundary:
         """Compress block i into its shard and a journal record; return what enters the next block."""
         blockwise, passes, timer = self.context.blockwise, self.passes, self.timer
-        timer.take()  # drop what a replay measured: it belongs to no block
+        _ = timer.take(), timer.take_retries()  # drop those of a replay: they belong to no block
         # Load the block, while the shards of the next are fetched.
         with timer.phase("load", steps=1, block=i):
             block = load_block(blockwise, i)
@@ -229,6 +241,7 @@ class Compression:
             measured,
             sample,
             blockwise.dense[i],
+            timer.take_retries(),
         )
         self.journal.commit_block(record, passes.micro_batch, self.linear_compressor.workspace)
         write_index(self.context.config.out, self.journal.state.shards)
@@ -261,14 +274,9 @@ class Compression:
         self, block: Block, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
     ) -> tuple[HiddenStates, WrittenShard, MatchRecord]:
         """Match the block and pass the windows on; keep it as solved where that does not lower its loss."""
-        passes, config = self.passes, self.context.config
+        passes = self.passes
         compressed = CompressedBlock(block, self.patterns(block))
-        matched, curve = retry_on_oom(
-            partial(passes.match, compressed, solved, hidden, targets),
-            partial(passes.halve_micro_batch, config.match_batch),
-            phase="match",
-            device=self.context.device,
-        )
+        matched, curve = passes.retry_match(partial(passes.match, compressed, solved, hidden, targets))
         if not math.isfinite(curve[0]):
             raise InputError(
                 f"{block.name}: its output is so large or small that its loss is {curve[0]}; check the model's weights"

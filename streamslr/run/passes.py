@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from statistics import median
 from typing import TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor
 from streamslr.calibration.grams import Gram, GramCollector
 from streamslr.calibration.hidden_states import HiddenStates, HiddenStateStream, Span, read_batches, spans
 from streamslr.config import RunConfig
+from streamslr.gpu import retry_in_any_order
 from streamslr.matching import BlockWeights, CompressedBlock, Loss, MatchSettings
 from streamslr.memory import release_memory, retry_on_oom
 from streamslr.model.blockwise import Block, BlockwiseModel
@@ -156,8 +158,25 @@ class Passes:
         return leaving, loss.relative
 
     def retry(self, phase: str, work: Callable[[], T]) -> T:
-        """Call `work`, a pass; where memory runs out in it, call it once more with half the micro-batch."""
-        return retry_on_oom(work, self.halve_micro_batch, phase=phase, device=self.blockwise.device)
+        """Call `work`, a pass; where memory runs out in it, call it once more with half the micro-batch.
+
+        Where the model has an operator without a deterministic form, call it once more with that allowed.
+        """
+        return self._retry(phase, work, None)
+
+    def retry_match(self, work: Callable[[], T]) -> T:
+        """Do the same for `work`, a matching, which passes no more windows at a time than a step has."""
+        return self._retry("match", work, self.config.match_batch)
+
+    def _retry(self, phase: str, work: Callable[[], T], at_most: int | None) -> T:
+        note = self.timer.note_retry
+        return retry_on_oom(
+            partial(retry_in_any_order, work, phase, note),
+            partial(self.halve_micro_batch, at_most),
+            phase=phase,
+            device=self.blockwise.device,
+            note=note,
+        )
 
     def halve_micro_batch(self, at_most: int | None = None) -> str | None:
         """Halve the windows that passed together, `at_most` so many; say so, or return None where it was one."""

@@ -8,23 +8,21 @@ from typing import Any
 import torch
 
 from streamslr.calibration.hidden_states import boundary_bytes, held_bytes, scratch_bytes
-from streamslr.config import RunConfig, format_bytes
+from streamslr.config import LARGEST, RunConfig, format_bytes
 from streamslr.errors import BudgetError
+from streamslr.gpu import GpuMemory
 from streamslr.io.durable import DiskNeed, require_disk_space
 from streamslr.model.shape import ModelShape
 from streamslr.run.costs import Costs, PhaseCost
 from streamslr.solvers.base import Solver
 from streamslr.spec.allocation import Allocation, in_words, parameter_fraction
 
-BATCH_TOKENS = 2048
-"""Tokens of a micro-batch: one window of the papers' length."""
+BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 16384
+"""Most tokens of a micro-batch on a CPU, one window of the papers' length, and on a GPU. There products of 4,096 tokens
+and more run at their full rate, and a micro-batch of 8 windows halves what is lost between kernels once more."""
 
 _BATCH_PHASES = ("survey", "embed", "grams", "match", "propagate")
 """Phases that windows pass through; their memory grows with the micro-batch."""
-
-_USABLE = 0.97
-"""Fraction of a GPU budget that the plan fills, since the allocator's limit also counts gaps between tensors. It was
-chosen, not measured: no GPU was at hand."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Plan:
     parameter_fraction: float  # parameters of S, U and V over those of the dense linears
     host_mem: int  # budget of host memory
     gpu_mem: int | None  # budget of GPU memory; None without one: on a CPU, and where no GPU can be asked
+    gpu_context: int = 0  # bytes of gpu_mem that CUDA takes for itself
     dense: tuple[str, ...] = ()  # linears that stay dense, with the reason, in words
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,21 +76,26 @@ class Plan:
         for phase in self.phases:
             memory[phase.name] = {"host_planned_bytes": phase.host_bytes, "host_budget_bytes": self.host_mem}
             if self.gpu_mem is not None:
-                memory[phase.name] |= {"gpu_planned_bytes": phase.gpu_bytes, "gpu_budget_bytes": self.gpu_mem}
+                memory[phase.name] |= {
+                    "gpu_planned_bytes": phase.gpu_bytes,
+                    "gpu_context_bytes": self.gpu_context,
+                    "gpu_budget_bytes": self.gpu_mem,
+                }
         return memory
 
     def require_memory(self) -> None:
         """Raise BudgetError where a phase does not fit a budget; name the phase, its bytes and the flag that helps."""
-        for kind, budget in (("host", self.host_mem), ("gpu", self.gpu_mem)):
+        for kind, budget, beside in (("host", self.host_mem, 0), ("gpu", self.gpu_mem, self.gpu_context)):
             if budget is None:
                 continue
             phase = max(self.phases, key=lambda p: getattr(p, f"{kind}_bytes"))
-            need = getattr(phase, f"{kind}_bytes")
+            need = getattr(phase, f"{kind}_bytes") + beside
             if need > budget:
                 batch = f" (windows pass {self.micro_batch} at a time)" if phase.name in _BATCH_PHASES else ""
+                own = f", {format_bytes(beside)} of it for CUDA itself" if beside else ""
                 shorter = " or, in a new --out, shorten --seq-len" if batch else ""
                 raise BudgetError(
-                    f"phase {phase.name}{batch} needs {format_bytes(need)} of {kind} memory, the budget is "
+                    f"phase {phase.name}{batch} needs {format_bytes(need)} of {kind} memory{own}, the budget is "
                     f"{format_bytes(budget)}; raise --{kind}-mem{shorter}"
                 )
 
@@ -135,7 +139,7 @@ def make_plan(
     dtype: torch.dtype,
     baseline: int,
     host_mem: int,
-    gpu_mem: int | None = None,
+    gpu: GpuMemory | None = None,
     pieces: Pieces | None = None,
 ) -> Plan:
     """Plan a run, cut into pieces as small as the budgets ask for.
@@ -149,11 +153,11 @@ def make_plan(
         dtype: Dtype of hidden states and products.
         baseline: Private bytes that the process holds before any work.
         host_mem: Budget of host memory.
-        gpu_mem: Budget of GPU memory; None: no limit.
+        gpu: Memory of the GPU that the run may take; None: no limit.
         pieces: Pieces of an earlier start of the same run; None: choose them.
     """
-    costs = Costs(config, model, allocation, solver, device, dtype, baseline)
-    budgets = _Budgets(host_mem, None if gpu_mem is None else int(gpu_mem * _USABLE))
+    costs = Costs(config, model, allocation, solver, device, dtype, baseline, (gpu or GpuMemory(0)).workspaces)
+    budgets = _Budgets(host_mem, gpu.usable if gpu else None)
     micro_batch = pieces.micro_batch if pieces else _choose_micro_batch(costs, budgets)
     workspace = pieces.solver_workspace if pieces else None
     grams_at = _choose_gram_tier(costs, budgets, workspace)
@@ -184,7 +188,8 @@ def make_plan(
         linears=in_words(allocation.values()),
         parameter_fraction=parameter_fraction(allocation, (block.linears for block in model.blocks)),
         host_mem=host_mem,
-        gpu_mem=gpu_mem,
+        gpu_mem=gpu.budget if gpu else None,
+        gpu_context=gpu.context if gpu else 0,
     )
 
 
@@ -205,8 +210,17 @@ class _Budgets:
 
 
 def _choose_micro_batch(costs: Costs, budgets: _Budgets) -> int:
-    """Return the windows that pass together: BATCH_TOKENS of tokens, halved until every pass fits, but at least one."""
-    micro_batch = max(1, min(costs.config.samples, BATCH_TOKENS // costs.config.seq_len))
+    """Return the windows that pass together, halved until every pass fits, but at least one.
+
+    On a CPU they begin with BATCH_TOKENS of tokens. On a GPU they are a power of two, at most GPU_BATCH_TOKENS of
+    tokens, and no more than a step of matching takes.
+    """
+    config = costs.config
+    if costs.device.type == "cpu":
+        micro_batch = max(1, min(config.samples, BATCH_TOKENS // config.seq_len))
+    else:
+        most = min(config.samples, GPU_BATCH_TOKENS // config.seq_len, config.match_batch if config.match else LARGEST)
+        micro_batch = 1 << max(0, most.bit_length() - 1)
     while micro_batch > 1:
         phases = costs.phases(micro_batch, "device", None)
         if budgets.hold(phase for phase in phases if phase.name in _BATCH_PHASES):
@@ -234,7 +248,7 @@ def _choose_workspace(costs: Costs, budgets: _Budgets, grams_at: str) -> int | N
     budget = budgets.host if on_cpu else budgets.gpu
     if budget is None or budgets.hold([costs.solve(grams_at, None)]):
         return None
-    workspace = max(0, budget - costs.beside_solver(grams_at) - (costs.fixed_bytes if on_cpu else 0))
+    workspace = max(0, budget - costs.beside_solver(grams_at) - (costs.fixed_bytes if on_cpu else costs.gpu_workspaces))
     return None if costs.solver_bytes(workspace) == costs.solver_bytes(None) else workspace
 
 

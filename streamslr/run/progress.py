@@ -33,8 +33,8 @@ class Display(Protocol):
     def phase(self, block: int | None, name: str, steps: int) -> None:
         """Show that a phase of `steps` steps begins, in a block or (None) before the first."""
 
-    def step(self, steps: int, host_bytes: int) -> None:
-        """Show that `steps` more steps of the phase are done, and what the process holds now."""
+    def step(self, steps: int, host_bytes: int, gpu_bytes: int | None = None) -> None:
+        """Show that `steps` more steps of the phase are done, and what the process holds now of host and GPU."""
 
 
 class NoDisplay:
@@ -42,7 +42,7 @@ class NoDisplay:
 
     def blocks(self, done: int, total: int, eta: float | None) -> None: ...
     def phase(self, block: int | None, name: str, steps: int) -> None: ...
-    def step(self, steps: int, host_bytes: int) -> None: ...
+    def step(self, steps: int, host_bytes: int, gpu_bytes: int | None = None) -> None: ...
 
 
 class PhaseTimer:
@@ -54,6 +54,7 @@ class PhaseTimer:
         display: Display,
         host_budget: int | None = None,
         planned: Mapping[str, Mapping[str, int]] | None = None,
+        gpu_context: int = 0,
     ) -> None:
         """Make a timer that measures while entered.
 
@@ -62,11 +63,13 @@ class PhaseTimer:
             display: Display to tell of phases and their steps.
             host_budget: Private bytes that no phase may exceed; None without a limit.
             planned: For each phase, figures to record beside the measured ones (Plan.memory).
+            gpu_context: Bytes of the GPU that CUDA takes for itself, to show with what torch's allocator holds.
         """
         self._device, self._display = device, display
-        self._host_budget, self._planned = host_budget, planned or {}
+        self._host_budget, self._planned, self._gpu_context = host_budget, planned or {}, gpu_context
         self._watch = MemoryWatch()
         self._measured: dict[str, Any] = {}
+        self._retries: dict[str, tuple[str, ...]] = {}
 
     def __enter__(self) -> "PhaseTimer":
         self._watch.start()
@@ -92,6 +95,7 @@ class PhaseTimer:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             measured["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(self._device)
+            measured["gpu_reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
         measured["seconds"] = round(time.monotonic() - start, 4)
         measured["host_peak_bytes"] = self._watch.take()
         if earlier := self._measured.get(name):  # the block went through this phase before
@@ -101,15 +105,29 @@ class PhaseTimer:
 
     def _step(self, done: int) -> None:
         held = self._watch.now
-        self._display.step(done, held)
+        on_gpu = self._device.type == "cuda"
+        self._display.step(done, held, self._gpu_context + torch.cuda.memory_reserved(self._device) if on_gpu else None)
         if self._host_budget is not None and held > self._host_budget:
             budget = format_bytes(self._host_budget)
             raise MemoryError(f"the process holds {format_bytes(held)} of host memory, --host-mem is {budget}")
 
     def take(self) -> dict[str, Any]:
-        """Return {phase: {seconds, host_peak_bytes[, gpu_peak_bytes], planned figures}} since the last take."""
+        """Return what was measured of each phase since the last take, beside its planned figures.
+
+        These are seconds and host_peak_bytes; on a GPU also gpu_peak_bytes, the tensors', and gpu_reserved_bytes, all
+        that torch's allocator held.
+        """
         measured, self._measured = self._measured, {}
         return measured
+
+    def note_retry(self, phase: str, sentence: str) -> None:
+        """Keep what a second try of a phase does without."""
+        self._retries[phase] = (*self._retries.get(phase, ()), sentence)
+
+    def take_retries(self) -> dict[str, tuple[str, ...]]:
+        """Return what second tries did without since the last call, by phase."""
+        retries, self._retries = self._retries, {}
+        return retries
 
 
 class BlockProgress:
@@ -129,7 +147,9 @@ class BlockProgress:
         eta = spent / (self._done - self._done_before) * (self._total - self._done)
         self._display.blocks(self._done, self._total, eta)
         seconds = sum(m["seconds"] for m in record.measured.values())
-        peak = max(m["host_peak_bytes"] for m in record.measured.values())
+        peak = format_bytes(max(m["host_peak_bytes"] for m in record.measured.values()))
+        if on_gpu := [gpu_taken_bytes(m) for m in record.measured.values() if "gpu_peak_bytes" in m]:
+            peak += f" on the host and {format_bytes(max(on_gpu))} on the GPU"
         errors = [linear.error for linear in record.linears]
         matched = ""
         if record.matching:
@@ -144,10 +164,18 @@ class BlockProgress:
             sum(linear.wanda_error for linear in record.linears) / len(errors),
             matched,
             seconds,
-            format_bytes(peak),
+            peak,
             format_bytes(record.shard.nbytes),
             format_duration(eta),
         )
+
+
+def gpu_taken_bytes(measured: Mapping[str, Any]) -> int:
+    """Return the most that a phase took of the card: torch's reserved memory and CUDA's own, as the budget counts it.
+
+    Folders of earlier versions have the peak of tensors alone.
+    """
+    return int(measured.get("gpu_reserved_bytes", measured["gpu_peak_bytes"]) + measured.get("gpu_context_bytes", 0))
 
 
 def format_duration(seconds: float) -> str:
@@ -161,9 +189,9 @@ def format_duration(seconds: float) -> str:
 class LiveDisplay(logging.Handler):
     """Display on a terminal: bars for blocks and phase, time left, memory beside its budget, the last warnings."""
 
-    def __init__(self, console: Console, host_budget: int):
+    def __init__(self, console: Console, host_budget: int, gpu_budget: int | None = None):
         super().__init__(logging.WARNING)
-        self._budget = host_budget
+        self._budget, self._gpu_budget = host_budget, gpu_budget
         self._bars = Progress(
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=32),
@@ -200,6 +228,9 @@ class LiveDisplay(logging.Handler):
         where = name if block is None else f"block {block}: {name}"
         self._bars.reset(self._phase, total=steps, description=where)
 
-    def step(self, steps: int, host_bytes: int) -> None:
+    def step(self, steps: int, host_bytes: int, gpu_bytes: int | None = None) -> None:
         memory = f"host {format_bytes(host_bytes)} of {format_bytes(self._budget)}"
+        if gpu_bytes is not None:
+            memory += f", gpu {format_bytes(gpu_bytes)}"
+            memory += f" of {format_bytes(self._gpu_budget)}" if self._gpu_budget else ""
         self._bars.update(self._phase, advance=steps, note=memory)

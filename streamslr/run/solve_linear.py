@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError, first_line
 from streamslr.io.packing import merge, pack
-from streamslr.memory import retry_on_oom
+from streamslr.memory import note_nothing, retry_on_oom
 from streamslr.run.journal import LinearRecord
 from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, relative_error, wanda_error
 from streamslr.spec.allocation import Allocation, LinearSpec
@@ -31,6 +31,7 @@ class LinearCompressor:
     allocation: Allocation
     seed: int
     workspace: int | None  # bytes that one solve may take; None: as many as it likes
+    note: Callable[[str, str], None] = note_nothing  # of a retry: phase, and what it does without
 
     def compress(
         self, name: str, linear: nn.Linear, gram: Tensor, dtype: torch.dtype
@@ -57,7 +58,7 @@ class LinearCompressor:
             self.workspace = smaller
             return f"a solver workspace of {format_bytes(smaller)}, from {name} on"
 
-        return retry_on_oom(work, shrink, phase="solve", device=linear.weight.device)
+        return retry_on_oom(work, shrink, phase="solve", device=linear.weight.device, note=self.note)
 
 
 def smaller_workspace(solver: Solver, spec: LinearSpec, linear: nn.Linear, workspace: int | None) -> int | None:

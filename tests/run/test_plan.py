@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError
+from streamslr.gpu import GpuMemory
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.run.costs import PhaseCost
 from streamslr.run.plan import Pieces, Plan, make_plan
@@ -30,13 +31,15 @@ def llama_70b() -> ModelShape:
 
 
 def plan(
-    model: ModelShape, host_mem: int = 10**12, device: str = "cuda", gpu_mem: int | None = None, **settings: Any
+    model: ModelShape, host_mem: int = 10**12, device: str = "cuda", gpu: int | None = None, **settings: Any
 ) -> Plan:
     config = RunConfig(model="m", out=Path("out"), **settings)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     allocation = allocate(config, [block.linears for block in model.blocks])
     solver = find_method(config.method).solver
-    return make_plan(config, model, allocation, solver, torch.device(device), dtype, GB, host_mem, gpu_mem)
+    return make_plan(
+        config, model, allocation, solver, torch.device(device), dtype, GB, host_mem, gpu and GpuMemory(gpu)
+    )
 
 
 def phase(plan: Plan, name: str) -> PhaseCost:
@@ -51,7 +54,7 @@ def test_a_70b_model_fits_one_48_gb_card_and_a_modest_host() -> None:
 
 
 def test_the_largest_terms_are_what_the_shapes_say() -> None:
-    made = plan(llama_70b())
+    made = plan(llama_70b(), samples=1)
     block = 2 * llama_70b().blocks[0].parameters
     grams = 4 * (3 * 8192**2 + 28672**2)
     assert block + grams < phase(made, "grams").gpu_bytes < block + grams + 2 * GB
@@ -81,6 +84,35 @@ def test_short_windows_pass_together_and_fewer_where_memory_is_short() -> None:
     assert (on_disk.micro_batch, on_disk.in_memory) == (32, False)
     needed = max(phase(on_disk, name).host_bytes for name in ("embed", "grams", "match", "propagate"))
     assert plan(model, host_mem=needed - 1, device="cpu", seq_len=64, samples=64).micro_batch < 32
+
+
+def test_windows_pass_a_gpu_together_by_powers_of_two_up_to_a_step_of_matching() -> None:
+    assert plan(llama_70b(), gpu=80 * GB).micro_batch == 8
+    assert plan(llama_70b(), gpu=80 * GB, seq_len=4096).micro_batch == 4
+    assert plan(llama_70b(), gpu=80 * GB, seq_len=256, match_batch=12).micro_batch == 8
+    assert plan(llama_70b(), gpu=80 * GB, seq_len=256, match=False).micro_batch == 64
+    assert plan(llama_70b(), gpu=80 * GB, seq_len=32768).micro_batch == 1
+
+
+def test_fewer_windows_pass_a_small_gpu_together() -> None:
+    tight = plan(llama_70b(), gpu=20 * GB)
+    assert tight.micro_batch < 8
+    tight.require_memory()
+
+
+def test_what_cuda_takes_for_itself_is_a_part_of_the_budget() -> None:
+    made = plan(llama_70b(), gpu=45 * GB)
+    need = made.gpu_bytes + made.gpu_context
+    replace(made, gpu_mem=need).require_memory()
+    with pytest.raises(BudgetError, match=r"0.6\d* GB of it for CUDA itself|629.1 MB of it for CUDA itself"):
+        replace(made, gpu_mem=need - 1).require_memory()
+
+
+def test_segments_of_fixed_size_leave_a_plan_less_of_the_budget() -> None:
+    expandable, fixed = GpuMemory(20 * GB), GpuMemory(20 * GB, expandable=False)
+    assert expandable.limit == fixed.limit == 20 * GB - expandable.context
+    assert fixed.usable < expandable.usable < expandable.limit
+    assert fixed.usable * 1.16 < fixed.limit  # what fragments took of a 70B block
 
 
 @pytest.mark.parametrize(("host", "gpu", "flag"), [(GB // 2, None, "--host-mem"), (10**12, 4 * GB, "--gpu-mem")])
@@ -138,28 +170,30 @@ def test_attention_that_is_not_fused_is_planned_with_its_weights() -> None:
 
 
 def test_a_70b_block_fits_24_gb_with_matching() -> None:
-    made = plan(llama_70b(), host_mem=24 * GB, gpu_mem=24 * GB)
+    made = plan(llama_70b(), host_mem=24 * GB, gpu=24 * GB)
     made.require_memory()
     assert "match" in {p.name for p in made.phases}
 
 
 def test_a_tight_budget_moves_grams_away_first_and_then_cuts_the_solver_into_tiles() -> None:
-    generous = plan(llama_70b(), gpu_mem=45 * GB)
+    generous = plan(llama_70b(), samples=1, gpu=45 * GB)
     assert (generous.grams_at, generous.solver_workspace) == ("device", None)
     grams = 4 * (3 * 8192**2 + 28672**2)
     peak = generous.gpu_bytes
-    aside = plan(llama_70b(), gpu_mem=peak)  # of which a margin stays free
+    budget = peak + generous.gpu_context  # of which a margin stays free
+    aside = plan(llama_70b(), samples=1, gpu=budget)
     assert (aside.grams_at, aside.solver_workspace) == ("host", None)
     assert peak - aside.gpu_bytes == grams - 4 * 28672**2
-    assert plan(llama_70b(), gpu_mem=peak, host_mem=generous.host_bytes - generous.scratch_bytes).grams_at == "disk"
-    tiled = plan(llama_70b(), gpu_mem=aside.gpu_bytes - GB)
+    modest = generous.host_bytes - generous.scratch_bytes
+    assert plan(llama_70b(), samples=1, gpu=budget, host_mem=modest).grams_at == "disk"
+    tiled = plan(llama_70b(), samples=1, gpu=aside.gpu_bytes - GB)
     assert tiled.solver_workspace is not None
     assert tiled.grams_at == "host"
     assert phase(tiled, "solve").gpu_bytes <= aside.gpu_bytes - GB
 
 
 def test_a_method_that_cannot_work_in_tiles_is_not_said_to() -> None:
-    made = plan(llama_70b(), gpu_mem=5 * GB, method="oats", match=False)
+    made = plan(llama_70b(), gpu=5 * GB, method="oats", match=False)
     assert made.solver_workspace is None
     with pytest.raises(BudgetError, match="phase"):
         made.require_memory()
@@ -168,7 +202,10 @@ def test_a_method_that_cannot_work_in_tiles_is_not_said_to() -> None:
 def test_matching_is_planned_for_what_may_change_and_not_for_dense_weights() -> None:
     values = 0.5 * sum(o * d for o, d in llama_70b().blocks[0].linears.values())
     low_rank = 64 * sum(o + d for o, d in llama_70b().blocks[0].linears.values())
-    more = phase(plan(llama_70b()), "match").gpu_bytes - phase(plan(llama_70b()), "propagate").gpu_bytes
+    more = (
+        phase(plan(llama_70b(), samples=1), "match").gpu_bytes
+        - phase(plan(llama_70b(), samples=1), "propagate").gpu_bytes
+    )
     assert 20 * values + 16 * low_rank < more < 20 * values + 16 * low_rank + 4 * GB
 
 
