@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from streamslr.model.call_recorder import PROBE_SHAPE, Call, find_recorder
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.compressibility import find_obstacles, find_shared_parameter
 from streamslr.model.experts import unfuse
+from streamslr.model.float32_stream import Float32Stream, find_float32_stream
 from streamslr.model.meta_model import build_on_meta, find_blocks, get_tensor, set_tensor
 from streamslr.model.parameter_names import (
     ParameterNames,
@@ -26,6 +28,7 @@ from streamslr.model.parameter_names import (
     find_routers,
     warn_of_unused,
 )
+from streamslr.model.stored_tensors import StoredTensors
 from streamslr.model.transformers_compat import (
     get_model_conversion_mapping,
     initializers,
@@ -99,6 +102,7 @@ class BlockwiseModel:
                 states goes from one block to the next.
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self._float32_stream: Float32Stream | None = None
         self._model = build_on_meta(checkpoint.config, dtype, checkpoint.tensors)
         require_modest_buffers(dict(self._model.named_non_persistent_buffers()), checkpoint.tensors)
         self._writers = find_writers(self._model)
@@ -107,6 +111,7 @@ class BlockwiseModel:
         list_name, self._blocks = find_blocks(self._model)
         self.block_names = tuple(f"{list_name}.{i}" for i in range(len(self._blocks)))
         self._names = ParameterNames(self._model, self.block_names, self._conversions, checkpoint.tensors)
+        self._stored = StoredTensors(self._model, self._names, self._conversions, checkpoint)
         self._shared = find_shared_parameter(self._model, self._names)
 
         keys = self._names.keys_by_block(checkpoint.tensors)
@@ -148,6 +153,13 @@ class BlockwiseModel:
         self._refuse_obstacles()
         self._find_dense()
         self._refuse_obstacles()  # once more: a block may have no linear left
+        if self.dtype != torch.float32:
+            self._float32_stream = find_float32_stream(self._model, self._names, self._blocks, self.dtype, self._on_meta)
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Dtype of the hidden states inside a block and of what it returns: float32, if the model allows it."""
+        return torch.float32 if self._float32_stream else self.dtype
 
     def _refuse_obstacles(self) -> None:
         blocks = dict(zip(self.block_names, self._blocks, strict=True))
@@ -193,7 +205,7 @@ class BlockwiseModel:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype in the checkpoint of the parameter or buffer of this stored name."""
-        return self.checkpoint.tensors[self.sources[self._names.parameter(name)][0]].dtype
+        return self._stored.dtype(name)
 
     def run_on_meta(self, i: int) -> None:
         """Pass a batch without values through block i, which must not be live: its hooks see every shape.
@@ -201,17 +213,26 @@ class BlockwiseModel:
         Raises:
             InputError: the block needs values; or an error of one of its linears.
         """
-        call = self._calls_for(PROBE_SHAPE)[i]
-        hidden = torch.empty(*PROBE_SHAPE, self.hidden_size, dtype=self.dtype, device="meta")
         try:
-            with torch.no_grad():
-                call.to_meta().replay(self._blocks[i], hidden)
+            self._on_meta(i, self.stream_dtype)
         except InputError:
             raise
         except Exception as error:  # a block's code may do anything
             raise self._not_compressible(
                 f"block {i} does not run on the meta device ({first_line(error)}); choose another model"
             ) from error
+
+    @torch.no_grad()
+    def _on_meta(self, i: int, dtype: torch.dtype) -> Any:
+        call = self._calls_for(PROBE_SHAPE)[i].to_meta()
+        return self._replay(i, call, torch.empty(*PROBE_SHAPE, self.hidden_size, dtype=dtype, device="meta"))
+
+    def _replay(self, i: int, call: Call, hidden: Tensor) -> Any:
+        try:
+            return call.replay(self._blocks[i], hidden)
+        finally:
+            if self._float32_stream:
+                self._float32_stream.forget()
 
     # Weights in and out
 
@@ -245,31 +266,21 @@ class BlockwiseModel:
         """Return live block i's parameters and buffers by stored name, without its linears' weights.
 
         They are the checkpoint's own bytes. Only tensors that transformers fuses or splits come from the live block,
-        in the stored dtype.
+        in the stored dtype, unless the block holds them rounded.
         """
         weights = {f"{linear}.weight" for linear in self.linears[i]}
-        tensors = {}
-        for name in self._names.in_block(i):
-            stored = self._names.stored[name]
-            if stored in weights:
-                continue
-            if key := self._names.own_key(name):
-                tensors[stored] = self.checkpoint.read([key])[key]
-            else:
-                tensors[stored] = get_tensor(self._model, name).detach().to(self.stored_dtype(stored), copy=True)
-        return tensors
+        names = [self._names.stored[name] for name in self._names.in_block(i)]
+        return {name: self._stored.read(name) for name in names if name not in weights}
+
+    def stored_weight(self, linear: str) -> Tensor:
+        """Return the stored weight [o, d] of a live linear in float32, without the rounding of the compute dtype."""
+        name = f"{linear}.weight"
+        weight = self._stored.read(name) if self._stored.is_rounded(name) else self.linear(linear).weight.detach()
+        return weight.to(self.device).float()
 
     def by_key(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors by stored name; those that transformers joins of several keys (convolutions) by these keys."""
-        result: dict[str, Tensor] = {}
-        for stored, tensor in tensors.items():
-            if joined := self._names.joined_keys(self._names.parameter(stored)):
-                dim, infos = joined[0], [self.checkpoint.tensors[key] for key in joined[1]]
-                parts = torch.split(tensor, [info.shape[dim] for info in infos], dim)
-                result |= {info.name: part.to(info.dtype).contiguous() for info, part in zip(infos, parts, strict=True)}
-            else:
-                result[stored] = tensor
-        return result
+        return self._stored.by_key(tensors)
 
     def evict_block(self, i: int) -> None:
         """Return block i to the meta device; its memory is free once the caller drops the tensors it took of it."""
@@ -324,7 +335,7 @@ class BlockwiseModel:
             self._window_errors(hidden.shape[1]),
         ):
             call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]
-            output = call.replay(self._blocks[i], hidden)
+            output = self._replay(i, call, hidden.to(self.stream_dtype))
         if isinstance(output, tuple) != bool(self._recorder.returned):
             raise InputError(f"block {i} of {self._class} returns a {type(output).__name__}: not supported")
         out: Tensor = output[0] if isinstance(output, tuple) else output

@@ -251,7 +251,10 @@ class Compression:
             matrix = gram.matrix.to(context.device)
             for name in gram.linears:
                 dtype = context.blockwise.stored_dtype(f"{name}.weight")
-                packed[name], record = self.linear_compressor.compress(name, block.linears[name], matrix, dtype)
+                weight = partial(context.blockwise.stored_weight, name)
+                packed[name], record = self.linear_compressor.compress(
+                    name, block.linears[name], weight, matrix, dtype
+                )
                 records.append(replace(record, rows=gram.rows, warnings=(*gram.warnings(name), *record.warnings)))
                 step(1)
             del gram, matrix

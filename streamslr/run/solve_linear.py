@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,21 +33,21 @@ class LinearCompressor:
     workspace: int | None  # bytes that one solve may take; None: as many as it likes
 
     def compress(
-        self, name: str, linear: nn.Linear, gram: Tensor, dtype: torch.dtype
+        self, name: str, linear: nn.Linear, weight: Callable[[], Tensor], gram: Tensor, dtype: torch.dtype
     ) -> tuple[Mapping[str, Tensor], LinearRecord]:
         """Replace the weight of `linear` as `compress_linear` does; once more in less memory where it runs out.
 
         Args:
             name: Name of the linear in the allocation.
             linear: The live linear.
+            weight: Returns the weight to solve for, [o, d] float32 on the linear's device.
             gram: Gram matrix of its inputs, [d, d] float32, on the linear's device.
             dtype: Dtype to store values and factors in.
         """
         spec = self.allocation[name]
 
         def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
-            weight = linear.weight.detach().float()
-            problem = LinearProblem(name, weight, gram, spec.pattern, spec.rank, self.seed, self.workspace)
+            problem = LinearProblem(name, weight(), gram, spec.pattern, spec.rank, self.seed, self.workspace)
             return compress_linear(problem, linear, self.solver, dtype)
 
         def shrink() -> str | None:
