@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamslr.errors import InputError, first_line, says_out_of_memory
+from streamslr.errors import InputError, first_line
 from streamslr.model.border import refusing
 from streamslr.model.bounds import require_modest_buffers
 from streamslr.model.buffers import compute_buffers, find_writers
@@ -32,12 +32,11 @@ from streamslr.model.stored_tensors import StoredTensors
 from streamslr.model.transformers_compat import (
     get_model_conversion_mapping,
     initializers,
-    load_converted,
-    quiet_transformers,
     uses_eager_attention,
 )
+from streamslr.model.weight_loading import check_loaded, load_keys
 from streamslr.model.weight_reads import find_dense
-from streamslr.tensors import count_not_finite, is_finite
+from streamslr.model.windows import CheckedLookups, refusing_windows, require_ids
 
 _CACHED_CALLS = 4
 """Batch shapes whose calls (masks, positions) are cached: whole and last micro-batch, in a pass and in matching."""
@@ -133,6 +132,7 @@ class BlockwiseModel:
 
         self._live: int | None = None
         self._non_block_loaded = False
+        self._checked_lengths: set[int] = set()
         self._calls: dict[tuple[int, int], tuple[Call, ...]] = {}
         self._init_buffers(block=None)
         with self._non_block_stand_ins():
@@ -154,7 +154,9 @@ class BlockwiseModel:
         self._find_dense()
         self._refuse_obstacles()  # once more: a block may have no linear left
         if self.dtype != torch.float32:
-            self._float32_stream = find_float32_stream(self._model, self._names, self._blocks, self.dtype, self._on_meta)
+            self._float32_stream = find_float32_stream(
+                self._model, self._names, self._blocks, self.dtype, self._on_meta
+            )
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -195,6 +197,24 @@ class BlockwiseModel:
         """Return (k, E) for a linear of an expert: each token passes k of E experts. The block must have run once."""
         experts = self._experts[self._names.module_path(name).rsplit(".", 2)[0]]
         return experts.top_k, experts.number
+
+    @property
+    def positions(self) -> int | None:
+        """The max_position_embeddings that the model was made for; None where config.json has none."""
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return positions if isinstance(positions, int) else None
+
+    def require_windows(self, tokens: int, ids: Tensor | None = None) -> None:
+        """Check that the model takes windows of so many tokens, and token ids [n, T] on the host.
+
+        Raises:
+            InputError: the windows are longer than a table of positions, or ids are outside the vocabulary.
+        """
+        if ids is not None:
+            require_ids(self._model, ids, self._label)
+        if self.positions and tokens > self.positions:
+            with refusing_windows(self._class, tokens, self.positions), self._non_block_stand_ins(), CheckedLookups():
+                self._recorder.record(torch.zeros(1, tokens, dtype=torch.int64, device=self.device))
 
     @property
     def eager_heads(self) -> int:
@@ -255,8 +275,7 @@ class BlockwiseModel:
         self._init_buffers(block=i)
         source = checkpoint or self.checkpoint
         keys = self._names.keys_by_block(source.tensors)[i] if checkpoint else self.block_tensors[i]
-        self._load(source, keys)
-        self._check_loaded(source, self._names.in_block(i))
+        self._load(source, keys, i)
         self._blocks[i].requires_grad_(False)
         linears = {name: self.linear(name) for name in self.linears[i]}
         parameters, run = partial(self._parameters, i), partial(self.run_block, i)
@@ -290,10 +309,8 @@ class BlockwiseModel:
 
     def load_non_block(self) -> None:
         """Load embeddings, norms and head, and tie the weights that the model ties. Errors as in `load_block`."""
-        self._load(self.checkpoint, self.non_block_tensors)
-        names = self._names.in_block(None)
-        self._check_loaded(self.checkpoint, names)
-        for name in names:
+        self._load(self.checkpoint, self.non_block_tensors, None)
+        for name in self._names.in_block(None):
             get_tensor(self._model, name).requires_grad_(False)
         self._non_block_loaded = True
 
@@ -315,7 +332,7 @@ class BlockwiseModel:
                 called with values that depend on the tokens.
         """
         self._require_non_block()
-        with self._window_errors(ids.shape[1]):
+        with refusing_windows(self._class, ids.shape[1], self.positions):
             calls = self._calls_for((ids.shape[0], ids.shape[1]))
             hidden, calls_with_tokens = self._recorder.record(ids.to(self.device))
         for i, (call, call_with_tokens) in enumerate(zip(calls, calls_with_tokens, strict=True)):
@@ -332,10 +349,11 @@ class BlockwiseModel:
             raise RuntimeError(f"block {i} is not live: load_block({i}) first")
         with (
             refusing(f"block {i} of {self._class} cannot run", _CHECK_CONFIG),
-            self._window_errors(hidden.shape[1]),
+            refusing_windows(self._class, hidden.shape[1], self.positions),
         ):
             call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]
-            output = self._replay(i, call, hidden.to(self.stream_dtype))
+            with self._checked_at_first(hidden.shape[1]):
+                output = self._replay(i, call, hidden.to(self.stream_dtype))
         if isinstance(output, tuple) != bool(self._recorder.returned):
             raise InputError(f"block {i} of {self._class} returns a {type(output).__name__}: not supported")
         out: Tensor = output[0] if isinstance(output, tuple) else output
@@ -352,25 +370,21 @@ class BlockwiseModel:
         return self._recorder.logits(ids.to(self.device), hidden)
 
     @contextmanager
-    def _window_errors(self, tokens: int) -> Iterator[None]:
-        """Turn errors about the windows' length, or about ids outside the vocabulary, into one that says what to do."""
-        try:
+    def _checked_at_first(self, tokens: int) -> Iterator[None]:
+        """On a GPU, check lookups in the first pass of windows of this length: blocks may hold tables too."""
+        if self.device.type == "cpu" or tokens in self._checked_lengths:
             yield
-        except (IndexError, RuntimeError) as error:  # from a table of positions or a mask, or from the embedding
-            positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 0
-            if says_out_of_memory(error) or (isinstance(error, RuntimeError) and tokens <= positions):
-                raise
-            raise InputError(
-                f"{self._class} cannot take windows of {tokens} tokens ({first_line(error)}); give a --seq-len of at "
-                f"most its max_position_embeddings, and the tokenizer it was made with"
-            ) from error
+            return
+        with CheckedLookups():
+            yield
+        self._checked_lengths.add(tokens)
 
     def _calls_for(self, shape: tuple[int, int]) -> tuple[Call, ...]:
         """Return how the model calls each block on a batch of this shape [b, T]."""
         if shape not in self._calls:
             if len(self._calls) == _CACHED_CALLS:
                 del self._calls[next(iter(self._calls))]
-            with self._non_block_stand_ins():
+            with self._non_block_stand_ins(), CheckedLookups():
                 _, self._calls[shape] = self._recorder.record(torch.zeros(shape, dtype=torch.int64, device=self.device))
         return self._calls[shape]
 
@@ -420,39 +434,7 @@ class BlockwiseModel:
         names = [name for name in self._names.computed if self._names.block_of(name) == block]
         compute_buffers(self._model, names, self._writers, self.device)
 
-    def _load(self, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
-        """Set the parameters that these checkpoint keys become, converted as `from_pretrained` does."""
-        names = self._names
-        used = [key for key in keys if any(name in names.meta for name in names.parameters_of(key))]
-        with quiet_transformers():
-            info = load_converted(self._model, checkpoint.read(used), self._conversions, self.dtype, self.device)
-            outside = any(names.block_of(names.parameters_of(key)[0]) is None for key in used)
-            if outside and self._model.all_tied_weights_keys:
-                self._model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-        for name, error in info.conversion_errors.items():
-            raise InputError(f"{name} cannot be made of {checkpoint.model}'s tensors: {error}")
-        for name, found, wanted in info.mismatched_keys:
-            raise InputError(
-                f"{name} is {list(found)} in {checkpoint.model}, config.json asks for {list(wanted)}: they are "
-                f"of different models; download both again"
-            )
-
-    def _check_loaded(self, checkpoint: Checkpoint, names: list[str]) -> None:
-        """Raise InputError when a parameter was not loaded, or holds NaN or infinity."""
-        missing = [name for name in names if get_tensor(self._model, name).is_meta]
-        if missing:
-            raise InputError(
-                f"{checkpoint.model} lacks {len(missing)} of {len(names)} parameters asked for, first {missing[0]}"
-            )
-        for name in names:
-            tensor = get_tensor(self._model, name)
-            if isinstance(tensor, nn.Parameter) and not is_finite(tensor):
-                keys = self._names.find_sources(checkpoint.tensors).get(name, (name,))
-                infos = [checkpoint.tensors[key] for key in keys if key in checkpoint.tensors]
-                where = ", ".join(sorted({info.shard for info in infos}))
-                narrower = any(info.dtype != self.dtype for info in infos)
-                raise InputError(
-                    f"{keys[0]} in {where} has {count_not_finite(tensor)} of {tensor.numel()} values that are NaN or "
-                    f"infinite{f' as {self.dtype}' if narrower else ''}; download the file again, or choose another "
-                    f"model"
-                )
+    def _load(self, checkpoint: Checkpoint, keys: Iterable[str], block: int | None) -> None:
+        """Set the parameters of a block, or outside the blocks, that these checkpoint keys become, and check them."""
+        load_keys(self._model, self._names, self._conversions, checkpoint, keys, self.dtype, self.device)
+        check_loaded(self._model, self._names, checkpoint, self._names.in_block(block), self.dtype)

@@ -1,4 +1,4 @@
-"""Tensors of a block as the checkpoint stores them, which may be finer than the dtype that the live block computes in."""
+"""Tensors of a block as the checkpoint stores them, often finer than the dtype that the live block computes in."""
 
 from collections.abc import Mapping, Sequence
 
