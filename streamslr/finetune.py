@@ -44,6 +44,7 @@ from streamslr.io.durable import (
 from streamslr.io.folder import copy_auxiliary_file, require_as_written, write_index
 from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
 from streamslr.memory import note_nothing
+from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.parameter_names import find_modules
 from streamslr.outside import parse_json, read_bounded
@@ -231,8 +232,10 @@ def _require_sound(folder: Path) -> None:
 
 def _read_windows(folder: Path, data: Path, seq_len: int, batch: int, bos: str) -> tuple[Tensor, int]:
     """Return the windows of `data` [n, T], and how many of the last are held out. Raise InputError for too few."""
-    tokenizer = open_checkpoint(str(folder)).tokenizer()
+    checkpoint = open_checkpoint(str(folder))
+    tokenizer = checkpoint.tokenizer()
     windows = text_windows(tokenizer, data, seq_len, limit=None, prefix=window_prefix(tokenizer, bos))
+    BlockwiseModel(checkpoint, torch.float32, torch.device("cpu")).require_windows(seq_len, windows)
     held_out = min(math.ceil(len(windows) * _HELD_OUT_FRACTION), _MAX_HELD_OUT)
     if len(windows) - held_out < batch:
         raise InputError(

@@ -93,7 +93,9 @@ class Loss:
         return self.error / self.energy if self.energy else 0.0
 
 
-def refine_bytes(block: BlockShape, allocation: Allocation, tokens: int, hidden_size: int, value_bytes: int) -> int:
+def refine_bytes(
+    block: BlockShape, allocation: Allocation, tokens: int, hidden_size: int, value_bytes: int, stream_bytes: int
+) -> int:
     """Return the bytes that `CompressedBlock.refine` takes beside the live block and the weights before and after.
 
     Counted are, in float32, master, gradient and two moments of each kept value, of U, V and of every parameter that is
@@ -107,6 +109,7 @@ def refine_bytes(block: BlockShape, allocation: Allocation, tokens: int, hidden_
         tokens: Tokens of one micro-batch.
         hidden_size: Width h of the residual stream.
         value_bytes: Bytes of one number in the compute dtype.
+        stream_bytes: Bytes of one number of the residual stream, which two norms save.
     """
     specs = [(allocation[name], o, d) for name, (o, d) in block.linears.items()]
     kept_values = sum(round(spec.pattern.density * o * d) for spec, o, d in specs)
@@ -120,7 +123,9 @@ def refine_bytes(block: BlockShape, allocation: Allocation, tokens: int, hidden_
         saved += max(o for o, _ in block.linears.values())  # an activation beside what goes into it
         saved += (_NORM_COPIES + _LOSS_TENSORS) * hidden_size * 4 // value_bytes
     tiles = _TILE_COPIES * 4 * min(max(o * d for o, d in block.linears.values()), TILE)
-    return 16 * (kept_values + low_rank + vectors) + 4 * kept_values + tokens * saved * value_bytes + routed + tiles
+    finer = tokens * 2 * hidden_size * (stream_bytes - value_bytes)
+    masters = 16 * (kept_values + low_rank + vectors) + 4 * kept_values
+    return masters + tokens * saved * value_bytes + finer + routed + tiles
 
 
 def refine_flops(forward: float, epochs: int) -> float:

@@ -25,8 +25,15 @@ _READING, _WRITING = 2, 1 + _PENDING_WRITES + 1
 """Micro-batches held per stream during a pass. Reading: current + prefetched. Writing: output + queued + 1 being
 written."""
 
-_BOUNDARIES: Mapping[str, int] = {"embed": 2, "load": 2, "grams": 3, "solve": 3, "match": 3, "propagate": 4}
-"""Phase -> boundaries of both streams, hidden states and targets, that exist in it."""
+_BOUNDARIES: Mapping[str, tuple[int, int]] = {
+    "embed": (1, 1),
+    "load": (1, 1),
+    "grams": (1, 2),
+    "solve": (1, 2),
+    "match": (1, 2),
+    "propagate": (2, 2),
+}
+"""Phase -> boundaries of hidden states and of targets that exist in it."""
 
 
 class HiddenStates(Protocol):
@@ -60,33 +67,34 @@ class HiddenStates(Protocol):
 
 
 def boundary_bytes(windows: int, seq_len: int, hidden_size: int, value_bytes: int) -> int:
-    """Return the bytes of one boundary of one stream, [windows, T, h]; `value_bytes` is of the compute dtype."""
+    """Return the bytes of one boundary of one stream, [windows, T, h]; `value_bytes` is of the stream's dtype."""
     return windows * seq_len * hidden_size * value_bytes
 
 
-def scratch_bytes(boundary: int, matching: bool) -> int:
+def scratch_bytes(hidden: int, targets: int) -> int:
     """Return the bytes of the most boundaries that exist at a time: two of each stream.
 
     Args:
-        boundary: Bytes of one boundary of one stream.
-        matching: There is a stream of targets beside the hidden states.
+        hidden: Bytes of one boundary of hidden states.
+        targets: Bytes of one boundary of targets; 0 without matching.
     """
-    return boundary * (4 if matching else 2)
+    return 2 * (hidden + targets)
 
 
-def held_bytes(phase: str, boundary: int, matching: bool) -> int:
+def held_bytes(phase: str, hidden: int, targets: int) -> int:
     """Return the bytes of all boundaries that exist in a phase: host memory, where the plan keeps them in memory.
 
     Without matching, half the boundaries of both streams are counted. The survey has two boundaries of one stream.
 
     Args:
         phase: Name of the phase.
-        boundary: Bytes of one boundary of one stream.
-        matching: There is a stream of targets beside the hidden states.
+        hidden: Bytes of one boundary of hidden states.
+        targets: Bytes of one boundary of targets; 0 without matching.
     """
     if phase == "survey":
-        return 2 * boundary
-    return boundary * _BOUNDARIES[phase] // (1 if matching else 2)
+        return 2 * hidden
+    of_hidden, of_targets = _BOUNDARIES[phase]
+    return of_hidden * hidden + of_targets * targets if targets else (of_hidden + of_targets) * hidden // 2
 
 
 def transfer_bytes(micro_batch: int, reads: int = 0, writes: int = 0) -> int:

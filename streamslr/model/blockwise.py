@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from streamslr.errors import InputError, first_line, says_out_of_memory
+from streamslr.errors import InputError, first_line
 from streamslr.gpu import deterministic_operators
 from streamslr.model.border import refusing
 from streamslr.model.bounds import require_modest_buffers
@@ -17,6 +18,7 @@ from streamslr.model.call_recorder import PROBE_SHAPE, Call, find_recorder
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.compressibility import find_obstacles, find_shared_parameter
 from streamslr.model.experts import unfuse
+from streamslr.model.float32_stream import Float32Stream, find_float32_stream
 from streamslr.model.meta_model import build_on_meta, find_blocks, get_tensor, set_tensor
 from streamslr.model.parameter_names import (
     ParameterNames,
@@ -27,15 +29,15 @@ from streamslr.model.parameter_names import (
     find_routers,
     warn_of_unused,
 )
+from streamslr.model.stored_tensors import StoredTensors
 from streamslr.model.transformers_compat import (
     get_model_conversion_mapping,
     initializers,
-    load_converted,
-    quiet_transformers,
     uses_eager_attention,
 )
+from streamslr.model.weight_loading import check_loaded, load_keys
 from streamslr.model.weight_reads import find_dense
-from streamslr.tensors import count_not_finite, is_finite
+from streamslr.model.windows import CheckedLookups, refusing_windows, require_ids
 
 _CACHED_CALLS = 4
 """Batch shapes whose calls (masks, positions) are cached: whole and last micro-batch, in a pass and in matching."""
@@ -100,6 +102,7 @@ class BlockwiseModel:
                 states goes from one block to the next.
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self._float32_stream: Float32Stream | None = None
         self._model = build_on_meta(checkpoint.config, dtype, checkpoint.tensors)
         require_modest_buffers(dict(self._model.named_non_persistent_buffers()), checkpoint.tensors)
         self._writers = find_writers(self._model)
@@ -108,6 +111,7 @@ class BlockwiseModel:
         list_name, self._blocks = find_blocks(self._model)
         self.block_names = tuple(f"{list_name}.{i}" for i in range(len(self._blocks)))
         self._names = ParameterNames(self._model, self.block_names, self._conversions, checkpoint.tensors)
+        self._stored = StoredTensors(self._model, self._names, self._conversions, checkpoint)
         self._shared = find_shared_parameter(self._model, self._names)
 
         keys = self._names.keys_by_block(checkpoint.tensors)
@@ -129,6 +133,7 @@ class BlockwiseModel:
 
         self._live: int | None = None
         self._non_block_loaded = False
+        self._checked_lengths: set[int] = set()
         self._calls: dict[tuple[int, int], tuple[Call, ...]] = {}
         self._init_buffers(block=None)
         with self._non_block_stand_ins():
@@ -149,6 +154,15 @@ class BlockwiseModel:
         self._refuse_obstacles()
         self._find_dense()
         self._refuse_obstacles()  # once more: a block may have no linear left
+        if self.dtype != torch.float32:
+            self._float32_stream = find_float32_stream(
+                self._model, self._names, self._blocks, self.dtype, self._on_meta
+            )
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Dtype of the hidden states inside a block and of what it returns: float32, if the model allows it."""
+        return torch.float32 if self._float32_stream else self.dtype
 
     def _refuse_obstacles(self) -> None:
         blocks = dict(zip(self.block_names, self._blocks, strict=True))
@@ -186,6 +200,24 @@ class BlockwiseModel:
         return experts.top_k, experts.number
 
     @property
+    def positions(self) -> int | None:
+        """The max_position_embeddings that the model was made for; None where config.json has none."""
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return positions if isinstance(positions, int) else None
+
+    def require_windows(self, tokens: int, ids: Tensor | None = None) -> None:
+        """Check that the model takes windows of so many tokens, and token ids [n, T] on the host.
+
+        Raises:
+            InputError: the windows are longer than a table of positions, or ids are outside the vocabulary.
+        """
+        if ids is not None:
+            require_ids(self._model, ids, self._label)
+        if self.positions and tokens > self.positions:
+            with refusing_windows(self._class, tokens, self.positions), self._non_block_stand_ins(), CheckedLookups():
+                self._recorder.record(torch.zeros(1, tokens, dtype=torch.int64, device=self.device))
+
+    @property
     def eager_heads(self) -> int:
         """Attention heads where attention writes its weights [b, heads, T, T] out; 0 where it is one fused kernel."""
         config = self._model.config.get_text_config()
@@ -194,7 +226,7 @@ class BlockwiseModel:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype in the checkpoint of the parameter or buffer of this stored name."""
-        return self.checkpoint.tensors[self.sources[self._names.parameter(name)][0]].dtype
+        return self._stored.dtype(name)
 
     def run_on_meta(self, i: int) -> None:
         """Pass a batch without values through block i, which must not be live: its hooks see every shape.
@@ -202,17 +234,26 @@ class BlockwiseModel:
         Raises:
             InputError: the block needs values; or an error of one of its linears.
         """
-        call = self._calls_for(PROBE_SHAPE)[i]
-        hidden = torch.empty(*PROBE_SHAPE, self.hidden_size, dtype=self.dtype, device="meta")
         try:
-            with torch.no_grad():
-                call.to_meta().replay(self._blocks[i], hidden)
+            self._on_meta(i, self.stream_dtype)
         except InputError:
             raise
         except Exception as error:  # a block's code may do anything
             raise self._not_compressible(
                 f"block {i} does not run on the meta device ({first_line(error)}); choose another model"
             ) from error
+
+    @torch.no_grad()
+    def _on_meta(self, i: int, dtype: torch.dtype) -> Any:
+        call = self._calls_for(PROBE_SHAPE)[i].to_meta()
+        return self._replay(i, call, torch.empty(*PROBE_SHAPE, self.hidden_size, dtype=dtype, device="meta"))
+
+    def _replay(self, i: int, call: Call, hidden: Tensor) -> Any:
+        try:
+            return call.replay(self._blocks[i], hidden)
+        finally:
+            if self._float32_stream:
+                self._float32_stream.forget()
 
     # Weights in and out
 
@@ -235,8 +276,7 @@ class BlockwiseModel:
         self._init_buffers(block=i)
         source = checkpoint or self.checkpoint
         keys = self._names.keys_by_block(source.tensors)[i] if checkpoint else self.block_tensors[i]
-        self._load(source, keys)
-        self._check_loaded(source, self._names.in_block(i))
+        self._load(source, keys, i)
         self._blocks[i].requires_grad_(False)
         linears = {name: self.linear(name) for name in self.linears[i]}
         parameters, run = partial(self._parameters, i), partial(self.run_block, i)
@@ -246,31 +286,21 @@ class BlockwiseModel:
         """Return live block i's parameters and buffers by stored name, without its linears' weights.
 
         They are the checkpoint's own bytes. Only tensors that transformers fuses or splits come from the live block,
-        in the stored dtype.
+        in the stored dtype, unless the block holds them rounded.
         """
         weights = {f"{linear}.weight" for linear in self.linears[i]}
-        tensors = {}
-        for name in self._names.in_block(i):
-            stored = self._names.stored[name]
-            if stored in weights:
-                continue
-            if key := self._names.own_key(name):
-                tensors[stored] = self.checkpoint.read([key])[key]
-            else:
-                tensors[stored] = get_tensor(self._model, name).detach().to(self.stored_dtype(stored), copy=True)
-        return tensors
+        names = [self._names.stored[name] for name in self._names.in_block(i)]
+        return {name: self._stored.read(name) for name in names if name not in weights}
+
+    def stored_weight(self, linear: str) -> Tensor:
+        """Return the stored weight [o, d] of a live linear in float32, without the rounding of the compute dtype."""
+        name = f"{linear}.weight"
+        weight = self._stored.read(name) if self._stored.is_rounded(name) else self.linear(linear).weight.detach()
+        return weight.to(self.device).float()
 
     def by_key(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors by stored name; those that transformers joins of several keys (convolutions) by these keys."""
-        result: dict[str, Tensor] = {}
-        for stored, tensor in tensors.items():
-            if joined := self._names.joined_keys(self._names.parameter(stored)):
-                dim, infos = joined[0], [self.checkpoint.tensors[key] for key in joined[1]]
-                parts = torch.split(tensor, [info.shape[dim] for info in infos], dim)
-                result |= {info.name: part.to(info.dtype).contiguous() for info, part in zip(infos, parts, strict=True)}
-            else:
-                result[stored] = tensor
-        return result
+        return self._stored.by_key(tensors)
 
     def evict_block(self, i: int) -> None:
         """Return block i to the meta device; its memory is free once the caller drops the tensors it took of it."""
@@ -280,10 +310,8 @@ class BlockwiseModel:
 
     def load_non_block(self) -> None:
         """Load embeddings, norms and head, and tie the weights that the model ties. Errors as in `load_block`."""
-        self._load(self.checkpoint, self.non_block_tensors)
-        names = self._names.in_block(None)
-        self._check_loaded(self.checkpoint, names)
-        for name in names:
+        self._load(self.checkpoint, self.non_block_tensors, None)
+        for name in self._names.in_block(None):
             get_tensor(self._model, name).requires_grad_(False)
         self._non_block_loaded = True
 
@@ -305,7 +333,7 @@ class BlockwiseModel:
                 called with values that depend on the tokens.
         """
         self._require_non_block()
-        with self._window_errors(ids.shape[1]):
+        with refusing_windows(self._class, ids.shape[1], self.positions):
             calls = self._calls_for((ids.shape[0], ids.shape[1]))
             hidden, calls_with_tokens = self._recorder.record(ids.to(self.device))
         for i, (call, call_with_tokens) in enumerate(zip(calls, calls_with_tokens, strict=True)):
@@ -322,11 +350,11 @@ class BlockwiseModel:
             raise RuntimeError(f"block {i} is not live: load_block({i}) first")
         with (
             refusing(f"block {i} of {self._class} cannot run", _CHECK_CONFIG),
-            self._window_errors(hidden.shape[1]),
+            refusing_windows(self._class, hidden.shape[1], self.positions),
         ):
             call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]
-            with deterministic_operators():
-                output = call.replay(self._blocks[i], hidden)
+            with self._checked_at_first(hidden.shape[1]), deterministic_operators():
+                output = self._replay(i, call, hidden.to(self.stream_dtype))
         if isinstance(output, tuple) != bool(self._recorder.returned):
             raise InputError(f"block {i} of {self._class} returns a {type(output).__name__}: not supported")
         out: Tensor = output[0] if isinstance(output, tuple) else output
@@ -343,25 +371,21 @@ class BlockwiseModel:
         return self._recorder.logits(ids.to(self.device), hidden)
 
     @contextmanager
-    def _window_errors(self, tokens: int) -> Iterator[None]:
-        """Turn errors about the windows' length, or about ids outside the vocabulary, into one that says what to do."""
-        try:
+    def _checked_at_first(self, tokens: int) -> Iterator[None]:
+        """On a GPU, check lookups in the first pass of windows of this length: blocks may hold tables too."""
+        if self.device.type == "cpu" or tokens in self._checked_lengths:
             yield
-        except (IndexError, RuntimeError) as error:  # from a table of positions or a mask, or from the embedding
-            positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 0
-            if says_out_of_memory(error) or (isinstance(error, RuntimeError) and tokens <= positions):
-                raise
-            raise InputError(
-                f"{self._class} cannot take windows of {tokens} tokens ({first_line(error)}); give a --seq-len of at "
-                f"most its max_position_embeddings, and the tokenizer it was made with"
-            ) from error
+            return
+        with CheckedLookups():
+            yield
+        self._checked_lengths.add(tokens)
 
     def _calls_for(self, shape: tuple[int, int]) -> tuple[Call, ...]:
         """Return how the model calls each block on a batch of this shape [b, T]."""
         if shape not in self._calls:
             if len(self._calls) == _CACHED_CALLS:
                 del self._calls[next(iter(self._calls))]
-            with self._non_block_stand_ins():
+            with self._non_block_stand_ins(), CheckedLookups():
                 _, self._calls[shape] = self._recorder.record(torch.zeros(shape, dtype=torch.int64, device=self.device))
         return self._calls[shape]
 
@@ -411,39 +435,7 @@ class BlockwiseModel:
         names = [name for name in self._names.computed if self._names.block_of(name) == block]
         compute_buffers(self._model, names, self._writers, self.device)
 
-    def _load(self, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
-        """Set the parameters that these checkpoint keys become, converted as `from_pretrained` does."""
-        names = self._names
-        used = [key for key in keys if any(name in names.meta for name in names.parameters_of(key))]
-        with quiet_transformers():
-            info = load_converted(self._model, checkpoint.read(used), self._conversions, self.dtype, self.device)
-            outside = any(names.block_of(names.parameters_of(key)[0]) is None for key in used)
-            if outside and self._model.all_tied_weights_keys:
-                self._model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-        for name, error in info.conversion_errors.items():
-            raise InputError(f"{name} cannot be made of {checkpoint.model}'s tensors: {error}")
-        for name, found, wanted in info.mismatched_keys:
-            raise InputError(
-                f"{name} is {list(found)} in {checkpoint.model}, config.json asks for {list(wanted)}: they are "
-                f"of different models; download both again"
-            )
-
-    def _check_loaded(self, checkpoint: Checkpoint, names: list[str]) -> None:
-        """Raise InputError when a parameter was not loaded, or holds NaN or infinity."""
-        missing = [name for name in names if get_tensor(self._model, name).is_meta]
-        if missing:
-            raise InputError(
-                f"{checkpoint.model} lacks {len(missing)} of {len(names)} parameters asked for, first {missing[0]}"
-            )
-        for name in names:
-            tensor = get_tensor(self._model, name)
-            if isinstance(tensor, nn.Parameter) and not is_finite(tensor):
-                keys = self._names.find_sources(checkpoint.tensors).get(name, (name,))
-                infos = [checkpoint.tensors[key] for key in keys if key in checkpoint.tensors]
-                where = ", ".join(sorted({info.shard for info in infos}))
-                narrower = any(info.dtype != self.dtype for info in infos)
-                raise InputError(
-                    f"{keys[0]} in {where} has {count_not_finite(tensor)} of {tensor.numel()} values that are NaN or "
-                    f"infinite{f' as {self.dtype}' if narrower else ''}; download the file again, or choose another "
-                    f"model"
-                )
+    def _load(self, checkpoint: Checkpoint, keys: Iterable[str], block: int | None) -> None:
+        """Set the parameters of a block, or outside the blocks, that these checkpoint keys become, and check them."""
+        load_keys(self._model, self._names, self._conversions, checkpoint, keys, self.dtype, self.device)
+        check_loaded(self._model, self._names, checkpoint, self._names.in_block(block), self.dtype)

@@ -93,6 +93,7 @@ def evaluate(
     tokenizer = checkpoint.tokenizer()
     prefix = window_prefix(tokenizer, bos)
     ids = text_windows(tokenizer, text, seq_len, windows, prefix)  # [n, T]
+    blockwise.require_windows(seq_len, ids)
     batches = spans([(0, len(ids))], max(1, BATCH_TOKENS // seq_len))
     hidden_size = blockwise.hidden_size
     boundary_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize

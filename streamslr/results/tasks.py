@@ -17,6 +17,7 @@ from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.border import refusing
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.model.meta_model import auto_class
+from streamslr.model.windows import require_ids, vocabulary_size
 from streamslr.results.evaluate import read_digests
 from streamslr.runtime.loader import load
 
@@ -101,6 +102,7 @@ def evaluate_tasks(
     checkpoint = open_checkpoint(model, revision)
     tokenizer = checkpoint.tokenizer()
     loaded = _load_whole(checkpoint, revision, where, dtype)
+    _check_ids(loaded, model)
     with refusing(f"lm-evaluation-harness cannot score {model}", "try another task, or evaluate the model with --text"):
         lm = HFLM(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         if not progress:
@@ -124,6 +126,12 @@ def _load_whole(
         model, revision=revision, dtype=dtype, device_map=device, trust_remote_code=False
     )
     return loaded
+
+
+def _check_ids(model: PreTrainedModel, label: str) -> None:
+    """Have the model refuse ids outside its vocabulary, which a GPU would answer with an assertion."""
+    if vocabulary_size(model) is not None:
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: require_ids(model, args[0], label))
 
 
 def task_table(scores: TaskScores) -> Table:

@@ -132,11 +132,10 @@ def _open_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
         raise InputError(f"{config.model} is compressed already; give the model that it was made from")
     blockwise.require_compressible()
     checkpoint.require_no_outer_links()
-    positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    if positions and config.seq_len > positions:
-        log.warning(
-            "--seq-len %d is more than the %d positions %s was made for", config.seq_len, positions, config.model
-        )
+    blockwise.require_windows(config.seq_len)
+    if blockwise.positions and config.seq_len > blockwise.positions:
+        message = "--seq-len %d is more than the %d positions %s was made for"
+        log.warning(message, config.seq_len, blockwise.positions, config.model)
     return checkpoint, blockwise
 
 
@@ -210,4 +209,5 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
         value_bytes=max(blockwise.stored_dtype(f"{name}.weight").itemsize for name in blockwise.linears[0]),
         download_bytes=blockwise.checkpoint.download_bytes,
         largest_shard_bytes=max(per_shard.values()),
+        float32_stream=blockwise.stream_dtype == torch.float32,
     )

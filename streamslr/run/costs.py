@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 
 from streamslr.calibration.grams import blend_bytes, grams_bytes, input_copy_bytes
-from streamslr.calibration.hidden_states import transfer_bytes
+from streamslr.calibration.hidden_states import boundary_bytes, transfer_bytes
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
 from streamslr.matching import refine_bytes, refine_flops
@@ -98,6 +98,12 @@ class Costs:
             packed += packed_bytes(spec.pattern, (o, d), min(spec.rank, o, d), value_bytes)
         return packed + (block.parameters - dense) * value_bytes
 
+    def boundary_bytes(self, stream: str) -> int:
+        """Return the bytes of one boundary of "hidden" or of "targets"; 0 for targets without matching."""
+        config, value_bytes = self.config, self._stream_bytes if stream == "targets" else self._value_bytes
+        boundary = boundary_bytes(config.samples, config.seq_len, self.model.hidden_size, value_bytes)
+        return boundary if config.match or stream == "hidden" else 0
+
     def _survey(self, micro_batch: int) -> PhaseCost:
         passing = self._pass_bytes(micro_batch) + self._input_copy(micro_batch)
         compute = self._block_bytes + passing + scoring_bytes(self._widest)
@@ -125,25 +131,26 @@ class Costs:
             passing += max(0, self._input_copy(micro_batch) - made_of) + self._streams * self._hidden_bytes(micro_batch)
         blending = max(blend_bytes(b.expert_grams.values()) for b in self.model.blocks)  # after all windows have passed
         compute = self._block_bytes + self.gram_bytes + max(blending, passing)
-        targets = 1 if self.config.match else 0
-        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=self._streams, writes=targets)
+        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=1)
+        host += transfer_bytes(self._target_bytes(micro_batch), reads=1, writes=1)
         products = sum(b.token_fraction(name) * d * d for b in self.model.blocks for name, d in b.grams.items())
         flops = self._forward_flops + 2.0 * self._tokens(self.config.samples) * products
         return self._cost("grams", compute, host, flops)
 
     def _match(self, micro_batch: int) -> PhaseCost:
         tokens = self._tokens(min(micro_batch, self.config.match_batch))
-        sizes = tokens, self.model.hidden_size, self._value_bytes
+        sizes = tokens, self.model.hidden_size, self._value_bytes, self._stream_bytes
         refining = max(refine_bytes(block, self.allocation, *sizes) for block in self.model.blocks)
         weights = self._block_bytes + 2 * self._packed_bytes  # as solved and as refined
         compute = weights + refining + self._score_bytes(micro_batch)
-        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=2)
+        host = transfer_bytes(self._hidden_bytes(micro_batch) + self._target_bytes(micro_batch), reads=1)
         return self._cost("match", compute, host, refine_flops(self._forward_flops, self.config.match_epochs))
 
     def _propagate(self, micro_batch: int) -> PhaseCost:
         stored = (2 if self.config.match else 1) * self._packed_bytes  # as solved and as refined
         copy = 0 if self.device.type == "cpu" else self._packed_bytes  # on its way to the shard
-        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=self._streams, writes=1) + copy
+        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=1, writes=1)
+        host += transfer_bytes(self._target_bytes(micro_batch), reads=1) + copy
         compute = self._block_bytes + stored + self._pass_bytes(micro_batch)
         return self._cost("propagate", compute, host, self._forward_flops)
 
@@ -161,9 +168,13 @@ class Costs:
     def _hidden_bytes(self, windows: int) -> int:
         return self._tokens(windows) * self.model.hidden_size * self._value_bytes
 
+    def _target_bytes(self, windows: int) -> int:
+        """Bytes of the targets of some windows; 0 without matching."""
+        return self._tokens(windows) * self.model.hidden_size * self._stream_bytes if self.config.match else 0
+
     def _pass_bytes(self, micro_batch: int) -> int:
         """Activations and attention scores of a pass without gradients."""
-        sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes
+        sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes, self._stream_bytes
         return max(activation_bytes(block, *sizes) for block in self.model.blocks) + self._score_bytes(micro_batch)
 
     def _score_bytes(self, micro_batch: int) -> int:
@@ -173,13 +184,13 @@ class Costs:
         return input_copy_bytes(self._widest, self._tokens(micro_batch), self._value_bytes)
 
     @property
-    def _streams(self) -> int:
-        """Streams of hidden states: with matching also the targets."""
-        return 2 if self.config.match else 1
-
-    @property
     def _value_bytes(self) -> int:
         return self.dtype.itemsize
+
+    @property
+    def _stream_bytes(self) -> int:
+        """Bytes of one number of the residual stream inside blocks, and of targets."""
+        return 4 if self.model.float32_stream else self._value_bytes
 
     @cached_property
     def _linears(self) -> list[tuple[str, tuple[int, int]]]:

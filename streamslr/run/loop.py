@@ -66,6 +66,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
     calibration = calibration_windows(
         tokenizer, config.calibration, config.samples, config.seq_len, config.seed, prefix
     )
+    context.blockwise.require_windows(config.seq_len, calibration.ids)
     planned = context.plan.memory()
     with Journal(config.out, _first_state(context, calibration, bos=bool(prefix))) as journal:
         journal.pin(context.checkpoint)
@@ -264,7 +265,8 @@ class Compression:
             matrix = gram.matrix.to(context.device)
             for name in gram.linears:
                 dtype = context.blockwise.stored_dtype(f"{name}.weight")
-                packed[name], record = self.linear_compressor.compress(name, block.linears[name], matrix, dtype)
+                weight = partial(context.blockwise.stored_weight, name)
+                packed[name], record = self.linear_compressor.compress(name, block.linears[name], weight, matrix, dtype)
                 records.append(replace(record, rows=gram.rows, warnings=(*gram.warnings(name), *record.warnings)))
                 step(1)
             del gram, matrix

@@ -82,10 +82,10 @@ class Passes:
 
     def reopen(self, index: int, digests: tuple[str | None, str | None]) -> Boundary | None:
         """Return boundary `index` as an earlier process sealed it under these digests; None where any of it is lost."""
-        hidden = self._stream("hidden").reopen(index, digests[0] or "")
+        hidden = self._stream("hidden", index).reopen(index, digests[0] or "")
         if not self.config.match:
             return Boundary(hidden, None) if hidden else None
-        targets = self._stream("targets").reopen(index, digests[1] or "")
+        targets = self._stream("targets", index).reopen(index, digests[1] or "")
         return Boundary(hidden, targets) if hidden and targets else None
 
     def replay(self, blocks: int, finished: Checkpoint) -> Boundary:
@@ -109,7 +109,7 @@ class Passes:
             block = load_block(self.blockwise, i)
             with GramCollector(block, diagonal=True) as collector:
                 for first, x in self._batches(hidden, step):
-                    leaving.write(first, collector.run(first, x))
+                    leaving.write(first, collector.run(first, x).to(x.dtype))
             # Per token, since experts see different numbers of them; an expert that saw none has no outliers.
             energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in collector.grams()]
             scored = [(block.linears[name].weight, energy) for names, energy in energies for name in names]
@@ -152,7 +152,7 @@ class Passes:
             outputs = self._batches(targets) if targets else None
             for start, x in self._batches(hidden, step):
                 output = block.run(x)
-                leaving.write(start, output)
+                leaving.write(start, output.to(x.dtype))
                 if outputs:
                     loss.add(output, next(outputs)[1])
         return leaving, loss.relative
@@ -186,16 +186,22 @@ class Passes:
         self.micro_batch = passing // 2
         return f"windows {self.micro_batch} at a time"
 
-    def _stream(self, name: str) -> HiddenStateStream:
-        """Return the boundaries called `name`, "hidden" or "targets", in the run's scratch folder."""
-        config = self.config
-        shape = (config.samples, config.seq_len, self.blockwise.hidden_size)
-        return HiddenStateStream(config.scratch_folder, name, shape, self.blockwise.dtype, self.in_memory)
+    def _stream(self, name: str, index: int) -> HiddenStateStream:
+        """Return the boundaries called `name`, "hidden" or "targets", of the dtype that boundary `index` has.
+
+        Targets are stored as blocks return them, since the compute dtype would round off what one block of many loses.
+        Hidden states are stored in the compute dtype, as the whole model hands them on, and so are the targets of
+        boundary 0, which equal them.
+        """
+        config, blockwise = self.config, self.blockwise
+        shape = (config.samples, config.seq_len, blockwise.hidden_size)
+        dtype = blockwise.stream_dtype if name == "targets" and index else blockwise.dtype
+        return HiddenStateStream(config.scratch_folder, name, shape, dtype, self.in_memory)
 
     @contextmanager
     def _new(self, stream: str, index: int) -> Iterator[HiddenStates]:
         """Yield a boundary to write; drop it if that fails, so that no writer is left when it is tried again."""
-        states = self._stream(stream).new(index)
+        states = self._stream(stream, index).new(index)
         try:
             yield states
         except BaseException:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from streamslr.calibration.hidden_states import boundary_bytes, held_bytes, scratch_bytes
+from streamslr.calibration.hidden_states import held_bytes, scratch_bytes
 from streamslr.config import LARGEST, RunConfig, format_bytes
 from streamslr.errors import BudgetError
 from streamslr.gpu import GpuMemory
@@ -165,12 +165,12 @@ def make_plan(
         workspace = _choose_workspace(costs, budgets, grams_at)
     phases = costs.phases(micro_batch, grams_at, workspace)
 
-    boundary = boundary_bytes(config.samples, config.seq_len, model.hidden_size, dtype.itemsize)
-    scratch = scratch_bytes(boundary, config.match)
+    boundaries = costs.boundary_bytes("hidden"), costs.boundary_bytes("targets")
+    scratch = scratch_bytes(*boundaries)
     # half of what is left stays free for what else runs on the machine
     in_memory = scratch <= (host_mem - max(phase.host_bytes for phase in phases)) // 2
     if in_memory:
-        held = [held_bytes(phase.name, boundary, config.match) for phase in phases]
+        held = [held_bytes(phase.name, *boundaries) for phase in phases]
         phases = tuple(replace(p, host_bytes=p.host_bytes + more) for p, more in zip(phases, held, strict=True))
     return Plan(
         device=device.type,

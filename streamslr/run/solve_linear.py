@@ -34,21 +34,21 @@ class LinearCompressor:
     note: Callable[[str, str], None] = note_nothing  # of a retry: phase, and what it does without
 
     def compress(
-        self, name: str, linear: nn.Linear, gram: Tensor, dtype: torch.dtype
+        self, name: str, linear: nn.Linear, weight: Callable[[], Tensor], gram: Tensor, dtype: torch.dtype
     ) -> tuple[Mapping[str, Tensor], LinearRecord]:
         """Replace the weight of `linear` as `compress_linear` does; once more in less memory where it runs out.
 
         Args:
             name: Name of the linear in the allocation.
             linear: The live linear.
+            weight: Returns the weight to solve for, [o, d] float32 on the linear's device.
             gram: Gram matrix of its inputs, [d, d] float32, on the linear's device.
             dtype: Dtype to store values and factors in.
         """
         spec = self.allocation[name]
 
         def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
-            weight = linear.weight.detach().float()
-            problem = LinearProblem(name, weight, gram, spec.pattern, spec.rank, self.seed, self.workspace)
+            problem = LinearProblem(name, weight(), gram, spec.pattern, spec.rank, self.seed, self.workspace)
             return compress_linear(problem, linear, self.solver, dtype)
 
         def shrink() -> str | None:

@@ -430,6 +430,14 @@ def test_windows_longer_than_the_learned_positions_are_refused(settings: dict[st
     model = tiny_checkpoint(tmp_path / "opt", "opt", blocks=2, max_position_embeddings=32)
     with pytest.raises(InputError, match="windows of 64 tokens"):
         streamslr.compress(**settings | {"model": model, "samples": 2, "seq_len": 64})
+    assert not settings["out"].exists()
+
+
+def test_ids_outside_the_vocabulary_are_refused_before_any_work(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "small", blocks=2, vocab_size=260)  # the tokenizer has 384
+    with pytest.raises(InputError, match=r"the text has token id \d+, and the vocabulary of .* has 260 ids"):
+        streamslr.compress(**settings | {"model": model})
+    assert not settings["out"].exists()
 
 
 @pytest.mark.slow
