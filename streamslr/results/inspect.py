@@ -11,8 +11,8 @@ from rich.table import Table
 from streamslr.config import format_bytes
 from streamslr.errors import InputError
 from streamslr.io.durable import PARTIAL_SUFFIX
-from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord, in_kinds, read_journal
-from streamslr.run.progress import PHASES
+from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord, Retries, in_kinds, read_journal
+from streamslr.run.progress import PHASES, gpu_taken_bytes
 from streamslr.spec.allocation import LinearSpec, in_words
 from streamslr.spec.pattern import parse_pattern
 
@@ -62,11 +62,21 @@ def list_linears(blocks: Iterable[BlockRecord]) -> list[LinearRecord]:
 
 
 def list_warnings(block: BlockRecord) -> list[str]:
-    """Return the warnings of a block: those of its linears, and a matching that was not applied."""
+    """Return the warnings of a block: those of its linears, phases tried again, a matching that was not applied."""
     found = [warning for linear in block.linears for warning in linear.warnings]
+    found += _list_retries(block.name, block.retries)
     if block.matching and not block.matching.applied:
         found.append(f"matching did not lower the loss of {block.name}; its weights stay as they were solved")
     return found
+
+
+def list_early_retries(state: JournalState) -> list[str]:
+    """Return the phases before block 0 that were tried again, and with what."""
+    return _list_retries("before block 0", state.retries)
+
+
+def _list_retries(where: str, retries: Retries) -> list[str]:
+    return [f"{where}, {phase}: {sentence}" for phase, found in retries.items() for sentence in found]
 
 
 def list_dense(state: JournalState) -> tuple[str, ...]:
@@ -115,6 +125,16 @@ def _describe_matching(block: BlockRecord) -> str:
     return f"{matching.loss_before:.3g} → {after}"
 
 
+def _describe_gpu(block: BlockRecord) -> list[str]:
+    """Return a line with what each phase took of a GPU, and the peak of its tensors; none for a CPU."""
+    on_gpu = {name: reading for name, reading in sort_phases(block.measured).items() if "gpu_peak_bytes" in reading}
+    phases = (
+        f"{name} {format_bytes(gpu_taken_bytes(reading))} ({format_bytes(int(reading['gpu_peak_bytes']))} in tensors)"
+        for name, reading in on_gpu.items()
+    )
+    return [f"GPU memory: {', '.join(phases)}"] if on_gpu else []
+
+
 # JSON
 
 
@@ -129,6 +149,7 @@ def summary(folder: Path, state: JournalState) -> dict[str, Any]:
         "settings": dict(state.fingerprint),
         "outliers": state.outliers,
         "finetuned": [asdict(record) for record in state.finetuned],
+        "retries": list_early_retries(state),
         "totals": totals(state.blocks),
         "blocks": [block_summary(folder, block) for block in state.blocks],
     }
@@ -200,6 +221,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
         for record in state.finetuned
     )
     caption += (f"stay dense: {which}" for which in list_dense(state))
+    caption += list_early_retries(state)
     table = Table(
         title=f"{folder}: {describe_method(state)}, {len(state.blocks)} of {state.blocks_total} blocks"
         + ("" if state.complete else " (unfinished: the same `streamslr run` line continues it)"),
@@ -250,10 +272,11 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
     """Return the table of `inspect --block`: a row per linear."""
     phases = ", ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in sort_phases(block.measured).items())
     matching = [f"{_MATCHING_CAPTION}: {_describe_matching(block)}"] if block.matching else []
+    retries = _list_retries(block.name, block.retries)
     table = Table(
         title=f"{folder / block.shard.file}: {block.name}, {format_bytes(block.shard.nbytes)}, "
         f"sha256 {block.shard.sha256[:12]}",
-        caption="\n".join([*_ERROR_CAPTIONS, *matching, f"time: {phases}"]),
+        caption="\n".join([*_ERROR_CAPTIONS, *matching, f"time: {phases}", *_describe_gpu(block), *retries]),
         caption_justify="left",
     )
     table.add_column("linear", no_wrap=True)

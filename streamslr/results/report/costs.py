@@ -10,7 +10,7 @@ from streamslr.io.packed_layout import low_rank_bytes
 from streamslr.results.inspect import list_linears, sort_phases
 from streamslr.results.report.layout import BLUE, GREY, RED, Figure, block_axis, escape_text, make_layout
 from streamslr.run.journal import JournalState
-from streamslr.run.progress import PHASES
+from streamslr.run.progress import PHASES, gpu_taken_bytes
 
 _PHASE_COLOURS = dict(
     zip(
@@ -62,12 +62,17 @@ def peak_memory(state: JournalState) -> dict[str, PeakMemory]:
     readings = [reading.measured for reading in list_readings(state)]
     return {
         device: PeakMemory(
-            peak=max(reading.get(f"{device}_peak_bytes", 0) for reading in readings),
+            peak=max(_taken_bytes(reading, device) for reading in readings if f"{device}_peak_bytes" in reading),
             budget=max(reading.get(f"{device}_budget_bytes", 0) for reading in readings),
         )
         for device in ("host", "gpu")
         if any(f"{device}_peak_bytes" in reading for reading in readings)
     }
+
+
+def _taken_bytes(measured: Mapping[str, Any], device: str) -> int:
+    """Return the peak of a phase as its budget counts it."""
+    return gpu_taken_bytes(measured) if device == "gpu" else int(measured["host_peak_bytes"])
 
 
 def bytes_by_part(state: JournalState) -> dict[str, int]:
@@ -132,6 +137,7 @@ def draw_memory(state: JournalState, device: str) -> Figure:
         bar = bars.setdefault(reading.phase, _empty_bar(reading.phase))
         peak = reading.measured[f"{device}_peak_bytes"]
         plan, budget = (reading.measured.get(f"{device}_{kind}_bytes") for kind in ("planned", "budget"))
+        reserved = reading.measured.get(f"{device}_reserved_bytes")
         bar["x"].append(start)
         bar["y"].append(peak / scale)
         bar["width"].append(width)
@@ -139,6 +145,7 @@ def draw_memory(state: JournalState, device: str) -> Figure:
         bar["hovertext"].append(
             f"{block}, {escape_text(reading.phase)}: {format_bytes(peak)}"
             + (f", planned {format_bytes(plan)}" if plan else "")
+            + (f", {format_bytes(reserved)} reserved by torch" if reserved else "")
         )
         for line, value in ((planned, plan), (budgets, budget)):
             line["x"] += [start, start + width]

@@ -19,6 +19,7 @@ from streamslr.results.inspect import (
     describe_method,
     describe_specs,
     list_dense,
+    list_early_retries,
     list_linears,
     list_warnings,
     read_run,
@@ -109,7 +110,7 @@ def _list_key_figures(state: JournalState) -> list[KeyFigure]:
     weights = sum(math.prod(linear.shape) for linear in list_linears(state.blocks))
     dense_bits = 8 * of_all["dense_linear_bytes"] / weights
     seconds = sum(reading.seconds for reading in list_readings(state))
-    found = sum(len(list_warnings(block)) for block in state.blocks)
+    found = sum(len(list_warnings(block)) for block in state.blocks) + len(list_early_retries(state))
     return [
         KeyFigure(
             "bits per weight", f"{of_all['bits_per_weight']:.2f}", f"linears of the blocks; dense {dense_bits:.0f}"
@@ -132,6 +133,7 @@ def _list_key_figures(state: JournalState) -> list[KeyFigure]:
 def _list_all_warnings(folder: Path, state: JournalState) -> list[str]:
     missing = [shard.file for shard in state.shards if not (folder / shard.file).is_file()]
     return [
+        *list_early_retries(state),
         *(warning for block in state.blocks for warning in list_warnings(block)),
         *(f"{file} is missing from the folder" for file in missing),
     ]
