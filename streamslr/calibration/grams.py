@@ -11,11 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from streamslr.calibration.gram_products import Product, add_upper_panels, find_product, mirror_upper_panels
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, InputError, StreamslrError, first_line
 from streamslr.model.blockwise import Block
 
 log = logging.getLogger("streamslr")
+
+_PIECE = 2**26
+"""Bytes of a Gram that are copied at a time on their way from a GPU to the disk."""
 
 ENOUGH_TOKENS = 2
 """Calibration tokens for each input of an expert's linear from which on its own Gram is used alone (`blend_experts`).
@@ -51,17 +55,6 @@ def grams_bytes(widths: Iterable[int]) -> int:
     return sum(4 * d * d for d in widths)
 
 
-def input_copy_bytes(width: int, tokens: int, value_bytes: int) -> int:
-    """Return the bytes of the float32 copy [tokens, width] of an input, which the product XᵀX reads.
-
-    Args:
-        width: Width of the widest input.
-        tokens: Tokens of one micro-batch.
-        value_bytes: Bytes of one number in the compute dtype. An input that is float32 already is not copied.
-    """
-    return 0 if value_bytes == 4 else 4 * tokens * width
-
-
 def blend_bytes(expert_widths: Iterable[int]) -> int:
     """Return the bytes of the sum over experts that `blend_experts` makes for one kind at a time; 0 without experts.
 
@@ -90,20 +83,22 @@ def offload_grams(grams: list[Gram], tier: str, folder: Path) -> list[Callable[[
         gram = grams.pop(0)
         if tier == "disk":
             path = folder / f"gram-{len(offloaded)}.bin"
-            content = gram.matrix.cpu().numpy().data
+            digest, step = hashlib.sha256(), max(1, _PIECE // (4 * len(gram.matrix)))
             try:
                 path.unlink(missing_ok=True)  # a link there would lead the bytes to another file
                 with path.open("xb") as file:
-                    file.write(content)
+                    for start in range(0, len(gram.matrix), step):  # no whole copy on the host
+                        content = gram.matrix[start : start + step].cpu().numpy().data
+                        file.write(content)
+                        digest.update(content)
             except OSError as error:
                 raise BudgetError(
                     f"the Gram matrix of {gram.linears[0]} ({format_bytes(gram.matrix.nbytes)}) cannot be written to "
                     f"{path}: {error.strerror}; free space there or give --scratch another folder, then start the "
                     f"same line again"
                 ) from error
-            digest = hashlib.sha256(content).digest()
-            offloaded.append(partial(_take_from_disk, replace(gram, matrix=gram.matrix.to("meta")), path, digest))
-            del content
+            where = replace(gram, matrix=gram.matrix.to("meta"))
+            offloaded.append(partial(_take_from_disk, where, path, digest.digest()))
         else:
             moved = gram if tier == "device" else replace(gram, matrix=gram.matrix.cpu())
             offloaded.append(partial(replace, moved))
@@ -166,6 +161,8 @@ class GramCollector:
         """
         self._block, self._diagonal = block, diagonal
         self._grams: dict[str, Tensor] = {}
+        self._products: dict[torch.dtype, Product | None] = {}  # on tensor cores, by dtype of the inputs
+        self._upper: set[str] = set()  # owners whose Gram has its upper half so far
         # owner -> (first window, windows, rows that are not finite [b·T] bool) of each batch
         self._not_finite: dict[str, list[tuple[int, int, Tensor]]] = {}
         self._first = self._windows = self._tokens = 0
@@ -188,15 +185,23 @@ class GramCollector:
         return output
 
     def _add(self, owner: str, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).float()  # [b·T, d]
+        rows = x.reshape(-1, x.shape[-1])  # [b·T, d]
         if owner not in self._grams:
             self._grams[owner] = torch.zeros(x.shape[-1:] * (1 if self._diagonal else 2), device=x.device)
+        if x.dtype not in self._products:
+            self._products[x.dtype] = find_product(x.device, x.dtype)
+        product = self._products[x.dtype]
+        if product is None:
+            rows = rows.float()
         if self._diagonal:
-            self._grams[owner] += torch.linalg.vector_norm(rows, dim=0).square()  # no second copy
+            self._grams[owner] += torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()  # no copy
+        elif product:
+            add_upper_panels(self._grams[owner], rows, product)
+            self._upper.add(owner)
         else:
             self._grams[owner].addmm_(rows.T, rows)
         # a row's sum is finite only if its entries are, and a sum needs no copy of the rows
-        not_finite = (self._first, self._windows, ~torch.isfinite(rows.sum(1)))
+        not_finite = (self._first, self._windows, ~torch.isfinite(rows.sum(1, dtype=torch.float32)))
         self._not_finite.setdefault(owner, []).append(not_finite)
 
     def grams(self) -> list[Gram]:
@@ -214,6 +219,8 @@ class GramCollector:
                     f"each token once can be compressed"
                 )
         self._require_finite()
+        while self._upper:
+            mirror_upper_panels(self._grams[self._upper.pop()])
         shared = blend_experts(self._grams, rows, block.experts)
         if shared:
             log.warning(

@@ -1,12 +1,15 @@
 """Bytes and FLOPs of each phase of a run, from shapes alone: sums of what the parts of streamslr say they take."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from streamslr.calibration.grams import blend_bytes, grams_bytes, input_copy_bytes
-from streamslr.calibration.hidden_states import transfer_bytes
+from streamslr.calibration.gram_products import product_bytes
+from streamslr.calibration.grams import blend_bytes, grams_bytes
+from streamslr.calibration.hidden_states import boundary_bytes, stream_dtypes, transfer_bytes
+from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
 from streamslr.matching import refine_bytes, refine_flops
@@ -98,25 +101,26 @@ class Costs:
         return packed + (block.parameters - dense) * value_bytes
 
     def _survey(self, micro_batch: int) -> PhaseCost:
-        passing = self._pass_bytes(micro_batch) + self._input_copy(micro_batch)
-        compute = self._block_bytes + passing + scoring_bytes(self._widest)
-        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=1, writes=1)
+        on_gpu, host = self._moving(micro_batch, reads=("hidden",), writes=("hidden",))
+        copy = 0 if self._on_gpu else self._product_bytes(micro_batch)
+        compute = self._block_bytes + self._pass_bytes(micro_batch) + copy + on_gpu + scoring_bytes(self._widest)
         return self._cost("survey", compute, host, self._forward_flops)
 
     def _embed(self, micro_batch: int) -> PhaseCost:
         outputs = 2 * self._hidden_bytes(micro_batch)
-        host = transfer_bytes(self._hidden_bytes(micro_batch), writes=2) - outputs
-        return self._cost("embed", self.model.non_block_parameters * self._value_bytes + outputs, host, 0.0)
+        on_gpu, host = self._moving(micro_batch, writes=("hidden", "targets"))
+        host -= 0 if self._on_gpu else outputs
+        compute = self.model.non_block_parameters * self._value_bytes + outputs + on_gpu
+        return self._cost("embed", compute, host, 0.0)
 
     def _load(self) -> PhaseCost:
         return self._cost("load", self._block_bytes, max(b.source_bytes for b in self.model.blocks), 0.0)
 
     def _grams(self, micro_batch: int) -> PhaseCost:
-        passing = self._pass_bytes(micro_batch) + self._input_copy(micro_batch)
+        on_gpu, host = self._moving(micro_batch, reads=self._streams, writes=self._streams[1:])
+        passing = self._pass_bytes(micro_batch) + self._product_bytes(micro_batch) + on_gpu
         blending = max(blend_bytes(b.expert_grams.values()) for b in self.model.blocks)  # after all windows have passed
         compute = self._block_bytes + self.gram_bytes + max(blending, passing)
-        targets = 1 if self.config.match else 0
-        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=self._streams, writes=targets)
         products = sum(b.token_fraction(name) * d * d for b in self.model.blocks for name, d in b.grams.items())
         flops = self._forward_flops + 2.0 * self._tokens(self.config.samples) * products
         return self._cost("grams", compute, host, flops)
@@ -126,16 +130,35 @@ class Costs:
         sizes = tokens, self.model.hidden_size, self._value_bytes
         refining = max(refine_bytes(block, self.allocation, *sizes) for block in self.model.blocks)
         weights = self._block_bytes + 2 * self._packed_bytes  # as solved and as refined
-        compute = weights + refining + self._score_bytes(micro_batch)
-        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=2)
+        on_gpu, host = self._moving(min(micro_batch, self.config.match_batch), reads=self._streams)
+        compute = weights + refining + self._score_bytes(micro_batch) + on_gpu
         return self._cost("match", compute, host, refine_flops(self._forward_flops, self.config.match_epochs))
 
     def _propagate(self, micro_batch: int) -> PhaseCost:
         stored = (2 if self.config.match else 1) * self._packed_bytes  # as solved and as refined
         copy = 0 if self.device.type == "cpu" else self._packed_bytes  # on its way to the shard
-        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=self._streams, writes=1) + copy
-        compute = self._block_bytes + stored + self._pass_bytes(micro_batch)
-        return self._cost("propagate", compute, host, self._forward_flops)
+        on_gpu, host = self._moving(micro_batch, reads=self._streams, writes=("hidden",))
+        compute = self._block_bytes + stored + self._pass_bytes(micro_batch) + on_gpu
+        return self._cost("propagate", compute, host + copy, self._forward_flops)
+
+    def boundary_bytes(self, stream: str) -> int:
+        """Return the bytes of one boundary of a stream, "hidden" or "targets"; 0 where the run has no such stream."""
+        return self.window_bytes(stream) * self.config.samples if stream in self._streams else 0
+
+    def window_bytes(self, stream: str) -> int:
+        """Return the bytes of one window of a stream, "hidden" or "targets"."""
+        value_bytes = stream_dtypes(self.dtype)[stream].itemsize
+        return boundary_bytes(1, self.config.seq_len, self.model.hidden_size, value_bytes)
+
+    def _moving(self, micro_batch: int, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> tuple[int, int]:
+        """Return the bytes on the GPU and on the host of the windows that a pass reads and writes, by streams."""
+        windows = {name: self.window_bytes(name) for name in (*reads, *writes)}
+        if not self._on_gpu:
+            sizes = [(windows[name] * micro_batch, reads.count(name), writes.count(name)) for name in windows]
+            return 0, sum(transfer_bytes(*size) for size in sizes)
+        on_gpu = sum(gpu_transfer_bytes(windows[name] * micro_batch, reads=1) for name in reads)
+        on_gpu += sum(gpu_transfer_bytes(windows[name] * micro_batch, writes=1) for name in writes)
+        return on_gpu, host_transfer_bytes(max(windows.values()), len(reads), len(writes))
 
     def _cost(self, phase: str, compute: int, host: int, flops: float) -> PhaseCost:
         """Place the bytes of a phase: `compute` where blocks are computed, `host` on the host in any case."""
@@ -157,13 +180,17 @@ class Costs:
     def _score_bytes(self, micro_batch: int) -> int:
         return score_bytes(micro_batch, self.config.seq_len, self.model.eager_heads)
 
-    def _input_copy(self, micro_batch: int) -> int:
-        return input_copy_bytes(self._widest, self._tokens(micro_batch), self._value_bytes)
+    def _product_bytes(self, micro_batch: int) -> int:
+        return product_bytes(self._widest, self._tokens(micro_batch), self._value_bytes, self._on_gpu)
 
     @property
-    def _streams(self) -> int:
+    def _streams(self) -> tuple[str, ...]:
         """Streams of hidden states: with matching also the targets."""
-        return 2 if self.config.match else 1
+        return ("hidden", "targets") if self.config.match else ("hidden",)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type != "cpu"
 
     @property
     def _value_bytes(self) -> int:
