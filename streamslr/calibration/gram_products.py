@@ -87,10 +87,9 @@ def _add_in_tf32(part: Tensor, a: Tensor, b: Tensor) -> None:
 def _tf32() -> Iterator[None]:
     """Let float32 products on a GPU take TF32 while entered."""
     matmul = torch.backends.cuda.matmul
-    setting, tf32 = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
-    before = getattr(matmul, setting)
-    setattr(matmul, setting, tf32)
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = True
     try:
         yield
     finally:
-        setattr(matmul, setting, before)
+        matmul.allow_tf32 = before
