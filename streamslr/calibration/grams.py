@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from streamslr.calibration.gram_products import Product, add_upper_panels, find_product, mirror_upper_panels
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, InputError, StreamslrError, first_line
 from streamslr.model.blockwise import Block
@@ -53,17 +54,6 @@ class Gram:
 def grams_bytes(widths: Iterable[int]) -> int:
     """Return the bytes of one Gram [d, d] in float32 for each input width d."""
     return sum(4 * d * d for d in widths)
-
-
-def input_copy_bytes(width: int, tokens: int, value_bytes: int) -> int:
-    """Return the bytes of the float32 copy [tokens, width] of an input, which the product XᵀX reads.
-
-    Args:
-        width: Width of the widest input.
-        tokens: Tokens of one micro-batch.
-        value_bytes: Bytes of one number in the compute dtype. An input that is float32 already is not copied.
-    """
-    return 0 if value_bytes == 4 else 4 * tokens * width
 
 
 def blend_bytes(expert_widths: Iterable[int]) -> int:
@@ -173,6 +163,8 @@ class GramCollector:
         """
         self._block, self._diagonal = block, diagonal
         self._grams: dict[str, Tensor] = {}
+        self._products: dict[torch.dtype, Product | None] = {}  # on tensor cores, by dtype of the inputs
+        self._upper: set[str] = set()  # owners whose Gram has its upper half so far
         # owner -> (first window, windows, rows that are not finite [b·T] bool) of each batch
         self._not_finite: dict[str, list[tuple[int, int, Tensor]]] = {}
         self._first = self._windows = self._tokens = 0
@@ -195,15 +187,24 @@ class GramCollector:
         return output
 
     def _add(self, owner: str, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).float()  # [b·T, d]
+        # [b·T, d], as the product with the weight reads it
+        rows = x.reshape(-1, x.shape[-1]).to(self._block.linears[owner].weight.dtype)
         if owner not in self._grams:
             self._grams[owner] = torch.zeros(x.shape[-1:] * (1 if self._diagonal else 2), device=x.device)
+        if rows.dtype not in self._products:
+            self._products[rows.dtype] = find_product(rows.device, rows.dtype)
+        product = self._products[rows.dtype]
+        if product is None:
+            rows = rows.float()
         if self._diagonal:
-            self._grams[owner] += torch.linalg.vector_norm(rows, dim=0).square()  # no second copy
+            self._grams[owner] += torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()  # no copy
+        elif product:
+            add_upper_panels(self._grams[owner], rows, product)
+            self._upper.add(owner)
         else:
             self._grams[owner].addmm_(rows.T, rows)
         # a row's sum is finite only if its entries are, and a sum needs no copy of the rows
-        not_finite = (self._first, self._windows, ~torch.isfinite(rows.sum(1)))
+        not_finite = (self._first, self._windows, ~torch.isfinite(rows.sum(1, dtype=torch.float32)))
         self._not_finite.setdefault(owner, []).append(not_finite)
 
     def grams(self) -> list[Gram]:
@@ -221,6 +222,8 @@ class GramCollector:
                     f"each token once can be compressed"
                 )
         self._require_finite()
+        while self._upper:
+            mirror_upper_panels(self._grams[self._upper.pop()])
         shared = blend_experts(self._grams, rows, block.experts)
         if shared:
             log.warning(

@@ -5,7 +5,10 @@ Boundary i is what enters block i, for all windows.
 
 import errno
 import hashlib
+import math
+import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +22,14 @@ from zarr.core.buffer import default_buffer_prototype
 from streamslr.errors import BudgetError, StreamslrError, first_line
 
 _PENDING_WRITES = 2
-"""Micro-batches that may wait for the disk. More would only hide a disk that is too slow."""
+"""Micro-batches that may wait for the disk and its one thread. More would only hide a disk that is too slow."""
 
 _READING, _WRITING = 2, 1 + _PENDING_WRITES + 1
 """Micro-batches held per stream during a pass. Reading: current + prefetched. Writing: output + queued + 1 being
 written."""
+
+_HASH_THREADS = min(8, os.cpu_count() or 1)
+"""Threads that take digests of windows where nothing else is to be done meanwhile."""
 
 _BOUNDARIES: Mapping[str, tuple[int, int]] = {
     "embed": (1, 1),
@@ -39,11 +45,17 @@ _BOUNDARIES: Mapping[str, tuple[int, int]] = {
 class HiddenStates(Protocol):
     """One boundary: hidden states [windows, T, h] on the host, in one dtype. Each window is written once.
 
-    Every tier gives back the bits that were written.
+    Every tier gives back the bits that were written. Several threads may write and read windows at a time.
     """
 
     windows: int
     """Number of windows."""
+
+    shape: tuple[int, int, int]
+    """(windows, T, h)."""
+
+    dtype: torch.dtype
+    """Dtype that windows are stored in."""
 
     def write(self, start: int, hidden: Tensor) -> None:
         """Store `hidden` [b, T, h], on any device, as windows `start` to `start` + b - 1.
@@ -51,8 +63,14 @@ class HiddenStates(Protocol):
         The bytes may reach the disk after the call has returned; the caller may change `hidden` at once.
         """
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Return a copy [stop - start, T, h] of windows `start` to `stop` - 1 on the host; the caller may change it."""
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return a copy [stop - start, T, h] of windows `start` to `stop` - 1 on the host; the caller may change it.
+
+        Args:
+            start: First window.
+            stop: Last window + 1.
+            out: Contiguous tensor of that shape and the boundary's dtype to read into; None: a new one.
+        """
 
     def seal(self) -> str:
         """Wait for all writes; return the sha256 of all windows, the same on every tier.
@@ -148,21 +166,25 @@ class InMemory:
     """A boundary in one host tensor: the fastest tier, lost when the process ends."""
 
     def __init__(self, windows: int, seq_len: int, hidden_size: int, dtype: torch.dtype):
-        self.windows = windows
-        self._states = torch.empty(windows, seq_len, hidden_size, dtype=dtype)
+        self.windows, self.shape, self.dtype = windows, (windows, seq_len, hidden_size), dtype
+        self._states = torch.empty(self.shape, dtype=dtype)
         self._written: set[int] = set()
 
     def write(self, start: int, hidden: Tensor) -> None:
         self._states[start : start + len(hidden)] = hidden
         self._written.update(range(start, start + len(hidden)))
 
-    def read(self, start: int, stop: int) -> Tensor:
-        return self._states[start:stop].clone()
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        return self.view(start, stop).clone() if out is None else out.copy_(self.view(start, stop))
+
+    def view(self, start: int, stop: int) -> Tensor:
+        """Return windows `start` to `stop` - 1 themselves; they must not be changed."""
+        return self._states[start:stop]
 
     def seal(self) -> str:
         digest = _Digest(self.windows)
-        for i in self._written:
-            digest.add(i, self._states[i : i + 1])
+        with ThreadPoolExecutor(_HASH_THREADS, thread_name_prefix="hidden-states-digest") as pool:
+            list(pool.map(lambda i: digest.add(i, self.view(i, i + 1)), self._written))
         return digest.hexdigest()
 
     def drop(self) -> None:
@@ -170,23 +192,21 @@ class InMemory:
 
 
 class OnDisk:
-    """A boundary as a zarr array, one uncompressed chunk a window, written by a thread behind the compute.
+    """A boundary as a zarr array, one uncompressed chunk a window, written by threads behind the compute.
 
     Chunks are not fsynced. The journal holds the boundary's digest, so a boundary that a power cut damaged is found and
     made again, by passing the windows through the finished blocks.
     """
 
-    def __init__(self, folder: Path, windows: int, seq_len: int, hidden_size: int, dtype: torch.dtype):
-        self.folder, self.windows = folder, windows
-        self._shape, self._dtype = (windows, seq_len, hidden_size), dtype
-        self._digest = _Digest(windows)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-states-writer")
-        self._pending: list[Future[None]] = []
+    def __init__(
+        self, folder: Path, windows: int, seq_len: int, hidden_size: int, dtype: torch.dtype, writers: int = 1
+    ):
+        self._open(folder, (windows, seq_len, hidden_size), dtype, writers)
         shutil.rmtree(folder, ignore_errors=True)
         try:
             self._array = zarr.create_array(
                 store=folder,
-                shape=self._shape,
+                shape=self.shape,
                 chunks=(1, seq_len, hidden_size),
                 dtype="uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."),
                 compressors=None,
@@ -202,26 +222,51 @@ class OnDisk:
     def reopen(cls, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, digest: str) -> "OnDisk | None":
         """Return the sealed boundary [windows, T, h] in `folder`, or None when it is lost or has another digest."""
         self = cls.__new__(cls)
-        self.folder, self.windows, self._shape, self._dtype = folder, shape[0], shape, dtype
-        self._digest, self._pending = _Digest(shape[0]), []
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-states-writer")
+        self._open(folder, shape, dtype, writers=1)
         try:
             _require_no_pipe(folder / "zarr.json")
             self._array = zarr.open_array(store=folder, mode="r")
             if self._array.shape != shape:
                 return None
-            for i in range(shape[0]):
-                self._digest.add(i, self._load(i, i + 1))
+            with ThreadPoolExecutor(_HASH_THREADS, thread_name_prefix="hidden-states-digest") as pool:
+                list(pool.map(lambda i: self._digest.add(i, self._load(i, i + 1)), range(shape[0])))
         except (OSError, ValueError, KeyError, RuntimeError):
             return None
         return self if self._digest.hexdigest() == digest else None
 
+    def _open(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, writers: int) -> None:
+        self.folder, self.windows, self.shape, self.dtype = folder, shape[0], shape, dtype
+        self._digest = _Digest(shape[0])
+        self._writers = ThreadPoolExecutor(writers, thread_name_prefix="hidden-states-writer")
+        self._room = threading.Semaphore(writers + _PENDING_WRITES - 1)  # copies that may wait for the disk
+        self._pending: list[Future[None]] = []
+        self._lock = threading.Lock()  # of `_pending`
+
     def write(self, start: int, hidden: Tensor) -> None:
-        while len(self._pending) >= _PENDING_WRITES:
-            self._pending.pop(0).result()
-        # a copy, since the caller may change `hidden`; from a GPU it is the transfer
-        host = hidden.to(device="cpu", dtype=self._dtype, copy=True)
-        self._pending.append(self._writer.submit(self._store, start, host))
+        self._room.acquire()
+        try:
+            # a copy, since the caller may change `hidden`; from a GPU it is the transfer
+            stored = self._submit(start, hidden.to(device="cpu", dtype=self.dtype, copy=True))
+        except BaseException:
+            self._room.release()
+            raise
+        stored.add_done_callback(lambda _: self._room.release())
+
+    def write_unchanging(self, start: int, host: Tensor) -> None:
+        """Store windows from host memory that nobody changes any more, in the boundary's dtype: without a copy."""
+        self._submit(start, host)
+
+    def _submit(self, start: int, host: Tensor) -> Future[None]:
+        """Queue a write; raise what an earlier one failed with."""
+        with self._lock:
+            done = [future for future in self._pending if future.done()]
+            self._pending = [future for future in self._pending if future not in done]
+        for future in done:
+            future.result()
+        with self._lock:
+            stored = self._writers.submit(self._store, start, host)
+            self._pending.append(stored)
+        return stored
 
     def _store(self, start: int, host: Tensor) -> None:
         try:
@@ -233,17 +278,17 @@ class OnDisk:
     def _disk_error(self, error: OSError) -> StreamslrError:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return StreamslrError(f"hidden states cannot be written to {self.folder}: {error}; give another --scratch")
-        size = self._shape[0] * self._shape[1] * self._shape[2] * self._dtype.itemsize
+        size = math.prod(self.shape) * self.dtype.itemsize
         return BudgetError(
             f"hidden states do not fit at {self.folder}: {error.strerror or error} (one boundary takes "
             f"{size:,} bytes, with matching four exist at a time); free space there or give --scratch another folder, "
             "then start the same line again"
         )
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         self._wait()
         try:
-            hidden = self._load(start, stop)
+            hidden = self._load(start, stop, out)
             changed = self._digest.changed(start, hidden)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise self._damaged(f"windows {start} to {stop - 1} cannot be read ({first_line(error)})") from error
@@ -251,11 +296,11 @@ class OnDisk:
             raise self._damaged(f"windows {changed} are missing or not as they were written")
         return hidden
 
-    def _load(self, start: int, stop: int) -> Tensor:
+    def _load(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return what the files hold; zarr gives zeros for a chunk that is missing."""
         for i in range(start, stop):
             _require_no_pipe(self.folder / self._array.metadata.encode_chunk_key((i, 0, 0)))
-        hidden = torch.empty(stop - start, *self._shape[1:], dtype=self._dtype)
+        hidden = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype) if out is None else out
         buffer = default_buffer_prototype().nd_buffer.from_numpy_array(_as_numpy_dtype(hidden).numpy())
         self._array.get_basic_selection(slice(start, stop), out=buffer)
         return hidden
@@ -268,15 +313,17 @@ class OnDisk:
 
     def _wait(self) -> None:
         """Wait for pending writes: a chunk that is not there yet would be taken for a missing one."""
-        while self._pending:
-            self._pending.pop(0).result()
+        with self._lock:
+            pending = list(self._pending)
+        for future in pending:
+            future.result()
 
     def seal(self) -> str:
         self._wait()
         return self._digest.hexdigest()
 
     def drop(self) -> None:
-        self._writer.shutdown(wait=True, cancel_futures=True)
+        self._writers.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -290,22 +337,22 @@ class WriteThrough:
     """A boundary in memory, to read from, and on disk, to resume from."""
 
     def __init__(self, memory: InMemory, disk: OnDisk):
-        self.windows = memory.windows
+        self.windows, self.shape, self.dtype = memory.windows, memory.shape, memory.dtype
         self._memory, self._disk = memory, disk
 
     def write(self, start: int, hidden: Tensor) -> None:
         self._memory.write(start, hidden)
-        self._disk.write(start, hidden)
+        self._disk.write_unchanging(start, self._memory.view(start, start + len(hidden)))
 
-    def read(self, start: int, stop: int) -> Tensor:
-        return self._memory.read(start, stop)
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        return self._memory.read(start, stop, out)
 
     def seal(self) -> str:
         return self._disk.seal()
 
     def drop(self) -> None:
-        self._memory.drop()
         self._disk.drop()
+        self._memory.drop()
 
 
 Span = tuple[int, int]
@@ -331,17 +378,26 @@ def read_batches(states: HiddenStates, batches: Sequence[Span]) -> Iterator[tupl
 class HiddenStateStream:
     """A stream of boundaries in the scratch folder of a run, `hidden` or `targets`. At most two boundaries exist."""
 
-    def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        in_memory: bool,
+        writers: int = 1,
+    ):
         """Name a stream; nothing is created.
 
         Args:
             folder: Scratch folder of the run.
             name: Name of the stream, the start of its files' names.
             shape: (windows, T, h) of each boundary.
-            dtype: Dtype that hidden states are stored in, the compute dtype.
+            dtype: Dtype that its hidden states are stored in.
             in_memory: Keep a copy in host memory to read from (the plan decides).
+            writers: Threads that write a boundary to the disk and take its digests.
         """
-        self.folder, self._name = folder, name
+        self.folder, self._name, self._writers = folder, name, writers
         self._shape, self._dtype, self._in_memory = shape, dtype, in_memory
 
     def _path(self, index: int) -> Path:
@@ -349,7 +405,7 @@ class HiddenStateStream:
 
     def new(self, index: int) -> HiddenStates:
         """Create boundary `index`, empty; an earlier one of the same index is deleted."""
-        disk = OnDisk(self._path(index), *self._shape, dtype=self._dtype)
+        disk = OnDisk(self._path(index), *self._shape, dtype=self._dtype, writers=self._writers)
         return WriteThrough(InMemory(*self._shape, dtype=self._dtype), disk) if self._in_memory else disk
 
     def reopen(self, index: int, digest: str) -> HiddenStates | None:

@@ -1,12 +1,15 @@
 """Bytes and FLOPs of each phase of a run, from shapes alone: sums of what the parts of streamslr say they take."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from streamslr.calibration.grams import blend_bytes, grams_bytes, input_copy_bytes
+from streamslr.calibration.gram_products import product_bytes
+from streamslr.calibration.grams import blend_bytes, grams_bytes
 from streamslr.calibration.hidden_states import boundary_bytes, transfer_bytes
+from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
 from streamslr.matching import refine_bytes, refine_flops
@@ -98,24 +101,21 @@ class Costs:
             packed += packed_bytes(spec.pattern, (o, d), min(spec.rank, o, d), value_bytes)
         return packed + (block.parameters - dense) * value_bytes
 
-    def boundary_bytes(self, stream: str) -> int:
-        """Return the bytes of one boundary of "hidden" or of "targets"; 0 for targets without matching."""
-        config, value_bytes = self.config, self._stream_bytes if stream == "targets" else self._value_bytes
-        boundary = boundary_bytes(config.samples, config.seq_len, self.model.hidden_size, value_bytes)
-        return boundary if config.match or stream == "hidden" else 0
-
     def _survey(self, micro_batch: int) -> PhaseCost:
-        passing = self._pass_bytes(micro_batch) + self._input_copy(micro_batch)
-        compute = self._block_bytes + passing + scoring_bytes(self._widest)
-        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=1, writes=1)
+        on_gpu, host = self._moving(micro_batch, reads=("hidden",), writes=("hidden",))
+        copy = 0 if self._on_gpu else self._product_bytes(micro_batch)
+        compute = self._block_bytes + self._pass_bytes(micro_batch) + copy + on_gpu + scoring_bytes(self._widest)
         return self._cost("survey", compute, host, self._forward_flops)
 
     def _embed(self, micro_batch: int) -> PhaseCost:
         outputs = 2 * self._hidden_bytes(micro_batch)
-        host = transfer_bytes(self._hidden_bytes(micro_batch), writes=2) - outputs
-        if self.device.type != "cpu":  # the call is recorded up to the final norm, which computes in float32
+        on_gpu, host = self._moving(micro_batch, writes=("hidden", "targets"))
+        if self._on_gpu:  # the call is recorded up to the final norm, which computes in float32
             outputs += self._hidden_bytes(micro_batch) + 2 * 4 * self._tokens(micro_batch) * self.model.hidden_size
-        return self._cost("embed", self.model.non_block_parameters * self._value_bytes + outputs, host, 0.0)
+        else:
+            host -= outputs
+        compute = self.model.non_block_parameters * self._value_bytes + outputs + on_gpu
+        return self._cost("embed", compute, host, 0.0)
 
     def _load(self) -> PhaseCost:
         # beside the weights, values that calls of blocks share: angles of the positions, masks
@@ -123,16 +123,10 @@ class Costs:
         return self._cost("load", self._block_bytes + shared, max(b.source_bytes for b in self.model.blocks), 0.0)
 
     def _grams(self, micro_batch: int) -> PhaseCost:
-        passing = self._pass_bytes(micro_batch)
-        if self.device.type == "cpu":
-            passing += self._input_copy(micro_batch)
-        else:  # when the widest input is copied, the tensors that made it are gone; the streams' windows are there
-            made_of = 2 * self._tokens(micro_batch) * self._widest * self._value_bytes
-            passing += max(0, self._input_copy(micro_batch) - made_of) + self._streams * self._hidden_bytes(micro_batch)
+        on_gpu, host = self._moving(micro_batch, reads=self._streams, writes=self._streams[1:])
+        passing = self._pass_bytes(micro_batch) + self._product_bytes(micro_batch) + on_gpu
         blending = max(blend_bytes(b.expert_grams.values()) for b in self.model.blocks)  # after all windows have passed
         compute = self._block_bytes + self.gram_bytes + max(blending, passing)
-        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=1)
-        host += transfer_bytes(self._target_bytes(micro_batch), reads=1, writes=1)
         products = sum(b.token_fraction(name) * d * d for b in self.model.blocks for name, d in b.grams.items())
         flops = self._forward_flops + 2.0 * self._tokens(self.config.samples) * products
         return self._cost("grams", compute, host, flops)
@@ -142,17 +136,35 @@ class Costs:
         sizes = tokens, self.model.hidden_size, self._value_bytes, self._stream_bytes
         refining = max(refine_bytes(block, self.allocation, *sizes) for block in self.model.blocks)
         weights = self._block_bytes + 2 * self._packed_bytes  # as solved and as refined
-        compute = weights + refining + self._score_bytes(micro_batch)
-        host = transfer_bytes(self._hidden_bytes(micro_batch) + self._target_bytes(micro_batch), reads=1)
+        on_gpu, host = self._moving(min(micro_batch, self.config.match_batch), reads=self._streams)
+        compute = weights + refining + self._score_bytes(micro_batch) + on_gpu
         return self._cost("match", compute, host, refine_flops(self._forward_flops, self.config.match_epochs))
 
     def _propagate(self, micro_batch: int) -> PhaseCost:
         stored = (2 if self.config.match else 1) * self._packed_bytes  # as solved and as refined
         copy = 0 if self.device.type == "cpu" else self._packed_bytes  # on its way to the shard
-        host = transfer_bytes(self._hidden_bytes(micro_batch), reads=1, writes=1)
-        host += transfer_bytes(self._target_bytes(micro_batch), reads=1) + copy
-        compute = self._block_bytes + stored + self._pass_bytes(micro_batch)
-        return self._cost("propagate", compute, host, self._forward_flops)
+        on_gpu, host = self._moving(micro_batch, reads=self._streams, writes=("hidden",))
+        compute = self._block_bytes + stored + self._pass_bytes(micro_batch) + on_gpu
+        return self._cost("propagate", compute, host + copy, self._forward_flops)
+
+    def boundary_bytes(self, stream: str) -> int:
+        """Return the bytes of one boundary of a stream, "hidden" or "targets"; 0 where the run has no such stream."""
+        return self.window_bytes(stream) * self.config.samples if stream in self._streams else 0
+
+    def window_bytes(self, stream: str) -> int:
+        """Return the bytes of one window of a stream, "hidden" or "targets"."""
+        value_bytes = self._stream_bytes if stream == "targets" else self._value_bytes
+        return boundary_bytes(1, self.config.seq_len, self.model.hidden_size, value_bytes)
+
+    def _moving(self, micro_batch: int, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> tuple[int, int]:
+        """Return the bytes on the GPU and on the host of the windows that a pass reads and writes, by streams."""
+        windows = {name: self.window_bytes(name) for name in (*reads, *writes)}
+        if not self._on_gpu:
+            sizes = [(windows[name] * micro_batch, reads.count(name), writes.count(name)) for name in windows]
+            return 0, sum(transfer_bytes(*size) for size in sizes)
+        on_gpu = sum(gpu_transfer_bytes(windows[name] * micro_batch, reads=1) for name in reads)
+        on_gpu += sum(gpu_transfer_bytes(windows[name] * micro_batch, writes=1) for name in writes)
+        return on_gpu, host_transfer_bytes(max(windows.values()), len(reads), len(writes))
 
     def _cost(self, phase: str, compute: int, host: int, flops: float) -> PhaseCost:
         """Place the bytes of a phase: `compute` where blocks are computed, `host` on the host in any case."""
@@ -168,10 +180,6 @@ class Costs:
     def _hidden_bytes(self, windows: int) -> int:
         return self._tokens(windows) * self.model.hidden_size * self._value_bytes
 
-    def _target_bytes(self, windows: int) -> int:
-        """Bytes of the targets of some windows; 0 without matching."""
-        return self._tokens(windows) * self.model.hidden_size * self._stream_bytes if self.config.match else 0
-
     def _pass_bytes(self, micro_batch: int) -> int:
         """Activations and attention scores of a pass without gradients."""
         sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes, self._stream_bytes
@@ -180,8 +188,17 @@ class Costs:
     def _score_bytes(self, micro_batch: int) -> int:
         return score_bytes(micro_batch, self.config.seq_len, self.model.eager_heads)
 
-    def _input_copy(self, micro_batch: int) -> int:
-        return input_copy_bytes(self._widest, self._tokens(micro_batch), self._value_bytes)
+    def _product_bytes(self, micro_batch: int) -> int:
+        return product_bytes(self._widest, self._tokens(micro_batch), self._value_bytes, self._on_gpu)
+
+    @property
+    def _streams(self) -> tuple[str, ...]:
+        """Streams of hidden states: with matching also the targets."""
+        return ("hidden", "targets") if self.config.match else ("hidden",)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type != "cpu"
 
     @property
     def _value_bytes(self) -> int:

@@ -82,8 +82,15 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
             deterministic_libraries(context.device),
             torch.no_grad(),
         ):
+            plan = context.plan
             passes = Passes(
-                config, context.blockwise, calibration.ids, timer, state.micro_batch, context.plan.in_memory
+                config,
+                context.blockwise,
+                calibration.ids,
+                timer,
+                state.micro_batch,
+                plan.in_memory,
+                plan.resident_windows,
             )
             try:
                 allocation = context.allocation
@@ -221,7 +228,8 @@ class Compression:
         solved = BlockWeights(packed, blockwise.as_stored(i))
         # Match the block to its targets; pass the windows through it; write its shard.
         if targets:
-            leaving, shard, matching = self.match_and_propagate(block, solved, boundary.hidden, targets)
+            with passes.resident(boundary.hidden, targets):
+                leaving, shard, matching = self.match_and_propagate(block, solved, boundary.hidden, targets)
         else:
             (leaving, _), shard = self.propagate_and_write(block, solved, boundary.hidden, None)
             matching = None

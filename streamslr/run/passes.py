@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import zip_longest
 from statistics import median
 from typing import TypeVar
@@ -12,7 +12,15 @@ from typing import TypeVar
 from torch import Tensor
 
 from streamslr.calibration.grams import Gram, GramCollector
-from streamslr.calibration.hidden_states import HiddenStates, HiddenStateStream, Span, read_batches, spans
+from streamslr.calibration.hidden_states import (
+    HiddenStates,
+    HiddenStateStream,
+    Span,
+    boundary_bytes,
+    read_batches,
+    spans,
+)
+from streamslr.calibration.transfers import Resident, Transfers, pinned_windows
 from streamslr.config import RunConfig
 from streamslr.gpu import retry_in_any_order
 from streamslr.matching import BlockWeights, CompressedBlock, Loss, MatchSettings
@@ -65,18 +73,21 @@ class Passes:
     timer: PhaseTimer
     micro_batch: int  # halved for good when memory runs out
     in_memory: bool  # whether boundaries are kept in host memory beside the disk (Plan.in_memory)
+    resident_windows: int = 0  # windows of a boundary that `resident` keeps on the GPU; none once memory has run out
+    _resident: dict[HiddenStates, Resident] = field(default_factory=dict)
 
     def embed(self, targets: bool) -> Boundary:
         """Write boundary 0, and a copy of it as `targets` where they are wanted."""
         names = ("hidden", "targets") if targets else ("hidden",)
         with self.timer.phase("embed", steps=len(self.ids)) as step, ExitStack() as stack:
             written = [stack.enter_context(self._new(name, 0)) for name in names]
+            writes = [stack.enter_context(self._writing(states)) for states in written]
             stack.callback(self.blockwise.evict_non_block)
             self.blockwise.load_non_block()
             for start, stop in self._spans():
                 hidden = self.blockwise.embed(self.ids[start:stop].to(self.blockwise.device))
-                for states in written:
-                    states.write(start, hidden)
+                for write in writes:
+                    write(start, hidden)
                 step(stop - start)
         return Boundary(written[0], written[1] if targets else None)
 
@@ -105,11 +116,12 @@ class Passes:
         with (
             self.timer.phase("survey", steps=len(self.ids), block=i) as step,
             self._new("hidden", i + 1) as leaving,
+            self._writing(leaving) as write,
         ):
             block = load_block(self.blockwise, i)
             with GramCollector(block, diagonal=True) as collector:
                 for first, x in self._batches(hidden, step):
-                    leaving.write(first, collector.run(first, x).to(x.dtype))
+                    write(first, collector.run(first, x))
             # Per token, since experts see different numbers of them; an expert that saw none has no outliers.
             energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in collector.grams()]
             scored = [(block.linears[name].weight, energy) for names, energy in energies for name in names]
@@ -148,11 +160,12 @@ class Passes:
         with (
             self.timer.phase("propagate", steps=len(self.ids), block=block.index) as step,
             self._new("hidden", block.index + 1) as leaving,
+            self._writing(leaving) as write,
         ):
             outputs = self._batches(targets) if targets else None
             for start, x in self._batches(hidden, step):
                 output = block.run(x)
-                leaving.write(start, output.to(x.dtype))
+                write(start, output)
                 if outputs:
                     loss.add(output, next(outputs)[1])
         return leaving, loss.relative
@@ -179,12 +192,41 @@ class Passes:
         )
 
     def halve_micro_batch(self, at_most: int | None = None) -> str | None:
-        """Halve the windows that passed together, `at_most` so many; say so, or return None where it was one."""
+        """Halve the windows that passed together, `at_most` so many; say so, or return None where it was one.
+
+        Where windows were kept on the GPU, keep none from now on instead, which changes no bit.
+        """
+        if self._resident:
+            self._resident, self.resident_windows = {}, 0
+            return "no hidden states kept on the GPU"
         passing = min(self.micro_batch, at_most or self.micro_batch)
         if passing == 1:
             return None
         self.micro_batch = passing // 2
         return f"windows {self.micro_batch} at a time"
+
+    @contextmanager
+    def resident(self, *boundaries: HiddenStates) -> Iterator[None]:
+        """Keep windows of these boundaries on the GPU while entered, as many as `resident_windows` says."""
+        if self._transfers and self.resident_windows:
+            device = self.blockwise.device
+            self._resident = {states: Resident(states, self.resident_windows, device) for states in boundaries}
+        try:
+            yield
+        finally:
+            self._resident = {}
+
+    @cached_property
+    def _transfers(self) -> Transfers | None:
+        """Reads and writes by a GPU; None on a CPU."""
+        device = self.blockwise.device
+        return Transfers(device, self._window_bytes) if device.type == "cuda" else None
+
+    @property
+    def _window_bytes(self) -> int:
+        """Bytes of one window in the widest dtype of a stream."""
+        widest = max(self.blockwise.dtype.itemsize, self.blockwise.stream_dtype.itemsize)
+        return boundary_bytes(1, self.config.seq_len, self.blockwise.hidden_size, widest)
 
     def _stream(self, name: str, index: int) -> HiddenStateStream:
         """Return the boundaries called `name`, "hidden" or "targets", of the dtype that boundary `index` has.
@@ -196,7 +238,8 @@ class Passes:
         config, blockwise = self.config, self.blockwise
         shape = (config.samples, config.seq_len, blockwise.hidden_size)
         dtype = blockwise.stream_dtype if name == "targets" and index else blockwise.dtype
-        return HiddenStateStream(config.scratch_folder, name, shape, dtype, self.in_memory)
+        writers = 1 if blockwise.device.type == "cpu" else pinned_windows(self._window_bytes)
+        return HiddenStateStream(config.scratch_folder, name, shape, dtype, self.in_memory, writers)
 
     @contextmanager
     def _new(self, stream: str, index: int) -> Iterator[HiddenStates]:
@@ -207,6 +250,15 @@ class Passes:
         except BaseException:
             states.drop()
             raise
+
+    @contextmanager
+    def _writing(self, states: HiddenStates) -> Iterator[Callable[[int, Tensor], None]]:
+        """Yield a function of (first window, hidden [b, T, h] on the device) that stores windows of a boundary."""
+        if self._transfers:
+            with self._transfers.writing(states, self.micro_batch) as write:
+                yield write
+        else:
+            yield states.write
 
     def _targets(self, dense: Block, boundary: Boundary) -> HiddenStates | None:
         """Return the targets of a dense block whose Gram matrices are not wanted."""
@@ -223,11 +275,11 @@ class Passes:
             return None
         recover = self.config.match_recover
         earlier = self._batches(boundary.targets)
-        with self._new("targets", block.index + 1) as targets:
+        with self._new("targets", block.index + 1) as targets, self._writing(targets) as write:
             for first, x in self._batches(boundary.hidden, step):
                 output = run(first, x)
                 _, target = next(earlier)
-                targets.write(first, output + recover * (target - x))
+                write(first, output + recover * (target - x))
         return targets
 
     def _spans(self) -> list[Span]:
@@ -236,9 +288,15 @@ class Passes:
     def _batches(
         self, states: HiddenStates, step: Callable[[int], None] | None = None, wanted: Sequence[Span] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first window, hidden [b, T, h] on the device) over a boundary, or over the spans wanted."""
-        for start, x in read_batches(states, wanted or self._spans()):
-            yield start, x.to(self.blockwise.device, non_blocking=True)
+        """Yield (first window, hidden [b, T, h] on the device) over a boundary, or over the spans wanted.
+
+        A tensor may be changed; it may be used until the next one is asked for.
+        """
+        batches = wanted or self._spans()
+        transfers = self._transfers
+        reading = transfers.read(states, batches, self._resident.get(states)) if transfers else None
+        for start, x in reading or read_batches(states, batches):
+            yield start, x
             if step:
                 step(len(x))
 

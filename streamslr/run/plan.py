@@ -24,6 +24,8 @@ and more run at their full rate, and a micro-batch of 8 windows halves what is l
 _BATCH_PHASES = ("survey", "embed", "grams", "match", "propagate")
 """Phases that windows pass through; their memory grows with the micro-batch."""
 
+_MATCHED = ("match", "propagate")
+"""Phases that read hidden states and targets of the same two boundaries."""
 
 @dataclass(frozen=True)
 class Plan:
@@ -33,6 +35,7 @@ class Plan:
     blocks: int
     micro_batch: int  # windows that pass a block together
     in_memory: bool  # hidden states are kept in host memory beside the scratch folder
+    resident_windows: int  # windows of a boundary that stay on the GPU while a block is matched and passed
     grams_at: str  # tier where Gram matrices wait to be solved: "device", "host" or "disk"
     solver_workspace: int | None  # bytes that one solve may take, which then works in tiles; None: as many as it likes
     phases: tuple[PhaseCost, ...]
@@ -165,6 +168,10 @@ def make_plan(
         workspace = _choose_workspace(costs, budgets, grams_at)
     phases = costs.phases(micro_batch, grams_at, workspace)
 
+    resident_windows = _choose_resident_windows(costs, budgets, phases)
+    kept = resident_windows * (costs.window_bytes("hidden") + costs.window_bytes("targets"))
+    phases = tuple(replace(p, gpu_bytes=p.gpu_bytes + kept) if p.name in _MATCHED else p for p in phases)
+
     boundaries = costs.boundary_bytes("hidden"), costs.boundary_bytes("targets")
     scratch = scratch_bytes(*boundaries)
     # half of what is left stays free for what else runs on the machine
@@ -177,6 +184,7 @@ def make_plan(
         blocks=len(model.blocks),
         micro_batch=micro_batch,
         in_memory=in_memory,
+        resident_windows=resident_windows,
         grams_at=grams_at,
         solver_workspace=workspace,
         phases=phases,
@@ -250,6 +258,17 @@ def _choose_workspace(costs: Costs, budgets: _Budgets, grams_at: str) -> int | N
         return None
     workspace = max(0, budget - costs.beside_solver(grams_at) - (costs.fixed_bytes if on_cpu else costs.gpu_workspaces))
     return None if costs.solver_bytes(workspace) == costs.solver_bytes(None) else workspace
+
+
+def _choose_resident_windows(costs: Costs, budgets: _Budgets, phases: Iterable[PhaseCost]) -> int:
+    """Return the windows of hidden states and targets that a GPU's budget has room for beside matching; 0 on a CPU."""
+    if costs.device.type == "cpu" or not costs.config.match:
+        return 0
+    if budgets.gpu is None:
+        return costs.config.samples
+    room = budgets.gpu - max(phase.gpu_bytes for phase in phases if phase.name in _MATCHED)
+    window = costs.window_bytes("hidden") + costs.window_bytes("targets")
+    return max(0, min(costs.config.samples, room // window))
 
 
 def _cache_bytes(model: ModelShape, evict_shards: bool) -> int:

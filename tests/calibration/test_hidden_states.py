@@ -3,7 +3,7 @@
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from streamslr.calibration.hidden_states import (
     read_batches,
     spans,
 )
+from streamslr.calibration.transfers import Resident, Transfers
 from streamslr.errors import BudgetError, StreamslrError
 
 SAMPLES, SEQ_LEN, HIDDEN = 5, 3, 4
@@ -25,15 +26,46 @@ SHAPE = (SAMPLES, SEQ_LEN, HIDDEN)
 Make = Callable[[torch.dtype], HiddenStates]
 
 
-@pytest.fixture(params=["memory", "disk", "both"])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
-    def make(dtype: torch.dtype) -> HiddenStates:
-        if request.param == "memory":
-            return InMemory(*SHAPE, dtype)
-        disk = OnDisk(tmp_path / "boundary.zarr", *SHAPE, dtype)
-        return disk if request.param == "disk" else WriteThrough(InMemory(*SHAPE, dtype), disk)
+class ThroughGpu:
+    """A boundary whose windows are written from a GPU and read on it, some of which stay there."""
 
-    return make
+    def __init__(self, tier: HiddenStates, resident_windows: int) -> None:
+        self.windows, self.shape, self.dtype, self._tier = tier.windows, tier.shape, tier.dtype, tier
+        self._transfers = Transfers(torch.device("cuda"), SEQ_LEN * HIDDEN * 4)
+        self._resident = Resident(tier, resident_windows, torch.device("cuda"))
+
+    def write(self, start: int, hidden: torch.Tensor) -> None:
+        with self._transfers.writing(self._tier, len(hidden)) as write:
+            given = hidden.cuda()
+            write(start, given)
+            given.zero_()
+
+    def read(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        ((_, hidden),) = [(i, x.cpu()) for i, x in self._transfers.read(self._tier, [(start, stop)], self._resident)]
+        return hidden if out is None else out.copy_(hidden)
+
+    def seal(self) -> str:
+        return self._tier.seal()
+
+    def drop(self) -> None:
+        self._tier.drop()
+
+
+@pytest.fixture(params=["memory", "disk", "both", "gpu", "gpu and memory", "gpu and disk"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
+    def make(dtype: torch.dtype) -> HiddenStates:
+        memory = InMemory(*SHAPE, dtype)
+        if request.param == "memory":
+            return memory
+        disk = OnDisk(tmp_path / "boundary.zarr", *SHAPE, dtype, writers=4 if "gpu" in request.param else 1)
+        tier = disk if "disk" in request.param else WriteThrough(memory, disk)
+        return ThroughGpu(tier, SAMPLES if request.param == "gpu" else 1) if "gpu" in request.param else tier
+
+    if "gpu" in request.param:
+        with pytest.importorskip("pretended_gpu").PretendedGpu():
+            yield make
+    else:
+        yield make
 
 
 def states(dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
