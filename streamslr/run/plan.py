@@ -27,6 +27,7 @@ _BATCH_PHASES = ("survey", "embed", "grams", "match", "propagate")
 _MATCHED = ("match", "propagate")
 """Phases that read hidden states and targets of the same two boundaries."""
 
+
 @dataclass(frozen=True)
 class Plan:
     """Cost of a run and the choices that it obeys: `micro_batch` to `solver_workspace`."""
