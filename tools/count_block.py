@@ -8,12 +8,13 @@ operator, without memory or weights. Seconds are counts at assumed rates of an H
 never a measurement. Copies of pageable memory hold the device up; copies of pinned memory, launches and files go on
 beside the kernels, and a phase takes the longest of these.
 
-Solver and matching run for a few iterations and epochs, twice; what the longer run has more is one repetition, of which
-the full number is taken (`--iterations`, `--epochs`). Peaks are those of the short runs: no repetition needs more. Two
-budgets decide where hidden states wait, as in a run: --gpu-mem and --host-mem.
+Few iterations, epochs and windows run; what one more of each costs is the difference of two runs, and the full numbers
+(`--iterations`, `--epochs`, `--samples`) are that many times it. The plan is that of all windows. Two budgets decide
+where hidden states wait, as in a run: --gpu-mem and --host-mem.
 """
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,20 +23,22 @@ from typing import Any
 
 import click
 from bench_block import commit
-from pretended_gpu import Answers, Card, Cost, PretendedGpu
+from pretended_gpu import Card, Cost, PretendedGpu
 from pretended_gpu.block import SHAPES, BlockRun, run_block, write_sparse_checkpoint
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from streamslr.config import RunConfig, parse_bytes
+from streamslr.run.context import open_run
+from streamslr.run.plan import Plan
 from streamslr.solvers import threebasil
 
 BLOCK_PHASES = ("load", "grams", "solve", "match", "propagate", "commit")
 """Phases of one block; embed comes once, before block 0."""
 
-_SHORT, _LONG = (40, 2), (80, 3)
-"""Iterations of the solver and epochs of matching of the two runs. 40 iterations are two stages of the solver."""
+_ITERATIONS = (20, 40)
+"""Iterations of the solver in the short and the long run: one stage and two."""
 
 Record = dict[str, Any]
 
@@ -43,26 +46,36 @@ Record = dict[str, Any]
 def count(
     folder: Path, card: Card, iterations: int, epochs: int, expandable: bool | None, settings: Mapping[str, Any]
 ) -> Record:
-    """Return the record of one block of the checkpoint in `folder`: its plan's choices, and figures by phase."""
-    short, long = (
-        run_block(
-            folder,
-            PretendedGpu(values=False, expandable=expandable, answers=Answers()),
-            iterations=some,
-            **settings,
-            match_epochs=few,
-        )
-        for some, few in (_SHORT, _LONG)
-    )
-    repetitions = {
-        "solve": (iterations - _LONG[0]) / (_LONG[0] - _SHORT[0]),
-        "match": (epochs - _LONG[1]) / (_LONG[1] - _SHORT[1]),
-    }
+    """Return the record of one block of the checkpoint in `folder`: its plan's choices, and figures by phase.
+
+    A phase that passes w windows in e epochs costs a + w · (b + (e - 2) · c), the solver a + b · iterations. Runs of w
+    windows and 2 epochs, w and 3, and 2w and 2 give all of these.
+    """
+
+    def run(windows: int, iterations: int, epochs: int) -> BlockRun:
+        gpu = PretendedGpu(values=False, expandable=expandable)
+        return run_block(folder, gpu, iterations, windows, epochs, **settings)
+
+    with PretendedGpu(values=False, expandable=expandable):
+        config = RunConfig(model=str(folder), out=folder.with_name("out"), device="cuda", **settings)
+        plan = open_run(config).plan
+    samples: int = settings["samples"]
+    some = min(samples, math.lcm(config.match_batch, plan.micro_batch))
+    short = run(some, _ITERATIONS[0], 2)
+    longer = run(some, _ITERATIONS[1], 3)
+    wider = run(2 * some, 1, 2) if samples > some else None
+    more_windows = samples / some - 1
     phases = {}
-    for name, cost in long.costs.items():
-        whole = cost.extrapolate(short.costs.get(name, Cost()), repetitions.get(name, 0))
-        phases[name] = {**_figures(whole, card), **_memory(long, name)}
-    plan = long.plan
+    for name, cost in short.costs.items():
+        whole = cost
+        if name == "solve":
+            stages = (iterations - _ITERATIONS[0]) / (_ITERATIONS[1] - _ITERATIONS[0])
+            whole = cost.plus(longer.costs[name].plus(cost, -1), stages)
+        elif wider:
+            whole = cost.plus(wider.costs[name].plus(cost, -1), more_windows)
+        if name == "match":
+            whole = whole.plus(longer.costs[name].plus(cost, -1), (epochs - 2) * samples / some)
+        phases[name] = {**_figures(whole, card), **_memory(plan, name, short, wider, more_windows)}
     return {
         "plan": {
             "micro_batch": plan.micro_batch,
@@ -70,7 +83,7 @@ def count(
             "grams_at": plan.grams_at,
             "solver_workspace": plan.solver_workspace,
         },
-        "retries": long.retries,
+        "retries": longer.retries,
         "phases": phases,
         "block_seconds": round(sum(phases[name]["seconds"] for name in BLOCK_PHASES if name in phases), 2),
     }
@@ -94,14 +107,20 @@ def _figures(cost: Cost, card: Card) -> Record:
     }
 
 
-def _memory(run: BlockRun, phase: str) -> Record:
-    planned = {cost.name: cost.gpu_bytes for cost in run.plan.phases}
-    if phase not in run.peaks:
+def _memory(plan: Plan, phase: str, short: BlockRun, wider: BlockRun | None, more_windows: float) -> Record:
+    """Return the peaks of a phase with all windows, and the plan's bytes."""
+    if phase not in short.peaks:
         return {}
-    peak = run.peaks[phase]
-    figures: Record = {"peak_allocated_bytes": peak.allocated, "peak_reserved_bytes": peak.reserved}
+    figures: Record = {}
+    for kind in ("allocated", "reserved"):
+        peak = getattr(short.peaks[phase], kind)
+        if wider and phase != "solve":
+            peak += more_windows * (getattr(wider.peaks[phase], kind) - peak)
+        figures[f"peak_{kind}_bytes"] = round(peak)
+    planned = {cost.name: cost.gpu_bytes for cost in plan.phases}
     if phase in planned:
-        figures |= {"planned_bytes": planned[phase], "plan_over_peak": round(run.plan_over_peak(phase), 3)}
+        ratio = planned[phase] / figures["peak_allocated_bytes"]
+        figures |= {"planned_bytes": planned[phase], "plan_over_peak": round(ratio, 3)}
     return figures
 
 

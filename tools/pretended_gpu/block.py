@@ -135,13 +135,22 @@ def watching_phases(gpu: PretendedGpu) -> Iterator[dict[str, Peak]]:
         yield peaks
 
 
-def run_block(folder: Path, gpu: PretendedGpu, iterations: int = 40, **settings: Any) -> BlockRun:
+def run_block(
+    folder: Path,
+    gpu: PretendedGpu,
+    iterations: int = 20,
+    windows: int | None = None,
+    epochs: int = 2,
+    **settings: Any,
+) -> BlockRun:
     """Compress block 0 of the checkpoint in `folder`, which `write_sparse_checkpoint` wrote.
 
     Args:
         folder: Folder of the checkpoint; the run's own folder is made beside it.
         gpu: Device without values; it must not be entered yet.
         iterations: Iterations of the solver for each linear.
+        windows: Windows that pass; None for all. The plan is that of all.
+        epochs: Epochs of matching.
         **settings: Settings of the run.
     """
     config = RunConfig(**{"model": str(folder), "out": folder.with_name("out"), "device": "cuda", **settings})
@@ -153,7 +162,8 @@ def run_block(folder: Path, gpu: PretendedGpu, iterations: int = 40, **settings:
         for target, name, stand_in in _stand_ins(gpu):
             stack.enter_context(mock.patch.object(target, name, stand_in))
         gpu.phase = "between phases"
-        _compress_block(context, iterations)
+        passing = replace(config, samples=windows or config.samples, match_epochs=epochs)
+        _compress_block(replace(context, config=passing), iterations)
     return BlockRun(context.plan, dict(gpu.by_phase), dict(peaks), gpu.allocator.retries)
 
 

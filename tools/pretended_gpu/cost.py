@@ -120,21 +120,21 @@ class Cost:
             disk += 0 if kind == "digest" else seconds
         return max(disk, *threads.values()) if threads else 0.0
 
-    def extrapolate(self, shorter: "Cost", factor: float) -> "Cost":
-        """Return this cost plus `factor` times what it has more than `shorter`, a run of fewer repetitions."""
+    def plus(self, other: "Cost", factor: float = 1.0) -> "Cost":
+        """Return this cost and `factor` times another; subtract with a negative factor."""
 
-        def more(mine: Counter[Any], theirs: Counter[Any]) -> Counter[Any]:
-            return Counter({k: mine[k] + factor * (mine[k] - theirs[k]) for k in mine.keys() | theirs.keys()})
+        def sums(mine: Counter[Any], theirs: Counter[Any]) -> Counter[Any]:
+            return Counter({key: mine[key] + factor * theirs[key] for key in mine.keys() | theirs.keys()})
 
         made = Cost(
-            work=more(self.work, shorter.work),
-            copied=more(self.copied, shorter.copied),
-            syncs=self.syncs + factor * (self.syncs - shorter.syncs),
-            event_waits=self.event_waits + factor * (self.event_waits - shorter.event_waits),
-            file_bytes=more(self.file_bytes, shorter.file_bytes),
+            work=sums(self.work, other.work),
+            copied=sums(self.copied, other.copied),
+            syncs=self.syncs + factor * other.syncs,
+            event_waits=self.event_waits + factor * other.event_waits,
+            file_bytes=sums(self.file_bytes, other.file_bytes),
         )
-        for name in self.operators.keys() | shorter.operators.keys():
-            made.operators[name] = more(self.operators[name], shorter.operators[name])
+        for name in self.operators.keys() | other.operators.keys():
+            made.operators[name] = sums(self.operators[name], other.operators[name])
         return made
 
 

@@ -132,6 +132,7 @@ class PretendedGpu:
         for name, stand_in in self._stand_ins().items():
             self._stack.enter_context(mock.patch.object(torch.cuda, name, stand_in, create=True))
         self._stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
+        self._stack.enter_context(mock.patch.object(torch.autocast, "__init__", _autocast_backing(self.backing)))
         if not self.values:  # else deterministic algorithms fill host memory that stands for nothing
             self._stack.callback(setattr, deterministic, "fill_uninitialized_memory", deterministic_fills)
             deterministic.fill_uninitialized_memory = False
@@ -334,3 +335,13 @@ class PretendedGpu:
 
     def _set_stream(self, stream: PretendedStream) -> None:
         self.streams.current = stream.number
+
+
+def _autocast_backing(backing: str) -> Any:
+    """Return an `__init__` of torch.autocast that casts on what backs "cuda"."""
+    original = torch.autocast.__init__
+
+    def start(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+        original(self, backing if device_type == "cuda" else device_type, *args, **kwargs)
+
+    return start

@@ -34,6 +34,22 @@ _NO_KERNEL = {
 }
 """Operators that start no kernel, or that are counted as a wait."""
 
+_CHANGING_SHAPE = {
+    "resize_",
+    "resize_as_",
+    "set_",
+    "t_",
+    "transpose_",
+    "squeeze_",
+    "unsqueeze_",
+    "as_strided_",
+    "detach_",
+}
+"""Operators in place after which a tensor has another shape or memory."""
+
+_COMPARING = {"ge", "gt", "le", "lt", "eq", "ne"}
+_COMBINING = {"maximum", "minimum", "add", "sub", "mul", "bitwise_and", "bitwise_or", "bitwise_xor"}
+
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _FILLING = {"copy_", "zero_", "fill_"}
 """Operators in place that do not read what they overwrite."""
@@ -373,6 +389,16 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return True, torch.empty(size, dtype=args[0].dtype, device="meta")
         if name in ("masked_scatter_", "masked_scatter"):
             return True, args[0]
+        # A result that exists already needs no kernel, and meta's are slow Python.
+        if isinstance(kwargs.get("out"), Tensor) and kwargs["out"].numel():
+            return True, kwargs["out"]
+        if name.endswith("_") and not name.startswith("_") and name not in _CHANGING_SHAPE:
+            return True, args[0]
+        if name in ("abs", "neg"):
+            return True, torch.empty_like(args[0])
+        if name in _COMPARING | _COMBINING and isinstance(args[1], Tensor) and args[0].shape == args[1].shape:
+            dtype = torch.bool if name in _COMPARING else torch.result_type(args[0], args[1])
+            return True, torch.empty_like(args[0], dtype=dtype)
         return name.startswith("_fused_adam"), None
 
     def _count(
