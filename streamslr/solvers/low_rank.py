@@ -48,6 +48,11 @@ class LowRankFit:
         return self.basis @ vectors, (K @ vectors).t()
 
 
+def orthonormal_rows(matrix: Tensor) -> Tensor:
+    """Return an orthonormal basis [r, o] of the rows of a matrix [r, o], r at most o."""
+    return torch.linalg.qr(matrix.t()).Q.t().contiguous() if len(matrix) else matrix.contiguous()
+
+
 def balance_factors(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """Return factors of the same U·V with UᵀU = V Vᵀ, diagonal, largest first.
 
