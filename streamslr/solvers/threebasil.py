@@ -93,6 +93,8 @@ class ThreeBasil:
         tile_rows = self._tile_rows(o, d, rank, problem.workspace, problem.pattern.by_row, device.type == "cuda")
         state = AdmmState(problem, metric, rank, inverses, tile_rows)
         settled, last_stage = self._iterate(state)
+        if state.qr_gave_up:
+            warnings.append(f"{problem.name}: directions of U·V were nearly dependent; they needed Householder's QR")
         if not settled:
             warnings.append(f"{problem.name}: the support had not settled after {state.iterations} iterations")
         for stage, error in inverses.refactored.items():

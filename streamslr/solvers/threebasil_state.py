@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from streamslr.solvers.base import LinearProblem
-from streamslr.solvers.low_rank import balance_factors, orthonormal_rows
+from streamslr.solvers.low_rank import balance_factors, orthonormal_rows, orthonormal_rows_by_cholesky
 from streamslr.solvers.threebasil_metric import Metric, StageInverses
 
 # Elements of a slice of the elementwise passes: on the CPU five float32 slices stay in a 2 MiB cache; on a GPU
@@ -114,6 +114,8 @@ class AdmmState:
                 torch.neg(part.D, out=part.X)
                 self._keep(part)
         self.marker.end_pass()
+        self.qr_by_cholesky, self.qr_gave_up = self.weight.is_cuda, False
+        self.qr_failed = torch.zeros((), device=self.weight.device)  # times since the support was last looked at
         self.M = self.weight.new_empty(0, d)  # ρ (G + ρI)⁻¹ [d, d], after enter_stage
 
     def _make_tiles(self, tile_rows: int) -> list[Tile]:
@@ -168,16 +170,25 @@ class AdmmState:
         y = self.B - self.times_inverse(self.B)  # B G M / ρ, for G M = ρ (I − M)
         if self.whole:
             T, dtype = self.tiles[0].input, self.product_dtype
-            self.U = orthonormal_rows((y.to(dtype) @ T).float())
+            self._turn((y.to(dtype) @ T).float())
             self.B = (self.U.to(dtype) @ T.t()).float()
         else:  # T = W − held, never formed for all rows at once
             product = (y * self.scale) @ self.weight.t()  # [r, o]
             for tile in self.tiles:
                 product[:, tile.rows].addmm_(y, tile.held, alpha=-1)
-            self.U = orthonormal_rows(product)
+            self._turn(product)
             self.B = (self.U @ self.weight).mul_(self.scale)
             for tile in self.tiles:
                 self.B.addmm_(self.U[:, tile.rows], tile.held.t(), alpha=-1)
+
+    def _turn(self, matrix: Tensor) -> None:
+        """Set U to an orthonormal basis of the rows of a matrix [r, o]; keep it where CholeskyQR2 fails."""
+        if self.qr_by_cholesky:
+            basis, succeeded = orthonormal_rows_by_cholesky(matrix)
+            self.U = torch.where(succeeded, basis, self.U)
+            self.qr_failed += ~succeeded
+        else:
+            self.U = orthonormal_rows(matrix)
 
     def times_inverse(self, y: Tensor) -> Tensor:
         """Return y M for y [r, d] float32."""
@@ -185,6 +196,8 @@ class AdmmState:
 
     def update_sparse(self, dual_scale: float = 1.0, count_moved: bool = False) -> float:
         """Update S, D and Y, tile by tile, and return the fraction of the support that moved, 0 if not counted.
+
+        Where it is counted, U is from then on found by Householder's QR if CholeskyQR2 has failed.
 
         Args:
             dual_scale: ρ / (the ρ of the next iteration), by which Y is rescaled.
@@ -216,7 +229,13 @@ class AdmmState:
                 self._keep(part)
         self.marker.end_pass()
         self.iterations += 1
-        return float(moved / num_kept.clamp_min(1)) if count_moved else 0.0
+        if not count_moved:
+            return 0.0
+        fraction, failed = torch.stack((moved / num_kept.clamp_min(1), self.qr_failed)).tolist()  # one wait for both
+        if failed:
+            self.qr_by_cholesky, self.qr_gave_up = False, True
+            self.qr_failed.zero_()
+        return float(fraction)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return S [o, d] exactly in the pattern, and U [o, r], V [r, d] fitted to it, in the problem's own scale."""

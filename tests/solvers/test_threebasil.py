@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streamslr.errors import InputError
 from streamslr.solvers import LinearProblem, ThreeBasil, parse_pattern, relative_error
-from streamslr.solvers.low_rank import balance_factors
+from streamslr.solvers.low_rank import balance_factors, orthonormal_rows_by_cholesky
 from streamslr.solvers.threebasil_costs import solve_bytes, solve_flops, tile_rows_for
 from streamslr.solvers.threebasil_metric import Metric, Pace, StageInverses, build_metric
 from streamslr.solvers.threebasil_state import AdmmState
@@ -153,6 +153,74 @@ def test_balancing_changes_no_product_and_survives_zero_directions() -> None:
     left, right = balance_factors(U, V)
     torch.testing.assert_close(left @ right, U @ V)
     assert all(part.isfinite().all() for part in (left, right))
+
+
+# The basis of U·V
+
+
+@pytest.mark.parametrize("condition", [1, 1e2, 1e5])
+def test_cholesky_qr_gives_the_basis_of_rows(condition: float) -> None:
+    torch.manual_seed(0)
+    rows = (
+        torch.linalg.qr(torch.randn(200, 12)).Q.t()
+        * torch.logspace(0, -torch.tensor(condition).log10().item(), 12)[:, None]
+    )
+    basis, succeeded = orthonormal_rows_by_cholesky(rows)
+    assert succeeded
+    torch.testing.assert_close(basis @ basis.t(), torch.eye(12), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rows @ basis.t() @ basis, rows, rtol=0, atol=1e-5)
+
+
+def test_cholesky_qr_says_that_it_failed() -> None:
+    rows = torch.randn(4, 50)
+    rows[2] = 0
+    assert not orthonormal_rows_by_cholesky(rows)[1]
+
+
+@pytest.mark.parametrize("tile_rows", [None, 20])
+def test_cholesky_qr_makes_the_same_steps(tile_rows: int | None) -> None:
+    problem = made_problem()
+    metric = build_metric(problem, [])
+    plain, by_cholesky = (state_at(problem, metric, 4, 0.7, tile_rows) for _ in range(2))
+    by_cholesky.qr_by_cholesky = True
+    for _ in range(5):
+        for state in (plain, by_cholesky):
+            state.update_low_rank()
+            state.update_sparse()
+    torch.testing.assert_close(by_cholesky.U.t() @ by_cholesky.B, plain.U.t() @ plain.B, rtol=1e-3, atol=1e-3)
+    assert not by_cholesky.qr_failed
+
+
+def test_a_failed_cholesky_qr_keeps_u_and_is_left_at_the_next_look() -> None:
+    problem = made_problem()
+    state = state_at(problem, build_metric(problem, []), 4, 0.7, None)
+    state.qr_by_cholesky = True
+    before = state.U.clone()
+    state.B.zero_()
+    state.update_low_rank()
+    assert torch.equal(state.U, before)
+    state.update_sparse()
+    assert state.qr_by_cholesky
+    state.update_sparse(count_moved=True)
+    assert not state.qr_by_cholesky
+
+
+def test_a_failed_cholesky_qr_is_in_the_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start_with_cholesky(self: AdmmState, stage: int) -> None:
+        self.qr_by_cholesky = stage == 0
+        enter_stage(self, stage)
+
+    def fail(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return matrix * float("nan"), torch.tensor(False)
+
+    enter_stage = AdmmState.enter_stage
+    monkeypatch.setattr(AdmmState, "enter_stage", start_with_cholesky)
+    monkeypatch.setattr("streamslr.solvers.threebasil_state.orthonormal_rows_by_cholesky", fail)
+    problem = made_problem()
+    result = ThreeBasil().solve(problem)
+    assert_valid(problem, result)
+    assert result.warnings == ("layers.0.made: directions of U·V were nearly dependent; they needed Householder's QR",)
+    assert error(problem, result) == pytest.approx(error(problem, ThreeBasil().solve(problem)), rel=0.05)
 
 
 # Seeds and settings
