@@ -1,5 +1,9 @@
-"""Questions about one tensor."""
+"""Questions about one tensor, and the precision of products."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor
 
 
@@ -19,3 +23,15 @@ def is_finite(tensor: Tensor) -> bool:
 def count_not_finite(tensor: Tensor) -> int:
     """Return how many values are NaN or infinite. It takes a mask of the tensor's size: ask `is_finite` first."""
     return int((~tensor.isfinite()).sum())
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Let float32 products on a GPU round their factors to TF32 within the context, and only there."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before

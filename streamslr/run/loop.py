@@ -271,13 +271,16 @@ class Compression:
         while offloaded:
             gram = offloaded.pop(0)()  # freed once its linears are solved
             matrix = gram.matrix.to(context.device)
+            cache = self.linear_compressor.gram_cache(block.linears, gram.linears)
             for name in gram.linears:
                 dtype = context.blockwise.stored_dtype(f"{name}.weight")
                 weight = partial(context.blockwise.stored_weight, name)
-                packed[name], record = self.linear_compressor.compress(name, block.linears[name], weight, matrix, dtype)
+                packed[name], record = self.linear_compressor.compress(
+                    name, block.linears[name], weight, matrix, dtype, cache
+                )
                 records.append(replace(record, rows=gram.rows, warnings=(*gram.warnings(name), *record.warnings)))
                 step(1)
-            del gram, matrix
+            del gram, matrix, cache
         return packed, records
 
     def match_and_propagate(

@@ -2,9 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from streamslr.errors import InputError, StreamslrError, first_line
 from streamslr.io.packing import merge, pack
 from streamslr.memory import note_nothing, retry_on_oom
 from streamslr.run.journal import LinearRecord
-from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, relative_error, wanda_error
+from streamslr.solvers.base import GramCache, LinearProblem, RelativeError, Solver, SparseLowRank
 from streamslr.spec.allocation import Allocation, LinearSpec
 from streamslr.tensors import is_finite
 
@@ -33,8 +32,30 @@ class LinearCompressor:
     workspace: int | None  # bytes that one solve may take; None: as many as it likes
     note: Callable[[str, str], None] = note_nothing  # of a retry: phase, and what it does without
 
+    def gram_cache(self, linears: Mapping[str, nn.Linear], sharing: Sequence[str]) -> GramCache:
+        """Return a cache for linears that share a Gram matrix.
+
+        It may hold what their solves take less than the largest solve of the block, so no block takes more memory.
+
+        Args:
+            linears: All linears of the block.
+            sharing: Names of those that share the Gram matrix.
+        """
+        if len(sharing) < 2:
+            return GramCache()
+        peaks = {
+            name: solve_bytes(self.solver, self.allocation[name], linears[name], self.workspace) for name in linears
+        }
+        return GramCache(max(peaks.values()) - max(peaks[name] for name in sharing))
+
     def compress(
-        self, name: str, linear: nn.Linear, weight: Callable[[], Tensor], gram: Tensor, dtype: torch.dtype
+        self,
+        name: str,
+        linear: nn.Linear,
+        weight: Callable[[], Tensor],
+        gram: Tensor,
+        dtype: torch.dtype,
+        cache: GramCache | None = None,
     ) -> tuple[Mapping[str, Tensor], LinearRecord]:
         """Replace the weight of `linear` as `compress_linear` does; once more in less memory where it runs out.
 
@@ -44,11 +65,12 @@ class LinearCompressor:
             weight: Returns the weight to solve for, [o, d] float32 on the linear's device.
             gram: Gram matrix of its inputs, [d, d] float32, on the linear's device.
             dtype: Dtype to store values and factors in.
+            cache: What earlier linears with this Gram matrix left; emptied where memory runs out.
         """
         spec = self.allocation[name]
 
         def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
-            problem = LinearProblem(name, weight(), gram, spec.pattern, spec.rank, self.seed, self.workspace)
+            problem = LinearProblem(name, weight(), gram, spec.pattern, spec.rank, self.seed, self.workspace, cache)
             return compress_linear(problem, linear, self.solver, dtype)
 
         def shrink() -> str | None:
@@ -56,6 +78,8 @@ class LinearCompressor:
             if smaller is None:
                 return None
             self.workspace = smaller
+            if cache is not None:
+                cache.keep_bytes, cache.kept = 0, None
             return f"a solver workspace of {format_bytes(smaller)}, from {name} on"
 
         return retry_on_oom(work, shrink, phase="solve", device=linear.weight.device, note=self.note)
@@ -63,12 +87,16 @@ class LinearCompressor:
 
 def smaller_workspace(solver: Solver, spec: LinearSpec, linear: nn.Linear, workspace: int | None) -> int | None:
     """Return a smaller workspace: what a solve takes if given half of what it takes now; None if it takes no less."""
+    now = solve_bytes(solver, spec, linear, workspace)
+    less = solve_bytes(solver, spec, linear, now // 2)
+    return less if less < now else None
+
+
+def solve_bytes(solver: Solver, spec: LinearSpec, linear: nn.Linear, workspace: int | None) -> int:
+    """Return the most bytes that the solve of a live linear takes in a workspace (`Solver.peak_bytes`)."""
     gpu = linear.weight.device.type == "cuda"
     o, d = linear.out_features, linear.in_features
-    peak_bytes = partial(solver.peak_bytes, o, d, spec.rank, by_row=spec.pattern.by_row, gpu=gpu)
-    now = peak_bytes(workspace)
-    less = peak_bytes(now // 2)
-    return less if less < now else None
+    return solver.peak_bytes(o, d, spec.rank, workspace, by_row=spec.pattern.by_row, gpu=gpu)
 
 
 @torch.no_grad()
@@ -92,7 +120,8 @@ def compress_linear(
     """
     weight, pattern = problem.weight, problem.pattern  # [o, d]
     shape = (weight.shape[0], weight.shape[1])
-    pruned = wanda_error(problem)
+    errors = RelativeError(weight, problem.gram)
+    pruned = errors.of_wanda(pattern)
     extreme = f"{problem.name}: its weights or inputs are so large or small that"
     try:
         solution = solver.solve(problem)
@@ -113,7 +142,7 @@ def compress_linear(
     iterations, damping, warnings = solution.iterations, solution.damping, solution.warnings
     del solution  # S is as large as the weight, and so is `merged`
     merged = merge(tensors, pattern, shape, linear.weight.dtype)
-    lost = relative_error(weight, problem.gram, merged)
+    lost = errors.of(merged)
     if not (math.isfinite(lost) and math.isfinite(pruned)):
         raise InputError(f"{extreme} its error is {lost}; {_CHECK_MODEL}")
     for warning in warnings:

@@ -1,15 +1,16 @@
 """The seam between a linear and a method: problem, solution, damping, and the relative error of a solution."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from streamslr.errors import InputError, StreamslrError
 from streamslr.spec.pattern import SparsityPattern
-from streamslr.tensors import count_not_finite, is_finite
+from streamslr.tensors import count_not_finite, is_finite, tf32_products
 
 # Default of the official 3BASiL code (arXiv 2603.01376), for both terms of `damping_diagonal`.
 DAMPING = 0.005
@@ -19,6 +20,22 @@ _DAMPING_LIMIT = 1e6
 _TILE = 1024
 
 _Factorized = TypeVar("_Factorized")
+
+
+@dataclass
+class GramCache:
+    """What the linears that share one Gram matrix need to compute only once.
+
+    A solver keeps here what follows from the Gram matrix and its own settings alone, so a solution has the same bits
+    with and without it. It belongs to one solver and one Gram matrix, and is dropped with that.
+
+    Attributes:
+        keep_bytes: Bytes of matrices that may stay in memory from one solve to the next, beside `peak_bytes`.
+        kept: What the solver kept; None before the first solve.
+    """
+
+    keep_bytes: int = 0
+    kept: Any = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,7 @@ class LinearProblem:
         rank: Columns of U; 0 for pure sparsity.
         seed: Seed of the solver's random start.
         workspace: Bytes the solver may take beside weight and gram, where it can do with less; None for no limit.
+        cache: What earlier linears with this Gram matrix left to this one; None to share nothing.
     """
 
     name: str
@@ -45,6 +63,7 @@ class LinearProblem:
     rank: int
     seed: int = 0
     workspace: int | None = None
+    cache: GramCache | None = None
 
 
 @dataclass(frozen=True)
@@ -164,16 +183,18 @@ def damp_until_positive_definite(
         factorized = factorize(Damping(multiplier, added, dead, scale))
         if factorized is not None:
             if multiplier > 1:
-                warnings.append(
-                    f"{problem.name}: the Gram matrix had no Cholesky factor; its damping was raised "
-                    f"{multiplier:g} times"
-                )
+                warnings.append(damping_warning(problem.name, multiplier))
             return factorized
         multiplier *= 10
     raise InputError(
         f"{problem.name}: its Gram matrix is not positive semidefinite, even with {_DAMPING_LIMIT:g} times the "
         f"damping; was it summed over real inputs?"
     )
+
+
+def damping_warning(name: str, multiplier: float) -> str:
+    """Return what a user is told of a damping that was raised."""
+    return f"{name}: the Gram matrix had no Cholesky factor; its damping was raised {multiplier:g} times"
 
 
 def validate(problem: LinearProblem) -> tuple[int, list[str]]:
@@ -226,53 +247,67 @@ def require_finite(problem: LinearProblem, S: Tensor, U: Tensor, V: Tensor) -> N
 
 
 def relative_error(weight: Tensor, gram: Tensor, approximation: Tensor) -> float:
-    """Return tr(R H Rᵀ) / tr(W H Wᵀ) for R = W − approximation and the damped Gram matrix H.
+    """Return `RelativeError(weight, gram).of(approximation)`, for one approximation of a weight."""
+    return RelativeError(weight, gram).of(approximation)
 
-    Dead inputs count in neither trace: nothing in their columns reaches an output.
 
-    Args:
-        weight: W [o, d] float32.
-        gram: [d, d] float32, undamped.
-        approximation: [o, d].
+class RelativeError:
+    """tr(R H Rᵀ) / tr(W H Wᵀ) of approximations of one weight, for R = W − approximation and the damped Gram matrix H.
 
-    Returns:
-        0 for a perfect approximation, also of an all-zero weight; inf for an imperfect one of an all-zero weight.
+    Dead inputs count in neither trace: nothing in their columns reaches an output. The error is 0 for a perfect
+    approximation, also of an all-zero weight, and inf for an imperfect one of an all-zero weight. On a GPU its factors
+    are rounded to TF32, and three digits are right (tools/results/solver.md, "Errors").
     """
-    return _relative_error(weight, gram, lambda rows: approximation[rows].float())
 
+    def __init__(self, weight: Tensor, gram: Tensor) -> None:
+        """Compute the denominator.
 
-def wanda_error(problem: LinearProblem) -> float:
-    """Return the relative error of pruning by |W_ij|·‖X_j‖, ‖X_j‖ damped: the yardstick (Wanda, arXiv 2306.11695)."""
-    added, _ = damping_diagonal(problem.gram)
-    scale = (problem.gram.diagonal() + added).sqrt()
-    weight, pattern = problem.weight, problem.pattern
-    if pattern.by_row:
-        return _relative_error(weight, problem.gram, lambda rows: weight[rows] * pattern.project(weight[rows] * scale))
-    mask = pattern.project(weight * scale)
-    return _relative_error(weight, problem.gram, lambda rows: weight[rows] * mask[rows])
+        Args:
+            weight: W [o, d] float32.
+            gram: [d, d] float32, undamped.
+        """
+        self._weight, self._gram = weight, gram
+        self._added, self._dead = damping_diagonal(gram)
+        self._whole = sum(self._energy(weight[rows].clone()) for rows in self._row_tiles())
 
+    def of(self, approximation: Tensor) -> float:
+        """Return the error of an approximation [o, d]."""
+        return self._of(lambda rows: approximation[rows].float())
 
-def _relative_error(weight: Tensor, gram: Tensor, approximation: Callable[[slice], Tensor]) -> float:
-    """Return `relative_error` of an approximation made in slices of rows; make no tensor of the weight's size here."""
-    added, dead = damping_diagonal(gram)
-    numerator = denominator = 0.0
-    for start in range(0, len(weight), _TILE):
-        rows = slice(start, start + _TILE)
-        numerator += _energy(weight[rows] - approximation(rows), gram, added, dead)
-        denominator += _energy(weight[rows].clone(), gram, added, dead)
-    if numerator == 0.0:
-        return 0.0
-    return numerator / denominator if denominator > 0.0 else float("inf")
+    def of_wanda(self, pattern: SparsityPattern) -> float:
+        """Return the error of pruning by |W_ij|·‖X_j‖, ‖X_j‖ damped: the yardstick (Wanda, arXiv 2306.11695)."""
+        weight = self._weight
+        scale = (self._gram.diagonal() + self._added).sqrt()
+        if pattern.by_row:
+            return self._of(lambda rows: weight[rows] * pattern.project(weight[rows] * scale))
+        mask = pattern.project(weight * scale)
+        return self._of(lambda rows: weight[rows] * mask[rows])
 
+    def _of(self, approximation: Callable[[slice], Tensor]) -> float:
+        """Return the error of an approximation made in slices of rows; make no tensor of the weight's size here."""
+        lost = sum(self._energy(self._weight[rows] - approximation(rows)) for rows in self._row_tiles())
+        if lost == 0.0:
+            return 0.0
+        return lost / self._whole if self._whole > 0.0 else float("inf")
 
-def _energy(rows: Tensor, gram: Tensor, added: Tensor, dead: Tensor) -> float:
-    """Return tr(M (gram + diag(added)) Mᵀ) for M = `rows` [t, d] without the dead columns; overwrites `rows`."""
-    rows[:, dead] = 0
-    # Small residuals sit where H is small, so the product cancels: float64 where it is not far slower.
-    precise = torch.float64 if rows.device.type == "cpu" else torch.float32
-    total = (rows.square().sum(0, dtype=torch.float64) * added).sum(dtype=torch.float64)
-    wide = rows.to(precise)
-    for column in range(0, gram.shape[1], _TILE):
-        columns = slice(column, column + _TILE)
-        total += ((wide @ gram[:, columns].to(precise)) * wide[:, columns]).sum(dtype=torch.float64)
-    return float(total)
+    def _row_tiles(self) -> list[slice]:
+        return [slice(start, start + _TILE) for start in range(0, len(self._weight), _TILE)]
+
+    def _energy(self, rows: Tensor) -> float:
+        """Return tr(M H Mᵀ) for M = `rows` [t, d] without the dead columns; overwrites `rows`.
+
+        H is symmetric, so for each slice of its columns what lies above the diagonal counts twice.
+        """
+        rows[:, self._dead] = 0
+        # Small residuals sit where H is small, so the product cancels: float64 where it is not far slower.
+        precise = torch.float64 if rows.device.type == "cpu" else torch.float32
+        total = (rows.square().sum(0, dtype=torch.float64) * self._added).sum(dtype=torch.float64)
+        wide, d = rows.to(precise), len(self._gram)
+        step = min(_TILE, max(64, -(-d // 8)))
+        with tf32_products() if rows.is_cuda else nullcontext():
+            for first in range(0, d, step):
+                columns, end = slice(first, first + step), min(first + step, d)
+                upper = self._gram[:end, columns].to(precise, copy=True)
+                upper[:first].mul_(2)
+                total += ((wide[:, :end] @ upper) * wide[:, columns]).sum(dtype=torch.float64)
+        return float(total)

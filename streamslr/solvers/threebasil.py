@@ -6,9 +6,17 @@ from dataclasses import dataclass
 import torch
 
 from streamslr.errors import InputError
-from streamslr.solvers.base import LinearProblem, SparseLowRank, keep_weight, require_finite, validate
+from streamslr.solvers.base import (
+    LinearProblem,
+    SparseLowRank,
+    damping_warning,
+    keep_weight,
+    require_finite,
+    validate,
+)
 from streamslr.solvers.threebasil_costs import solve_bytes, solve_flops, tile_rows_for
-from streamslr.solvers.threebasil_state import AdmmState, build_metric
+from streamslr.solvers.threebasil_metric import Metric, Pace, StageInverses, build_metric
+from streamslr.solvers.threebasil_state import AdmmState
 
 # Iterations between two looks at the support.
 _CHECK_EVERY = 5
@@ -51,6 +59,8 @@ class ThreeBasil:
         max_iterations: Iterations after which a support that has not settled is taken as it is, with a warning.
         precision: Precision of the products with the weight's size, "bfloat16" or "float32"; "auto" takes bfloat16
             where the hardware multiplies it several times faster (AMX, CUDA from compute capability 8.0).
+        inverses: How M comes from one stage to the next, by a "series" in the last M or a Cholesky "factor"; "auto"
+            takes the series on CUDA (tools/results/solver.md, "Inverses").
         tile_rows: Rows of the weight worked on at a time, None for all: less memory, more time, the same steps but for
             rounding (tools/results/solver.md, "Rounding and precision"). `LinearProblem.workspace` chooses them where
             this is None.
@@ -63,6 +73,7 @@ class ThreeBasil:
     max_iterations: int = 1000
     precision: str = "auto"
     tile_rows: int | None = None
+    inverses: str = "auto"
 
     def solve(self, problem: LinearProblem) -> SparseLowRank:
         """Return S, U and V for the problem.
@@ -75,20 +86,45 @@ class ThreeBasil:
         rank, warnings = validate(problem)
         if problem.pattern.check(problem.weight != 0) is None:
             return keep_weight(problem, rank, warnings)
-        metric = build_metric(problem, warnings)
         device, (o, d) = problem.weight.device, problem.weight.shape
+        metric, inverses = self._metric_and_inverses(problem)
+        if metric.damping > 1:
+            warnings.append(damping_warning(problem.name, metric.damping))
         tile_rows = self._tile_rows(o, d, rank, problem.workspace, problem.pattern.by_row, device.type == "cuda")
-        state = AdmmState(problem, metric, rank, self._product_dtype(device), tile_rows)
-        if not self._iterate(state):
+        state = AdmmState(problem, metric, rank, inverses, tile_rows)
+        settled, last_stage = self._iterate(state)
+        if state.qr_gave_up:
+            warnings.append(f"{problem.name}: directions of U·V were nearly dependent; they needed Householder's QR")
+        if not settled:
             warnings.append(f"{problem.name}: the support had not settled after {state.iterations} iterations")
+        for stage, error in inverses.refactored.items():
+            if stage <= last_stage:
+                warnings.append(
+                    f"{problem.name}: stage {stage} needed a Cholesky factor; the inverse grown from the last stage's "
+                    f"was off by {error:.2g}"
+                )
         S, U, V = state.finish()
         require_finite(problem, S, U, V)
         return SparseLowRank(S, U, V, state.iterations, metric.damping, tuple(warnings))
 
-    def _iterate(self, state: AdmmState) -> bool:
-        """Iterate until the support has settled; return False when it has not after `max_iterations`."""
-        rho = self.rho_start
-        state.set_inverse(rho)
+    def _metric_and_inverses(self, problem: LinearProblem) -> tuple[Metric, StageInverses]:
+        """Return the metric and M of its stages: those of an earlier linear with the same Gram matrix, if any."""
+        cache = problem.cache
+        if cache is not None and cache.kept is not None:
+            kept: tuple[Metric, StageInverses] = cache.kept
+            return kept
+        device, pace = problem.gram.device, Pace(self.rho_start, self.rho_growth)
+        keep_bytes = 0 if cache is None else cache.keep_bytes
+        metric = build_metric(problem, [])
+        inverses = StageInverses(metric, pace, self._product_dtype(device), self._by_series(device), keep_bytes)
+        if cache is not None:
+            cache.kept = metric, inverses
+        return metric, inverses
+
+    def _iterate(self, state: AdmmState) -> tuple[bool, int]:
+        """Iterate until the support has settled, or `max_iterations`; return whether it has, and the last stage."""
+        stage = 0
+        state.enter_stage(stage)
         while state.iterations < self.max_iterations:
             iteration = state.iterations + 1
             stage_ends = iteration % self.stage_iterations == 0
@@ -97,11 +133,11 @@ class ThreeBasil:
             state.update_low_rank()
             moved = state.update_sparse(dual_scale=1 / self.rho_growth if stage_ends else 1.0, count_moved=checks)
             if checks and moved < self.stop_fraction:
-                return True
+                return True, stage
             if stage_ends:
-                rho *= self.rho_growth
-                state.set_inverse(rho)
-        return False
+                stage += 1
+                state.enter_stage(stage)
+        return False, stage
 
     def peak_bytes(
         self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
@@ -119,6 +155,11 @@ class ThreeBasil:
         if self.tile_rows is not None or workspace is None:
             return self.tile_rows
         return tile_rows_for(o, d, rank, workspace, by_row=by_row, gpu=gpu)
+
+    def _by_series(self, device: torch.device) -> bool:
+        if self.inverses not in ("auto", "series", "factor"):
+            raise InputError(f'inverses {self.inverses!r} is not known; use "auto", "series" or "factor"')
+        return self.inverses == "series" or (self.inverses == "auto" and device.type == "cuda")
 
     def _product_dtype(self, device: torch.device) -> torch.dtype:
         if self.precision not in ("auto", "bfloat16", "float32"):

@@ -1,15 +1,15 @@
-"""State of 3BASiL's iteration: its metric, its tensors in tiles of rows, and the two updates of an iteration."""
+"""State of 3BASiL's iteration: its tensors in tiles of rows, and the two updates of an iteration."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from streamslr.errors import StreamslrError
-from streamslr.solvers.base import Damping, LinearProblem, damp_until_positive_definite
-from streamslr.solvers.low_rank import balance_factors
+from streamslr.solvers.base import LinearProblem
+from streamslr.solvers.low_rank import balance_factors, orthonormal_rows, orthonormal_rows_by_cholesky
 from streamslr.solvers.threebasil_fused import fused_state
+from streamslr.solvers.threebasil_metric import Metric, StageInverses
 
 # Elements of a slice of the elementwise passes: on the CPU five float32 slices stay in a 2 MiB cache; on a GPU
 # they fill the device, and the temporaries of the projection stay small (size chosen, not measured).
@@ -24,79 +24,14 @@ def slice_elements(gpu: bool) -> int:
 
 
 @dataclass(frozen=True)
-class Metric:
-    """G = diag(1/scale) (gram + diag(added)) diag(1/scale), [d, d]; formed only inside `inverse`.
-
-    Attributes:
-        gram: [d, d] undamped, the problem's own.
-        added: [d], the damping of its diagonal.
-        scale: [d], the scale of the inputs.
-        dead: [d] bool, inputs that are always zero.
-        damping: Multiplier on the default damping.
-    """
-
-    gram: Tensor
-    added: Tensor
-    scale: Tensor
-    dead: Tensor
-    damping: float
-
-    def times(self, y: Tensor) -> Tensor:
-        """Return G @ y for y [d, k]."""
-        y = y / self.scale[:, None]
-        return torch.addcmul(self.gram @ y, self.added[:, None], y).div_(self.scale[:, None])
-
-    def inverse(self, rho: float, out: Tensor | None = None) -> Tensor | None:
-        """Return ρ (G + ρI)⁻¹, float32 [d, d], or G⁻¹ for ρ = 0; None without a Cholesky factor."""
-        matrix = torch.div(self.gram, self.scale, out=out)
-        matrix.div_(self.scale[:, None])
-        matrix.diagonal().add_(self.added / self.scale.square() + rho)
-        inverse = invert_(matrix)
-        return inverse if inverse is None or rho == 0 else inverse.mul_(rho)
-
-
-def build_metric(problem: LinearProblem, warnings: list[str]) -> Metric:
-    """Return the metric with inputs scaled by [H⁻¹]_jj^-½, H damped as little as gives it a Cholesky factor.
-
-    Leaving out w_j costs w_j² / [H⁻¹]_jj when the other weights adapt (Optimal Brain Surgeon), so in this scale equal
-    magnitudes cost the same.
-    """
-
-    def scale_by_saliency(damping: Damping) -> Metric | None:
-        metric = Metric(problem.gram, damping.added, damping.scale, damping.dead, damping.multiplier)
-        inverse = metric.inverse(0)
-        return None if inverse is None else replace(metric, scale=damping.scale * inverse.diagonal().rsqrt())
-
-    return damp_until_positive_definite(problem, scale_by_saliency, warnings)
-
-
-def invert_(matrix: Tensor) -> Tensor | None:
-    """Overwrite a symmetric matrix [d, d] with its inverse and return it; None when it is not positive definite."""
-    if matrix.device.type == "cpu":  # LAPACK factors and inverts in place, in column-major storage
-        columns = matrix.mT
-        info = torch.empty((), dtype=torch.int32)
-        torch.linalg.cholesky_ex(columns, out=(columns, info))
-        if int(info):
-            return None
-        torch.cholesky_inverse(columns, out=columns)
-        inverse = matrix
-    else:
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info):
-            return None
-        inverse = torch.cholesky_inverse(factor, out=matrix.mT).mT  # with a working copy of the factor
-    return inverse if bool((inverse.diagonal() > 0).all()) else None
-
-
-@dataclass(frozen=True)
 class Tile:
     """Rows of W, t of them, transposed like all of the state. X, input and C are memory that the tiles share.
 
     Attributes:
         rows: The t rows of W.
-        X: [d, t] T = Y − D + W between iterations where the tile is the whole linear; T − B Uᵀ within one.
+        X: [d, t] T = Y − D + W between iterations where the tile is the whole linear; T − Bᵀ U within one.
         input: [d, t] X in the precision of the products; X itself at float32.
-        C: [d, t] the product (T − B Uᵀ) M, in that precision.
+        C: [d, t] the product M (T − Bᵀ U), in that precision.
         held: [d, t] W where the tile is the whole linear, else D − Y; lasts from one iteration to the next.
         slices: The same in slices of inputs.
     """
@@ -135,8 +70,9 @@ class AdmmState:
     """W, D, Y, U·V and M of the iteration (`ThreeBasil`), with the updates of U·V and of S, D and Y.
 
     All is in the scale of the metric and transposed, [d, o], so that a group of weights is a group of rows: rows are
-    contiguous, and comparing the members of a group runs at the speed of memory. (U·V)ᵀ = B Uᵀ with B [d, r] and
-    U [o, r] orthonormal. S is never stored: with T = Y − D + W, the correction D − Y − E is −(T − B Uᵀ).
+    contiguous, and comparing the members of a group runs at the speed of memory. (U·V)ᵀ = Bᵀ U with B [r, d] and
+    U [r, o] of orthonormal rows: few long rows, because products with few columns are slow on a CPU (tools/results/
+    solver.md, "Time"). S is never stored: with T = Y − D + W, the correction D − Y − E is −(T − Bᵀ U).
     """
 
     def __init__(
@@ -144,7 +80,7 @@ class AdmmState:
         problem: LinearProblem,
         metric: Metric,
         rank: int,
-        product_dtype: torch.dtype,
+        inverses: StageInverses,
         tile_rows: int | None = None,
     ) -> None:
         """Start from U·V the best fit of W, D the projection of W − U·V, Y = 0.
@@ -153,24 +89,24 @@ class AdmmState:
             problem: The linear to compress.
             metric: Its metric.
             rank: Rank of U·V, at most min(o, d).
-            product_dtype: Precision of the products with the weight's size, float32 or bfloat16.
+            inverses: M of each stage; its precision is that of the products with the weight's size.
             tile_rows: Rows of W worked on at a time; None for all.
         """
-        self.name, self.pattern, self.metric, self.product_dtype = problem.name, problem.pattern, metric, product_dtype
-        self.iterations = 0
+        self.name, self.pattern, self.metric, self.inverses = problem.name, problem.pattern, metric, inverses
+        self.product_dtype, self.iterations = inverses.dtype, 0
         self.weight = problem.weight  # [o, d], not scaled
         self.scale = metric.scale.masked_fill(metric.dead, 0)
         o, d = self.weight.shape
         generator = torch.Generator().manual_seed(problem.seed)
         U = torch.randn(o, rank, generator=generator).to(self.weight)  # on the CPU: the same start on every device
-        self.U = torch.linalg.qr(U).Q if rank else U  # [o, r], orthonormal
-        self.B = self.weight.new_zeros(d, rank)
-        self.rest: Tensor | None = None  # B − M B, where it is known
+        self.U = orthonormal_rows(U.t())  # [r, o]
+        self.B = self.weight.new_zeros(rank, d)
+        self.rest: Tensor | None = None  # B − B M, where it is known
         self._fit_low_rank()
-        self.store = torch.mul(self.weight, self.scale).addmm_(self.U, self.B.t(), alpha=-1)  # [o, d] E, for now
+        self.store = torch.mul(self.weight, self.scale).addmm_(self.U.t(), self.B, alpha=-1)  # [o, d] E, for now
         self.marker = problem.pattern.marker(self.store)
         self.whole = tile_rows is None or tile_rows >= o
-        self.fused = fused_state(self.weight, self.scale, self.store, self.pattern, product_dtype, tile_rows)
+        self.fused = fused_state(self.weight, self.scale, self.store, self.pattern, self.product_dtype, tile_rows)
         self.tiles = [] if self.fused else self._make_tiles(o if tile_rows is None else min(tile_rows, o))
         for tile in self.tiles:
             tile.X.copy_(self.store[tile.rows].t())
@@ -181,8 +117,9 @@ class AdmmState:
                 torch.neg(part.D, out=part.X)
                 self._keep(part)
         self.marker.end_pass()
-        self.buffer = torch.empty(d, d, device=self.weight.device)
-        self.M = self.buffer  # ρ (G + ρI)⁻¹, after set_inverse
+        self.qr_by_cholesky, self.qr_gave_up = self.weight.is_cuda, False
+        self.qr_failed = torch.zeros((), device=self.weight.device)  # times since the support was last looked at
+        self.M = self.weight.new_empty(0, d)  # ρ (G + ρI)⁻¹ [d, d], after enter_stage
 
     def _make_tiles(self, tile_rows: int) -> list[Tile]:
         """Return tiles over the store, each in slices that are small enough for the cache."""
@@ -224,49 +161,54 @@ class AdmmState:
         """Return D as the last iteration left it."""
         return part.D if part.support is None else torch.mul(part.held, part.support, out=part.D)
 
-    def set_inverse(self, rho: float) -> None:
-        """Set M = ρ (G + ρI)⁻¹ in the precision of the products."""
+    def enter_stage(self, stage: int) -> None:
+        """Set M to that of a stage, counted from 0."""
         self.rest = None
-        inverse = self.metric.inverse(rho, self.buffer)
-        if inverse is None:  # G has a factor, so G + ρI has one
-            raise StreamslrError(f"{self.name}: G + {rho:g}·I lost its Cholesky factor; report this as a bug")
-        if self.product_dtype == torch.float32:
-            self.M = inverse
-        else:  # into the front of its own memory, behind the rows that are still to be read
-            self.M = self.buffer.view(self.product_dtype).view(-1)[: inverse.numel()].view_as(inverse)
-            for rows in range(0, len(inverse), 64):
-                self.M[rows : rows + 64] = inverse[rows : rows + 64].to(self.product_dtype)
+        self.M = self.M[:0]  # which frees it before the next is made
+        self.M = self.inverses.at(stage, self.name)
 
     def update_low_rank(self) -> None:
         """Update U·V by one subspace step towards the best fit of T in the metric G M: U for the last V, then V."""
-        if not self.U.shape[1]:
+        if not len(self.U):
             return
-        if self.fused:
-            y, T = self._rest_of_low_rank(), self.fused.input.t()
-        else:
-            y = self.metric.times((self.M @ self.B.to(self.product_dtype)).float())  # [d, r]
-            T = self.tiles[0].input
+        y = self._rest_of_low_rank()  # B G M / ρ, for G M = ρ (I − M)
         if self.fused or self.whole:
-            self.U = torch.linalg.qr((T.t() @ y.to(self.product_dtype)).float()).Q
-            self.B = (T @ self.U.to(self.product_dtype)).float()
+            T, dtype = self.fused.input.t() if self.fused else self.tiles[0].input, self.product_dtype
+            self._turn((y.to(dtype) @ T).float())
+            self.B = (self.U.to(dtype) @ T.t()).float()
         else:  # T = W − held, never formed for all rows at once
-            product = self.weight @ (y * self.scale[:, None])  # [o, r]
+            product = (y * self.scale) @ self.weight.t()  # [r, o]
             for tile in self.tiles:
-                product[tile.rows].addmm_(tile.held.t(), y, alpha=-1)
-            self.U = torch.linalg.qr(product).Q
-            self.B = (self.weight.t() @ self.U).mul_(self.scale[:, None])
+                product[:, tile.rows].addmm_(y, tile.held, alpha=-1)
+            self._turn(product)
+            self.B = (self.U @ self.weight).mul_(self.scale)
             for tile in self.tiles:
-                self.B.addmm_(tile.held, self.U[tile.rows], alpha=-1)
+                self.B.addmm_(self.U[:, tile.rows], tile.held.t(), alpha=-1)
         self.rest = None
 
     def _rest_of_low_rank(self) -> Tensor:
-        """Return B − M B [d, r], which is G M B / ρ; computed once for each B and M."""
+        """Return B − B M [r, d]; computed once for each B and M."""
         if self.rest is None:
-            self.rest = self.B - (self.M @ self.B.to(self.product_dtype)).float()
+            self.rest = self.B - self.times_inverse(self.B)
         return self.rest
+
+    def _turn(self, matrix: Tensor) -> None:
+        """Set U to an orthonormal basis of the rows of a matrix [r, o]; keep it where CholeskyQR2 fails."""
+        if self.qr_by_cholesky:
+            basis, succeeded = orthonormal_rows_by_cholesky(matrix)
+            self.U = torch.where(succeeded, basis, self.U)
+            self.qr_failed += ~succeeded
+        else:
+            self.U = orthonormal_rows(matrix)
+
+    def times_inverse(self, y: Tensor) -> Tensor:
+        """Return y M for y [r, d] float32."""
+        return (y.to(self.product_dtype) @ self.M).float()
 
     def update_sparse(self, dual_scale: float = 1.0, count_moved: bool = False) -> float:
         """Update S, D and Y, tile by tile, and return the fraction of the support that moved, 0 if not counted.
+
+        Where it is counted, U is from then on found by Householder's QR if CholeskyQR2 has failed.
 
         Args:
             dual_scale: ρ / (the ρ of the next iteration), by which Y is rescaled.
@@ -274,15 +216,18 @@ class AdmmState:
         """
         if self.fused:
             self.iterations += 1
-            return self.fused.step(self.M, self.U, self._rest_of_low_rank(), dual_scale, count_moved)
+            fraction = self.fused.step(self.M, self.U.t(), self._rest_of_low_rank().t(), dual_scale, count_moved)
+            if count_moved:
+                self._note_failed_qr(float(self.qr_failed))
+            return fraction
         moved = num_kept = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         for tile in self.tiles:
             if not self.whole:  # X ← T
                 tile.X.copy_(self.weight[tile.rows].t())
                 for part in tile.slices:
                     part.X.mul_(part.scale).sub_(part.held)
-            if self.U.shape[1]:
-                tile.X.addmm_(self.B, self.U[tile.rows].t(), alpha=-1)
+            if len(self.U):
+                tile.X.addmm_(self.B.t(), self.U[:, tile.rows], alpha=-1)
             if tile.input.dtype != tile.X.dtype:
                 tile.input.copy_(tile.X)
             torch.mm(self.M, tile.input, out=tile.C)  # S = E − C
@@ -301,22 +246,32 @@ class AdmmState:
                 self._keep(part)
         self.marker.end_pass()
         self.iterations += 1
-        return float(moved / num_kept.clamp_min(1)) if count_moved else 0.0
+        if not count_moved:
+            return 0.0
+        fraction, failed = torch.stack((moved / num_kept.clamp_min(1), self.qr_failed)).tolist()  # one wait for both
+        self._note_failed_qr(failed)
+        return float(fraction)
+
+    def _note_failed_qr(self, times: float) -> None:
+        """Find U by Householder's QR from now on where CholeskyQR2 has failed some times."""
+        if times:
+            self.qr_by_cholesky, self.qr_gave_up = False, True
+            self.qr_failed.zero_()
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return S [o, d] exactly in the pattern, and U [o, r], V [r, d] fitted to it, in the problem's own scale."""
         S, scale, dead = self._collect_sums(), self.metric.scale, self.metric.dead
         row_slices = self.fused.rows if self.fused else [tile.rows for tile in self.tiles]
         projected_together = row_slices if self.pattern.by_row else [slice(None)]
-        del self.fused, self.tiles, self.buffer, self.M
+        del self.fused, self.tiles, self.inverses, self.M
         for rows in projected_together:
             S[rows].masked_fill_(self.pattern.project(S[rows]).logical_not_(), 0)
         S.div_(scale)
         S[:, dead] = 0
         self._fit_low_rank(S)
-        V = (self.B / scale[:, None]).t()
+        V = self.B / scale
         V[:, dead] = 0
-        return S, *balance_factors(self.U, V)
+        return S, *balance_factors(self.U.t(), V)
 
     def _collect_sums(self) -> Tensor:
         """Return S + Y [o, d], row by row, in the memory of the store: what is held of a tile is not needed again."""
@@ -331,18 +286,18 @@ class AdmmState:
         return self.store
 
     def _fit_low_rank(self, S: Tensor | None = None) -> None:
-        """Set U, B to the best rank-r B Uᵀ for W − S in the metric G, by subspace iteration from the current U.
+        """Set U, B to the best rank-r Bᵀ U for (W − S)ᵀ in the metric G, by subspace iteration from the current U.
 
         S [o, d] is in the problem's own scale, like the weight: the scale then falls on slim factors alone.
         """
 
-        def times_residual(y: Tensor) -> Tensor:  # [o, r] -> [d, r]
-            product = self.weight.t() @ y
-            return (product if S is None else product.sub_(S.t() @ y)).mul_(self.scale[:, None])
+        def times_residual(y: Tensor) -> Tensor:  # [r, o] -> [r, d]
+            product = y @ self.weight
+            return (product if S is None else product.sub_(y @ S)).mul_(self.scale)
 
-        if self.U.shape[1]:
+        if len(self.U):
             for _ in range(_CAREFUL_STEPS):
-                y = self.metric.times(times_residual(self.U)).mul_(self.scale[:, None])
-                product = self.weight @ y
-                self.U = torch.linalg.qr(product if S is None else product.sub_(S @ y)).Q
+                y = self.metric.times(times_residual(self.U)).mul_(self.scale)
+                product = y @ self.weight.t()
+                self.U = orthonormal_rows(product if S is None else product.sub_(y @ S.t()))
             self.B = times_residual(self.U)
