@@ -136,6 +136,9 @@ def find_float32_stream(
 class _SameDtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Mode that refuses tensors of different floating-point dtypes, except where an operator promotes them."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = tree_leaves((args, kwargs or {}))
         dtypes = {x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.dim()}

@@ -76,8 +76,9 @@ def refusing_windows(model: str, tokens: int, positions: int | None) -> Iterator
     except (IndexError, RuntimeError) as error:
         if says_out_of_memory(error) or (isinstance(error, RuntimeError) and tokens <= (positions or 0)):
             raise
-        outside = isinstance(error, OutsideTableError)
-        why = f"its table of positions has {error.rows} rows" if outside else first_line(error)
+        why = first_line(error)
+        if isinstance(error, OutsideTableError):
+            why = f"its table of positions has {error.rows} rows"
         most = f" {positions}" if positions else " its max_position_embeddings"
         raise InputError(
             f"{model} cannot take windows of {tokens} tokens ({why}); give a --seq-len of at most{most}"
@@ -86,6 +87,9 @@ def refusing_windows(model: str, tokens: int, positions: int | None) -> Iterator
 
 class CheckedLookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Mode that compares each index with its table before the device does; each comparison waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         match func.overloadpacket:

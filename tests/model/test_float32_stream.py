@@ -101,7 +101,8 @@ class _Multiplies(nn.Module):
         self.norm = nn.LayerNorm(8, dtype=torch.bfloat16, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.matmul(x, self.matrix) + self.norm(x)
+        added: Tensor = torch.matmul(x, self.matrix) + self.norm(x)
+        return x + added
 
 
 def test_a_product_of_two_dtypes_is_found_though_meta_allows_it(caplog: pytest.LogCaptureFixture) -> None:

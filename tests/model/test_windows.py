@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def blockwise_of(folder: Path) -> BlockwiseModel:
 
 @pytest.mark.parametrize("architecture", ["opt", "gpt2"])
 def test_windows_longer_than_a_table_of_positions(architecture: str, tmp_path: Path) -> None:
-    sizes = {"n_positions": 8, "max_position_embeddings": 8}
+    sizes: dict[str, Any] = {"n_positions": 8, "max_position_embeddings": 8}
     blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", architecture, blocks=1, **sizes))
     blockwise.require_windows(8)
     with pytest.raises(InputError, match=r"windows of 9 tokens \(its table of positions has \d+ rows\); .* at most 8"):
