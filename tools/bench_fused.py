@@ -27,7 +27,8 @@ from torch import Tensor
 
 from streamslr.solvers import LinearProblem, ThreeBasil, parse_pattern, threebasil_fused
 from streamslr.solvers.threebasil_fused import Blocks, FusedState, describe
-from streamslr.solvers.threebasil_state import AdmmState, build_metric
+from streamslr.solvers.threebasil_metric import Pace, StageInverses, build_metric
+from streamslr.solvers.threebasil_state import AdmmState
 
 # Bytes a weight that the kernel reads and writes: Z twice, W, the product and T.
 KERNEL_BYTES = 4 + 4 + 4 + 2 + 2
@@ -57,12 +58,14 @@ def start(problem: LinearProblem, fused: bool, dtype: torch.dtype) -> AdmmState:
     """Return the state of a solve before its first iteration, with the fused step or with torch's passes."""
     devices, threebasil_fused.DEVICES = threebasil_fused.DEVICES, {problem.weight.device.type} if fused else set()
     try:
-        state = AdmmState(problem, build_metric(problem, []), problem.rank, dtype)
+        metric = build_metric(problem, [])
+        inverses = StageInverses(metric, Pace(ThreeBasil.rho_start, ThreeBasil.rho_growth), dtype, by_series=False)
+        state = AdmmState(problem, metric, problem.rank, inverses)
     finally:
         threebasil_fused.DEVICES = devices
     if fused and not state.fused:
         raise click.ClickException(f"the fused step is not used: {describe()}")
-    state.set_inverse(ThreeBasil.rho_start)
+    state.enter_stage(0)
     return state
 
 
@@ -121,12 +124,12 @@ def measure(problem: LinearProblem, iterations: int) -> dict[str, Any]:
 def time_parts(state: AdmmState, fused: FusedState, repeats: int) -> tuple[float, float]:
     """Return the milliseconds of the kernel and of the product over all rows; the state is of no use afterwards."""
     device = fused.Z.device
-    Q = state.B - (state.M @ state.B.to(state.M.dtype)).float()
+    Q = (state.B - state.times_inverse(state.B)).t()
     products = [fused.input[rows] @ state.M.t() for rows in fused.rows]
 
     def kernel() -> None:
         for rows, product in zip(fused.rows, products, strict=True):
-            fused.update_rows(rows, product, state.U[rows], Q, 1.0, False)
+            fused.update_rows(rows, product, state.U.t()[rows], Q, 1.0, False)
 
     def multiply() -> None:
         for rows, product in zip(fused.rows, products, strict=True):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from streamslr.solvers import ThreeBasil, threebasil_fused
 from streamslr.solvers.threebasil_fused import FusedState, describe, fused_state, step_in_torch
-from streamslr.solvers.threebasil_state import AdmmState, build_metric
+from streamslr.solvers.threebasil_metric import Pace, StageInverses, build_metric
+from streamslr.solvers.threebasil_state import AdmmState
 from streamslr.spec.pattern import NofM, parse_pattern
 from tests import reference
 from tests.support.markers import slow
@@ -116,9 +117,11 @@ class StepInTorch:
 def fused_admm(rank: int, tile_rows: int | None = None, o: int = 48) -> AdmmState:
     problem = made_problem(o=o, rank=rank)
     problem = type(problem)(problem.name, problem.weight.to(DEVICE), problem.gram.to(DEVICE), problem.pattern, rank)
-    state = AdmmState(problem, build_metric(problem, []), rank, torch.bfloat16, tile_rows)
+    metric = build_metric(problem, [])
+    inverses = StageInverses(metric, Pace(0.7, 1.25), torch.bfloat16, by_series=False)
+    state = AdmmState(problem, metric, rank, inverses, tile_rows)
     assert state.fused
-    state.set_inverse(0.7)
+    state.enter_stage(0)
     return state
 
 
@@ -140,7 +143,7 @@ def test_the_fused_step_is_the_textbook_step() -> None:
     assert not Y.any()
     for _ in range(4):
         state.update_low_rank()
-        S = reference.sparse_step(W, (state.U @ state.B.t()).double().cpu(), D, Y, G, 0.7)
+        S = reference.sparse_step(W, (state.U.t() @ state.B).double().cpu(), D, Y, G, 0.7)
         sums, before = S + Y, D
         moved = state.update_sparse(count_moved=True)
         D, Y = projection_and_dual(state)
