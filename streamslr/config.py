@@ -144,7 +144,9 @@ class RunConfig:
     )
     scratch: Path | None = _setting(None, "Folder for hidden states, removed at the end [default: OUT/.scratch].")
     host_mem: int | None = _setting(None, "Host memory the run may use, like 16GB [default: what is free].")
-    gpu_mem: int | None = _setting(None, "GPU memory the run may use, like 45GB [default: what is free].")
+    gpu_mem: int | None = _setting(
+        None, "GPU memory the run may take, CUDA's own included, like 45GB [default: what is free]."
+    )
     evict_shards: bool = _setting(False, "Delete each hub shard this run downloaded once its blocks are done.")
 
     def __post_init__(self) -> None:

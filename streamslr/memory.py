@@ -80,35 +80,35 @@ def retry_on_oom(
     device: torch.device,
     note: Callable[[str, str], None] = note_nothing,
 ) -> T:
-    """Call `work`; where memory runs out in it, shrink and call it once more.
+    """Call `work`; where memory runs out in it, shrink and call it once more, as often as something can shrink.
 
     Args:
         work: What to do. It must leave nothing behind when it fails.
-        shrink: Makes the second call need less memory and says how, in words; returns None where nothing can shrink.
+        shrink: Makes the next call need less memory and says how, in words; returns None where nothing can shrink.
         phase: Name of the work, for messages.
-        device: Where the work computes; its unused memory is released before the second call.
-        note: Called before the second call, with the phase and what it does with less, for the journal.
+        device: Where the work computes; its unused memory is released before the next call.
+        note: Called before each further call, with the phase and what it does with less, for the journal.
 
     Returns:
         What `work` returns.
 
     Raises:
-        MemoryError: Memory ran out and nothing can shrink. Errors of the second call pass through.
+        MemoryError: Memory ran out and nothing can shrink. Other errors pass through.
     """
-    try:
-        return work()
-    except (MemoryError, RuntimeError) as error:
-        if not says_out_of_memory(error):
-            raise
-        reason = first_line(error)
-    # Outside of the except clause: the traceback holds the tensors of the call that failed.
-    release_memory(device)
-    smaller = shrink()
-    if smaller is None:
-        raise MemoryError(f"phase {phase}, as small as it can be: {reason}")
-    log.warning("phase %s ran out of memory (%s): once more with %s", phase, reason, smaller)
-    note(phase, f"ran out of memory: {smaller}")
-    return work()
+    while True:
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not says_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        # Outside of the except clause: the traceback holds the tensors of the call that failed.
+        release_memory(device)
+        smaller = shrink()
+        if smaller is None:
+            raise MemoryError(f"phase {phase}, as small as it can be: {reason}")
+        log.warning("phase %s ran out of memory (%s): once more with %s", phase, reason, smaller)
+        note(phase, f"ran out of memory: {smaller}")
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from streamslr.memory import free_host_memory, held
+from streamslr.memory import free_host_memory, held, retry_on_oom
 
 _CHILD = """
 import sys
@@ -48,3 +49,22 @@ def test_free_memory_stays_within_the_address_space(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(resource, "getrlimit", lambda kind: space[kind])
     assert free_host_memory() == pytest.approx(held(), rel=0.1)
     assert free_host_memory() < unlimited
+
+
+def test_work_is_cut_and_noted_until_it_fits() -> None:
+    pieces, notes = [8], []
+
+    def work() -> int:
+        if pieces[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pieces[-1]
+
+    def shrink() -> str | None:
+        pieces.append(pieces[-1] // 2)
+        return f"windows {pieces[-1]} at a time"
+
+    def note(phase: str, sentence: str) -> None:
+        notes.append((phase, sentence))
+
+    assert retry_on_oom(work, shrink, phase="match", device=torch.device("cpu"), note=note) == 2
+    assert notes == [("match", f"ran out of memory: windows {left} at a time") for left in (4, 2)]

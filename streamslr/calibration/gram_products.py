@@ -4,11 +4,12 @@ The product of two bf16 or float16 numbers is exact in float32, so tensor cores 
 of the same inputs; sums are in float32 either way.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from streamslr.tensors import tf32_products
 
 PANEL = 2048
 """Columns of H that one product on tensor cores makes. H is symmetric: each panel ends at the diagonal, which saves
@@ -58,7 +59,7 @@ def find_product(device: torch.device, dtype: torch.dtype) -> Product | None:
 def add_upper_panels(gram: Tensor, rows: Tensor, product: Product) -> None:
     """Add XᵀX to the panels of `gram` [d, d], each down to the diagonal; `rows` is X [tokens, d] in half precision."""
     width = len(gram)
-    for part in rows.split(_TOKENS):
+    for part in torch.split(rows, _TOKENS):
         for start in range(0, width, PANEL):
             stop = min(start + PANEL, width)
             product(gram[:stop, start:stop], part[:, :stop], part[:, start:stop])
@@ -83,18 +84,6 @@ def _multiply_then_add(part: Tensor, a: Tensor, b: Tensor) -> None:
 def _add_in_tf32(part: Tensor, a: Tensor, b: Tensor) -> None:
     """Multiply float32 copies of some tokens after the others; TF32 holds every bf16 and float16 number."""
     step = _SCRATCH // (4 * (part.shape[0] + part.shape[1]))
-    with _tf32():
+    with tf32_products():
         for start in range(0, len(a), step):
             part.addmm_(a[start : start + step].float().T, b[start : start + step].float())
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """Let float32 products on a GPU take TF32 while entered."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before

@@ -234,8 +234,9 @@ class GramCollector:
                 len(block.experts.keys() & self._grams.keys()),
                 min(rows[owner] for owner in shared),
             )
+        grams, self._grams = self._grams, {}  # hooks and collector hold each other, and would hold the matrices
         groups = self._hooks.groups()
-        return [Gram(group, self._grams[group[0]], rows[group[0]], shared.get(group[0], 0.0)) for group in groups]
+        return [Gram(group, grams[group[0]], rows[group[0]], shared.get(group[0], 0.0)) for group in groups]
 
     def _require_finite(self) -> None:
         for owner, batches in self._not_finite.items():

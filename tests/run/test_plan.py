@@ -38,7 +38,7 @@ def plan(
     allocation = allocate(config, [block.linears for block in model.blocks])
     solver = find_method(config.method).solver
     return make_plan(
-        config, model, allocation, solver, torch.device(device), dtype, GB, host_mem, gpu and GpuMemory(gpu)
+        config, model, allocation, solver, torch.device(device), dtype, GB, host_mem, GpuMemory(gpu) if gpu else None
     )
 
 

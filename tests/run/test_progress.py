@@ -31,6 +31,24 @@ def test_the_display_shows_blocks_phase_memory_eta_and_the_last_warnings() -> No
     assert display not in log.handlers
 
 
+def test_the_display_shows_gpu_memory_beside_its_budget() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=140)
+    with LiveDisplay(console, host_budget=16 * 10**9, gpu_budget=45 * 10**9) as display:
+        display.phase(3, "solve", steps=7)
+        display.step(2, host_bytes=2 * 10**9, gpu_bytes=21 * 10**9)
+        with console.capture() as shown:
+            console.print(display._render())
+    assert "gpu 21.0 GB of 45.0 GB" in shown.get()
+
+
+def test_what_a_second_try_did_without_is_kept_by_phase() -> None:
+    with PhaseTimer(torch.device("cpu"), NoDisplay()) as phases:
+        phases.note_retry("match", "half")
+        phases.note_retry("match", "a quarter")
+        assert phases.take_retries() == {"match": ("half", "a quarter")}
+        assert phases.take_retries() == {}
+
+
 def test_a_phase_that_a_block_goes_through_twice_counts_twice_beside_what_was_planned() -> None:
     with PhaseTimer(torch.device("cpu"), NoDisplay(), planned={"propagate": {"host_planned_bytes": 7}}) as phases:
         with phases.phase("propagate", steps=1):

@@ -580,6 +580,7 @@ def test_a_pass_that_runs_out_of_memory_is_cut_once_and_says_so(
     assert (whole.micro_batch, state.micro_batch) == (6, 3)
     assert caplog.text.count("phase grams ran out of memory") == 1
     assert "once more with windows 3 at a time" in caplog.text
+    assert state.blocks[0].retries == {"grams": ("ran out of memory: windows 3 at a time",)}
     assert verify(settings["out"]).problems == ()
     before, cut = ([loss for loss, _ in matching_losses(made)] for made in (whole, state))
     assert before == pytest.approx(cut, rel=0.2)

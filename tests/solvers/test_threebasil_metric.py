@@ -25,7 +25,8 @@ PACE = Pace(0.2, 1.25)
 def exact(metric: Metric, rho: float) -> Tensor:
     """Return ρ (G + ρI)⁻¹ in float64."""
     G = metric.times(torch.eye(len(metric.scale))).double()
-    return rho * torch.linalg.inv(G + rho * torch.eye(len(G)).double())
+    inverse: Tensor = torch.linalg.inv(G + rho * torch.eye(len(G)).double())
+    return rho * inverse
 
 
 def relative(M: Tensor, expected: Tensor) -> float:
