@@ -55,7 +55,12 @@ FRONTIER: Mapping[str, ThreeBasil] = {
 }
 Row = dict[str, Any]
 """One linear: its name, its shape, the official loss, and a record for each solver."""
-VARIANTS = {**FRONTIER, "float32": ThreeBasil(precision="float32"), "tiled": ThreeBasil(tile_rows=64)}
+VARIANTS: dict[str, ThreeBasil] = {
+    **FRONTIER,
+    "float32": ThreeBasil(precision="float32"),
+    "tiled": ThreeBasil(tile_rows=64),
+}
+VARIANTS |= {how: ThreeBasil(inverses=how) for how in ("series", "factor")}
 
 
 def textbook(problem: LinearProblem) -> SparseLowRank:

@@ -20,8 +20,12 @@ from streamslr.solvers.threebasil_state import AdmmState
 
 # Iterations between two looks at the support.
 _CHECK_EVERY = 5
-# Iterations of a typical linear at the default pace (tools/results/solver.md, "Pace").
-_TYPICAL_ITERATIONS = 250
+# Iterations and stages of a typical linear at the default pace (tools/results/solver.md, "Pace").
+_TYPICAL_ITERATIONS, _TYPICAL_STAGES = 225, 13
+# ρ below which the support hardly moves yet, while U·V does: stages have fewer iterations there, each with two
+# subspace steps (tools/results/solver.md, "Time").
+_EARLY_RHO = 0.45
+_EARLY_FRACTION, _EARLY_STEPS = 0.7, 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class ThreeBasil:
     - S and U·V are minimised together. Minimised over S, the augmented Lagrangian is ρ tr(R G (G + ρI)⁻¹ Rᵀ) with
       R = W − D + Y − U·V, a quadratic in U·V alone, so the fit above and then the step of S reach the minimum over
       both. The paper fits U·V to W − S after S, which leaves U·V only what S did not take. One subspace step an
-      iteration, from the last U·V, stands for the fit.
+      iteration, or two, from the last U·V, stands for the fit.
     - U·V starts as the best fit of W.
     - Inputs are scaled by s_j = [H⁻¹]_jj^-½, the saliency of Optimal Brain Surgeon; the paper takes H_jj^½. ρ then
       means the same in every linear and pattern: supports settle between ρ = 1 and 3.
@@ -54,7 +58,8 @@ class ThreeBasil:
     Attributes:
         rho_start: First ρ, in units of the saliency.
         rho_growth: Factor on ρ from one stage to the next.
-        stage_iterations: Iterations of a stage; more of them, or a smaller growth, lower the loss and take longer.
+        stage_iterations: Iterations of a stage, 0.7 of them below ρ = 0.45; more of them, or a smaller growth, lower
+            the loss and take longer.
         stop_fraction: The support has settled when one iteration moves less than this fraction of it.
         max_iterations: Iterations after which a support that has not settled is taken as it is, with a warning.
         precision: Precision of the products with the weight's size, "bfloat16" or "float32"; "auto" takes bfloat16
@@ -123,19 +128,22 @@ class ThreeBasil:
 
     def _iterate(self, state: AdmmState) -> tuple[bool, int]:
         """Iterate until the support has settled, or `max_iterations`; return whether it has, and the last stage."""
-        stage = 0
+        rho, stage, first = self.rho_start, 0, 0  # first: iterations before the stage
         state.enter_stage(stage)
         while state.iterations < self.max_iterations:
+            early = rho < _EARLY_RHO
             iteration = state.iterations + 1
-            stage_ends = iteration % self.stage_iterations == 0
+            length = math.ceil(_EARLY_FRACTION * self.stage_iterations) if early else self.stage_iterations
+            stage_ends = iteration - first == length
             checks = iteration % _CHECK_EVERY == 0
 
-            state.update_low_rank()
+            for _ in range(_EARLY_STEPS if early else 1):
+                state.update_low_rank()
             moved = state.update_sparse(dual_scale=1 / self.rho_growth if stage_ends else 1.0, count_moved=checks)
             if checks and moved < self.stop_fraction:
                 return True, stage
             if stage_ends:
-                stage += 1
+                rho, stage, first = rho * self.rho_growth, stage + 1, iteration
                 state.enter_stage(stage)
         return False, stage
 
@@ -148,8 +156,7 @@ class ThreeBasil:
 
     def flops(self, o: int, d: int, rank: int) -> float:
         """Return the floating point operations of a typical linear at the default pace."""
-        inverses = math.ceil(_TYPICAL_ITERATIONS / ThreeBasil.stage_iterations) + 1
-        return float(solve_flops(o, d, rank, _TYPICAL_ITERATIONS, inverses))
+        return float(solve_flops(o, d, rank, _TYPICAL_ITERATIONS, inverses=_TYPICAL_STAGES + 1))
 
     def _tile_rows(self, o: int, d: int, rank: int, workspace: int | None, by_row: bool, gpu: bool) -> int | None:
         if self.tile_rows is not None or workspace is None:

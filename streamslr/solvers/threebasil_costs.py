@@ -24,7 +24,8 @@ def solve_bytes(
     - State in tiles: 5 bytes a weight for what is held and the support, and of one tile 8 for X, the product and its
       input.
     - The last projection of a pattern that couples rows (not `by_row`): 10 bytes a weight.
-    - Besides: the inverse [d, d], on a GPU with two more while it is built; the factors of U·V and products with them;
+    - Besides: the inverse [d, d]; on a GPU three of its size while one is factored, and fewer while it grows from that
+      of the last stage or is used; the factors of U·V and products with them;
       the temporaries of a slice; the memory that libraries pack operands into.
 
     Args:
@@ -80,8 +81,9 @@ def solve_flops(o: int, d: int, rank: int, iterations: int, inverses: int) -> in
         d: Inputs of the linear.
         rank: Rank of U·V.
         iterations: Iterations of ADMM.
-        inverses: Inverses [d, d], one a stage and one for the metric.
+        inverses: Inverses [d, d], one a stage and one for the metric, by Cholesky factors. One that grows from the last
+            takes 2.25 times the operations of a factored one.
     """
     product = 2 * o * d * d
-    low_rank = 6 * o * d * rank + 4 * d * d * rank + 8 * o * rank * rank
+    low_rank = 6 * o * d * rank + 2 * d * d * rank + 8 * o * rank * rank
     return iterations * (product + low_rank + 20 * o * d) + inverses * d**3
