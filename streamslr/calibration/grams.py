@@ -231,8 +231,11 @@ class GramCollector:
                 len(block.experts.keys() & self._grams.keys()),
                 min(rows[owner] for owner in shared),
             )
-        groups = self._hooks.groups()
-        return [Gram(group, self._grams[group[0]], rows[group[0]], shared.get(group[0], 0.0)) for group in groups]
+        # Handed over: the hooks refer to the collector, which would hold the matrices until a garbage collection.
+        return [
+            Gram(group, self._grams.pop(group[0]), rows[group[0]], shared.get(group[0], 0.0))
+            for group in self._hooks.groups()
+        ]
 
     def _require_finite(self) -> None:
         for owner, batches in self._not_finite.items():

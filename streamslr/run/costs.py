@@ -109,7 +109,10 @@ class Costs:
     def _embed(self, micro_batch: int) -> PhaseCost:
         outputs = 2 * self._hidden_bytes(micro_batch)
         on_gpu, host = self._moving(micro_batch, writes=("hidden", "targets"))
-        host -= 0 if self._on_gpu else outputs
+        if self._on_gpu:
+            on_gpu += 2 * 4 * self._tokens(micro_batch) * self.model.hidden_size  # float32 of the norm after the blocks
+        else:
+            host -= outputs
         compute = self.model.non_block_parameters * self._value_bytes + outputs + on_gpu
         return self._cost("embed", compute, host, 0.0)
 
