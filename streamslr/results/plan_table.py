@@ -13,6 +13,8 @@ def plan_table(plan: Plan) -> Table:
         budget += ", no gpu budget given" if plan.gpu_mem is None else f", gpu budget {format_bytes(plan.gpu_mem)}"
     tier = "memory and disk" if plan.in_memory else "disk"
     choices = "" if plan.grams_at == "device" else f", Gram matrices wait on {plan.grams_at}"
+    if plan.resident_windows:
+        choices += f", {plan.resident_windows} windows stay on the gpu while a block is matched"
     choices += "" if plan.solver_workspace is None else ", the solver works in tiles"
     table = Table(
         min_width=76,

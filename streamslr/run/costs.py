@@ -110,8 +110,8 @@ class Costs:
     def _embed(self, micro_batch: int) -> PhaseCost:
         outputs = 2 * self._hidden_bytes(micro_batch)
         on_gpu, host = self._moving(micro_batch, writes=("hidden", "targets"))
-        if self._on_gpu:  # the call is recorded up to the final norm, which computes in float32
-            outputs += self._hidden_bytes(micro_batch) + 2 * 4 * self._tokens(micro_batch) * self.model.hidden_size
+        if self._on_gpu:
+            on_gpu += 2 * 4 * self._tokens(micro_batch) * self.model.hidden_size  # float32 of the norm after the blocks
         else:
             host -= outputs
         compute = self.model.non_block_parameters * self._value_bytes + outputs + on_gpu

@@ -197,8 +197,7 @@ class Passes:
         Where windows were kept on the GPU, keep none from now on instead, which changes no bit.
         """
         if self._resident:
-            self._resident, self.resident_windows = {}, 0
-            return "no hidden states kept on the GPU"
+            return self._keep_none_resident()
         passing = min(self.micro_batch, at_most or self.micro_batch)
         if passing == 1:
             return None
@@ -208,13 +207,21 @@ class Passes:
     @contextmanager
     def resident(self, *boundaries: HiddenStates) -> Iterator[None]:
         """Keep windows of these boundaries on the GPU while entered, as many as `resident_windows` says."""
-        if self._transfers and self.resident_windows:
-            device = self.blockwise.device
-            self._resident = {states: Resident(states, self.resident_windows, device) for states in boundaries}
+        device = self.blockwise.device
+
+        def allocate() -> dict[HiddenStates, Resident]:
+            kept = boundaries if device.type == "cuda" and self.resident_windows else ()
+            return {states: Resident(states, self.resident_windows, device) for states in kept}
+
+        self._resident = retry_on_oom(allocate, self._keep_none_resident, phase="match", device=device)
         try:
             yield
         finally:
             self._resident = {}
+
+    def _keep_none_resident(self) -> str:
+        self._resident, self.resident_windows = {}, 0
+        return "no hidden states kept on the GPU"
 
     @cached_property
     def _transfers(self) -> Transfers | None:

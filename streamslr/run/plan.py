@@ -262,11 +262,12 @@ def _choose_workspace(costs: Costs, budgets: _Budgets, grams_at: str) -> int | N
 
 
 def _choose_resident_windows(costs: Costs, budgets: _Budgets, phases: Iterable[PhaseCost]) -> int:
-    """Return the windows of hidden states and targets that a GPU's budget has room for beside matching; 0 on a CPU."""
-    if costs.device.type == "cpu" or not costs.config.match:
+    """Return the windows of hidden states and targets that a GPU's budget has room for beside matching.
+
+    Where no budget is known it is none: the plan then says what a GPU must have at least.
+    """
+    if costs.device.type == "cpu" or not costs.config.match or budgets.gpu is None:
         return 0
-    if budgets.gpu is None:
-        return costs.config.samples
     room = budgets.gpu - max(phase.gpu_bytes for phase in phases if phase.name in _MATCHED)
     window = costs.window_bytes("hidden") + costs.window_bytes("targets")
     return max(0, min(costs.config.samples, room // window))

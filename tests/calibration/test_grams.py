@@ -1,5 +1,7 @@
 """Gram matrices: which linears share one, their values, and inputs that are refused."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -208,3 +210,42 @@ def test_an_experts_non_finite_input_names_the_windows_of_its_batch() -> None:
     hidden[3, 7, 2] = float("inf")
     with pytest.raises(InputError, match=r"NaN or infinite for 1 tokens, in calibration windows \[2, 3\]"):
         collect_grams("block", linears(block), block, batches(hidden, 2), KINDS)
+
+
+def test_the_collector_keeps_no_matrix_that_it_handed_over() -> None:
+    """It refers to its hooks and they to it, so it lives on until a garbage collection."""
+    net = nn.Sequential(nn.Linear(4, 4))
+    block = Block(0, "block", linears(net), {}, lambda: {}, net)
+    gc.disable()
+    try:
+        with GramCollector(block) as collector:
+            collector.run(0, torch.randn(2, 3, 4))
+        (gram,) = collector.grams()
+        matrix = weakref.ref(gram.matrix)
+        del gram, collector
+        assert matrix() is None
+    finally:
+        gc.enable()
+
+
+def test_a_gpu_multiplies_bf16_inputs_on_tensor_cores_without_a_copy_or_a_wait() -> None:
+    width, tokens = 4096, 32
+    with pytest.importorskip("pretended_gpu").PretendedGpu() as gpu:
+        linear = nn.Linear(width, 2, dtype=torch.bfloat16, device="cuda")
+        block = Block(0, "block", {"a": linear}, {}, lambda: {}, linear)
+        x = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        on_gpu = x.cuda()
+        with GramCollector(block) as collector:
+            gpu.phase = "pass"
+            collector.run(0, on_gpu)
+            gpu.phase = "after"
+            held = gpu.allocator.peak_allocated
+            (gram,) = collector.grams()
+            matrix = gram.matrix.cpu()
+        cost = gpu.by_phase["pass"]
+    assert cost.syncs == 0
+    assert "fp32" not in cost.flops
+    assert 2 * tokens * width**2 / 2 < cost.flops["bf16"] < 0.8 * 2 * tokens * width**2  # panels to the diagonal
+    assert held < 4 * width**2 + 2**20
+    assert torch.equal(matrix, matrix.T)
+    torch.testing.assert_close(matrix, x[0].float().T @ x[0].float(), rtol=1e-5, atol=1e-4)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamslr.calibration.transfers import host_transfer_bytes, pinned_bytes
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError
 from streamslr.gpu import GpuMemory
@@ -179,17 +180,36 @@ def test_a_tight_budget_moves_grams_away_first_and_then_cuts_the_solver_into_til
     generous = plan(llama_70b(), samples=1, gpu=45 * GB)
     assert (generous.grams_at, generous.solver_workspace) == ("device", None)
     grams = 4 * (3 * 8192**2 + 28672**2)
-    peak = generous.gpu_bytes
+    peak = phase(generous, "solve").gpu_bytes
     budget = peak + generous.gpu_context  # of which a margin stays free
     aside = plan(llama_70b(), samples=1, gpu=budget)
     assert (aside.grams_at, aside.solver_workspace) == ("host", None)
-    assert peak - aside.gpu_bytes == grams - 4 * 28672**2
+    needed = phase(aside, "solve").gpu_bytes
+    assert peak - needed == grams - 4 * 28672**2
     modest = generous.host_bytes - generous.scratch_bytes
     assert plan(llama_70b(), samples=1, gpu=budget, host_mem=modest).grams_at == "disk"
-    tiled = plan(llama_70b(), samples=1, gpu=aside.gpu_bytes - GB)
+    tiled = plan(llama_70b(), samples=1, gpu=needed - GB)
     assert tiled.solver_workspace is not None
     assert tiled.grams_at == "host"
-    assert phase(tiled, "solve").gpu_bytes <= aside.gpu_bytes - GB
+    assert phase(tiled, "solve").gpu_bytes <= needed - GB
+
+
+@pytest.mark.parametrize(("gpu", "fewest", "most"), [(None, 0, 0), (16 * GB, 1, 127), (45 * GB, 128, 128)])
+def test_hidden_states_stay_on_the_gpu_while_a_block_is_matched_where_the_budget_has_room(
+    gpu: int | None, fewest: int, most: int
+) -> None:
+    made, least = plan(llama_70b(), gpu=gpu, match_batch=1), plan(llama_70b(), match_batch=1)
+    assert fewest <= made.resident_windows <= most
+    kept = made.resident_windows * 2 * 2048 * 8192 * 2  # of hidden states and targets in bf16
+    assert phase(made, "match").gpu_bytes == phase(least, "match").gpu_bytes + kept
+    assert phase(made, "propagate").gpu_bytes == phase(least, "propagate").gpu_bytes + kept
+    assert phase(made, "grams").gpu_bytes == phase(least, "grams").gpu_bytes
+
+
+def test_pinned_buffers_count_against_the_host_budget() -> None:
+    made, window = plan(llama_70b(), host_mem=12 * GB), 2048 * 8192 * 2
+    moving = phase(made, "match").host_bytes - phase(made, "solve").host_bytes
+    assert moving == host_transfer_bytes(window, reads=2) > pinned_bytes(window)
 
 
 def test_a_method_that_cannot_work_in_tiles_is_not_said_to() -> None:
