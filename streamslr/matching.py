@@ -70,22 +70,28 @@ class BlockWeights:
     other_tensors: Mapping[str, Tensor]
 
 
-@dataclass
 class Loss:
-    """Relative loss ‖f̂(X) − T‖² / ‖T‖² over batches, summed in float64."""
+    """Relative loss ‖f̂(X) − T‖² / ‖T‖² over batches, summed in float64 where they are; reading it waits for them."""
 
-    error: float = 0.0
-    energy: float = 0.0
-    numbers: int = 0  # in all targets
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None  # [2] float64: error, energy
+        self.numbers = 0  # in all targets
 
     def add(self, output: Tensor, target: Tensor) -> None:
-        self.error += float((output.float() - target.float()).square().sum(dtype=torch.float64))
-        self.energy += float(target.float().square().sum(dtype=torch.float64))
+        target = target.float()
+        sums = torch.stack([_energy(output.float() - target), _energy(target)])
+        self._sums = sums if self._sums is None else self._sums + sums
         self.numbers += target.numel()
 
     @property
+    def energy(self) -> float:
+        """‖T‖²."""
+        return 0.0 if self._sums is None else float(self._sums[1])
+
+    @property
     def relative(self) -> float:
-        return self.error / self.energy if self.energy else 0.0
+        error, energy = (0.0, 0.0) if self._sums is None else self._sums.tolist()
+        return error / energy if energy else 0.0
 
 
 def refine_bytes(block: BlockShape, allocation: Allocation, tokens: int, hidden_size: int, value_bytes: int) -> int:
@@ -182,21 +188,24 @@ class CompressedBlock:
         steps = [(start, min(start + settings.batch, windows)) for start in range(0, windows, settings.batch)]
         ends = {stop for _, stop in steps}
         optimizer = _Optimizer(masters, settings, before.relative, (settings.epochs - 1) * len(steps))
-        scale = before.numbers / max(before.energy, 1e-30)  # gradients of order one, whatever the model's scale
+        energy = max(before.energy, 1e-30)
+        scale = before.numbers / energy  # gradients of order one, whatever the model's scale
         generator = torch.Generator().manual_seed(settings.seed)
         with ExitStack() as training:
             for master in masters:
                 training.enter_context(master.training())
             for _ in range(settings.epochs - 1):
-                order = spans([steps[i] for i in torch.randperm(len(steps), generator=generator)], micro_batch)
-                error = 0.0
+                shuffled = torch.randperm(len(steps), generator=generator).tolist()
+                order = spans([steps[i] for i in shuffled], micro_batch)
+                errors: Tensor | float = 0.0  # on the device: read once an epoch, since reading waits for it
                 for (_, stop), (x, target) in zip(order, batches(order), strict=True):
-                    error += self._add_gradients(x, target, scale)
+                    errors = errors + self._add_gradients(x, target, scale)
                     if stop in ends:  # else more micro-batches of this step follow
                         optimizer.step()
                         for master in masters:
                             master.write_to_block()
-                curve.append(error / max(before.energy, 1e-30))
+                error = float(errors)
+                curve.append(error / energy)
                 if not math.isfinite(error):
                     break
         refined = BlockWeights(
@@ -229,12 +238,12 @@ class CompressedBlock:
             return linears[module].values_rms * math.sqrt(linears[module].kept_per_row)
         return _rms(self._parameters.get(f"{module}.weight", self._parameters[name])) or 1.0
 
-    def _add_gradients(self, x: Tensor, target: Tensor, scale: float) -> float:
-        """Add the gradients of one micro-batch, times `scale`, to the masters'; return its squared error."""
+    def _add_gradients(self, x: Tensor, target: Tensor, scale: float) -> Tensor:
+        """Add the gradients of one micro-batch, times `scale`, to the masters'; return its squared error, float64."""
         with torch.enable_grad():
             error = (self._block.run(x).float() - target.float()).square().sum()
             (error * scale).backward()  # type: ignore[no-untyped-call]
-        return float(error)
+        return error.detach().double()
 
 
 class _Optimizer:
@@ -327,8 +336,9 @@ class _LinearMasters:
         """Write S + U·V into the dense weight that products read."""
         for rows, span, positions in self._tiles:
             tile = self.U[rows] @ self.V  # [rows, d] float32
-            tile.view(-1).index_add_(0, positions, self.values[span])
-            self.linear.weight[rows] = tile.to(self.linear.weight.dtype)
+            with _in_any_order():  # no position occurs twice
+                tile.view(-1).index_add_(0, positions, self.values[span])
+            self.linear.weight[rows].copy_(tile)
 
     def parts(self) -> dict[str, Tensor]:
         """Return the linear's parts as `pack` stores them."""
@@ -390,6 +400,31 @@ class _VectorMaster:
     def write_to_block(self) -> None:
         """Write the master into the parameter."""
         self._parameter.copy_(self.value)
+
+
+@contextmanager
+def _in_any_order() -> Iterator[None]:
+    """Leave the order of additions to the device while entered, also under `torch.use_deterministic_algorithms`.
+
+    On a GPU that mode sorts the positions of `index_add_`, in int64, at every call.
+    """
+    strict, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if not strict:
+        yield
+        return
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
+def _energy(tensor: Tensor) -> Tensor:
+    """Return the sum of squares, in float64, on the tensor's device."""
+    return tensor.square().sum(dtype=torch.float64)
 
 
 def _master(tensor: Tensor) -> Tensor:

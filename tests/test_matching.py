@@ -293,6 +293,37 @@ def test_a_seed_decides_the_order_and_every_byte() -> None:
     assert case.served[4:8] != case.served[8:12]  # and each epoch has its own
 
 
+def test_deterministic_mode_changes_nothing_and_is_left_as_it_was() -> None:
+    weights, curve = made_case().refine()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        strict, strict_curve = made_case().refine()
+        mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(strict, weights)
+    assert strict_curve == curve
+    assert mode == (True, True)
+
+
+def test_losses_are_read_once_an_epoch() -> None:
+    """On a GPU each reading of a number waits for all work before it."""
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal readings
+            readings += operator is torch.ops.aten._local_scalar_dense.default
+            return operator(*args, **(kwargs or {}))
+
+    counts = []
+    for windows in (3, 12):
+        case, readings = made_case(windows=windows), 0
+        with Count():
+            case.refine(batches=case.batches)
+        counts.append(readings)
+    assert counts[0] == counts[1]
+
+
 def test_rows_in_tiles_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = made_case().refine()
     monkeypatch.setattr(matching, "TILE", 5 * WIDTH)  # 5 rows of 24, then 3 of 16
