@@ -129,10 +129,10 @@ class RunConfig:
         0, "Seed of the choice of windows, of the solver, and of the order of windows in matching.", fixed=True
     )
     match: bool = _setting(True, "Train each compressed block to give the dense block's output.", fixed=True)
-    match_epochs: int = _setting(20, "Passes over the windows in matching; the first only measures.", fixed=True)
-    match_batch: int = _setting(8, "Windows in an optimizer step of matching.", fixed=True)
+    match_epochs: int = _setting(10, "Passes over the windows in matching; the first only measures.", fixed=True)
+    match_batch: int = _setting(4, "Windows in an optimizer step of matching.", fixed=True)
     match_lr: float = _setting(
-        0.75,
+        1.2,
         "Learning rate of matching; at 1, a step can change a linear's output by about the block's relative error.",
         fixed=True,
     )

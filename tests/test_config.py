@@ -126,8 +126,8 @@ def test_a_dot_is_named_after_the_folder_that_it_means(tmp_path: Path, monkeypat
         ({"evict_shards": True}, "cpu", ["--evict-shards has no effect: . is a folder"]),
         ({"model": "org/model", "evict_shards": True}, "cpu", []),
         ({"match": False}, "cpu", []),
-        ({"match": False, "match_epochs": 20, "match_lr": 0.75}, "cpu", []),
-        ({"match": False, "match_batch": 4}, "cpu", ["--match-batch 4 has no effect with --no-match"]),
+        ({"match": False, "match_epochs": 10, "match_lr": 1.2}, "cpu", []),
+        ({"match": False, "match_batch": 8}, "cpu", ["--match-batch 8 has no effect with --no-match"]),
         (
             {"match": False, "match_epochs": 5, "match_lr": 0.5, "match_recover": 0.0},
             "cuda",

@@ -241,10 +241,10 @@ def test_without_out_the_folder_is_named_after_the_model_and_the_same_call_goes_
 
 def test_a_gpu_budget_on_a_cpu_is_warned_of_once(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     del settings["match_epochs"]
-    streamslr.compress(**settings, gpu_mem="45GB", match=False, match_batch=4)
+    streamslr.compress(**settings, gpu_mem="45GB", match=False, match_batch=8)
     assert caplog.messages[:2] == [
         "--gpu-mem 45.0 GB has no effect: the device is cpu (for a GPU: --device cuda)",
-        "--match-batch 4 has no effect with --no-match",
+        "--match-batch 8 has no effect with --no-match",
     ]
     assert caplog.text.count("has no effect") == 2
 
