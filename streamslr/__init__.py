@@ -46,6 +46,7 @@ def compress(
     match_epochs: int = 10,
     match_batch: int = 4,
     match_lr: float = 1.2,
+    match_held_out: int = 0,
     match_recover: float = 1.0,
     device: str | None = None,
     scratch: str | Path | None = None,

@@ -136,6 +136,12 @@ class RunConfig:
         "Learning rate of matching; at 1, a step can change a linear's output by about the block's relative error.",
         fixed=True,
     )
+    match_held_out: int = _setting(
+        0,
+        "Windows of --samples that Grams and matching do not see; matching that raises a block's loss on them is "
+        "stopped and not applied.",
+        fixed=True,
+    )
     match_recover: float = _setting(
         1.0, "Fraction of the earlier blocks' error that matching corrects in a block; 0 in the paper.", fixed=True
     )
@@ -154,10 +160,21 @@ class RunConfig:
         self._require_no_contradiction()
 
     def _require_ranges(self) -> None:
-        for name, least in (("samples", 1), ("seq_len", 2), ("rank", 0), ("match_epochs", 2), ("match_batch", 1)):
+        for name, least in (
+            ("samples", 1),
+            ("seq_len", 2),
+            ("rank", 0),
+            ("match_epochs", 2),
+            ("match_batch", 1),
+            ("match_held_out", 0),
+        ):
             if (value := getattr(self, name)) is not None and not least <= value <= LARGEST:
                 bound = f"at least {least}" if value < least else f"at most {LARGEST:,}"
                 raise InputError(f"{_flag(name)} is {value}; it must be {bound}")
+        if self.match_held_out >= self.samples:
+            raise InputError(
+                f"--match-held-out is {self.match_held_out}; it must be below the {self.samples} of --samples"
+            )
         for name in ("model", "out"):
             try:
                 os.fsencode(getattr(self, name)).decode("utf-8")

@@ -159,7 +159,8 @@ class CompressedBlock:
         batches: Callable[[Sequence[Span]], Iterable[tuple[Tensor, Tensor]]],
         windows: int,
         micro_batch: int,
-    ) -> tuple[BlockWeights, tuple[float, ...]]:
+        held_out: int = 0,
+    ) -> tuple[BlockWeights, tuple[float, ...], tuple[float, ...]]:
         """Train the block from `weights` on, and load the result into it.
 
         Gradients and Adam's moments exist in float32 for kept values, U, V and the other parameters alone. The dense
@@ -172,16 +173,20 @@ class CompressedBlock:
                 what should leave it, both [b, T, h].
             windows: Number of windows.
             micro_batch: Windows that pass the block together; a step adds up as many micro-batches as it needs.
+            held_out: Windows at the end that nothing is trained on. Training stops where, from half of the epochs on,
+                their loss is above what it was before training.
 
         Returns:
-            The weights to store, and the relative loss of each epoch. The first epoch trains nothing and gives the loss
-            to start from; the loss of each later epoch is the mean over its steps.
+            The weights to store; the relative loss of each epoch; and that on the held-out windows after each epoch,
+            the last one with the weights to store. The first epoch trains nothing and gives the losses to start from;
+            the loss of each later epoch is the mean over its steps.
         """
+        windows -= held_out
+        unseen = spans([(windows, windows + held_out)], micro_batch)
         self.load(weights)
-        before = Loss()
-        for x, target in batches(spans([(0, windows)], micro_batch)):
-            before.add(self._block.run(x), target)
+        before = self._measure(batches, spans([(0, windows)], micro_batch))
         curve = [before.relative]
+        held_out_curve = [self._measure(batches, unseen).relative] if unseen else []
 
         linears, vectors = self._masters(weights)
         masters: tuple[_LinearMasters | _VectorMaster, ...] = (*linears.values(), *vectors.values())
@@ -208,6 +213,10 @@ class CompressedBlock:
                 curve.append(error / energy)
                 if not math.isfinite(error):
                     break
+                if unseen:
+                    held_out_curve.append(self._measure(batches, unseen).relative)
+                    if held_out_curve[-1] > held_out_curve[0] and 2 * len(curve) > settings.epochs:
+                        break
         refined = BlockWeights(
             {name: linear.parts() for name, linear in linears.items()},
             {
@@ -216,7 +225,18 @@ class CompressedBlock:
             },
         )
         self.load(refined)
-        return refined, tuple(curve)
+        if len(held_out_curve) > 1:
+            held_out_curve[-1] = self._measure(batches, unseen).relative
+        return refined, tuple(curve), tuple(held_out_curve)
+
+    def _measure(
+        self, batches: Callable[[Sequence[Span]], Iterable[tuple[Tensor, Tensor]]], wanted: Sequence[Span]
+    ) -> Loss:
+        """Return the loss of the live block over some windows."""
+        loss = Loss()
+        for x, target in batches(wanted):
+            loss.add(self._block.run(x), target)
+        return loss
 
     def _masters(self, weights: BlockWeights) -> tuple[dict[str, "_LinearMasters"], dict[str, "_VectorMaster"]]:
         """Return masters of the linears, and of every other parameter."""
@@ -336,8 +356,7 @@ class _LinearMasters:
         """Write S + U·V into the dense weight that products read."""
         for rows, span, positions in self._tiles:
             tile = self.U[rows] @ self.V  # [rows, d] float32
-            with _in_any_order():  # no position occurs twice
-                tile.view(-1).index_add_(0, positions, self.values[span])
+            tile.view(-1).index_add_(0, positions, self.values[span])
             self.linear.weight[rows].copy_(tile)
 
     def parts(self) -> dict[str, Tensor]:
@@ -400,26 +419,6 @@ class _VectorMaster:
     def write_to_block(self) -> None:
         """Write the master into the parameter."""
         self._parameter.copy_(self.value)
-
-
-@contextmanager
-def _in_any_order() -> Iterator[None]:
-    """Leave the order of additions to the device while entered, also under `torch.use_deterministic_algorithms`.
-
-    On a GPU that mode sorts the positions of `index_add_`, in int64, at every call.
-    """
-    strict, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    if not strict:
-        yield
-        return
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
 def _energy(tensor: Tensor) -> Tensor:

@@ -510,6 +510,18 @@ def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
     assert verify(settings["out"]).problems == ()
 
 
+def test_held_out_windows_reach_no_gram_and_judge_matching(settings: dict[str, Any]) -> None:
+    state = streamslr.compress(**settings | {"samples": 6, "match_held_out": 2, "match_epochs": 3})
+    for block in state.blocks:
+        assert {linear.rows for linear in block.linears} == {4 * settings["seq_len"]}
+        assert block.matching
+        assert len(block.matching.held_out) == len(block.matching.curve)
+        first, last = block.matching.held_out[0], block.matching.held_out[-1]
+        assert first is not None
+        assert last is not None
+        assert last < first or not block.matching.applied
+
+
 @pytest.mark.slow
 def test_tiers_on_disk_do_not_show_in_the_bytes(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
     context = open_run(RunConfig.of(**settings))
