@@ -188,7 +188,7 @@ class GramCollector:
         return output
 
     def pass_by(self, hidden: Tensor) -> Tensor:
-        """Pass `hidden` [b, T, h] through the block, adding nothing to any Gram; return its output. No `run` follows."""
+        """Pass `hidden` [b, T, h] through the block, adding to no Gram; return its output. No `run` follows."""
         self._hooks.__exit__()
         return self._block.run(hidden)
 
