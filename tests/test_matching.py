@@ -308,6 +308,7 @@ def test_a_seed_decides_the_order_and_every_byte() -> None:
 
 def test_losses_are_read_once_an_epoch() -> None:
     """On a GPU each reading of a number waits for all work before it."""
+    readings = 0
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
