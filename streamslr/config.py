@@ -129,11 +129,17 @@ class RunConfig:
         0, "Seed of the choice of windows, of the solver, and of the order of windows in matching.", fixed=True
     )
     match: bool = _setting(True, "Train each compressed block to give the dense block's output.", fixed=True)
-    match_epochs: int = _setting(20, "Passes over the windows in matching; the first only measures.", fixed=True)
-    match_batch: int = _setting(8, "Windows in an optimizer step of matching.", fixed=True)
+    match_epochs: int = _setting(10, "Passes over the windows in matching; the first only measures.", fixed=True)
+    match_batch: int = _setting(4, "Windows in an optimizer step of matching.", fixed=True)
     match_lr: float = _setting(
-        0.75,
+        1.2,
         "Learning rate of matching; at 1, a step can change a linear's output by about the block's relative error.",
+        fixed=True,
+    )
+    match_held_out: int = _setting(
+        0,
+        "Windows of --samples that Grams and matching do not see; matching that raises a block's loss on them is "
+        "stopped and not applied.",
         fixed=True,
     )
     match_recover: float = _setting(
@@ -156,10 +162,21 @@ class RunConfig:
         self._require_no_contradiction()
 
     def _require_ranges(self) -> None:
-        for name, least in (("samples", 1), ("seq_len", 2), ("rank", 0), ("match_epochs", 2), ("match_batch", 1)):
+        for name, least in (
+            ("samples", 1),
+            ("seq_len", 2),
+            ("rank", 0),
+            ("match_epochs", 2),
+            ("match_batch", 1),
+            ("match_held_out", 0),
+        ):
             if (value := getattr(self, name)) is not None and not least <= value <= LARGEST:
                 bound = f"at least {least}" if value < least else f"at most {LARGEST:,}"
                 raise InputError(f"{_flag(name)} is {value}; it must be {bound}")
+        if self.match_held_out >= self.samples:
+            raise InputError(
+                f"--match-held-out is {self.match_held_out}; it must be below the {self.samples} of --samples"
+            )
         for name in ("model", "out"):
             try:
                 os.fsencode(getattr(self, name)).decode("utf-8")

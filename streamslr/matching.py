@@ -75,22 +75,28 @@ class BlockWeights:
     other_tensors: Mapping[str, Tensor]
 
 
-@dataclass
 class Loss:
-    """Relative loss ‖f̂(X) − T‖² / ‖T‖² over batches, summed in float64."""
+    """Relative loss ‖f̂(X) − T‖² / ‖T‖² over batches, summed in float64 where they are; reading it waits for them."""
 
-    error: float = 0.0
-    energy: float = 0.0
-    numbers: int = 0  # in all targets
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None  # [2] float64: error, energy
+        self.numbers = 0  # in all targets
 
     def add(self, output: Tensor, target: Tensor) -> None:
-        self.error += float((output.float() - target.float()).square().sum(dtype=torch.float64))
-        self.energy += float(target.float().square().sum(dtype=torch.float64))
+        target = target.float()
+        sums = torch.stack([_energy(output.float() - target), _energy(target)])
+        self._sums = sums if self._sums is None else self._sums + sums
         self.numbers += target.numel()
 
     @property
+    def energy(self) -> float:
+        """‖T‖²."""
+        return 0.0 if self._sums is None else float(self._sums[1])
+
+    @property
     def relative(self) -> float:
-        return self.error / self.energy if self.energy else 0.0
+        error, energy = (0.0, 0.0) if self._sums is None else self._sums.tolist()
+        return error / energy if energy else 0.0
 
 
 def refine_bytes(
@@ -166,7 +172,8 @@ class CompressedBlock:
         batches: Callable[[Sequence[Span]], Iterable[tuple[Tensor, Tensor]]],
         windows: int,
         micro_batch: int,
-    ) -> tuple[BlockWeights, tuple[float, ...]]:
+        held_out: int = 0,
+    ) -> tuple[BlockWeights, tuple[float, ...], tuple[float, ...]]:
         """Train the block from `weights` on, and load the result into it.
 
         Gradients and Adam's moments exist in float32 for kept values, U, V and the other parameters alone. The dense
@@ -179,39 +186,50 @@ class CompressedBlock:
                 what should leave it, both [b, T, h].
             windows: Number of windows.
             micro_batch: Windows that pass the block together; a step adds up as many micro-batches as it needs.
+            held_out: Windows at the end that nothing is trained on. Training stops where, from half of the epochs on,
+                their loss is above what it was before training.
 
         Returns:
-            The weights to store, and the relative loss of each epoch. The first epoch trains nothing and gives the loss
-            to start from; the loss of each later epoch is the mean over its steps.
+            The weights to store; the relative loss of each epoch; and that on the held-out windows after each epoch,
+            the last one with the weights to store. The first epoch trains nothing and gives the losses to start from;
+            the loss of each later epoch is the mean over its steps.
         """
+        windows -= held_out
+        unseen = spans([(windows, windows + held_out)], micro_batch)
         self.load(weights)
-        before = Loss()
-        for x, target in batches(spans([(0, windows)], micro_batch)):
-            before.add(self._block.run(x), target)
+        before = self._measure(batches, spans([(0, windows)], micro_batch))
         curve = [before.relative]
+        held_out_curve = [self._measure(batches, unseen).relative] if unseen else []
 
         linears, vectors = self._masters(weights)
         masters: tuple[_LinearMasters | _VectorMaster, ...] = (*linears.values(), *vectors.values())
         steps = [(start, min(start + settings.batch, windows)) for start in range(0, windows, settings.batch)]
         ends = {stop for _, stop in steps}
         optimizer = _Optimizer(masters, settings, before.relative, (settings.epochs - 1) * len(steps))
-        scale = before.numbers / max(before.energy, 1e-30)  # gradients of order one, whatever the model's scale
+        energy = max(before.energy, 1e-30)
+        scale = before.numbers / energy  # gradients of order one, whatever the model's scale
         generator = torch.Generator().manual_seed(settings.seed)
         with ExitStack() as training:
             for master in masters:
                 training.enter_context(master.training())
             for _ in range(settings.epochs - 1):
-                order = spans([steps[i] for i in torch.randperm(len(steps), generator=generator)], micro_batch)
-                error = 0.0
+                shuffled = torch.randperm(len(steps), generator=generator).tolist()
+                order = spans([steps[i] for i in shuffled], micro_batch)
+                errors: Tensor | float = 0.0  # on the device: read once an epoch, since reading waits for it
                 for (_, stop), (x, target) in zip(order, batches(order), strict=True):
-                    error += self._add_gradients(x, target, scale)
+                    errors = errors + self._add_gradients(x, target, scale)
                     if stop in ends:  # else more micro-batches of this step follow
                         optimizer.step()
                         for master in masters:
                             master.write_to_block()
-                curve.append(error / max(before.energy, 1e-30))
+                error = float(errors)
+                curve.append(error / energy)
                 if not math.isfinite(error):
                     break
+                if unseen:
+                    held_out_curve.append(self._measure(batches, unseen).relative)
+                    if held_out_curve[-1] > held_out_curve[0] and 2 * len(curve) > settings.epochs:
+                        break
         refined = BlockWeights(
             {name: linear.parts() for name, linear in linears.items()},
             {
@@ -220,7 +238,18 @@ class CompressedBlock:
             },
         )
         self.load(refined)
-        return refined, tuple(curve)
+        if len(held_out_curve) > 1:
+            held_out_curve[-1] = self._measure(batches, unseen).relative
+        return refined, tuple(curve), tuple(held_out_curve)
+
+    def _measure(
+        self, batches: Callable[[Sequence[Span]], Iterable[tuple[Tensor, Tensor]]], wanted: Sequence[Span]
+    ) -> Loss:
+        """Return the loss of the live block over some windows."""
+        loss = Loss()
+        for x, target in batches(wanted):
+            loss.add(self._block.run(x), target)
+        return loss
 
     def _masters(self, weights: BlockWeights) -> tuple[dict[str, "_LinearMasters"], dict[str, "_VectorMaster"]]:
         """Return masters of the linears, and of every other parameter."""
@@ -242,12 +271,12 @@ class CompressedBlock:
             return linears[module].values_rms * math.sqrt(linears[module].kept_per_row)
         return _rms(self._parameters.get(f"{module}.weight", self._parameters[name])) or 1.0
 
-    def _add_gradients(self, x: Tensor, target: Tensor, scale: float) -> float:
-        """Add the gradients of one micro-batch, times `scale`, to the masters'; return its squared error."""
+    def _add_gradients(self, x: Tensor, target: Tensor, scale: float) -> Tensor:
+        """Add the gradients of one micro-batch, times `scale`, to the masters'; return its squared error, float64."""
         with torch.enable_grad(), deterministic_operators():
             error = (self._block.run(x).float() - target.float()).square().sum()
             (error * scale).backward()  # type: ignore[no-untyped-call]
-        return float(error)
+        return error.detach().double()
 
 
 class _Optimizer:
@@ -341,7 +370,7 @@ class _LinearMasters:
         for rows, span, positions in self._tiles:
             tile = self.U[rows] @ self.V  # [rows, d] float32
             tile.view(-1).index_add_(0, positions, self.values[span])
-            self.linear.weight[rows] = tile.to(self.linear.weight.dtype)
+            self.linear.weight[rows].copy_(tile)
 
     def parts(self) -> dict[str, Tensor]:
         """Return the linear's parts as `pack` stores them."""
@@ -403,6 +432,11 @@ class _VectorMaster:
     def write_to_block(self) -> None:
         """Write the master into the parameter."""
         self._parameter.copy_(self.value)
+
+
+def _energy(tensor: Tensor) -> Tensor:
+    """Return the sum of squares, in float64, on the tensor's device."""
+    return tensor.square().sum(dtype=torch.float64)
 
 
 def _master(tensor: Tensor) -> Tensor:

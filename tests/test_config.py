@@ -54,6 +54,7 @@ def test_a_formatted_size_reads_back_within_its_digits(count: int) -> None:
         ({"seed": 2**63}, "--seed is 9223372036854775808; it must be below"),
         ({"device": "tpu"}, "--device is 'tpu'"),
         ({"match_epochs": 1}, "--match-epochs is 1"),
+        ({"samples": 4, "match_held_out": 4}, "--match-held-out is 4; it must be below the 4 of --samples"),
         ({"match_batch": 0}, "--match-batch is 0"),
         ({"match_lr": 0.0}, "--match-lr is 0.0"),
         ({"match_lr": float("nan")}, "--match-lr is nan"),
@@ -126,8 +127,8 @@ def test_a_dot_is_named_after_the_folder_that_it_means(tmp_path: Path, monkeypat
         ({"evict_shards": True}, "cpu", ["--evict-shards has no effect: . is a folder"]),
         ({"model": "org/model", "evict_shards": True}, "cpu", []),
         ({"match": False}, "cpu", []),
-        ({"match": False, "match_epochs": 20, "match_lr": 0.75}, "cpu", []),
-        ({"match": False, "match_batch": 4}, "cpu", ["--match-batch 4 has no effect with --no-match"]),
+        ({"match": False, "match_epochs": 10, "match_lr": 1.2}, "cpu", []),
+        ({"match": False, "match_batch": 8}, "cpu", ["--match-batch 8 has no effect with --no-match"]),
         (
             {"match": False, "match_epochs": 5, "match_lr": 0.5, "match_recover": 0.0},
             "cuda",

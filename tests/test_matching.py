@@ -76,8 +76,21 @@ class Case:
         batches: Callable[[Sequence[Span]], Iterator[tuple[Tensor, Tensor]]] | None = None,
     ) -> tuple[BlockWeights, tuple[float, ...]]:
         """Refine the block as `Passes.match` does."""
+        weights, curve, _ = self.refine_held_out(0, settings, micro_batch, run, batches)
+        return weights, curve
+
+    @torch.no_grad()
+    def refine_held_out(
+        self,
+        held_out: int,
+        settings: MatchSettings = SETTINGS,
+        micro_batch: int = 3,
+        run: Callable[[Tensor], Tensor] | None = None,
+        batches: Callable[[Sequence[Span]], Iterator[tuple[Tensor, Tensor]]] | None = None,
+    ) -> tuple[BlockWeights, tuple[float, ...], tuple[float, ...]]:
+        """Refine the block with the last windows held out."""
         block, windows = self.compressed(run), len(self.inputs)
-        return block.refine(self.weights, settings, batches or self.batches, windows, micro_batch)
+        return block.refine(self.weights, settings, batches or self.batches, windows, micro_batch, held_out)
 
     def compressed(self, run: Callable[[Tensor], Tensor] | None = None) -> CompressedBlock:
         parameters = dict(self.block.named_parameters())
@@ -291,6 +304,60 @@ def test_a_seed_decides_the_order_and_every_byte() -> None:
     assert curve == curve_again
     assert case.served == again.served != other.served
     assert case.served[4:8] != case.served[8:12]  # and each epoch has its own
+
+
+def test_losses_are_read_once_an_epoch() -> None:
+    """On a GPU each reading of a number waits for all work before it."""
+    readings = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal readings
+            readings += operator is torch.ops.aten._local_scalar_dense.default
+            return operator(*args, **(kwargs or {}))
+
+    counts = []
+    for windows in (3, 12):
+        case, readings = made_case(windows=windows), 0
+        with Count():
+            case.refine(batches=case.batches)
+        counts.append(readings)
+    assert counts[0] == counts[1]
+
+
+def test_held_out_windows_change_no_weight() -> None:
+    case, other = made_case(), made_case()
+    other.inputs[5:], other.targets[5:] = other.inputs[:2], other.targets[:2]
+    weights, curve, held_out = case.refine_held_out(2)
+    other_weights, other_curve, other_held_out = other.refine_held_out(2)
+    assert_same(weights, other_weights)
+    assert curve == other_curve
+    assert held_out != other_held_out
+
+
+def test_held_out_losses_are_those_of_the_weights_before_and_after() -> None:
+    case = made_case()
+    case.compressed().load(case.weights)
+
+    def held_out_loss() -> float:
+        error = (case.block(case.inputs[5:]) - case.targets[5:]).square().sum()
+        return float(error / case.targets[5:].square().sum())
+
+    before = held_out_loss()
+    _, curve, held_out = case.refine_held_out(2)
+    assert len(held_out) == len(curve) == 4
+    assert held_out[0] == pytest.approx(before, rel=1e-5)
+    assert held_out[-1] == pytest.approx(held_out_loss(), rel=1e-5)
+    assert held_out[-1] < held_out[0]
+
+
+def test_training_stops_at_half_its_epochs_where_it_harms_held_out_windows() -> None:
+    case = made_case()
+    case.compressed().load(case.weights)
+    case.targets[5:] = case.block(case.inputs[5:]) + 1e-3  # what is there already is all but right
+    _, curve, held_out = case.refine_held_out(2, replace(SETTINGS, epochs=10))
+    assert len(curve) == len(held_out) == 6
+    assert held_out[-1] > held_out[0]
 
 
 def test_rows_in_tiles_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

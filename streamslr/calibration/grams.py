@@ -186,6 +186,11 @@ class GramCollector:
         self._tokens += hidden.shape[0] * hidden.shape[1]
         return output
 
+    def pass_by(self, hidden: Tensor) -> Tensor:
+        """Pass `hidden` [b, T, h] through the block, adding to no Gram; return its output. No `run` follows."""
+        self._hooks.__exit__()
+        return self._block.run(hidden)
+
     def _add(self, owner: str, x: Tensor) -> None:
         # [b·T, d], as the product with the weight reads it
         rows = x.reshape(-1, x.shape[-1]).to(self._block.linears[owner].weight.dtype)

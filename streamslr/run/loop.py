@@ -289,21 +289,30 @@ class Compression:
         """Match the block and pass the windows on; keep it as solved where that does not lower its loss."""
         passes = self.passes
         compressed = CompressedBlock(block, self.patterns(block))
-        matched, curve = passes.retry_match(partial(passes.match, compressed, solved, hidden, targets))
+        matched, curve, held_out = passes.retry_match(partial(passes.match, compressed, solved, hidden, targets))
         if not math.isfinite(curve[0]):
             raise InputError(
                 f"{block.name}: its output is so large or small that its loss is {curve[0]}; check the model's weights"
             )
         (leaving, loss), shard = self.propagate_and_write(block, matched, hidden, targets)
-        applied = loss < curve[0]
+        applied = loss < curve[0] and (not held_out or held_out[-1] < held_out[0])
         if not applied:
+            first, last, where = (
+                (held_out[0], held_out[-1], " on held-out windows") if held_out else (curve[0], loss, "")
+            )
             log.warning(
-                "%s: matching did not lower its loss of %.3g (%.3g); kept as solved", block.name, curve[0], loss
+                "%s: matching did not lower its loss of %.3g%s (%.3g); kept as solved", block.name, first, where, last
             )
             compressed.load(solved)
             leaving.drop()
             (leaving, _), shard = self.propagate_and_write(block, solved, hidden, None)
-        record = MatchRecord(curve[0], _finite_or_none(loss), applied, tuple(map(_finite_or_none, curve)))
+        record = MatchRecord(
+            curve[0],
+            _finite_or_none(loss),
+            applied,
+            tuple(map(_finite_or_none, curve)),
+            tuple(map(_finite_or_none, held_out)),
+        )
         return leaving, shard, record
 
     def propagate_and_write(

@@ -133,16 +133,27 @@ class Passes:
             self.timer.phase("grams", steps=len(self.ids), block=block.index) as step,
             GramCollector(block) as collector,
         ):
-            targets = self._dense_pass(block, boundary, collector.run, step)
+
+            def run(first: int, x: Tensor) -> Tensor:
+                if first < self.fitted:
+                    return collector.run(first, x)
+                return collector.pass_by(x)
+
+            targets = self._dense_pass(block, boundary, run, step)
             return collector.grams(), targets
 
     def match(
         self, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
-    ) -> tuple[BlockWeights, tuple[float, ...]]:
-        """Refine the live block from `solved` towards its targets; return its weights, and the loss of each epoch."""
+    ) -> tuple[BlockWeights, tuple[float, ...], tuple[float, ...]]:
+        """Refine the live block from `solved` towards its targets.
+
+        Returns:
+            Its weights, the loss of each epoch, and the loss on the held-out windows after each epoch.
+        """
         config = self.config
         settings = MatchSettings(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
-        with self.timer.phase("match", steps=settings.epochs * len(self.ids), block=block.index) as step:
+        steps = settings.epochs * len(self.ids) + config.match_held_out
+        with self.timer.phase("match", steps=steps, block=block.index) as step:
 
             def batches(wanted: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
                 outputs = self._batches(targets, wanted=wanted)
@@ -150,12 +161,15 @@ class Passes:
                     yield x, next(outputs)[1]
 
             micro_batch = min(self.micro_batch, settings.batch)
-            refined = block.refine(solved, settings, batches, len(self.ids), micro_batch)
+            refined = block.refine(solved, settings, batches, len(self.ids), micro_batch, config.match_held_out)
         release_memory(self.blockwise.device)  # Adam's first step in a process leaves masters and moments in a cycle
         return refined
 
     def propagate(self, block: Block, hidden: HiddenStates, targets: HiddenStates | None) -> tuple[HiddenStates, float]:
-        """Pass the block as it is now; return what leaves it, and its loss against the targets (0 without any)."""
+        """Pass the block as it is now; return what leaves it, and its loss against the targets (0 without any).
+
+        Held-out windows do not count in the loss.
+        """
         loss = Loss()
         with (
             self.timer.phase("propagate", steps=len(self.ids), block=block.index) as step,
@@ -167,7 +181,9 @@ class Passes:
                 output = block.run(x)
                 write(start, output)
                 if outputs:
-                    loss.add(output, next(outputs)[1])
+                    _, target = next(outputs)
+                    if start < self.fitted:
+                        loss.add(output, target)
         return leaving, loss.relative
 
     def retry(self, phase: str, work: Callable[[], T]) -> T:
@@ -289,8 +305,13 @@ class Passes:
                 write(first, output + recover * (target - x))
         return targets
 
+    @property
+    def fitted(self) -> int:
+        """Number of windows that Grams and matching see; the held-out ones stand behind them."""
+        return len(self.ids) - (self.config.match_held_out if self.config.match else 0)
+
     def _spans(self) -> list[Span]:
-        return spans([(0, len(self.ids))], self.micro_batch)
+        return spans([(0, self.fitted), (self.fitted, len(self.ids))], self.micro_batch)
 
     def _batches(
         self, states: HiddenStates, step: Callable[[int], None] | None = None, wanted: Sequence[Span] | None = None

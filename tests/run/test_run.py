@@ -241,10 +241,10 @@ def test_without_out_the_folder_is_named_after_the_model_and_the_same_call_goes_
 
 def test_a_gpu_budget_on_a_cpu_is_warned_of_once(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     del settings["match_epochs"]
-    streamslr.compress(**settings, gpu_mem="45GB", match=False, match_batch=4)
+    streamslr.compress(**settings, gpu_mem="45GB", match=False, match_batch=8)
     assert caplog.messages[:2] == [
         "--gpu-mem 45.0 GB has no effect: the device is cpu (for a GPU: --device cuda)",
-        "--match-batch 4 has no effect with --no-match",
+        "--match-batch 8 has no effect with --no-match",
     ]
     assert caplog.text.count("has no effect") == 2
 
@@ -516,6 +516,18 @@ def test_a_block_that_matching_makes_worse_stays_as_it_was_solved(
     for shard in settings["out"].glob("*.safetensors"):
         assert shard.read_bytes() == (unmatched / shard.name).read_bytes()
     assert verify(settings["out"]).problems == ()
+
+
+def test_held_out_windows_reach_no_gram_and_judge_matching(settings: dict[str, Any]) -> None:
+    state = streamslr.compress(**settings | {"samples": 6, "match_held_out": 2, "match_epochs": 3})
+    for block in state.blocks:
+        assert {linear.rows for linear in block.linears} == {4 * settings["seq_len"]}
+        assert block.matching
+        assert len(block.matching.held_out) == len(block.matching.curve)
+        first, last = block.matching.held_out[0], block.matching.held_out[-1]
+        assert first is not None
+        assert last is not None
+        assert last < first or not block.matching.applied
 
 
 @pytest.mark.slow
