@@ -115,6 +115,7 @@ def write_sparse_checkpoint(folder: Path, shape: Shape, positions: int, blocks: 
 def watching_phases(gpu: PretendedGpu) -> Iterator[dict[str, Peak]]:
     """Add costs to the phase that is on, while entered; yield the peak of each phase as it becomes known."""
     peaks: dict[str, Peak] = defaultdict(Peak)
+    gpu.phase_of_thread["shard-writer"] = "propagate"  # it may start before the phase does
     original = PhaseTimer.phase
 
     @contextmanager
