@@ -75,6 +75,8 @@ class BlockRun:
     peaks: Mapping[str, Peak]
     retries: int
     """Times that the allocator gave back its cached memory because the limit was hit."""
+    failures: int
+    """Times that memory ran out."""
 
     def plan_over_peak(self, phase: str) -> float:
         """Return planned over allocated bytes of a phase."""
@@ -165,7 +167,7 @@ def run_block(
         gpu.phase = "between phases"
         passing = replace(config, samples=windows or config.samples, match_epochs=epochs)
         _compress_block(replace(context, config=passing), iterations)
-    return BlockRun(context.plan, dict(gpu.by_phase), dict(peaks), gpu.allocator.retries)
+    return BlockRun(context.plan, dict(gpu.by_phase), dict(peaks), gpu.allocator.retries, gpu.allocator.failures)
 
 
 def _compress_block(context: RunContext, iterations: int) -> None:
