@@ -132,6 +132,12 @@ class PretendedGpu:
 
         for name, stand_in in self._stand_ins().items():
             self._stack.enter_context(mock.patch.object(torch.cuda, name, stand_in, create=True))
+        # nothing here draws from the device's generator
+        random: dict[str, Any] = {
+            "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+            "set_rng_state": lambda *_: None,
+        }
+        self._stack.enter_context(mock.patch.multiple(torch.cuda.random, **random))
         self._stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
         self._stack.enter_context(mock.patch.object(Tensor, "record_stream", self._record_stream))
         self._stack.enter_context(mock.patch.object(torch.autocast, "__init__", _autocast_backing(self.backing)))

@@ -294,7 +294,8 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         others = [t for t in tensors if gpu.where(t) != "cuda"]
         if not gpu.values:  # a number that torch itself made a tensor of, where it thinks the others are
             others = [t for t in others if t.dim() or t.device.type != "meta"]
-        takes_scalars = torch.Tag.pointwise in func.tags or name in TAKES_HOST_SCALARS
+        # _foreach_: torch groups tensors by their real device, and so moves the scalar of clip_grad_norm_ to the host
+        takes_scalars = torch.Tag.pointwise in func.tags or name in TAKES_HOST_SCALARS or name.startswith("_foreach_")
         if takes_scalars and all(t.dim() == 0 and gpu.where(t) == "cpu" for t in others):
             return
         if not others:
