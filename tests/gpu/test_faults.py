@@ -12,10 +12,13 @@ from torch import Tensor
 from streamslr import matching
 from streamslr.calibration.grams import GramCollector
 from streamslr.calibration.hidden_states import OnDisk, read_batches
+from streamslr.errors import InputError
+from streamslr.io.packing import pack
 from streamslr.run import solve_linear
 from streamslr.run.passes import Passes
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.solvers import threebasil
+from streamslr.solvers.threebasil_state import AdmmState
 from tests.support.pretended import run_on_gpu
 from tests.support.tiny_models import tiny_checkpoint
 
@@ -49,18 +52,17 @@ def hidden_states_stay_on_the_host(patch: pytest.MonkeyPatch) -> None:
 
 
 def solver_starts_on_the_host(patch: pytest.MonkeyPatch) -> None:
-    build = threebasil.AdmmState
+    build = AdmmState
 
     def on_host(*args: Any) -> Any:
         state = build(*args)
-        state.U = state.U.cpu()
+        state.B = state.B.cpu()
         return state
 
     patch.setattr(threebasil, "AdmmState", on_host)
 
 
 def packed_parts_are_on_the_host(patch: pytest.MonkeyPatch) -> None:
-    pack = solve_linear.pack
     patch.setattr(solve_linear, "pack", lambda *args: {name: part.cpu() for name, part in pack(*args).items()})
 
 
@@ -94,7 +96,8 @@ def test_a_tensor_on_the_wrong_device_ends_the_run(
 ) -> None:
     model = tiny_checkpoint(tmp_path / "model", blocks=1, hidden=32)
     fault(monkeypatch)
-    with pytest.raises((DeviceMixError, TypeError), match="pretended"):
+    # what a block raises in a pass becomes an InputError, with the text of the fault
+    with pytest.raises((DeviceMixError, TypeError, InputError), match="pretended"):
         run_on_gpu(model, text, tmp_path / "out", iterations=1)
 
 
@@ -159,12 +162,16 @@ def test_events_and_waits_make_an_order() -> None:
 
 
 def test_memory_freed_while_another_stream_may_use_it_is_found() -> None:
-    with pytest.raises(RuntimeError, match="record_stream"), PretendedGpu():
-        side, x = torch.cuda.Stream(), torch.ones(8, device="cuda")
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            x.add_(1)
-        del x
+    def use_and_free() -> None:
+        with PretendedGpu():
+            side, x = torch.cuda.Stream(), torch.ones(8, device="cuda")
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                x.add_(1)
+            del x
+
+    with pytest.raises(RuntimeError, match="record_stream"):
+        use_and_free()
 
 
 def test_what_cuda_refuses_to_do_deterministically_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_where_grams_and_hidden_states_wait_does_not_change_a_byte(
     assert digests(run_on_gpu(model, text, tmp_path / "out", plan)[0]) == finished[1]
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """A run that ends between two blocks."""
 
 
@@ -64,11 +64,11 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
     def stop_before_the_second(compression: Compression, i: int, boundary: Any) -> Any:
         if i == 1:
-            raise Stopped
+            raise StoppedError
         return original(compression, i, boundary)
 
     out = tmp_path / "out"
-    with mock.patch.object(Compression, "compress_block", stop_before_the_second), pytest.raises(Stopped):
+    with mock.patch.object(Compression, "compress_block", stop_before_the_second), pytest.raises(StoppedError):
         run_on_gpu(model, text, out)
     if lost:
         shutil.rmtree(out / ".scratch")
@@ -84,7 +84,7 @@ def test_the_solver_in_tiles_and_unstructured_patterns_mix_no_devices(
 
 @pytest.mark.parametrize(
     "method",
-    ["eora-wanda", *slow("sparsegpt", "alps", "oats", "hassle-free-sparsegpt", "magnitude")],
+    slow("eora-wanda", "sparsegpt", "alps", "oats", "hassle-free-sparsegpt", "magnitude"),
 )
 def test_every_kind_of_method_mixes_no_devices(one_block: Path, text: Path, tmp_path: Path, method: str) -> None:
     rank = 0 if method in ("sparsegpt", "alps", "magnitude") else 4
@@ -94,7 +94,7 @@ def test_every_kind_of_method_mixes_no_devices(one_block: Path, text: Path, tmp_
 
 @pytest.mark.parametrize(
     "architecture",
-    ["gpt_neox", "mixtral", *slow("gemma2", "opt", "bloom", "falcon", "gptj", "phi3", "gpt_oss", "deepseek_v3")],
+    ["gpt_neox", *slow("mixtral", "gemma2", "opt", "bloom", "falcon", "gptj", "phi3", "gpt_oss", "deepseek_v3")],
 )
 def test_other_architectures_mix_no_devices(architecture: str, text: Path, tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", architecture, blocks=2 if architecture == "deepseek_v3" else 1)
@@ -120,12 +120,12 @@ def test_a_folder_is_evaluated_and_loaded_on_the_device(finished: tuple[Path, li
 
 @pytest.mark.slow
 def test_a_folder_is_finetuned_on_the_device(finished: tuple[Path, list[str]], text: Path, tmp_path: Path) -> None:
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 
     try:
         with PretendedGpu():
             record = finetune(finished[0], text, tmp_path / "tuned", seq_len=16, steps=2, batch=2, device="cuda")
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)  # type: ignore[no-untyped-call]
+        AcceleratorState._reset_state(reset_partial_state=True)
     assert record.steps == 2
     assert not verify(tmp_path / "tuned").problems

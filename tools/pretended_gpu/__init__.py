@@ -4,6 +4,7 @@
 |---|---|
 | device.py | PretendedGpu: the device while it is entered; places of tensors, stand-ins for torch.cuda |
 | modes.py | the two modes of torch through which it sees functions and operators |
+| operators.py | what it knows of aten's operators beside their cost |
 | allocator.py | model of the caching allocator, with expandable segments |
 | cost.py | what operators cost, rates of a card, costs of a phase |
 | streams.py | streams and events, and the check that work on them is ordered |

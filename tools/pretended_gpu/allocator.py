@@ -72,12 +72,13 @@ class CachingAllocator:
         peak_allocated, peak_reserved: The most of both since `reset_peaks`.
         allocations: Number of allocations.
         retries: Times that cached memory was given back because the limit was hit.
+        failures: Times that this did not help, so that memory ran out.
     """
 
     def __init__(self, total: int, expandable: bool = False) -> None:
         self.limit, self.expandable = total, expandable
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
-        self.allocations = self.retries = 0
+        self.allocations = self.retries = self.failures = 0
         self._caches: dict[Pool, _Cache] = {}
         self._ends: dict[Pool, Block] = {}  # last block of each pool's expandable segment, never mapped
 
@@ -95,6 +96,7 @@ class CachingAllocator:
             self.empty_cache()
             block = self._reserve(rounded, pool)
         if block is None:
+            self.failures += 1
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {rounded / 2**30:.2f} GiB: {self.allocated / 2**30:.2f} GiB "
                 f"are allocated, {self.reserved / 2**30:.2f} GiB reserved, the limit is {self.limit / 2**30:.2f} GiB "

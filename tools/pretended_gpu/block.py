@@ -75,6 +75,8 @@ class BlockRun:
     peaks: Mapping[str, Peak]
     retries: int
     """Times that the allocator gave back its cached memory because the limit was hit."""
+    failures: int
+    """Times that memory ran out."""
 
     def plan_over_peak(self, phase: str) -> float:
         """Return planned over allocated bytes of a phase."""
@@ -115,6 +117,7 @@ def write_sparse_checkpoint(folder: Path, shape: Shape, positions: int, blocks: 
 def watching_phases(gpu: PretendedGpu) -> Iterator[dict[str, Peak]]:
     """Add costs to the phase that is on, while entered; yield the peak of each phase as it becomes known."""
     peaks: dict[str, Peak] = defaultdict(Peak)
+    gpu.phase_of_thread["shard-writer"] = "propagate"  # it may start before the phase does
     original = PhaseTimer.phase
 
     @contextmanager
@@ -164,7 +167,7 @@ def run_block(
         gpu.phase = "between phases"
         passing = replace(config, samples=windows or config.samples, match_epochs=epochs)
         _compress_block(replace(context, config=passing), iterations)
-    return BlockRun(context.plan, dict(gpu.by_phase), dict(peaks), gpu.allocator.retries)
+    return BlockRun(context.plan, dict(gpu.by_phase), dict(peaks), gpu.allocator.retries, gpu.allocator.failures)
 
 
 def _compress_block(context: RunContext, iterations: int) -> None:

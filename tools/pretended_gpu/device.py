@@ -73,6 +73,7 @@ class PretendedGpu:
         allocator: Model of the caching allocator.
         streams: Streams and their order.
         phase: Name of the phase that costs are added to; set it as work goes on.
+        phase_of_thread: Name of a pool of threads -> phase that its work counts for, whichever is on.
         by_phase: Phase -> its cost.
         notes: What is allowed but waits or is slow, with the line of code -> how often.
         faults: What was found where nothing could be raised; leaving raises these.
@@ -107,7 +108,7 @@ class PretendedGpu:
         self.backing = "cpu" if values else "meta"
         self.answers = answers or Answers()
         self.allocator, self.streams = CachingAllocator(total), Streams()
-        self.phase = "start"
+        self.phase, self.phase_of_thread = "start", dict[str, str]()
         self.by_phase: dict[str, Cost] = defaultdict(Cost)
         self.notes: Counter[str] = Counter()
         self.faults: list[str] = []
@@ -117,7 +118,7 @@ class PretendedGpu:
         self._capability, self._expandable = capability, expandable
         self._live: dict[int, tuple[int, str]] = {}
         self._watched: dict[int, weakref.ref[Any]] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "PretendedGpu":
@@ -131,7 +132,14 @@ class PretendedGpu:
 
         for name, stand_in in self._stand_ins().items():
             self._stack.enter_context(mock.patch.object(torch.cuda, name, stand_in, create=True))
+        # nothing here draws from the device's generator
+        random: dict[str, Any] = {
+            "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+            "set_rng_state": lambda *_: None,
+        }
+        self._stack.enter_context(mock.patch.multiple(torch.cuda.random, **random))
         self._stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
+        self._stack.enter_context(mock.patch.object(Tensor, "record_stream", self._record_stream))
         self._stack.enter_context(mock.patch.object(torch.autocast, "__init__", _autocast_backing(self.backing)))
         if not self.values:  # else deterministic algorithms fill host memory that stands for nothing
             self._stack.callback(setattr, deterministic, "fill_uninitialized_memory", deterministic_fills)
@@ -152,8 +160,9 @@ class PretendedGpu:
 
     @property
     def cost(self) -> Cost:
-        """Cost of the phase that is on."""
-        return self.by_phase[self.phase]
+        """Cost of the phase that is on, or that this thread works for."""
+        thread = threading.current_thread().name.rpartition("_")[0]
+        return self.by_phase[self.phase_of_thread.get(thread, self.phase)]
 
     def note(self, what: str, function: str | None = None) -> None:
         """Count what is allowed but costs, by the line of the package that did it."""
@@ -175,13 +184,15 @@ class PretendedGpu:
 
     def synchronized(self, what: str, stream: int | None = None) -> None:
         """Count that the host waited for all work of a stream, by default the current one."""
-        self.cost.syncs += 1
-        self.note(f"sync: {what}")
+        with self.lock:
+            self.cost.syncs += 1
+            self.note(f"sync: {what}")
         self.streams.join(-1, self.streams.clock(self.streams.current if stream is None else stream))
 
     def copied(self, direction: str, nbytes: int, pinned: bool) -> None:
         """Count a copy between host and device."""
-        self.cost.copied[direction, "pinned" if pinned else "pageable"] += nbytes
+        with self.lock:
+            self.cost.copied[direction, "pinned" if pinned else "pageable"] += nbytes
 
     # Places of tensors. Functions of torch must be off: .device would be answered by the pretence.
 
@@ -212,7 +223,7 @@ class PretendedGpu:
         Raises:
             torch.OutOfMemoryError: The device has no memory for it.
         """
-        with torch._C.DisableTorchFunction(), self._lock:
+        with torch._C.DisableTorchFunction(), self.lock:
             storage: Any = tensor.untyped_storage()
             if getattr(storage, "place", None) is not None:
                 return
@@ -228,7 +239,7 @@ class PretendedGpu:
         block = self.malloc(nbytes)
 
         def freed(_: object) -> None:
-            with self._lock:
+            with self.lock:
                 self.allocator.free(block)
                 self._live.pop(key, None)
                 self._watched.pop(key, None)
@@ -245,7 +256,7 @@ class PretendedGpu:
 
     def malloc(self, nbytes: int) -> Any:
         """Allocate device memory; `allocator.free` takes what it returns."""
-        with self._lock:
+        with self.lock:
             if not self.allocator.allocations:
                 self.allocator.expandable = self._uses_expandable_segments()
             return self.allocator.malloc(nbytes, self.streams.current)
@@ -259,7 +270,7 @@ class PretendedGpu:
         try:
             yield
         finally:
-            with self._lock:
+            with self.lock:
                 self.allocator.free(block)
 
     def _remember_peak(self, *more: tuple[int, str]) -> None:
@@ -332,6 +343,17 @@ class PretendedGpu:
         self.cost.syncs += 1
         self.note("sync: torch.cuda.synchronize()")
         self.streams.wait_for_all()
+
+    @property
+    def _record_stream(self) -> Any:
+        """Return what takes the place of Tensor.record_stream, whose own parser refuses pretended streams."""
+
+        def record_stream(tensor: Tensor, stream: PretendedStream) -> None:
+            with torch._C.DisableTorchFunction():
+                storage: Any = tensor.untyped_storage()
+                storage.recorded_streams.add(stream.number)
+
+        return record_stream
 
     def _set_stream(self, stream: PretendedStream) -> None:
         self.streams.current = stream.number

@@ -6,9 +6,8 @@ that reads and writes its arguments. They compute by what they registered for "c
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretended_gpu.cost import extra_launches, operator_bytes, operator_flops, workspace_bytes
+from pretended_gpu.operators import (
+    CHANGING_SHAPE,
+    COMBINING,
+    COMPARING,
+    CUBLAS,
+    FILLING,
+    INDEXING,
+    NO_KERNEL,
+    NOT_DETERMINISTIC,
+    TAKES_HOST_SCALARS,
+    argument,
+    name_and_written,
+    tensors_in,
+    widened,
+)
 from pretended_gpu.streams import HOST
 
 if TYPE_CHECKING:
@@ -25,42 +39,6 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _DEVICES = {"cuda": torch.device("cuda", 0), "cpu": torch.device("cpu"), "meta": torch.device("meta")}
 _GETTERS = {getattr(torch._C.TensorBase, name).__get__: name for name in ("device", "is_cuda", "is_cpu", "is_meta")}
-
-_NO_KERNEL = {
-    *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unbind", "detach", "alias"),
-    *("as_strided", "unsqueeze", "squeeze", "diagonal", "split", "split_with_sizes", "chunk", "_reshape_alias"),
-    *("unfold", "lift_fresh", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "set_"),
-    *("narrow", "movedim", "_conj", "is_pinned", "record_stream", "resize_", "_local_scalar_dense", "equal"),
-}
-"""Operators that start no kernel, or that are counted as a wait."""
-
-_CHANGING_SHAPE = {
-    "resize_",
-    "resize_as_",
-    "set_",
-    "t_",
-    "transpose_",
-    "squeeze_",
-    "unsqueeze_",
-    "as_strided_",
-    "detach_",
-}
-"""Operators in place after which a tensor has another shape or memory."""
-
-_COMPARING = {"ge", "gt", "le", "lt", "eq", "ne"}
-_COMBINING = {"maximum", "minimum", "add", "sub", "mul", "bitwise_and", "bitwise_or", "bitwise_xor"}
-
-_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
-_FILLING = {"copy_", "zero_", "fill_"}
-"""Operators in place that do not read what they overwrite."""
-
-_TAKES_HOST_SCALARS = {"masked_fill", "masked_fill_", "where", "fill_", "index_fill_", "add_", "mul_"}
-"""Operators that take scalars from the host, beside all pointwise ones."""
-
-_NOT_DETERMINISTIC = {"kthvalue", "put_", "histc", "bincount"}
-"""Operators that CUDA refuses while deterministic algorithms are wanted."""
-
-_CUBLAS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "mv", "addmv", "addmv_"}
 
 
 class DeviceMixError(RuntimeError):
@@ -226,11 +204,6 @@ class FunctionMode(TorchFunctionMode):
         self.gpu.pin(copy)
         return True, copy
 
-    def _record_stream(self, x: Tensor, rest: Sequence[Any]) -> tuple[bool, Any]:
-        storage: Any = x.untyped_storage()
-        storage.recorded_streams.add(rest[0].number)
-        return True, None
-
 
 _OF_TENSORS: Mapping[str, Callable[[FunctionMode, Tensor, Sequence[Any]], tuple[bool, Any]]] = {
     "numpy": FunctionMode._to_numpy,
@@ -238,7 +211,6 @@ _OF_TENSORS: Mapping[str, Callable[[FunctionMode, Tensor, Sequence[Any]], tuple[
     "tolist": FunctionMode._tolist,
     "pin_memory": FunctionMode._pin_memory,
     "is_pinned": lambda mode, x, rest: (True, mode.gpu.is_pinned(x)),
-    "record_stream": FunctionMode._record_stream,
 }
 """Name of a method of tensors -> what answers it: (whether that is all, the answer)."""
 
@@ -275,14 +247,14 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {})) if func.namespace == "prim" else self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        gpu, (name, written) = self.gpu, _name_and_written(func)
-        tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
+        gpu, (name, written) = self.gpu, name_and_written(func)
+        tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         places = {gpu.where(t) for t in tensors}
         if "cuda" not in places:
             return self._beside_device(func, name, args, kwargs, tensors, written)
         self._require_one_device(func, name, args, tensors, places)
         self._require_deterministic(name)
-        changed = _tensors([_argument(a, args, kwargs) for a in written]) if written else []
+        changed = tensors_in([argument(a, args, kwargs) for a in written]) if written else []
         if name == "copy_" and places == {"cuda", "cpu"}:
             to, source = args[:2]
             gpu.streams.access(HOST, [t for t in (to, source) if gpu.where(t) == "cpu" and not gpu.is_pinned(t)], [])
@@ -294,10 +266,10 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with gpu.workspace(extra, name) if extra else nullcontext():
             done, out = (False, None) if gpu.values else self._without_values(name, args, kwargs)
             if not done:
-                wider = name in _CUBLAS and "dtype" in func._overloadname
-                out = _widened(func, args, kwargs) if wider else func(*args, **kwargs)
+                wider = name in CUBLAS and "dtype" in func._overloadname
+                out = widened(func, args, kwargs) if wider else func(*args, **kwargs)
             self._place(name, kwargs, tensors, out)
-        if name not in _NO_KERNEL:
+        if name not in NO_KERNEL:
             self._count(name, args, kwargs, tensors, changed, out)
         return out
 
@@ -308,7 +280,7 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         gpu = self.gpu
         if gpu.streams.watching:
             on_host = [t for t in tensors if t.device.type == "cpu"]
-            changed = _tensors([_argument(a, args, kwargs) for a in written]) if written else []
+            changed = tensors_in([argument(a, args, kwargs) for a in written]) if written else []
             gpu.streams.access(HOST, on_host, [t for t in changed if t.device.type == "cpu"])
         return func(*args, **kwargs)
 
@@ -322,12 +294,13 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         others = [t for t in tensors if gpu.where(t) != "cuda"]
         if not gpu.values:  # a number that torch itself made a tensor of, where it thinks the others are
             others = [t for t in others if t.dim() or t.device.type != "meta"]
-        takes_scalars = torch.Tag.pointwise in func.tags or name in _TAKES_HOST_SCALARS
+        # _foreach_: torch groups tensors by their real device, and so moves the scalar of clip_grad_norm_ to the host
+        takes_scalars = torch.Tag.pointwise in func.tags or name in TAKES_HOST_SCALARS or name.startswith("_foreach_")
         if takes_scalars and all(t.dim() == 0 and gpu.where(t) == "cpu" for t in others):
             return
         if not others:
             return
-        if name in _INDEXING and gpu.where(args[0]) == "cuda" and all(gpu.where(t) == "cpu" for t in others):
+        if name in INDEXING and gpu.where(args[0]) == "cuda" and all(gpu.where(t) == "cpu" for t in others):
             gpu.synchronized("index on the host")
             return
         raise DeviceMixError(
@@ -339,9 +312,9 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not torch.are_deterministic_algorithms_enabled():
             return
         fault = None
-        if name in _NOT_DETERMINISTIC:
+        if name in NOT_DETERMINISTIC:
             fault = f"{name} CUDA does not have a deterministic implementation (pretended)"
-        elif name in _CUBLAS and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        elif name in CUBLAS and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
             fault = "Deterministic behavior needs CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8 (pretended)"
         if fault and not torch.is_deterministic_algorithms_warn_only_enabled():
             raise RuntimeError(fault)
@@ -349,7 +322,7 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.gpu.note(fault)
 
     def _count_waits(self, name: str, tensors: list[Tensor]) -> None:
-        by_mask = name in _INDEXING and any(t.dtype == torch.bool for t in tensors[1:])
+        by_mask = name in INDEXING and any(t.dtype == torch.bool for t in tensors[1:])
         if name == "_local_scalar_dense":
             self.gpu.synchronized(".item()")
         elif name in ("nonzero", "equal") or by_mask:
@@ -358,7 +331,7 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _place(self, name: str, kwargs: Mapping[str, Any], tensors: list[Tensor], out: Any) -> None:
         """Give what an operator on the device made its place."""
         gpu = self.gpu
-        made = _tensors([out])
+        made = tensors_in([out])
         if not made or any(made[0] is t for t in tensors):
             return
         inputs = {id(t.untyped_storage()) for t in tensors if t.layout == torch.strided}
@@ -380,7 +353,7 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return True, True
         if name == "nonzero":
             return True, torch.empty(gpu.answers.true_in(args[0]), args[0].dim(), dtype=torch.int64, device="meta")
-        if name in _INDEXING and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]):
+        if name in INDEXING and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]):
             if name.startswith(("index_put", "_index_put")):
                 return True, args[0]
             mask = args[1][0]
@@ -392,12 +365,12 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # A result that exists already needs no kernel, and meta's are slow Python.
         if isinstance(kwargs.get("out"), Tensor) and kwargs["out"].numel():
             return True, kwargs["out"]
-        if name.endswith("_") and not name.startswith("_") and name not in _CHANGING_SHAPE:
+        if name.endswith("_") and not name.startswith("_") and name not in CHANGING_SHAPE:
             return True, args[0]
         if name in ("abs", "neg"):
             return True, torch.empty_like(args[0])
-        if name in _COMPARING | _COMBINING and isinstance(args[1], Tensor) and args[0].shape == args[1].shape:
-            dtype = torch.bool if name in _COMPARING else torch.result_type(args[0], args[1])
+        if name in COMPARING | COMBINING and isinstance(args[1], Tensor) and args[0].shape == args[1].shape:
+            dtype = torch.bool if name in COMPARING else torch.result_type(args[0], args[1])
             return True, torch.empty_like(args[0], dtype=dtype)
         return name.startswith("_fused_adam"), None
 
@@ -411,52 +384,20 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out: Any,
     ) -> None:
         unit, flops = operator_flops(name, args)
-        only_written = {id(t) for t in _tensors([kwargs["out"]])} if "out" in kwargs else set()
-        if name in _FILLING:
+        only_written = {id(t) for t in tensors_in([kwargs["out"]])} if "out" in kwargs else set()
+        if name in FILLING:
             only_written.add(id(args[0]))
-        made = _tensors([out])
+        made = tensors_in([out])
         made += [t for t in changed if not any(t is other for other in made)]
         nbytes = operator_bytes([t for t in tensors if id(t) not in only_written], made)
         if name.startswith("_fused_adam"):  # reads four tensors of a parameter's size and writes three
             nbytes = 7 * sum(t.nbytes for t in args[0])
-        cost = self.gpu.cost
-        cost.work[unit, flops, nbytes] += 1
-        if extra := extra_launches(name, args):
-            cost.work["memory", 0.0, 2**16] += extra
-        record = cost.operators[name]
-        record["calls"] += 1
-        record["bytes"] += nbytes
-        record["flops"] += int(flops)
-
-
-@cache
-def _name_and_written(func: Any) -> tuple[str, tuple[tuple[int, str], ...]]:
-    """Return an operator's name without namespace and overload, and (position, name) of arguments that it changes."""
-    arguments = func._schema.arguments
-    changed = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-    return func._schema.name.partition("::")[2], tuple(changed)
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among arguments or results, those in lists too."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
-    return found
-
-
-def _argument(which: tuple[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    position, name = which
-    return args[position] if position < len(args) else kwargs.get(name)
-
-
-def _widened(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Compute mm, addmm, bmm or baddbmm with an `out_dtype` wider than the operands, which only CUDA does."""
-    tensors = [a.to(torch.float32) for a in args if isinstance(a, Tensor)]
-    plain = getattr(aten, func._schema.name.partition("::")[2])
-    scale = {name: value for name, value in kwargs.items() if name in ("beta", "alpha", "out")}
-    made: Tensor = plain(*tensors, **scale)
-    return made
+        with self.gpu.lock:
+            cost = self.gpu.cost
+            cost.work[unit, flops, nbytes] += 1
+            if extra := extra_launches(name, args):
+                cost.work["memory", 0.0, 2**16] += extra
+            record = cost.operators[name]
+            record["calls"] += 1
+            record["bytes"] += nbytes
+            record["flops"] += int(flops)

@@ -204,7 +204,8 @@ class PretendedEvent:
         self._gpu.streams.join(self._gpu.streams.current if stream is None else stream.number, self.clock)
 
     def synchronize(self) -> None:
-        self._gpu.cost.event_waits += 1
+        with self._gpu.lock:
+            self._gpu.cost.event_waits += 1
         self._gpu.streams.join(HOST, self.clock)
 
     def query(self) -> bool:

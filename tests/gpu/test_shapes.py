@@ -1,0 +1,80 @@
+"""Blocks of true shapes through the run's own code, without memory: the plan holds, and so does the limit."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from pretended_gpu import PretendedGpu
+from pretended_gpu.block import SHAPES, BlockRun, run_block, write_sparse_checkpoint
+
+from tests.support.markers import slow
+
+LEAST, MOST = 1.0, 1.15
+"""Planned over allocated bytes of each phase."""
+
+SHORT_OF_THEIR_PEAK = {"embed", "load"}
+"""Phases that the plan has too little for: 0.969 and 0.998 of their peaks in the 8B shape."""
+
+Case = tuple[str, int, int, bool]
+"""Shape, budget in GB, tokens of a window, expandable segments."""
+
+CASES = [
+    ("8b", 24, 2048, True),
+    *slow(
+        ("8b", 24, 2048, False),
+        ("8b", 24, 8192, True),
+        ("8b", 24, 16384, True),
+        ("70b", 45, 2048, True),
+        ("70b", 45, 2048, False),
+        ("70b", 24, 2048, True),
+        ("70b", 24, 2048, False),
+        ("70b", 20, 2048, True),
+        ("70b", 20, 2048, False),
+        ("405b", 80, 2048, True),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def block_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BlockRun]:
+    """Run a case's block once. The card is larger than the budget, so only the limit holds the run."""
+
+    @cache
+    def run(shape: str, gigabytes: int, tokens: int, expandable: bool) -> BlockRun:
+        folder: Path = tmp_path_factory.mktemp("shapes") / "model"
+        folder.mkdir()
+        write_sparse_checkpoint(folder, SHAPES[shape], 16384, blocks=2)
+        gpu = PretendedGpu(values=False, total=141 * 10**9, expandable=expandable)
+        budgets = {"gpu_mem": gigabytes * 10**9, "host_mem": 100 * 10**9}
+        return run_block(folder, gpu, iterations=1, samples=2, seq_len=tokens, **budgets)
+
+    return run
+
+
+def ratios(run: BlockRun) -> dict[str, float]:
+    return {phase.name: round(run.plan_over_peak(phase.name), 3) for phase in run.plan.phases}
+
+
+@pytest.mark.parametrize(("shape", "gigabytes", "tokens", "expandable"), CASES)
+def test_every_phase_takes_what_was_planned(
+    block_of: Callable[..., BlockRun], shape: str, gigabytes: int, tokens: int, expandable: bool
+) -> None:
+    found = ratios(block_of(shape, gigabytes, tokens, expandable))
+    wrong = {name for name, ratio in found.items() if not LEAST <= ratio <= MOST}
+    assert wrong <= SHORT_OF_THEIR_PEAK, found
+
+
+@pytest.mark.xfail(strict=True, reason="embed: two float32 copies in the final norm; load: tables of rotary positions")
+def test_embed_and_load_take_what_was_planned(block_of: Callable[..., BlockRun]) -> None:
+    found = ratios(block_of("8b", 24, 2048, True))
+    assert min(found[name] for name in SHORT_OF_THEIR_PEAK) >= LEAST, found
+
+
+@pytest.mark.parametrize(("shape", "gigabytes", "tokens", "expandable"), CASES)
+def test_no_phase_runs_out_of_what_it_may_reserve(
+    block_of: Callable[..., BlockRun], shape: str, gigabytes: int, tokens: int, expandable: bool
+) -> None:
+    run = block_of(shape, gigabytes, tokens, expandable)
+    assert run.failures == 0
+    assert max(peak.reserved for peak in run.peaks.values()) <= gigabytes * 10**9
