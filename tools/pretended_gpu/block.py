@@ -26,9 +26,10 @@ from pretended_gpu.cost import Cost
 from pretended_gpu.device import PretendedGpu
 from streamslr.calibration import grams, hidden_states
 from streamslr.config import RunConfig
+from streamslr.gpu import deterministic_libraries
 from streamslr.io import folder as shard_folder
 from streamslr.io.safetensors_file import WrittenShard
-from streamslr.memory import held_to_gpu_budget
+from streamslr.memory import held_to_gpu_limit
 from streamslr.run import loop
 from streamslr.run.context import RunContext, open_run
 from streamslr.run.passes import Passes
@@ -178,10 +179,11 @@ def _compress_block(context: RunContext, iterations: int) -> None:
     assert context.allocation is not None
     with (
         PhaseTimer(context.device, NoDisplay(), None, plan.memory()) as timer,
-        held_to_gpu_budget(context.device, context.gpu_mem),
+        held_to_gpu_limit(context.device, context.gpu.limit if context.gpu else None),
+        deterministic_libraries(context.device),
         torch.no_grad(),
     ):
-        passes = Passes(config, context.blockwise, ids, timer, plan.micro_batch, plan.in_memory)
+        passes = Passes(config, context.blockwise, ids, timer, plan.micro_batch, plan.in_memory, plan.resident_windows)
         solver: Any = replace(context.method.solver, max_iterations=iterations)  # type: ignore[type-var]
         compressor = LinearCompressor(solver, context.allocation, config.seed, plan.solver_workspace)
         progress = BlockProgress(NoDisplay(), 0, plan.blocks)
