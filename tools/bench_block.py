@@ -85,6 +85,7 @@ SHAPES = {
     "llama-3-70b": Shape(8192, 28672, 64, 8, 80),
     "llama-3.1-405b": Shape(16384, 53248, 128, 8, 126),
     "small": Shape(512, 1792, 8, 2, 8, samples=16, seq_len=256),
+    "tiny": Shape(64, 192, 4, 2, 2, samples=4, seq_len=64),
 }
 
 
@@ -294,8 +295,8 @@ def bench(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any
 @click.command(help=__doc__)
 @click.option("--shape", "name", type=click.Choice(list(SHAPES)), required=True)
 @click.option("--blocks", default=1, help="Blocks to make and compress.")
-@click.option("--samples", type=int, help="Windows [default: 128; small: 16].")
-@click.option("--seq-len", type=int, help="Tokens in a window [default: 2048; small: 256].")
+@click.option("--samples", type=int, help="Windows [default: the shape's].")
+@click.option("--seq-len", type=int, help="Tokens in a window [default: the shape's].")
 @click.option("--pattern", default="2:4")
 @click.option("--rank", default=64)
 @click.option("--seed", default=0)

@@ -2,8 +2,8 @@
 
 The checkpoint is a sparse file: headers of all blocks, zeros that take no disk. Everything from `open_run` and its plan
 to the commit of block 0 is the run's own code, but for what stands in for files: the arrays of boundaries, digests and
-the writing of the shard only count their bytes. Scalars are `Answers`, so the solver never settles: give it a number of
-iterations, and matching a number of epochs.
+the writing of the shard only count their bytes. So does the solver's Triton kernel. Scalars are `Answers`, so the
+solver never settles: give it a number of iterations, and matching a number of epochs.
 """
 
 import json
@@ -20,6 +20,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pretended_gpu.cost import Cost
@@ -36,6 +37,8 @@ from streamslr.run.passes import Passes
 from streamslr.run.plan import Plan
 from streamslr.run.progress import BlockProgress, NoDisplay, PhaseTimer
 from streamslr.run.solve_linear import LinearCompressor
+from streamslr.solvers import threebasil_fused
+from streamslr.solvers.threebasil_fused import FusedState
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,13 @@ def _stand_ins(gpu: PretendedGpu) -> list[tuple[Any, str, Any]]:
             windows = len(range(*selection.indices(self.shape[0])))
             count("read", windows * self.shape[1] * self.shape[2] * self._itemsize)
 
+    def update_rows(state: FusedState, rows: slice, product: Tensor, *_: Any) -> Tensor:
+        """Count what the kernel reads and writes: Z twice, W, the product and T."""
+        with gpu.lock:
+            gpu.cost.work["memory", 0.0, 16 * product.numel()] += 1
+            gpu.cost.operators["sparse_step"].update(calls=1, bytes=16 * product.numel())
+        return torch.zeros(1, 2, dtype=torch.int32, device="cuda")
+
     def create_array(**options: Any) -> Array:
         return Array(Path(options["store"]).name, options["shape"], options["dtype"])
 
@@ -252,4 +262,8 @@ def _stand_ins(gpu: PretendedGpu) -> list[tuple[Any, str, Any]]:
         (hidden_states, "zarr", SimpleNamespace(create_array=create_array)),
         (hidden_states, "hashlib", counting),
         (grams, "hashlib", counting),
+        (threebasil_fused, "_verdicts", {}),
+        (threebasil_fused, "_fault_of_kernel", lambda *_: None),
+        (threebasil_fused, "import_module", lambda _: SimpleNamespace(sparse_step=None)),
+        (FusedState, "update_rows", update_rows),
     ]

@@ -312,6 +312,7 @@ class PretendedGpu:
             "memory_reserved": lambda device=None: allocator.reserved,
             "max_memory_reserved": lambda device=None: allocator.peak_reserved,
             "memory_stats": lambda device=None: self._memory_stats(),
+            "memory_snapshot": lambda: [{"is_expandable": allocator.expandable}],
             "empty_cache": allocator.empty_cache,
             "synchronize": lambda device=None: self._synchronize(),
             "Stream": lambda device=None, priority=0, **_: PretendedStream(self),
@@ -322,7 +323,9 @@ class PretendedGpu:
             "set_stream": self._set_stream,
         }
 
-    def _hold_to(self, fraction: float, device: object = None) -> None:
+    def _hold_to(self, fraction: float, device: torch.device | int | None = None) -> None:
+        if isinstance(device, torch.device) and device.index is None:
+            raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
         self.allocator.limit = int(self.total * fraction)
 
     def _reset_peaks(self, device: object = None) -> None:
