@@ -149,9 +149,9 @@ def trained(name: str, empty: Tensor, generator: torch.Generator) -> Tensor:
     return empty
 
 
-def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure FLOP/s of one large square matrix product: the best of five, or of as many as fit three seconds."""
-    n = 8192 if device.type == "cuda" else 2048
+def product_flops(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
+    """Measure FLOP/s of one large matrix product [n, n]: the best of five, or of as many as fit three seconds."""
+    n = n or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     seconds: list[float] = []
     begun = time.monotonic()
@@ -235,13 +235,14 @@ def commit() -> str | None:
         return None
 
 
-def bench(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def bench(folder: Path, name: str, settings: Mapping[str, Any], product_size: int | None = None) -> dict[str, Any]:
     """Compress the model that `make` wrote into `folder`; return the journal's figures beside the plan's.
 
     Args:
         folder: Folder of the model and its text. The output goes to `folder`/out, which must not exist.
         name: Name of the shape, a key of SHAPES.
         settings: Settings of RunConfig beside model, out and calibration.
+        product_size: Size of the product that FLOP/s are compared with; None for a large one.
     """
     shape, messages = SHAPES[name], BufferingHandler(10**6)
     log = logging.getLogger("streamslr")
@@ -256,7 +257,7 @@ def bench(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any
     wall = time.monotonic() - start
 
     dtypes = [torch.bfloat16 if context.device.type == "cuda" else torch.float32]  # of the passes
-    products = {DTYPE_NAMES[dtype]: product_flops(context.device, dtype) for dtype in dtypes}
+    products = {DTYPE_NAMES[dtype]: product_flops(context.device, dtype, product_size) for dtype in dtypes}
     measured = [journal.measured, *(block.measured for block in journal.blocks)]
     parts = [compare_with_plan(context.plan, readings, products) for readings in measured]
     seconds = [sum(row["seconds"] for row in part.values()) for part in parts]
