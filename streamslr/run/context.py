@@ -86,6 +86,10 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
     densest = allocate(config, blockwise.linears)  # with --owl each linear at its densest, which the plan must hold
     for spec in dict.fromkeys(densest.values()):
         method.require(spec.pattern, spec.rank)
+    if gpu is not None and present:
+        before_kernels = held()
+        method.check_kernels(device, dict.fromkeys(spec.pattern for spec in densest.values()))
+        baseline += max(0, held() - before_kernels)
     for sentence in _overridden(config, blockwise, densest):
         log.warning("%s", sentence)
     host_mem = free_host_memory() if config.host_mem is None else config.host_mem

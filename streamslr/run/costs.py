@@ -67,7 +67,8 @@ class Costs:
 
     def solve(self, grams_at: str, workspace: int | None) -> PhaseCost:
         """Return the cost of phase solve; arguments as of `phases`."""
-        flops = sum(self.solver.flops(o, d, self.allocation[name].rank) for name, (o, d) in self._linears)
+        ranks = ((self.allocation[name].rank, o, d) for name, (o, d) in self._linears)
+        flops = sum(self.solver.flops(o, d, rank, gpu=self._on_gpu) for rank, o, d in ranks)
         waiting = self.gram_bytes if grams_at == "host" else 0
         return self._cost("solve", self.beside_solver(grams_at) + self.solver_bytes(workspace), waiting, flops)
 
@@ -76,7 +77,7 @@ class Costs:
         gpu, most = self.device.type == "cuda", 0
         for name, (o, d) in self._linears:
             spec = self.allocation[name]
-            solve = self.solver.peak_bytes(o, d, spec.rank, workspace, by_row=spec.pattern.by_row, gpu=gpu)
+            solve = self.solver.peak_bytes(o, d, spec.rank, workspace, pattern=spec.pattern, gpu=gpu)
             most = max(most, solve, 8 * o * d)
         return most
 

@@ -96,7 +96,7 @@ def solve_bytes(solver: Solver, spec: LinearSpec, linear: nn.Linear, workspace: 
     """Return the most bytes that the solve of a live linear takes in a workspace (`Solver.peak_bytes`)."""
     gpu = linear.weight.device.type == "cuda"
     o, d = linear.out_features, linear.in_features
-    return solver.peak_bytes(o, d, spec.rank, workspace, by_row=spec.pattern.by_row, gpu=gpu)
+    return solver.peak_bytes(o, d, spec.rank, workspace, pattern=spec.pattern, gpu=gpu)
 
 
 @torch.no_grad()

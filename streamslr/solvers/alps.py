@@ -7,6 +7,7 @@ from torch import Tensor
 
 from streamslr.solvers.scaled import ScaledLinear
 from streamslr.solvers.threebasil import ThreeBasil
+from streamslr.spec.pattern import SparsityPattern
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Alps:
 
         return prune
 
-    def prune_bytes(self, o: int, d: int, *, by_row: bool, gpu: bool) -> int:
-        return max(4 * o * d + self.admm.peak_bytes(o, d, 0, by_row=by_row, gpu=gpu), 25 * o * d)
+    def prune_bytes(self, o: int, d: int, *, pattern: SparsityPattern, gpu: bool) -> int:
+        return max(4 * o * d + self.admm.peak_bytes(o, d, 0, pattern=pattern, gpu=gpu), 25 * o * d)
 
-    def prune_flops(self, o: int, d: int) -> float:
-        return self.admm.flops(o, d, 0) + self.cg_iterations * 2 * o * d * d
+    def prune_flops(self, o: int, d: int, *, gpu: bool = False) -> float:
+        return self.admm.flops(o, d, 0, gpu=gpu) + self.cg_iterations * 2 * o * d * d
 
 
 def refit_(S: Tensor, T: Tensor, G: Tensor, iterations: int) -> None:

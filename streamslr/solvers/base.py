@@ -104,7 +104,7 @@ class Solver(Protocol):
         ...
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, pattern: SparsityPattern, gpu: bool = False
     ) -> int:
         """Return the most bytes that one solve takes beside its weight and Gram matrix; S, U and V are among them.
 
@@ -113,13 +113,13 @@ class Solver(Protocol):
             d: Inputs of the linear.
             rank: Rank of U·V.
             workspace: Bytes the solve should do with if it can (`LinearProblem.workspace`).
-            by_row: True where the pattern decides each row apart (`SparsityPattern.by_row`).
+            pattern: Pattern of S.
             gpu: True for a solve on a GPU.
         """
         ...
 
-    def flops(self, o: int, d: int, rank: int) -> float:
-        """Return the floating point operations of a typical solve, for the plan."""
+    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False) -> float:
+        """Return the floating point operations of a typical solve, for the plan; arguments as of `peak_bytes`."""
         ...
 
 

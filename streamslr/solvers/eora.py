@@ -7,6 +7,7 @@ from torch import Tensor
 from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.low_rank import LowRankFit
 from streamslr.solvers.scaled import Pruner, ScaledLinear, pruning_bytes, solve_scaled
+from streamslr.spec.pattern import SparsityPattern
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Eora:
         return solve_scaled(problem, prune_and_fit, full_gram=True)
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, pattern: SparsityPattern, gpu: bool = False
     ) -> int:
-        return pruning_bytes(self.pruner, o, d, rank, full_gram=True, by_row=by_row, gpu=gpu)
+        return pruning_bytes(self.pruner, o, d, rank, full_gram=True, pattern=pattern, gpu=gpu)
 
-    def flops(self, o: int, d: int, rank: int) -> float:
-        return self.pruner.prune_flops(o, d) + 8 * (4 * o * d + 2 * d * d) * rank
+    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False) -> float:
+        return self.pruner.prune_flops(o, d, gpu=gpu) + 8 * (4 * o * d + 2 * d * d) * rank

@@ -8,6 +8,7 @@ from torch import Tensor
 from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.low_rank import WARM_STEPS, LowRankFit
 from streamslr.solvers.scaled import Pruner, ScaledLinear, pruning_bytes, solve_scaled
+from streamslr.spec.pattern import SparsityPattern
 
 # Extrapolation of U·V for the pruner: U·V + 0.65 (U·V − last U·V). 24 turns with it reach the loss of 40 without
 # (tools/results/solver.md, "HASSLE-free").
@@ -58,10 +59,10 @@ class HassleFree:
         return solve_scaled(problem, alternate, full_gram=True)
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, pattern: SparsityPattern, gpu: bool = False
     ) -> int:
-        return pruning_bytes(self.pruner, o, d, rank, full_gram=True, by_row=by_row, gpu=gpu)
+        return pruning_bytes(self.pruner, o, d, rank, full_gram=True, pattern=pattern, gpu=gpu)
 
-    def flops(self, o: int, d: int, rank: int) -> float:
-        turn = self.pruner.prune_flops(o, d) + 2 * (4 * o * d + 2 * d * d) * rank
-        return self.iterations * turn if rank else self.pruner.prune_flops(o, d)
+    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False) -> float:
+        turn = self.pruner.prune_flops(o, d, gpu=gpu) + 2 * (4 * o * d + 2 * d * d) * rank
+        return self.iterations * turn if rank else self.pruner.prune_flops(o, d, gpu=gpu)

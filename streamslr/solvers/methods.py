@@ -1,10 +1,11 @@
 """Every method by name: its solver, its paper, what it reads and allows; also methods of other packages."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from streamslr.errors import InputError
@@ -67,6 +68,13 @@ class Method:
             raise InputError(
                 f"method {self.name} cannot do the pattern {pattern}, only {self._patterns()}; give another --pattern"
             )
+
+    def check_kernels(self, device: torch.device, patterns: Iterable[SparsityPattern]) -> None:
+        """Compile and check on a GPU the kernels that solves of these patterns use, so that a plan knows of them."""
+        pruner = getattr(self.solver, "pruner", self.solver)
+        admm = getattr(pruner, "admm", pruner)
+        if isinstance(admm, ThreeBasil):
+            admm.check_kernels(device, patterns)
 
     def as_dict(self) -> dict[str, Any]:
         """Return a row of `streamslr methods`."""

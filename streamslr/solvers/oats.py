@@ -8,6 +8,7 @@ from torch import Tensor
 from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.low_rank import WARM_STEPS, LowRankFit
 from streamslr.solvers.scaled import ScaledLinear, scaled_bytes, solve_scaled
+from streamslr.spec.pattern import SparsityPattern
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Oats:
         return solve_scaled(problem, alternate, full_gram=False)
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, pattern: SparsityPattern, gpu: bool = False
     ) -> int:
         return scaled_bytes(o, d, rank, full_gram=False, gpu=gpu) + 4 * o * d + 10 * o * d
 
-    def flops(self, o: int, d: int, rank: int) -> float:
+    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False) -> float:
         return self.iterations * (14.0 * o * d * rank + 20 * o * d)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from streamslr.solvers.base import LinearProblem, SparseLowRank
 from streamslr.solvers.scaled import Pruner, ScaledLinear, pruning_bytes, solve_scaled
+from streamslr.spec.pattern import SparsityPattern
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,10 @@ class Magnitude:
         pattern, scale = linear.problem.pattern, linear.scale
         return lambda T: T * pattern.project(T / scale)
 
-    def prune_bytes(self, o: int, d: int, *, by_row: bool, gpu: bool) -> int:
+    def prune_bytes(self, o: int, d: int, *, pattern: SparsityPattern, gpu: bool) -> int:
         return 14 * o * d  # scores, and what their projection takes
 
-    def prune_flops(self, o: int, d: int) -> float:
+    def prune_flops(self, o: int, d: int, *, gpu: bool = False) -> float:
         return 20.0 * o * d
 
 
@@ -69,9 +70,9 @@ class Pruned:
         return solve_scaled(problem, prune, self.pruner.full_gram)
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, pattern: SparsityPattern, gpu: bool = False
     ) -> int:
-        return pruning_bytes(self.pruner, o, d, 0, full_gram=self.pruner.full_gram, by_row=by_row, gpu=gpu)
+        return pruning_bytes(self.pruner, o, d, 0, full_gram=self.pruner.full_gram, pattern=pattern, gpu=gpu)
 
-    def flops(self, o: int, d: int, rank: int) -> float:
-        return self.pruner.prune_flops(o, d)
+    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False) -> float:
+        return self.pruner.prune_flops(o, d, gpu=gpu)

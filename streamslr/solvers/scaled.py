@@ -17,6 +17,7 @@ from streamslr.solvers.base import (
     validate,
 )
 from streamslr.solvers.low_rank import balance_factors
+from streamslr.spec.pattern import SparsityPattern
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class Pruner(Protocol):
         """
         ...
 
-    def prune_bytes(self, o: int, d: int, *, by_row: bool, gpu: bool) -> int:
+    def prune_bytes(self, o: int, d: int, *, pattern: SparsityPattern, gpu: bool) -> int:
         """Return the most bytes that `prepare` and one pruning take beside T [o, d] and G [d, d]; S is among them."""
         ...
 
-    def prune_flops(self, o: int, d: int) -> float:
+    def prune_flops(self, o: int, d: int, *, gpu: bool = False) -> float:
         """Return the floating point operations of pruning one T [o, d]."""
         ...
 
@@ -134,7 +135,9 @@ def scaled_bytes(o: int, d: int, rank: int, *, full_gram: bool, gpu: bool) -> in
     return 4 * o * d + 4 * d * d * full_gram * (3 if gpu else 2) + low_rank + 64 * (o + d)
 
 
-def pruning_bytes(pruner: Pruner, o: int, d: int, rank: int, *, full_gram: bool, by_row: bool, gpu: bool) -> int:
+def pruning_bytes(
+    pruner: Pruner, o: int, d: int, rank: int, *, full_gram: bool, pattern: SparsityPattern, gpu: bool
+) -> int:
     """Return the bytes of a scaled linear and of one pruning of it."""
     linear = scaled_bytes(o, d, rank, full_gram=full_gram, gpu=gpu)
-    return linear + pruner.prune_bytes(o, d, by_row=by_row, gpu=gpu)
+    return linear + pruner.prune_bytes(o, d, pattern=pattern, gpu=gpu)

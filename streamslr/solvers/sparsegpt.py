@@ -8,6 +8,7 @@ from torch import Tensor
 
 from streamslr.errors import StreamslrError
 from streamslr.solvers.scaled import ScaledLinear
+from streamslr.spec.pattern import SparsityPattern
 from streamslr.spec.selection import largest_of_rows
 
 
@@ -71,11 +72,11 @@ class SparseGPT:
 
         return prune
 
-    def prune_bytes(self, o: int, d: int, *, by_row: bool, gpu: bool) -> int:
+    def prune_bytes(self, o: int, d: int, *, pattern: SparsityPattern, gpu: bool) -> int:
         blocks = 4 * self.block * o * 6
         return 8 * o * d + 4 * d * d * (4 if gpu else 3) + blocks
 
-    def prune_flops(self, o: int, d: int) -> float:
+    def prune_flops(self, o: int, d: int, *, gpu: bool = False) -> float:
         return float(o * d * d + d**3)
 
 

@@ -1,6 +1,7 @@
 """3BASiL in a fast form: one product of the weight's size an iteration finds S and U·V together (2603.01376)."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,10 @@ from streamslr.solvers.base import (
     validate,
 )
 from streamslr.solvers.threebasil_costs import solve_bytes, solve_flops, tile_rows_for
+from streamslr.solvers.threebasil_fused import check_kernels, may_fuse
 from streamslr.solvers.threebasil_metric import Metric, Pace, StageInverses, build_metric
 from streamslr.solvers.threebasil_state import AdmmState
+from streamslr.spec.pattern import SparsityPattern
 
 # Iterations between two looks at the support.
 _CHECK_EVERY = 5
@@ -26,6 +29,8 @@ _TYPICAL_ITERATIONS, _TYPICAL_STAGES = 225, 13
 # subspace steps (tools/results/solver.md, "Time").
 _EARLY_RHO = 0.45
 _EARLY_FRACTION, _EARLY_STEPS = 0.7, 2
+# Device of a solve that is only planned, by `gpu`.
+_DEVICES = {False: torch.device("cpu"), True: torch.device("cuda")}
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ class ThreeBasil:
         metric, inverses = self._metric_and_inverses(problem)
         if metric.damping > 1:
             warnings.append(damping_warning(problem.name, metric.damping))
-        tile_rows = self._tile_rows(o, d, rank, problem.workspace, problem.pattern.by_row, device.type == "cuda")
+        self.check_kernels(device, [problem.pattern])
+        tile_rows = self._tile_rows(o, d, rank, problem.workspace, problem.pattern, device.type == "cuda")
         state = AdmmState(problem, metric, rank, inverses, tile_rows)
         settled, last_stage = self._iterate(state)
         if state.qr_gave_up:
@@ -148,20 +154,33 @@ class ThreeBasil:
         return False, stage
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, pattern: SparsityPattern, gpu: bool = False
     ) -> int:
         """Return `solve_bytes` for the tiles that the solver takes in this workspace."""
-        tile_rows = self._tile_rows(o, d, rank, workspace, by_row, gpu)
-        return solve_bytes(o, d, rank, tile_rows, by_row=by_row, gpu=gpu)
+        tile_rows = self._tile_rows(o, d, rank, workspace, pattern, gpu)
+        return solve_bytes(o, d, rank, tile_rows, by_row=pattern.by_row, gpu=gpu, fused=self._fuses(pattern, gpu))
 
-    def flops(self, o: int, d: int, rank: int) -> float:
+    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False) -> float:
         """Return the floating point operations of a typical linear at the default pace."""
-        return float(solve_flops(o, d, rank, _TYPICAL_ITERATIONS, inverses=_TYPICAL_STAGES + 1))
+        grown = _TYPICAL_STAGES - 1 if self._by_series(_DEVICES[gpu]) else 0
+        factored = _TYPICAL_STAGES + 1 - grown  # with that of the metric
+        return float(solve_flops(o, d, rank, _TYPICAL_ITERATIONS, factored, grown, gpu=gpu))
 
-    def _tile_rows(self, o: int, d: int, rank: int, workspace: int | None, by_row: bool, gpu: bool) -> int | None:
+    def check_kernels(self, device: torch.device, patterns: Iterable[SparsityPattern]) -> None:
+        """Compile and check the kernels of these patterns on a device, so that `peak_bytes` knows which are used."""
+        if self._product_dtype(device) == torch.bfloat16:
+            check_kernels(device, patterns)
+
+    def _tile_rows(
+        self, o: int, d: int, rank: int, workspace: int | None, pattern: SparsityPattern, gpu: bool
+    ) -> int | None:
         if self.tile_rows is not None or workspace is None:
             return self.tile_rows
-        return tile_rows_for(o, d, rank, workspace, by_row=by_row, gpu=gpu)
+        fused = self._fuses(pattern, gpu)
+        return tile_rows_for(o, d, rank, workspace, by_row=pattern.by_row, gpu=gpu, fused=fused)
+
+    def _fuses(self, pattern: SparsityPattern, gpu: bool) -> bool:
+        return gpu and self._product_dtype(_DEVICES[gpu]) == torch.bfloat16 and may_fuse(pattern)
 
     def _by_series(self, device: torch.device) -> bool:
         if self.inverses not in ("auto", "series", "factor"):
@@ -176,8 +195,11 @@ class ThreeBasil:
 
 
 def _multiplies_bfloat16_faster(device: torch.device) -> bool:
-    """Return True where bfloat16 products run several times faster than float32 (AMX: 5 times, solver.md)."""
+    """Return True where bfloat16 products run several times faster than float32 (AMX: 5 times, solver.md).
+
+    A GPU that this machine lacks is taken to do so.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return device.type == "cpu" and has_amx is not None and bool(has_amx())

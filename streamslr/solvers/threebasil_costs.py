@@ -1,5 +1,6 @@
 """Memory and floating point operations that a solve by 3BASiL takes, and the tiles that keep to a workspace."""
 
+from streamslr.solvers.threebasil_fused import fits_fused, product_rows
 from streamslr.solvers.threebasil_state import slice_elements
 
 # Rows of the smallest tile, and the step between tile sizes.
@@ -16,6 +17,7 @@ def solve_bytes(
     *,
     by_row: bool = False,
     gpu: bool = False,
+    fused: bool = False,
 ) -> int:
     """Return the peak bytes that one solve takes beside its weight and Gram matrix; S is among them.
 
@@ -23,10 +25,13 @@ def solve_bytes(
       input at bfloat16, or the product alone at float32.
     - State in tiles: 5 bytes a weight for what is held and the support, and of one tile 8 for X, the product and its
       input.
+    - State of the fused step, where it takes no more than that: 6 bytes a weight for the sums and the input of the
+      product, and 2 for the product of the rows that are multiplied at once.
     - The last projection of a pattern that couples rows (not `by_row`): 10 bytes a weight.
-    - Besides: the inverse [d, d]; on a GPU three of its size while one is factored, and fewer while it grows from that
-      of the last stage or is used; the factors of U·V and products with them;
-      the temporaries of a slice; the memory that libraries pack operands into.
+    - Besides: the inverse [d, d]; on a GPU three of its size while one is factored (the matrix, which the inverse
+      overwrites, its factor, and cuSOLVER's copy of that), 2.1 while one grows from the last, and 1.5 in an iteration;
+      the factors of U·V and products with them; the temporaries of a slice; the memory that libraries pack operands
+      into.
 
     Args:
         o: Outputs of the linear.
@@ -35,9 +40,13 @@ def solve_bytes(
         tile_rows: Rows of the weight worked on at a time; None for all.
         by_row: True where the pattern decides each row apart.
         gpu: True for a solve on a GPU.
+        fused: True where the step is fused, tiles permitting (`threebasil_fused.may_fuse`).
     """
     t = o if tile_rows is None else min(tile_rows, o)
-    state = 16 * o * d if t == o else 5 * o * d + 8 * t * d
+    if fused and fits_fused(o, tile_rows):
+        state = 6 * o * d + 2 * product_rows(o, tile_rows) * d
+    else:
+        state = 16 * o * d if t == o else 5 * o * d + 8 * t * d
     inverse = 4 * d * d * (3 if gpu else 1)
     factors = 4 * 8 * (o + d) * max(rank, 1)
     temporaries = 5 * 4 * min(t * d, slice_elements(gpu))
@@ -54,6 +63,7 @@ def tile_rows_for(
     *,
     by_row: bool = False,
     gpu: bool = False,
+    fused: bool = False,
 ) -> int | None:
     """Return the most rows a tile with which one solve takes at most `workspace` bytes; None for all rows at once.
 
@@ -62,7 +72,7 @@ def tile_rows_for(
     """
 
     def fits(tile_rows: int | None) -> bool:
-        return solve_bytes(o, d, rank, tile_rows, by_row=by_row, gpu=gpu) <= workspace
+        return solve_bytes(o, d, rank, tile_rows, by_row=by_row, gpu=gpu, fused=fused) <= workspace
 
     if fits(None) or o <= SMALLEST_TILE:
         return None
@@ -73,7 +83,7 @@ def tile_rows_for(
     return low * SMALLEST_TILE
 
 
-def solve_flops(o: int, d: int, rank: int, iterations: int, inverses: int) -> int:
+def solve_flops(o: int, d: int, rank: int, iterations: int, factored: int, grown: int = 0, *, gpu: bool = False) -> int:
     """Return the floating point operations of one solve: products, inverses, and the elementwise work.
 
     Args:
@@ -81,9 +91,12 @@ def solve_flops(o: int, d: int, rank: int, iterations: int, inverses: int) -> in
         d: Inputs of the linear.
         rank: Rank of U·V.
         iterations: Iterations of ADMM.
-        inverses: Inverses [d, d], one a stage and one for the metric, by Cholesky factors. One that grows from the last
-            takes 2.25 times the operations of a factored one.
+        factored: Inverses [d, d] by Cholesky factors: d³/3 operations for the factor and on a CPU 2 d³/3 for its
+            inverse (potri), on a GPU 2 d³ (two triangular solves).
+        grown: Inverses that grow from the last (`grow_`): 0.56 of two products, 2.25 d³.
+        gpu: True for a solve on a GPU.
     """
     product = 2 * o * d * d
     low_rank = 6 * o * d * rank + 2 * d * d * rank + 8 * o * rank * rank
-    return iterations * (product + low_rank + 20 * o * d) + inverses * d**3
+    inverses = factored * d**3 * (7 if gpu else 3) // 3 + grown * 9 * d**3 // 4
+    return iterations * (product + low_rank + 20 * o * d) + inverses

@@ -8,8 +8,9 @@ of U·V reads it: (T − B Uᵀ) M = T M − (M B) Uᵀ, and B Uᵀ is never for
 
 import contextlib
 import logging
+from collections.abc import Iterable
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -62,6 +63,35 @@ def describe() -> dict[str, str]:
     return {key.pattern: "fused" if reason is None else f"torch: {reason}" for key, reason in _verdicts.items()}
 
 
+def may_fuse(pattern: SparsityPattern) -> bool:
+    """Return True where solves on a GPU fuse the step, tiles permitting (`fits_fused`).
+
+    Without a check (`check_kernels`), as on a machine that plans for a GPU it lacks, the kernel is taken to work.
+    """
+    if "cuda" not in DEVICES or not _is_made_for(pattern):
+        return False
+    text = str(pattern)
+    return not any(fault and key.pattern == text and key.device != "cpu" for key, fault in _verdicts.items())
+
+
+def check_kernels(device: torch.device, patterns: Iterable[SparsityPattern]) -> None:
+    """Compile and check the kernels of these patterns on a device, where that is still to be done."""
+    if device.type in DEVICES:
+        for pattern in patterns:
+            if _is_made_for(pattern):
+                _verdict(pattern, device, torch.float32)
+
+
+def fits_fused(o: int, tile_rows: int | None) -> bool:
+    """Return True where the fused state takes no more memory than torch's passes over tiles (`solve_bytes`)."""
+    return tile_rows is None or tile_rows >= o or o + 2 * product_rows(o, tile_rows) <= 8 * tile_rows
+
+
+def product_rows(o: int, tile_rows: int | None) -> int:
+    """Return the rows of one product with M."""
+    return min(o, tile_rows or o, _PRODUCT_ROWS)
+
+
 def fused_state(
     weight: Tensor,
     scale: Tensor,
@@ -81,18 +111,24 @@ def fused_state(
         tile_rows: Rows of a tile that the memory was planned for, None for all. Small tiles take less than this state.
     """
     o = len(weight)
-    product_rows = min(o, tile_rows or o, _PRODUCT_ROWS)
-    fits = tile_rows is None or tile_rows >= o or o + 2 * product_rows <= 8 * tile_rows  # see `solve_bytes`
-    made_for = isinstance(pattern, NofM) and pattern.m <= _MAX_GROUP and pattern.m.bit_count() == 1
-    if not (made_for and fits and product_dtype == torch.bfloat16 and weight.device.type in DEVICES):
+    can = product_dtype == torch.bfloat16 and weight.device.type in DEVICES and fits_fused(o, tile_rows)
+    if not (can and _is_made_for(pattern)) or _verdict(pattern, weight.device, weight.dtype) is not None:
         return None
-    assert isinstance(pattern, NofM)
-    key = KernelKey(str(weight.device), str(pattern), weight.dtype)
+    return FusedState(weight, scale, residual, pattern, product_rows(o, tile_rows))
+
+
+def _is_made_for(pattern: SparsityPattern) -> TypeGuard[NofM]:
+    return isinstance(pattern, NofM) and pattern.m <= _MAX_GROUP and pattern.m.bit_count() == 1
+
+
+def _verdict(pattern: NofM, device: torch.device, weight_dtype: torch.dtype) -> str | None:
+    """Return why the kernel is not used, None where it is, after a check if there was none; log a fault once."""
+    key = KernelKey(str(device), str(pattern), weight_dtype)
     if key not in _verdicts:
-        _verdicts[key] = reason = _fault_of_kernel(pattern, weight.device, weight.dtype)
+        _verdicts[key] = reason = _fault_of_kernel(pattern, device, weight_dtype)
         if reason is not None:
             log.warning("3basil at %s: the fused step is not used, so a solve takes longer: %s", pattern, reason)
-    return FusedState(weight, scale, residual, pattern, product_rows) if _verdicts[key] is None else None
+    return _verdicts[key]
 
 
 class FusedState:

@@ -10,6 +10,7 @@ from streamslr.solvers.base import LinearProblem
 from streamslr.solvers.low_rank import balance_factors, orthonormal_rows, orthonormal_rows_by_cholesky
 from streamslr.solvers.threebasil_fused import fused_state
 from streamslr.solvers.threebasil_metric import Metric, StageInverses
+from streamslr.spec.selection import row_slices
 
 # Elements of a slice of the elementwise passes: on the CPU five float32 slices stay in a 2 MiB cache; on a GPU
 # they fill the device, and the temporaries of the projection stay small (size chosen, not measured).
@@ -164,7 +165,7 @@ class AdmmState:
     def enter_stage(self, stage: int) -> None:
         """Set M to that of a stage, counted from 0."""
         self.rest = None
-        self.M = self.M[:0]  # which frees it before the next is made
+        self.M = self.weight.new_empty(0, 0)  # frees it before the next is made
         self.M = self.inverses.at(stage, self.name)
 
     def update_low_rank(self) -> None:
@@ -261,8 +262,8 @@ class AdmmState:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return S [o, d] exactly in the pattern, and U [o, r], V [r, d] fitted to it, in the problem's own scale."""
         S, scale, dead = self._collect_sums(), self.metric.scale, self.metric.dead
-        row_slices = self.fused.rows if self.fused else [tile.rows for tile in self.tiles]
-        projected_together = row_slices if self.pattern.by_row else [slice(None)]
+        parts = row_slices(S) if self.fused else [tile.rows for tile in self.tiles]
+        projected_together = parts if self.pattern.by_row else [slice(None)]
         del self.fused, self.tiles, self.inverses, self.M
         for rows in projected_together:
             S[rows].masked_fill_(self.pattern.project(S[rows]).logical_not_(), 0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from streamslr.errors import StreamslrError
 from streamslr.run.solve_linear import compress_linear
 from streamslr.solvers import LinearProblem, SparseLowRank
+from streamslr.spec.pattern import SparsityPattern
 from tests.support.problems import made_problem
 
 
@@ -24,11 +25,11 @@ class Returns:
         return SparseLowRank(self.S, self.U, self.V, 1)
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, pattern: SparsityPattern, gpu: bool = False
     ) -> int:
         return 0
 
-    def flops(self, o: int, d: int, rank: int) -> float:
+    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False) -> float:
         return 0.0
 
 

@@ -13,6 +13,7 @@ import torch
 from streamslr.errors import InputError
 from streamslr.solvers import LinearProblem, Solver, SparseLowRank, all_methods, find_method, parse_pattern
 from streamslr.solvers.methods import BUILT_IN, ENTRY_POINTS, Method
+from streamslr.spec.pattern import SparsityPattern
 from tests import reference
 from tests.support.markers import slow
 from tests.support.problems import allocated_peak, assert_valid, error, made_problem
@@ -69,11 +70,11 @@ class Halve:
         return SparseLowRank(W * problem.pattern.project(W) / 2, W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1]), 1)
 
     def peak_bytes(
-        self, o: int, d: int, rank: int, workspace: int | None = None, *, by_row: bool = False, gpu: bool = False
+        self, o: int, d: int, rank: int, workspace: int | None = None, *, pattern: SparsityPattern, gpu: bool = False
     ) -> int:
         return 18 * o * d
 
-    def flops(self, o: int, d: int, rank: int) -> float:
+    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False) -> float:
         return 20.0 * o * d
 
 
@@ -294,7 +295,7 @@ def test_a_solve_takes_no_more_than_it_says(name: str, o: int, d: int, pattern: 
     if name.startswith(("hassle-free", "oats")):  # a turn is like another
         solver = dataclasses.replace(solver, iterations=2)
     peak = allocated_peak(solver, problem)
-    planned = solver.peak_bytes(o, d, rank, by_row=problem.pattern.by_row)
+    planned = solver.peak_bytes(o, d, rank, pattern=problem.pattern)
     assert 0.4 * planned <= peak <= planned
 
 
@@ -307,4 +308,4 @@ def test_nor_does_it_where_weights_tie_and_groups_are_long(name: str, pattern: s
     weight = torch.randn(768, 512).bfloat16().float()
     problem = LinearProblem("made", weight, X.T @ X, parse_pattern(pattern), 0)
     solver = BUILT_IN[name].solver
-    assert allocated_peak(solver, problem) <= solver.peak_bytes(768, 512, 0, by_row=problem.pattern.by_row)
+    assert allocated_peak(solver, problem) <= solver.peak_bytes(768, 512, 0, pattern=problem.pattern)
