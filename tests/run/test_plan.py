@@ -88,15 +88,16 @@ def test_short_windows_pass_together_and_fewer_where_memory_is_short() -> None:
 
 
 def test_windows_pass_a_gpu_together_by_powers_of_two_up_to_a_step_of_matching() -> None:
-    assert plan(llama_70b(), gpu=80 * GB).micro_batch == 8
-    assert plan(llama_70b(), gpu=80 * GB, seq_len=4096).micro_batch == 4
+    assert plan(llama_70b(), gpu=80 * GB).micro_batch == RunConfig.match_batch == 4
+    assert plan(llama_70b(), gpu=80 * GB, match_batch=16).micro_batch == 8
+    assert plan(llama_70b(), gpu=80 * GB, match_batch=8, seq_len=4096).micro_batch == 4
     assert plan(llama_70b(), gpu=80 * GB, seq_len=256, match_batch=12).micro_batch == 8
     assert plan(llama_70b(), gpu=80 * GB, seq_len=256, match=False).micro_batch == 64
     assert plan(llama_70b(), gpu=80 * GB, seq_len=32768).micro_batch == 1
 
 
 def test_fewer_windows_pass_a_small_gpu_together() -> None:
-    tight = plan(llama_70b(), gpu=20 * GB)
+    tight = plan(llama_70b(), gpu=20 * GB, match_batch=8)
     assert tight.micro_batch < 8
     tight.require_memory()
 
