@@ -40,6 +40,9 @@ from streamslr.run.solve_linear import LinearCompressor
 from streamslr.solvers import threebasil_fused
 from streamslr.solvers.threebasil_fused import FusedState
 
+_ANSWERS = {"step": [1, 1], "update_sparse": [1.0, 0.0], "inverse_error": 0.0}
+"""Function of the solver -> what it reads: a support that moves, no failure of CholeskyQR2, inverses that are near."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -161,6 +164,7 @@ def run_block(
         **settings: Settings of the run.
     """
     config = RunConfig(**{"model": str(folder), "out": folder.with_name("out"), "device": "cuda", **settings})
+    gpu.answers.by_function |= _ANSWERS
     with ExitStack() as stack:
         stack.enter_context(gpu)
         gpu.phase = "open"

@@ -193,6 +193,8 @@ class FunctionMode(TorchFunctionMode):
         if self.gpu.where(x) == "cuda":
             self.gpu.copied("d2h", x.nbytes, pinned=False)
             self.gpu.synchronized("tolist()")
+            if not self.gpu.values:
+                return True, self.gpu.answers.numbers(x, self.gpu.caller())
         return False, None
 
     def _pin_memory(self, x: Tensor, rest: object) -> tuple[bool, Any]:
