@@ -365,7 +365,9 @@ def test_plan_figures_grow_with_what_they_count() -> None:
     assert solve_bytes(512, 64, 8, 64) < solve_bytes(512, 64, 8, 128) < solve_bytes(512, 64, 8)
     assert solve_bytes(512, 64, 8) == solve_bytes(512, 64, 8, 512)
     assert solve_bytes(512, 64, 8) < solve_bytes(512, 64, 8, gpu=True)
-    assert solve_flops(64, 32, 8, 100, 5) < solve_flops(64, 32, 8, 100, 6)
+    assert solve_bytes(512, 64, 8, gpu=True, fused=True) < solve_bytes(512, 64, 8, gpu=True)
+    assert solve_flops(64, 32, 8, 100, 5) < solve_flops(64, 32, 8, 100, 6) < solve_flops(64, 32, 8, 100, 6, gpu=True)
+    assert solve_flops(64, 32, 8, 100, 5) < solve_flops(64, 32, 8, 100, 5, grown=1)
     assert solve_flops(64, 32, 8, 100, 5) < solve_flops(64, 32, 8, 200, 5) < solve_flops(64, 64, 8, 200, 5)
 
 
@@ -376,10 +378,12 @@ def test_plan_figures_grow_with_what_they_count() -> None:
     rank=st.integers(0, 128),
     ratio=st.floats(0.05, 1.5),
     by_row=st.booleans(),
-    gpu=st.booleans(),
+    where=st.sampled_from(["cpu", "gpu", "fused"]),
 )
-def test_the_largest_tile_that_fits_is_chosen(o: int, d: int, rank: int, ratio: float, by_row: bool, gpu: bool) -> None:
-    how = {"by_row": by_row, "gpu": gpu}
+def test_the_largest_tile_that_fits_is_chosen(
+    o: int, d: int, rank: int, ratio: float, by_row: bool, where: str
+) -> None:
+    how = {"by_row": by_row or where == "fused", "gpu": where != "cpu", "fused": where == "fused"}
     workspace = int(ratio * solve_bytes(o, d, rank, **how))
     tile = tile_rows_for(o, d, rank, workspace, **how)
     if tile is None:

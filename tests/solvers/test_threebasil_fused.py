@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from streamslr.solvers import ThreeBasil, threebasil_fused
-from streamslr.solvers.threebasil_fused import FusedState, describe, fused_state, step_in_torch
+from streamslr.solvers.threebasil_fused import FusedState, check_kernels, describe, fused_state, step_in_torch
 from streamslr.solvers.threebasil_metric import Pace, StageInverses, build_metric
 from streamslr.solvers.threebasil_state import AdmmState
 from streamslr.spec.pattern import NofM, parse_pattern
@@ -290,3 +290,24 @@ def test_memory_that_ran_out_in_the_check_is_no_verdict(monkeypatch: pytest.Monk
     with pytest.raises(torch.OutOfMemoryError):
         state_for("2:4")
     assert describe() == {}
+
+
+# What the plan knows of it
+
+
+def planned(pattern: str) -> int:
+    return ThreeBasil().peak_bytes(4096, 1024, 16, pattern=parse_pattern(pattern), gpu=True)
+
+
+def test_a_gpu_that_is_only_planned_for_has_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert planned("2:4") < planned("3:6") == planned("50%/row")
+
+
+@pytest.mark.usefixtures("_on_any_device")
+def test_a_kernel_that_failed_its_check_is_not_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(threebasil_fused, "_fault_of_kernel", lambda pattern, *_: "broken" if pattern.m == 8 else None)
+    check_kernels(torch.device("cuda", 0), map(parse_pattern, ("2:4", "4:8", "50%")))
+    assert describe() == {"2:4": "fused", "4:8": "torch: broken"}
+    assert planned("2:4") < planned("4:8") == planned("50%/row")
