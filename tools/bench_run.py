@@ -81,7 +81,7 @@ def measure(model: Path, out: Path, options: list[str]) -> dict[str, Any]:
 @click.option("--seq-len", default="256")
 @click.option("--pattern", default="2:4")
 @click.option("--rank", default="16")
-@click.option("--match-epochs", default="20")
+@click.option("--match-epochs", default="10")
 @click.option("--repeat-blocks", type=int, default=4)
 @click.option("--json", "to", type=click.Path(path_type=Path))
 def main(model: Path, repeat_blocks: int, to: Path | None, **options: str) -> None:

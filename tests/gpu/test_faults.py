@@ -11,7 +11,8 @@ from torch import Tensor
 
 from streamslr import matching
 from streamslr.calibration.grams import GramCollector
-from streamslr.calibration.hidden_states import OnDisk, read_batches
+from streamslr.calibration.hidden_states import WriteThrough, read_batches
+from streamslr.calibration.transfers import Transfers
 from streamslr.errors import InputError
 from streamslr.io.packing import pack
 from streamslr.run import solve_linear
@@ -30,7 +31,7 @@ def gram_stays_on_the_host(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         LinearCompressor,
         "compress",
-        lambda self, name, linear, gram, dtype: compress(self, name, linear, gram.cpu(), dtype),
+        lambda self, name, linear, weight, gram, *args: compress(self, name, linear, weight, gram.cpu(), *args),
     )
 
 
@@ -72,10 +73,13 @@ def masters_are_on_the_host(patch: pytest.MonkeyPatch) -> None:
 
 
 def device_memory_is_read_by_numpy(patch: pytest.MonkeyPatch) -> None:
-    def write(self: OnDisk, start: int, hidden: Tensor) -> None:
-        self._pending.append(self._writer.submit(self._store, start, hidden))
+    def store(
+        self: Transfers, states: WriteThrough, window: int, number: int, values: Tensor, copied: torch.cuda.Event
+    ) -> None:
+        self._free.put((number, None))
+        states._disk.write_unchanging(window, values[None])
 
-    patch.setattr(OnDisk, "write", write)
+    patch.setattr(Transfers, "_store", store)
 
 
 @pytest.mark.parametrize(
