@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def count(
             whole = cost.plus(wider.costs[name].plus(cost, -1), more_windows)
         if name == "match":
             whole = whole.plus(longer.costs[name].plus(cost, -1), (epochs - 2) * samples / some)
-        phases[name] = {**_figures(whole, card), **_memory(plan, name, short, wider, more_windows)}
+        phases[name] = {**_figures(whole, card), **_memory(plan, name, [short, longer, *([wider] if wider else [])])}
     return {
         "plan": {
             "micro_batch": plan.micro_batch,
@@ -107,16 +107,14 @@ def _figures(cost: Cost, card: Card) -> Record:
     }
 
 
-def _memory(plan: Plan, phase: str, short: BlockRun, wider: BlockRun | None, more_windows: float) -> Record:
-    """Return the peaks of a phase with all windows, and the plan's bytes."""
-    if phase not in short.peaks:
+def _memory(plan: Plan, phase: str, runs: Sequence[BlockRun]) -> Record:
+    """Return the peaks of a phase, which two micro-batches reach as all do, and the plan's bytes."""
+    peaks = [run.peaks[phase] for run in runs if phase in run.peaks]
+    if not peaks:
         return {}
-    figures: Record = {}
-    for kind in ("allocated", "reserved"):
-        peak = getattr(short.peaks[phase], kind)
-        if wider and phase != "solve":
-            peak += more_windows * (getattr(wider.peaks[phase], kind) - peak)
-        figures[f"peak_{kind}_bytes"] = round(peak)
+    figures: Record = {
+        f"peak_{kind}_bytes": max(getattr(peak, kind) for peak in peaks) for kind in ("allocated", "reserved")
+    }
     planned = {cost.name: cost.gpu_bytes for cost in plan.phases}
     if phase in planned:
         ratio = planned[phase] / figures["peak_allocated_bytes"]

@@ -168,10 +168,10 @@ def run_block(
     with ExitStack() as stack:
         stack.enter_context(gpu)
         gpu.phase = "open"
-        context = open_run(config)
-        peaks = stack.enter_context(watching_phases(gpu))
         for target, name, stand_in in _stand_ins(gpu):
             stack.enter_context(mock.patch.object(target, name, stand_in))
+        context = open_run(config)
+        peaks = stack.enter_context(watching_phases(gpu))
         gpu.phase = "between phases"
         passing = replace(config, samples=windows or config.samples, match_epochs=epochs)
         _compress_block(replace(context, config=passing), iterations)
