@@ -126,7 +126,7 @@ def test_what_cannot_fit_is_refused_naming_phase_bytes_and_flag(host: int, gpu: 
 def test_a_gpu_without_a_budget_is_planned_for_and_refuses_nothing() -> None:
     made = plan(llama_70b())
     made.require_memory()
-    assert made.gpu_bytes > 20 * GB
+    assert made.gpu_bytes > 19 * GB
     assert (made.as_dict()["host_budget_bytes"], made.as_dict()["gpu_budget_bytes"]) == (10**12, None)
 
 
@@ -189,10 +189,11 @@ def test_a_tight_budget_moves_grams_away_first_and_then_cuts_the_solver_into_til
     assert peak - needed == grams - 4 * 28672**2
     modest = generous.host_bytes - generous.scratch_bytes
     assert plan(llama_70b(), samples=1, gpu=budget, host_mem=modest).grams_at == "disk"
-    tiled = plan(llama_70b(), samples=1, gpu=needed - GB)
+    tight = needed + GB // 2
+    tiled = plan(llama_70b(), samples=1, gpu=tight)
     assert tiled.solver_workspace is not None
     assert tiled.grams_at == "host"
-    assert phase(tiled, "solve").gpu_bytes <= needed - GB
+    assert phase(tiled, "solve").gpu_bytes <= GpuMemory(tight).usable < needed
 
 
 @pytest.mark.parametrize(("gpu", "fewest", "most"), [(None, 0, 0), (16 * GB, 1, 127), (45 * GB, 128, 128)])
