@@ -182,7 +182,7 @@ def test_matching_after_any_method_lowers_the_loss_and_changes_no_support(
     settings |= {"model": model_with_dead_inputs, "method": method, "pattern": pattern, "rank": rank}
     unmatched, matched = (settings["out"].with_name(name) for name in ("unmatched", "matched"))
     streamslr.compress(**settings | {"out": unmatched, "match": False})
-    (block,) = streamslr.compress(**settings | {"out": matched, "match_epochs": 5}).blocks
+    (block,) = streamslr.compress(**settings | {"out": matched, "match_epochs": 5, "match_lr": 0.4}).blocks
     assert verify(matched).problems == ()
     assert block.matching is not None
     assert block.matching.applied
