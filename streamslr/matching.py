@@ -37,6 +37,10 @@ _SAVED_HIDDEN = 6
 """Tensors [b, T, h] that a pass saves for its gradients beside the inputs and outputs of linears. Counted in Llama's
 block in float32 on a CPU: inputs and outputs of two norms, two residuals."""
 
+_FULL_RATE_STEPS = 100
+"""Steps from which learning rates are whole; fewer steps take the root of their share. Adam's first steps move every
+value by its whole rate, whatever its gradient, so a few of them at the rate that suits many make a block worse."""
+
 
 @dataclass(frozen=True)
 class MatchSettings:
@@ -46,7 +50,7 @@ class MatchSettings:
     batch: windows in one step.
     lr: learning rate of the kept values, multiplied by sqrt(relative block loss) · rms(values) / sqrt(kept values per
         row). One Adam step then changes a linear's output by about lr · sqrt(relative block loss) of its size, at any
-        width (muP, arXiv 2203.03466).
+        width (muP, arXiv 2203.03466). Fewer than 100 steps take less (`_FULL_RATE_STEPS`).
     low_rank_lr_ratio: learning rate of U and V, relative to that of the linear's kept values.
     vector_lr_ratio: learning rate of norms and biases, relative to `lr` and multiplied by sqrt(relative block loss) ·
         rms(output of the norm or linear for inputs of rms 1).
@@ -290,7 +294,7 @@ class _Optimizer:
         steps: int,
     ) -> None:
         """Build Adam's groups. relative_loss: of the block before training; steps: all that will be taken."""
-        lacking = math.sqrt(relative_loss)
+        lacking = math.sqrt(relative_loss * min(1.0, steps / _FULL_RATE_STEPS))
         rates = [pair for master in masters for pair in master.learning_rates(settings)]
         groups = [{"params": [tensor], "first_lr": lacking * rate} for tensor, rate in rates]
         self._adam = torch.optim.Adam(groups, fused=True)

@@ -246,6 +246,8 @@ def match(
         bias            lr · vector_lr · rms(values) · √(kept values per row)
         norms           lr · vector_lr · rms(weight of the norm)
 
+    All are multiplied by √(steps / 100) where fewer than 100 steps are taken.
+
     Args:
         block: The block f.
         factors: Linear -> its S, U, V, dense; S trains where it is not 0.
@@ -261,6 +263,8 @@ def match(
         The parts of the block after training, and the relative loss before training and in each epoch.
     """
     block, X, T = copy.deepcopy(block).double(), X.double(), T.double()
+    taken, total = 0, sum(map(len, epochs))
+    lr *= math.sqrt(min(total, 100) / 100)
     leaves: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     rates: dict[str, Tensor] = {}
@@ -290,7 +294,6 @@ def match(
 
     optimizers = {name: Adam(leaf) for name, leaf in leaves.items()}
     curve = [(error(slice(None)) / T.square().sum()).item()]
-    taken, total = 0, sum(map(len, epochs))
     for steps in epochs:
         lost = 0.0
         for windows in steps:

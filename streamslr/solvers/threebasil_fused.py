@@ -163,8 +163,8 @@ class FusedState:
         self.product = torch.empty_like(self.input[:product_rows])
         self.kernel = import_module("streamslr.solvers.threebasil_kernels").sparse_step
 
-    def step(self, M: Tensor, U: Tensor, Q: Tensor, dual_scale: float, count_moved: bool) -> float:
-        """Update S, D and Y, and return the fraction of the support that moved, 0 if not counted.
+    def step(self, M: Tensor, U: Tensor, Q: Tensor, dual_scale: float, count_moved: bool) -> Tensor | None:
+        """Update S, D and Y, and return the fraction of the support that moved, float64; None if not counted.
 
         Args:
             M: bfloat16 [d, d].
@@ -179,9 +179,9 @@ class FusedState:
             torch.mm(self.input[rows], M.t(), out=product)
             counts.append(self.update_rows(rows, product, U[rows], Q, dual_scale, count_moved))
         if not count_moved:
-            return 0.0
-        moved, num_kept = torch.cat(counts).sum(0).tolist()
-        return float(moved / max(num_kept, 1))
+            return None
+        moved_and_kept = torch.cat(counts).sum(0).double()
+        return moved_and_kept[0] / moved_and_kept[1].clamp_min(1)
 
     def update_rows(
         self, rows: slice, product: Tensor, U: Tensor, Q: Tensor, dual_scale: float, count_moved: bool

@@ -217,10 +217,9 @@ class AdmmState:
         """
         if self.fused:
             self.iterations += 1
-            fraction = self.fused.step(self.M, self.U.t(), self._rest_of_low_rank().t(), dual_scale, count_moved)
-            if count_moved:
-                self._note_failed_qr(float(self.qr_failed))
-            return fraction
+            return self._read(
+                self.fused.step(self.M, self.U.t(), self._rest_of_low_rank().t(), dual_scale, count_moved)
+            )
         moved = num_kept = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         for tile in self.tiles:
             if not self.whole:  # X ← T
@@ -247,17 +246,17 @@ class AdmmState:
                 self._keep(part)
         self.marker.end_pass()
         self.iterations += 1
-        if not count_moved:
-            return 0.0
-        fraction, failed = torch.stack((moved / num_kept.clamp_min(1), self.qr_failed)).tolist()  # one wait for both
-        self._note_failed_qr(failed)
-        return float(fraction)
+        return self._read(moved / num_kept.clamp_min(1) if count_moved else None)
 
-    def _note_failed_qr(self, times: float) -> None:
-        """Find U by Householder's QR from now on where CholeskyQR2 has failed some times."""
-        if times:
+    def _read(self, fraction: Tensor | None) -> float:
+        """Return the fraction that moved; find U by Householder's QR from now on if CholeskyQR2 has failed."""
+        if fraction is None:
+            return 0.0
+        moved, failed = torch.stack((fraction, self.qr_failed.to(fraction))).tolist()  # one wait for both
+        if failed:
             self.qr_by_cholesky, self.qr_gave_up = False, True
             self.qr_failed.zero_()
+        return float(moved)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return S [o, d] exactly in the pattern, and U [o, r], V [r, d] fitted to it, in the problem's own scale."""

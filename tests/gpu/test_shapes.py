@@ -13,9 +13,6 @@ from tests.support.markers import slow
 LEAST, MOST = 1.0, 1.15
 """Planned over allocated bytes of each phase."""
 
-SHORT_OF_THEIR_PEAK = {"embed", "load"}
-"""Phases that the plan has too little for: 0.969 and 0.998 of their peaks in the 8B shape."""
-
 Case = tuple[str, int, int, bool]
 """Shape, budget in GB, tokens of a window, expandable segments."""
 
@@ -47,7 +44,7 @@ def block_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BlockRun
         write_sparse_checkpoint(folder, SHAPES[shape], 16384, blocks=2)
         gpu = PretendedGpu(values=False, total=141 * 10**9, expandable=expandable)
         budgets = {"gpu_mem": gigabytes * 10**9, "host_mem": 100 * 10**9}
-        return run_block(folder, gpu, iterations=1, samples=2, seq_len=tokens, **budgets)
+        return run_block(folder, gpu, iterations=1, windows=12, seq_len=tokens, **budgets)
 
     return run
 
@@ -61,14 +58,7 @@ def test_every_phase_takes_what_was_planned(
     block_of: Callable[..., BlockRun], shape: str, gigabytes: int, tokens: int, expandable: bool
 ) -> None:
     found = ratios(block_of(shape, gigabytes, tokens, expandable))
-    wrong = {name for name, ratio in found.items() if not LEAST <= ratio <= MOST}
-    assert wrong <= SHORT_OF_THEIR_PEAK, found
-
-
-@pytest.mark.xfail(strict=True, reason="embed: two float32 copies in the final norm; load: tables of rotary positions")
-def test_embed_and_load_take_what_was_planned(block_of: Callable[..., BlockRun]) -> None:
-    found = ratios(block_of("8b", 24, 2048, True))
-    assert min(found[name] for name in SHORT_OF_THEIR_PEAK) >= LEAST, found
+    assert all(LEAST <= ratio <= MOST for ratio in found.values()), found
 
 
 @pytest.mark.parametrize(("shape", "gigabytes", "tokens", "expandable"), CASES)

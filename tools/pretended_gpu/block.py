@@ -29,6 +29,7 @@ from streamslr.calibration import grams, hidden_states
 from streamslr.config import RunConfig
 from streamslr.gpu import deterministic_libraries
 from streamslr.io import folder as shard_folder
+from streamslr.io import packing
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.memory import held_to_gpu_limit
 from streamslr.run import loop
@@ -40,7 +41,7 @@ from streamslr.run.solve_linear import LinearCompressor
 from streamslr.solvers import threebasil_fused
 from streamslr.solvers.threebasil_fused import FusedState
 
-_ANSWERS = {"step": [1, 1], "update_sparse": [1.0, 0.0], "inverse_error": 0.0}
+_ANSWERS = {"_read": [1.0, 0.0], "inverse_error": 0.0}
 """Function of the solver -> what it reads: a support that moves, no failure of CholeskyQR2, inverses that are near."""
 
 
@@ -166,6 +167,8 @@ def run_block(
     config = RunConfig(**{"model": str(folder), "out": folder.with_name("out"), "device": "cuda", **settings})
     gpu.answers.by_function |= _ANSWERS
     with ExitStack() as stack:
+        for tables in (packing._flags_of_byte, packing._shifts_of_byte):
+            stack.callback(tables.cache_clear)  # those made on this device have no values
         stack.enter_context(gpu)
         gpu.phase = "open"
         for target, name, stand_in in _stand_ins(gpu):

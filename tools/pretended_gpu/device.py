@@ -117,6 +117,7 @@ class PretendedGpu:
         self.values, self.total, self.context, self.trace = values, total, context, trace
         self.backing = "cpu" if values else "meta"
         self.answers = answers or Answers()
+        self._allocating, self._to_free = False, list[Any]()
         self.allocator, self.streams = CachingAllocator(total), Streams()
         self.phase, self.phase_of_thread = "start", dict[str, str]()
         self.by_phase: dict[str, Cost] = defaultdict(Cost)
@@ -250,7 +251,7 @@ class PretendedGpu:
 
         def freed(_: object) -> None:
             with self.lock:
-                self.allocator.free(block)
+                self._free(block)
                 self._live.pop(key, None)
                 self._watched.pop(key, None)
                 if accessed.accesses and (fault := self.streams.unordered_at_free(accessed, stream)):
@@ -269,7 +270,20 @@ class PretendedGpu:
         with self.lock:
             if not self.allocator.allocations:
                 self.allocator.expandable = self._uses_expandable_segments()
-            return self.allocator.malloc(nbytes, self.streams.current)
+            self._allocating = True
+            try:
+                return self.allocator.malloc(nbytes, self.streams.current)
+            finally:
+                self._allocating = False
+                while self._to_free:
+                    self.allocator.free(self._to_free.pop())
+
+    def _free(self, block: Any) -> None:
+        """Free a block, or have it freed soon: a garbage collection may come in the midst of an allocation."""
+        if self._allocating:
+            self._to_free.append(block)
+        else:
+            self.allocator.free(block)
 
     @contextlib.contextmanager
     def workspace(self, nbytes: int, of: str) -> Iterator[None]:
@@ -281,7 +295,7 @@ class PretendedGpu:
             yield
         finally:
             with self.lock:
-                self.allocator.free(block)
+                self._free(block)
 
     def _remember_peak(self, *more: tuple[int, str]) -> None:
         if self.allocator.allocated >= self.allocator.peak_allocated:
