@@ -12,7 +12,7 @@ from streamslr.calibration.hidden_states import boundary_bytes, transfer_bytes
 from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
-from streamslr.matching import refine_bytes, refine_flops
+from streamslr.matching_costs import refine_bytes, refine_flops
 from streamslr.model.pass_costs import activation_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.solvers.base import Solver

@@ -27,6 +27,7 @@ from streamslr.run.journal import (
     read_journal,
     write_journal,
 )
+from streamslr.solvers.threebasil_fused import describe
 from streamslr.spec.allocation import SpecEntry
 
 log = logging.getLogger("streamslr")
@@ -227,13 +228,21 @@ def refuse_changed_settings(folder: Path, before: Mapping[str, Any], now: Mappin
         )
 
 
-def made_with(device: torch.device, gpu: GpuMemory | None) -> dict[str, str]:
-    """Return the machine's device and threads, and the versions of the software, for the journal."""
+def made_with(device: torch.device, gpu: GpuMemory | None, stream_dtype: torch.dtype) -> dict[str, str]:
+    """Return the machine's device and threads, and the versions of the software, for the journal.
+
+    Args:
+        device: Where the run computes.
+        gpu: Its memory, if it is a GPU.
+        stream_dtype: Dtype of the residual stream inside blocks.
+    """
+    of_gpu = {} if gpu is None else {**gpu.made_with(), "residual stream": str(stream_dtype).removeprefix("torch.")}
     return {
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
-        **(gpu.made_with() if gpu else {}),
+        **of_gpu,
+        **{f"3basil's step at {pattern}": how for pattern, how in describe().items()},
     }

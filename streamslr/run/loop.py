@@ -121,7 +121,7 @@ def _first_state(context: RunContext, calibration: Calibration, bos: bool) -> Jo
         micro_batch=context.plan.micro_batch,
         solver_workspace=context.plan.solver_workspace,
         model=base_name(model) if Path(model).is_dir() else model,
-        made_with=made_with(context.device, context.gpu),
+        made_with=made_with(context.device, context.gpu, context.blockwise.stream_dtype),
         allocation=None if context.allocation is None else as_json(context.allocation),
     )
 

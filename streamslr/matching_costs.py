@@ -1,0 +1,59 @@
+"""Memory and floating point operations that matching takes, from shapes."""
+
+from streamslr.matching import TILE
+from streamslr.model.pass_costs import routed_bytes
+from streamslr.model.shape import BlockShape
+from streamslr.spec.allocation import Allocation
+
+_TILE_COPIES = 4
+"""Tiles of a dense weight that a refinement is planned to hold at once: two are made (a gradient, a product), and the
+products take temporaries of their own. With 4 the plan is 1.02 to 1.04 of the measured peak (in
+tools/results/run-llama-8m.json)."""
+
+_NORM_COPIES, _LOSS_TENSORS = 2, 4
+"""Float32 tensors [b, T, h] that a pass in 16 bits holds in addition when its backward pass begins: inputs of norms,
+which compute in float32; the difference from the targets, and three tensors of its gradient."""
+
+_SAVED_HIDDEN = 6
+"""Tensors [b, T, h] that a pass saves for its gradients beside the inputs and outputs of linears. Counted in Llama's
+block in float32 on a CPU: inputs and outputs of two norms, two residuals."""
+
+
+def refine_bytes(
+    block: BlockShape, allocation: Allocation, tokens: int, hidden_size: int, value_bytes: int, stream_bytes: int
+) -> int:
+    """Return the bytes that `CompressedBlock.refine` takes beside the live block and the weights before and after.
+
+    Counted are, in float32, master, gradient and two moments of each kept value, of U, V and of every parameter that is
+    no linear's weight; the int32 position of each kept value; what a micro-batch saves for its gradients; and tiles of
+    a dense weight. The plan of phase match is 1.02 to 1.04 times its measured peak (tools/results/run-llama-8m.json,
+    tools/results/block-small-cpu.json).
+
+    Args:
+        block: Shapes of the block.
+        allocation: Pattern and rank of each of its linears.
+        tokens: Tokens of one micro-batch.
+        hidden_size: Width h of the residual stream.
+        value_bytes: Bytes of one number in the compute dtype.
+        stream_bytes: Bytes of one number of the residual stream, which two norms save.
+    """
+    specs = [(allocation[name], o, d) for name, (o, d) in block.linears.items()]
+    kept_values = sum(round(spec.pattern.density * o * d) for spec, o, d in specs)
+    low_rank = sum(min(spec.rank, o, d) * (o + d) for spec, o, d in specs)
+    vectors = block.parameters - sum(o * d for o, d in block.linears.values())
+    inputs = sum(block.token_fraction(name) * d for name, d in block.grams.items())
+    outputs = sum(block.token_fraction(name) * o for name, (o, _) in block.linears.items())
+    saved = round(inputs + outputs) + _SAVED_HIDDEN * hidden_size  # numbers a token
+    routed = routed_bytes(block, tokens, hidden_size, value_bytes)
+    if value_bytes < 4:
+        saved += max(o for o, _ in block.linears.values())  # an activation beside what goes into it
+        saved += (_NORM_COPIES + _LOSS_TENSORS) * hidden_size * 4 // value_bytes
+    tiles = _TILE_COPIES * 4 * min(max(o * d for o, d in block.linears.values()), TILE)
+    finer = tokens * 2 * hidden_size * (stream_bytes - value_bytes)
+    masters = 16 * (kept_values + low_rank + vectors) + 4 * kept_values
+    return masters + tokens * saved * value_bytes + finer + routed + tiles
+
+
+def refine_flops(forward: float, epochs: int) -> float:
+    """Return the FLOPs of `epochs` epochs, given those of one forward pass: backward costs two, the first has none."""
+    return forward * (3 * epochs - 2)
