@@ -46,6 +46,14 @@ def says_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
+def says_not_deterministic(error: BaseException) -> bool:
+    """Return True for torch's refusal of an operator that has no deterministic form."""
+    text = str(error)
+    return (
+        "does not have a deterministic implementation" in text or "is not deterministic because it uses CuBLAS" in text
+    )
+
+
 def says_disk_full(error: BaseException) -> bool:
     """Return True for an error whose cause is a disk, a quota or `ulimit -f` that is used up.
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from streamslr.config import format_bytes
-from streamslr.errors import BudgetError, InputError, first_line
+from streamslr.errors import BudgetError, InputError, first_line, says_not_deterministic
 
 _CUBLAS_WORKSPACES = ":4096:8"
 """Workspaces of 8 · 4 MiB for each thread that multiplies: one of the two settings with which cuBLAS gives the same
@@ -318,11 +318,3 @@ def retry_in_any_order(work: Callable[[], T], phase: str, note: Callable[[str, s
     log.warning("phase %s: %s", phase, sentence)
     note(phase, sentence)
     return work()
-
-
-def says_not_deterministic(error: BaseException) -> bool:
-    """Return True for torch's refusal of an operator that has no deterministic form."""
-    text = str(error)
-    return (
-        "does not have a deterministic implementation" in text or "is not deterministic because it uses CuBLAS" in text
-    )

@@ -61,6 +61,7 @@ from streamslr.io.durable import file_sha256, write_json
 from streamslr.run.context import open_run
 from streamslr.run.loop import run
 from streamslr.solvers import ThreeBasil, parse_pattern
+from streamslr.tensors import tf32_products
 
 RESULTS, README = Path(__file__).with_name("results"), Path(__file__).parents[1] / "README.md"
 _MARKS = "<!-- gpu_check: begin -->", "<!-- gpu_check: end -->"
@@ -111,7 +112,6 @@ def card(check: Check) -> Figures:
         seconds = {
             "bf16 product": _seconds(lambda: low @ low),
             "float32 product": _seconds(lambda: square @ square),
-            "TF32 product": _seconds(lambda: _in_tf32(square)),
             "device copy": _seconds(square.clone),
             "pageable to device": _seconds(lambda: square.copy_(host)),
             "pinned to device": _seconds(lambda: square.copy_(pinned, non_blocking=True)),
@@ -120,6 +120,8 @@ def card(check: Check) -> Figures:
             "cholesky_inverse": _seconds(lambda: torch.cholesky_inverse(gram)),
             f"QR of {4 * n}×{k}": _seconds(lambda: torch.linalg.qr(tall)),
         }
+        with tf32_products():
+            seconds["TF32 product"] = _seconds(lambda: square @ square)
         rates = {name: f"{flops / s:.4g} TFLOP/s" for name, s in seconds.items() if name.endswith("product")}
         rates |= {name: f"{gigabytes / s:.4g} GB/s" for name, s in seconds.items() if "device" in name}
         return {
@@ -145,15 +147,6 @@ def _seconds(work: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def _in_tf32(square: torch.Tensor) -> None:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        square @ square
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def same_bytes(check: Check) -> Figures:

@@ -45,15 +45,15 @@ def gpu_transfer_bytes(micro_batch: int, reads: int = 0, writes: int = 0) -> int
 
 
 def host_transfer_bytes(window: int, reads: int = 0, writes: int = 0) -> int:
-    """Return the bytes on the host: pinned buffers, and a window for each thread that reads or writes.
+    """Return the bytes on the host beside the pinned buffers: a window for each thread that reads or writes.
 
     Args:
-        window: Bytes of one window [T, h].
+        window: Bytes of one window [T, h] in the widest dtype.
         reads: Streams that the pass reads.
         writes: Streams that the pass writes.
     """
     threads = pinned_windows(window)
-    return pinned_bytes(window) + window * (reads * threads + writes * (threads + 1))
+    return window * (reads * threads + writes * (threads + 1))
 
 
 class Resident:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from streamslr.errors import InputError, first_line, says_out_of_memory
+from streamslr.errors import InputError, first_line, says_not_deterministic, says_out_of_memory
 
 _aten = torch.ops.aten
 
@@ -74,7 +74,8 @@ def refusing_windows(model: str, tokens: int, positions: int | None) -> Iterator
     try:
         yield
     except (IndexError, RuntimeError) as error:
-        if says_out_of_memory(error) or (isinstance(error, RuntimeError) and tokens <= (positions or 0)):
+        passes = says_out_of_memory(error) or says_not_deterministic(error)
+        if passes or (isinstance(error, RuntimeError) and tokens <= (positions or 0)):
             raise
         why = first_line(error)
         if isinstance(error, OutsideTableError):

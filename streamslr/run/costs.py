@@ -9,7 +9,7 @@ import torch
 from streamslr.calibration.gram_products import product_bytes
 from streamslr.calibration.grams import blend_bytes, grams_bytes
 from streamslr.calibration.hidden_states import boundary_bytes, transfer_bytes
-from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes
+from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes, pinned_bytes
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
 from streamslr.matching_costs import refine_bytes, refine_flops
@@ -104,8 +104,7 @@ class Costs:
 
     def _survey(self, micro_batch: int) -> PhaseCost:
         on_gpu, host = self._moving(micro_batch, reads=("hidden",), writes=("hidden",))
-        copy = 0 if self._on_gpu else self._product_bytes(micro_batch)
-        compute = self._block_bytes + self._pass_bytes(micro_batch) + copy + on_gpu + scoring_bytes(self._widest)
+        compute = self._block_bytes + self._pass_bytes(micro_batch) + on_gpu + scoring_bytes(self._widest)
         return self._cost("survey", compute, host, self._forward_flops)
 
     def _embed(self, micro_batch: int) -> PhaseCost:
@@ -138,7 +137,7 @@ class Costs:
         refining = max(refine_bytes(block, self.allocation, *sizes) for block in self.model.blocks)
         weights = self._block_bytes + 2 * self._packed_bytes  # as solved and as refined
         on_gpu, host = self._moving(min(micro_batch, self.config.match_batch), reads=self._streams)
-        compute = weights + refining + self._score_bytes(micro_batch) + on_gpu
+        compute = weights + refining + self._score_bytes(min(micro_batch, self.config.match_batch)) + on_gpu
         return self._cost("match", compute, host, refine_flops(self._forward_flops, self.config.match_epochs))
 
     def _propagate(self, micro_batch: int) -> PhaseCost:
@@ -165,12 +164,13 @@ class Costs:
             return 0, sum(transfer_bytes(*size) for size in sizes)
         on_gpu = sum(gpu_transfer_bytes(windows[name] * micro_batch, reads=1) for name in reads)
         on_gpu += sum(gpu_transfer_bytes(windows[name] * micro_batch, writes=1) for name in writes)
-        return on_gpu, host_transfer_bytes(max(windows.values()), len(reads), len(writes))
+        return on_gpu, host_transfer_bytes(self.window_bytes("targets"), len(reads), len(writes))
 
     def _cost(self, phase: str, compute: int, host: int, flops: float) -> PhaseCost:
         """Place the bytes of a phase: `compute` where blocks are computed, `host` on the host in any case."""
         on_cpu = self.device.type == "cpu"
         fixed = self.baseline + _EARLY_BUFFERS if phase == "embed" else self.fixed_bytes
+        fixed += 0 if on_cpu else pinned_bytes(self.window_bytes("targets"))  # all phases share them
         return PhaseCost(
             phase, fixed + host + (compute if on_cpu else 0), 0 if on_cpu else compute + self.gpu_workspaces, flops
         )

@@ -71,6 +71,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
     with Journal(config.out, _first_state(context, calibration, bos=bool(prefix))) as journal:
         journal.pin(context.checkpoint)
         state = journal.state
+        warn_of_other_means(state.made_with, made_with(context.device, context.gpu, context.blockwise.stream_dtype))
         if state.blocks:
             log.info("%s: %d of %d blocks are done, going on", config.out, len(state.blocks), state.blocks_total)
         progress = BlockProgress(display, len(state.blocks), state.blocks_total)
@@ -108,6 +109,15 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                     f"line again; finished blocks are kept"
                 ) from error
         return journal.state
+
+
+def warn_of_other_means(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Warn where a resumed run computes with other means than it began with: device, versions, kernels."""
+    for what in sorted(before.keys() & now.keys() - {"gpu memory of CUDA itself", "python"}):
+        if before[what] != now[what]:
+            log.warning(
+                "%s: %s, where the run began with %s; last bits may differ from here on", what, now[what], before[what]
+            )
 
 
 def _first_state(context: RunContext, calibration: Calibration, bos: bool) -> JournalState:
@@ -216,7 +226,7 @@ class Compression:
     def compress_block(self, i: int, boundary: Boundary) -> Boundary:
         """Compress block i into its shard and a journal record; return what enters the next block."""
         blockwise, passes, timer = self.context.blockwise, self.passes, self.timer
-        _ = timer.take(), timer.take_retries()  # drop those of a replay: they belong to no block
+        timer.take()  # drop what a replay measured; what its retries cut holds from here on, and stays
         # Load the block, while the shards of the next are fetched.
         with timer.phase("load", steps=1, block=i):
             block = load_block(blockwise, i)

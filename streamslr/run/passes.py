@@ -101,11 +101,15 @@ class Passes:
 
     def replay(self, blocks: int, finished: Checkpoint) -> Boundary:
         """Make boundary `blocks` again: hidden states through the finished blocks, targets through the dense ones."""
-        boundary = self.embed(self.config.match)
+        boundary = self.retry("embed", partial(self.embed, self.config.match))
         for i in range(blocks):
-            targets = self._targets(self.blockwise.load_block(i), boundary) if boundary.targets else None
+            targets = None
+            if boundary.targets:
+                dense = self.blockwise.load_block(i)
+                targets = self.retry("targets", partial(self._targets, dense, boundary))
             block = self.blockwise.load_block(i, finished)
-            upcoming = Boundary(self.propagate(block, boundary.hidden, None)[0], targets)
+            hidden, _ = self.retry("propagate", partial(self.propagate, block, boundary.hidden, None))
+            upcoming = Boundary(hidden, targets)
             self.blockwise.evict_block(i)
             boundary.drop()
             boundary = upcoming
@@ -229,7 +233,9 @@ class Passes:
             kept = boundaries if device.type == "cuda" and self.resident_windows else ()
             return {states: Resident(states, self.resident_windows, device) for states in kept}
 
-        self._resident = retry_on_oom(allocate, self._keep_none_resident, phase="match", device=device)
+        self._resident = retry_on_oom(
+            allocate, self._keep_none_resident, phase="match", device=device, note=self.timer.note_retry
+        )
         try:
             yield
         finally:

@@ -127,10 +127,14 @@ class StageInverses:
         self._metric, self._pace, self.dtype = metric, pace, dtype
         self._by_series = by_series and 1 < pace.growth <= _LARGEST_GROWTH
         d = len(metric.scale)
-        self._keep = max(0, (keep_bytes - 4 * d * d) // (dtype.itemsize * d * d))  # matrices, beside the buffer
+        self._keep = max(0, keep_bytes // (dtype.itemsize * d * d))  # matrices
         self._kept: list[Tensor] = []  # M of the first stages
         self._buffer: Tensor | None = None  # float32, M of the last stage where it was computed by series
         self._stage = -1  # that stage
+
+    def end_solve(self) -> None:
+        """Free the buffer: the next linear begins at stage 0, with what is kept."""
+        self._buffer, self._stage = None, -1
 
     def at(self, stage: int, name: str) -> Tensor:
         """Return M [d, d] of a stage; valid until the next call.

@@ -263,6 +263,7 @@ class AdmmState:
         S, scale, dead = self._collect_sums(), self.metric.scale, self.metric.dead
         parts = row_slices(S) if self.fused else [tile.rows for tile in self.tiles]
         projected_together = parts if self.pattern.by_row else [slice(None)]
+        self.inverses.end_solve()
         del self.fused, self.tiles, self.inverses, self.M
         for rows in projected_together:
             S[rows].masked_fill_(self.pattern.project(S[rows]).logical_not_(), 0)

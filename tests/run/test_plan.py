@@ -216,7 +216,8 @@ def test_hidden_states_stay_on_the_gpu_while_a_block_is_matched_where_the_budget
 def test_pinned_buffers_count_against_the_host_budget() -> None:
     made, window = plan(llama_70b(), host_mem=12 * GB), 2048 * 8192 * 2
     moving = phase(made, "match").host_bytes - phase(made, "solve").host_bytes
-    assert moving == host_transfer_bytes(window, reads=2) > pinned_bytes(window)
+    assert moving == host_transfer_bytes(window, reads=2)
+    assert phase(made, "solve").host_bytes > pinned_bytes(window) + GB
 
 
 def test_a_method_that_cannot_work_in_tiles_is_not_said_to() -> None:
