@@ -63,8 +63,8 @@ class ThreeBasil:
     Attributes:
         rho_start: First ρ, in units of the saliency.
         rho_growth: Factor on ρ from one stage to the next.
-        stage_iterations: Iterations of a stage, 0.7 of them below ρ = 0.45; more of them, or a smaller growth, lower
-            the loss and take longer.
+        stage_iterations: Iterations of a stage, 0.7 of them below ρ = 0.45 where there is U·V; more of them, or a
+            smaller growth, lower the loss and take longer.
         stop_fraction: The support has settled when one iteration moves less than this fraction of it.
         max_iterations: Iterations after which a support that has not settled is taken as it is, with a warning.
         precision: Precision of the products with the weight's size, "bfloat16" or "float32"; "auto" takes bfloat16
@@ -137,7 +137,7 @@ class ThreeBasil:
         rho, stage, first = self.rho_start, 0, 0  # first: iterations before the stage
         state.enter_stage(stage)
         while state.iterations < self.max_iterations:
-            early = rho < _EARLY_RHO
+            early = rho < _EARLY_RHO and len(state.U) > 0  # without U·V only more iterations help
             iteration = state.iterations + 1
             length = math.ceil(_EARLY_FRACTION * self.stage_iterations) if early else self.stage_iterations
             stage_ends = iteration - first == length

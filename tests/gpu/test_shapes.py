@@ -27,8 +27,14 @@ CASES = [
         ("70b", 24, 2048, True),
         ("70b", 24, 2048, False),
         ("70b", 20, 2048, True),
-        ("70b", 20, 2048, False),
         ("405b", 80, 2048, True),
+    ),
+    pytest.param(
+        *("70b", 20, 2048, False),
+        marks=[
+            pytest.mark.long,
+            pytest.mark.xfail(strict=True, reason="of 18.6 GiB, 16.7 are reserved for 12.3 of tensors, and 3.1 wanted"),
+        ],
     ),
 ]
 
