@@ -15,6 +15,8 @@ from tests.support.browser import CHROMIUM
 
 # Tensors here are tiny: more threads would only wait for each other, above all in the children of support/killing.py.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/dev/nvidiactl").exists():  # Triton reads it when it is first imported, by whatever test
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_finish() -> None:
