@@ -24,7 +24,7 @@ _Factorized = TypeVar("_Factorized")
 
 @dataclass
 class GramCache:
-    """What the linears that share one Gram matrix need to compute only once.
+    """Work that linears with one Gram matrix share, to be done only once.
 
     A solver keeps here what follows from the Gram matrix and its own settings alone, so a solution has the same bits
     with and without it. It belongs to one solver and one Gram matrix, and is dropped with that.

@@ -44,7 +44,7 @@ BLOCKS = Blocks()
 
 
 class KernelKey(NamedTuple):
-    """What a kernel is compiled and checked for."""
+    """Device, pattern and dtype that a kernel is compiled and checked for."""
 
     device: str
     pattern: str
