@@ -64,7 +64,7 @@ def start(problem: LinearProblem, fused: bool, dtype: torch.dtype) -> AdmmState:
     finally:
         threebasil_fused.DEVICES = devices
     if fused and not state.fused:
-        raise click.ClickException(f"the fused step is not used: {describe()}")
+        raise click.ClickException(f"the fused step is not used: {describe(problem.weight.device)}")
     state.enter_stage(0)
     return state
 

@@ -236,7 +236,10 @@ def made_with(device: torch.device, gpu: GpuMemory | None, stream_dtype: torch.d
         gpu: Its memory, if it is a GPU.
         stream_dtype: Dtype of the residual stream inside blocks.
     """
-    of_gpu = {} if gpu is None else {**gpu.made_with(), "residual stream": str(stream_dtype).removeprefix("torch.")}
+    of_gpu = {}
+    if gpu:
+        of_gpu = {**gpu.made_with(), "residual stream": str(stream_dtype).removeprefix("torch.")}
+        of_gpu |= {f"3basil's step at {pattern}": how for pattern, how in describe(device).items()}
     return {
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": str(torch.get_num_threads()),
@@ -244,5 +247,4 @@ def made_with(device: torch.device, gpu: GpuMemory | None, stream_dtype: torch.d
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         **of_gpu,
-        **{f"3basil's step at {pattern}": how for pattern, how in describe().items()},
     }

@@ -55,12 +55,13 @@ class KernelKey(NamedTuple):
 _verdicts: dict[KernelKey, str | None] = {}
 
 
-def describe() -> dict[str, str]:
-    """Return how the solves of this process did the step, by pattern: "fused", or "torch" with the reason.
+def describe(device: torch.device) -> dict[str, str]:
+    """Return how solves on a device do the step, by pattern: "fused", or "torch" with the reason.
 
-    Patterns and devices that the kernel is not made for are left out.
+    Patterns that no solve of this process has asked for, or that the kernel is not made for, are left out.
     """
-    return {key.pattern: "fused" if reason is None else f"torch: {reason}" for key, reason in _verdicts.items()}
+    found = {key.pattern: reason for key, reason in _verdicts.items() if key.device == str(device)}
+    return {pattern: "fused" if reason is None else f"torch: {reason}" for pattern, reason in found.items()}
 
 
 def may_fuse(pattern: SparsityPattern) -> bool:

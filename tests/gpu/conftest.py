@@ -3,10 +3,12 @@
 import pytest
 
 from streamslr.io import packing
+from streamslr.solvers import threebasil_fused
 
 
 @pytest.fixture(autouse=True)
-def _no_tables_of_another_device() -> None:
-    """Forget tables of packing that a GPU of another test holds: to this one they are strange memory."""
+def _a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what was found on the GPU of another test, and tables that it holds: strange memory to this one."""
+    monkeypatch.setattr(threebasil_fused, "_verdicts", {})
     packing._flags_of_byte.cache_clear()
     packing._shifts_of_byte.cache_clear()

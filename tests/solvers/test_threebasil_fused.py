@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 from typing import Any
 
 import pytest
@@ -19,13 +18,11 @@ from tests.support.markers import slow
 from tests.support.problems import assert_valid, error, made_problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which torch does not do by itself
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed, so the fused step was not run"
 )
-BFLOAT16 = ThreeBasil(precision="bfloat16")
+CPU, BFLOAT16 = torch.device("cpu"), ThreeBasil(precision="bfloat16")
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +181,7 @@ def test_the_fused_step_costs_no_loss(pattern: str, rank: int, monkeypatch: pyte
     monkeypatch.setattr(threebasil_fused, "import_module", lambda name: StepInTorch())
     problems = [made_problem(pattern=pattern, rank=rank, seed=seed) for seed in range(3)]
     fused = [BFLOAT16.solve(problem) for problem in problems]
-    assert describe() == {pattern: "fused"}
+    assert describe(CPU) == {pattern: "fused"}
     for problem, result in zip(problems, fused, strict=True):
         assert_valid(problem, result)
     monkeypatch.setattr(threebasil_fused, "DEVICES", set())
@@ -228,12 +225,12 @@ def state_for(pattern: str, dtype: torch.dtype = torch.bfloat16, tile_rows: int 
 )
 def test_other_solves_take_the_passes_of_torch(pattern: str, dtype: torch.dtype, tile_rows: int | None) -> None:
     assert state_for(pattern, dtype, tile_rows) is None
-    assert describe() == {}
+    assert describe(CPU) == {}
 
 
 def test_a_cpu_takes_the_passes_of_torch() -> None:
     assert state_for("2:4") is None
-    assert describe() == {}
+    assert describe(CPU) == {}
 
 
 @pytest.mark.usefixtures("_on_any_device")
@@ -250,7 +247,7 @@ def test_without_triton_torch_does_it_and_the_log_says_so_once(
     assert caplog.messages == [
         "3basil at 2:4: the fused step is not used, so a solve takes longer: Triton is not installed"
     ]
-    assert describe() == {"2:4": "torch: Triton is not installed"}
+    assert describe(CPU) == {"2:4": "torch: Triton is not installed"}
 
 
 class BrokenKernel:
@@ -281,7 +278,7 @@ def test_a_kernel_that_fails_its_check_is_not_used(
     monkeypatch.setattr(threebasil_fused, "import_module", lambda name: BrokenKernel(fault))
     problem = made_problem()
     assert_valid(problem, BFLOAT16.solve(problem))
-    assert reason in describe()["2:4"]
+    assert reason in describe(CPU)["2:4"]
 
 
 @pytest.mark.usefixtures("_on_any_device")
@@ -289,7 +286,7 @@ def test_memory_that_ran_out_in_the_check_is_no_verdict(monkeypatch: pytest.Monk
     monkeypatch.setattr(threebasil_fused, "import_module", lambda name: BrokenKernel(torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError):
         state_for("2:4")
-    assert describe() == {}
+    assert describe(CPU) == {}
 
 
 # What the plan knows of it
@@ -309,5 +306,5 @@ def test_a_kernel_that_failed_its_check_is_not_planned_for(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(threebasil_fused, "_fault_of_kernel", lambda pattern, *_: "broken" if pattern.m == 8 else None)
     check_kernels(torch.device("cuda", 0), map(parse_pattern, ("2:4", "4:8", "50%")))
-    assert describe() == {"2:4": "fused", "4:8": "torch: broken"}
+    assert describe(torch.device("cuda", 0)) == {"2:4": "fused", "4:8": "torch: broken"}
     assert planned("2:4") < planned("4:8") == planned("50%/row")
