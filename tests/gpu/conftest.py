@@ -1,9 +1,19 @@
 """What tests on a pretended GPU share."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from streamslr.io import packing
 from streamslr.solvers import threebasil_fused
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_trace() -> Iterator[None]:
+    """Keep what runs of a module's fixtures found on their GPU from the tests of other modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threebasil_fused, "_verdicts", {})
+        yield
 
 
 @pytest.fixture(autouse=True)
