@@ -120,6 +120,11 @@ class Checkpoint:
         return found
 
     @property
+    def shards(self) -> list[str]:
+        """Names of the files that hold the tensors."""
+        return list(self._headers)
+
+    @property
     def download_bytes(self) -> int:
         """Size of the shards that are not on this machine yet."""
         return sum(header.size for shard, header in self._headers.items() if self._source.local_path(shard) is None)

@@ -144,7 +144,7 @@ class SparseLowRankLinear(nn.Module):
 
     def _unpacked(self, x: Tensor) -> Tensor:
         pattern = str(self.pattern)
-        y: Tensor = _packed_product(x, self.values, self.meta, self.row_offsets, pattern, self.in_features, False)
+        y: Tensor = packed_product(x, self.values, self.meta, self.row_offsets, pattern, self.in_features, False)
         return y
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -190,7 +190,7 @@ class SparseLowRankLinear(nn.Module):
     mutates_args=(),
     schema="(Tensor x, Tensor values, Tensor meta, Tensor? row_offsets, str pattern, int d, bool by_columns) -> Tensor",
 )
-def _packed_product(
+def packed_product(
     x: Tensor, values: Tensor, meta: Tensor, row_offsets: Tensor | None, pattern: str, d: int, by_columns: bool
 ) -> Tensor:
     """Return x Sᵀ [n, o] for x [n, d], or by_columns x S [n, d] for x [n, o]; at most one tile of S is dense at a time.
@@ -213,7 +213,7 @@ def _packed_product(
     return y
 
 
-@_packed_product.register_fake
+@packed_product.register_fake
 def _(
     x: Tensor, values: Tensor, meta: Tensor, row_offsets: Tensor | None, pattern: str, d: int, by_columns: bool
 ) -> Tensor:
@@ -227,11 +227,11 @@ def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     pattern, d, by_columns = ctx.rest
-    dx = _packed_product(grad, *ctx.saved_tensors, pattern, d, not by_columns) if ctx.needs_input_grad[0] else None
+    dx = packed_product(grad, *ctx.saved_tensors, pattern, d, not by_columns) if ctx.needs_input_grad[0] else None
     return dx, None, None, None, None, None, None
 
 
-_packed_product.register_autograd(_packed_backward, setup_context=_keep_packed)
+packed_product.register_autograd(_packed_backward, setup_context=_keep_packed)
 _parse = cache(parse_pattern)
 
 
@@ -260,7 +260,7 @@ class _SemiStructuredProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, meta = ctx.saved_tensors
-        return _packed_product(grads[0], values, meta, None, ctx.pattern, ctx.d, True), None, None, None, None, None
+        return packed_product(grads[0], values, meta, None, ctx.pattern, ctx.d, True), None, None, None, None, None
 
 
 def _choose_gpu_kernel(linear: SparseLowRankLinear) -> _GpuKernel:

@@ -24,6 +24,7 @@ from streamslr.model.transformers_compat import (
 from streamslr.run.journal import JOURNAL_FILE, JournalState, read_journal
 from streamslr.runtime.linear import SparseLowRankLinear
 from streamslr.runtime.stored_model import (
+    StoredModel,
     read_stored_model,
     require_complete,
     require_same_kinds_packed,
@@ -71,13 +72,45 @@ def load(
         BudgetError: the model does not fit the memory.
         HubError: the hub could not be reached.
     """
-    from transformers import AutoConfig
-
     _check_arguments(device, dtype, device_map)
     name = str(Path(folder).expanduser())
     commit, state = _prepare_files(folder, revision, verify)
+    config = _read_config(name, commit, state)
+    if device_map is None:
+        device_map = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
+    model = _from_pretrained(config, name, revision=commit, dtype=dtype or "auto", device_map=device_map)
+    if keep_dense:
+        for linear in packed_modules(model).values():
+            linear.keep_dense()
+    return model
+
+
+def read_loadable(folder: str, revision: str | None = None) -> StoredModel:
+    """Return what a compressed folder (or hub id) stores, after all checks of `load`, for engines that load it themselves.
+
+    Of the weights only `meta` and `row_offsets` are read. Of a hub repository every shard is fetched.
+
+    Raises:
+        InputError: `load` would refuse the folder.
+        HubError: the hub could not be reached.
+    """
+    from streamslr.model.checkpoint import open_checkpoint
+    from streamslr.model.meta_model import build_on_meta
+
+    commit, state = _prepare_files(folder, revision, verify=False)
+    config = _read_config(folder, commit, state)
+    checkpoint = open_checkpoint(folder, commit)
+    model = build_on_meta(checkpoint.config, torch.float32, checkpoint.tensors)
+    files = [str(checkpoint.fetch_file(shard)) for shard in checkpoint.shards]
+    return pack_on_meta(model, files, config.quantization_config)
+
+
+def _read_config(folder: str, commit: str | None, state: JournalState | None) -> "PretrainedConfig":
+    """Return config.json of a compressed folder or hub id. Raises InputError where it is not the journal's, or none."""
+    from transformers import AutoConfig
+
     with refusing(f"{folder} holds no model that transformers knows", "check config.json, or update transformers"):
-        config = AutoConfig.from_pretrained(name, revision=commit, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, revision=commit, trust_remote_code=False)
     if read_quantization_config(config) is None:
         raise InputError(
             f"{folder} was not written by streamslr; load it with AutoModelForCausalLM.from_pretrained, "
@@ -89,13 +122,7 @@ def load(
             f"config.json of {folder} speaks of {depth} blocks, the journal of {state.blocks_total}: one of them is "
             f"damaged; copy both again"
         )
-    if device_map is None:
-        device_map = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
-    model = _from_pretrained(config, name, revision=commit, dtype=dtype or "auto", device_map=device_map)
-    if keep_dense:
-        for linear in packed_modules(model).values():
-            linear.keep_dense()
-    return model
+    return config
 
 
 def _check_arguments(
@@ -175,13 +202,16 @@ class StreamslrConfig(QuantizationConfigMixin):
         self.format_version, self.rank, self.pattern = packed.format_version, packed.rank, str(packed.pattern or MIXED)
 
 
-def pack_on_meta(model: "PreTrainedModel", files: list[str] | None, entry: object) -> None:
+def pack_on_meta(model: "PreTrainedModel", files: list[str] | None, entry: object) -> StoredModel:
     """Put packed linears into a model on meta, once the files are found to hold all that it needs and no more.
 
     Args:
         model: the model that config.json describes, on meta.
         files: the shards.
         entry: `quantization_config` of config.json.
+
+    Returns:
+        The tensors of the files.
 
     Raises:
         InputError: they are not; or what `read_stored_model` raises.
@@ -227,6 +257,7 @@ def pack_on_meta(model: "PreTrainedModel", files: list[str] | None, entry: objec
         raise stored.refuse(f"no linear has U and V, config.json says rank {packed.rank}")
     require_complete(model, stored)
     require_sound_positions(stored)
+    return stored
 
 
 @register_quantizer(QUANT_METHOD)

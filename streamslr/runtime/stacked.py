@@ -1,0 +1,92 @@
+"""Linears of one input as an engine runs them: fused, such as q, k and v, and frozen; S packed or dense in memory."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor, nn
+
+from streamslr.errors import InputError
+from streamslr.runtime.linear import packed_product
+from streamslr.runtime.partition import StoredLinear, stack
+from streamslr.spec.pattern import SparsityPattern
+from streamslr.tensors import is_finite
+
+
+class StackedLinear(nn.Module):
+    """Outputs of several linears side by side, y = x [S₁; S₂ …]ᵀ + [(x V₁ᵀ) U₁ᵀ, (x V₂ᵀ) U₂ᵀ …], for x [n, d].
+
+    Neighbours of one pattern share a product by S, and all share the product by V.
+    """
+
+    def __init__(self, linears: Sequence[StoredLinear], dtype: torch.dtype, device: torch.device) -> None:
+        """Copy the parts of the linears, in the dtype and to the device."""
+        super().__init__()
+        self.out_features = sum(linear.shape[0] for linear in linears)
+        d = linears[0].shape[1]
+        self.sparse = nn.ModuleList(
+            _Sparse(stack(list(group)), pattern, d, dtype, device)
+            for pattern, group in groupby(linears, key=lambda linear: linear.pattern)
+        )
+        ranks = [linear.parts["V"].shape[0] if "V" in linear.parts else 0 for linear in linears]
+        self.rows = [linear.shape[0] for linear in linears]
+        self.ranks = [slice(stop - rank, stop) for rank, stop in zip(ranks, accumulate(ranks), strict=True)]
+        self.U = nn.ParameterList(
+            _frozen(linear.parts["U"] if rank else torch.empty(0), dtype, device)
+            for linear, rank in zip(linears, ranks, strict=True)
+        )
+        Vs = [linear.parts["V"] for linear in linears if "V" in linear.parts]
+        self.V = _frozen(torch.cat(Vs), dtype, device) if Vs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [n, o] for x [n, d]."""
+        products = [sparse(x) for sparse in self.sparse]
+        y = products[0] if len(products) == 1 else torch.cat(products, 1)
+        if self.V is None:
+            return y
+        low = nn.functional.linear(x, self.V)
+        if len(self.rows) == 1:
+            return torch.addmm(y, low, self.U[0].t())
+        outputs = [
+            torch.addmm(part, low[:, ranks], U.t()) if ranks.stop > ranks.start else part
+            for part, ranks, U in zip(y.split(self.rows, 1), self.ranks, self.U, strict=True)
+        ]
+        return torch.cat(outputs, 1)
+
+
+class _Sparse(nn.Module):
+    """S of linears of one pattern, one below the other; dense for those without a pattern."""
+
+    weight: nn.Parameter | None
+    values: nn.Parameter
+    meta: nn.Parameter
+    row_offsets: nn.Parameter | None
+
+    def __init__(
+        self,
+        parts: Mapping[str, Tensor],
+        pattern: SparsityPattern | None,
+        d: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.pattern, self.d = str(pattern), d
+        for name in ("weight", "values", "meta", "row_offsets"):
+            tensor = parts.get(name)
+            self.register_parameter(name, None if tensor is None else _frozen(tensor, dtype, device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not None:
+            return nn.functional.linear(x, self.weight)
+        y: Tensor = packed_product(x, self.values, self.meta, self.row_offsets, self.pattern, self.d, False)
+        return y
+
+
+def _frozen(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """Return a parameter without gradient, of its own memory; only floating-point tensors change their dtype."""
+    copy = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device)
+    copy.copy_(tensor)
+    if dtype == torch.float16 and tensor.dtype != dtype and not is_finite(copy):
+        raise InputError("a weight does not fit float16, which ends at 65504; serve in bfloat16 or float32")
+    return nn.Parameter(copy, requires_grad=False)

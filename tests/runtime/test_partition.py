@@ -1,0 +1,104 @@
+"""Linears cut for tensor parallel ranks, and fused for an engine, compute what the whole ones do."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamslr.errors import InputError
+from streamslr.io.packing import merge
+from streamslr.runtime.partition import StoredLinear, take_columns, take_rows
+from streamslr.runtime.stacked import StackedLinear
+from streamslr.spec.pattern import parse_pattern
+from tests.support.packed_linears import low_rank_linear
+
+CPU = torch.device("cpu")
+PATTERNS = ["2:4", "1:4", "4:8", "8:16", "60%/row", "50%", None]
+
+
+def stored(pattern: str | None, o: int = 48, d: int = 192, rank: int = 3, seed: int = 0) -> StoredLinear:
+    parsed = parse_pattern(pattern or "2:4")
+    parts = low_rank_linear(parsed, o, d, rank, torch.float32, seed)
+    if rank == 0:
+        parts = {name: tensor for name, tensor in parts.items() if name not in ("U", "V")}
+    linear = StoredLinear(parts, parsed, (o, d))
+    return linear if pattern else StoredLinear({"weight": dense(linear).float()}, None, (o, d))
+
+
+def dense(linear: StoredLinear) -> Tensor:
+    """Return S + U·V in float64 [o, d]."""
+    if linear.pattern is None:
+        return linear.parts["weight"].double()
+    return merge(linear.parts, linear.pattern, linear.shape, torch.float64)
+
+
+def outputs(linears: Sequence[StoredLinear], x: Tensor) -> Tensor:
+    y: Tensor = StackedLinear(linears, torch.float32, CPU)(x.float())
+    return y.double()
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rows_of_all_ranks_side_by_side_are_the_whole(pattern: str | None, rank: int, ranks: int) -> None:
+    linear, x = stored(pattern, rank=rank), torch.randn(5, 192, dtype=torch.float64)
+    each = 48 // ranks
+    parts = [outputs([take_rows(linear, [slice(i * each, (i + 1) * each)])], x) for i in range(ranks)]
+    assert_close(torch.cat(parts, 1), x @ dense(linear).t())
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_columns_of_all_ranks_add_up_to_the_whole(pattern: str | None, rank: int, ranks: int) -> None:
+    linear, x = stored(pattern, rank=rank), torch.randn(5, 192, dtype=torch.float64)
+    each = 192 // ranks
+    cuts = [slice(i * each, (i + 1) * each) for i in range(ranks)]
+    assert_close(
+        sum((outputs([take_columns(linear, cut, "down")], x[:, cut]) for cut in cuts), torch.zeros(5, 48)),
+        x @ dense(linear).t(),
+    )
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_several_slices_of_rows_come_one_below_the_other(pattern: str | None) -> None:
+    linear, x = stored(pattern), torch.randn(5, 192, dtype=torch.float64)
+    taken = take_rows(linear, [slice(8, 16), slice(40, 44), slice(0, 4)])
+    expected = x @ dense(linear).t()
+    assert_close(outputs([taken], x), torch.cat([expected[:, 8:16], expected[:, 40:44], expected[:, :4]], 1))
+
+
+def test_a_cut_through_a_group_is_refused() -> None:
+    with pytest.raises(InputError, match=r"down: columns 96 to 191 of its 192 cut a group of 64 .* 16:64"):
+        take_columns(stored("16:64"), slice(96, 192), "down")
+
+
+@pytest.mark.parametrize("as_dense", [False, True], ids=["packed", "dense"])
+@pytest.mark.parametrize(
+    ("patterns", "ranks"),
+    [
+        (["2:4", "2:4", "2:4"], [4, 4, 4]),
+        (["50%", "50%", "2:4"], [3, 0, 5]),
+        (["2:4", None, "60%/row"], [0, 0, 0]),
+        (["8:16"], [2]),
+    ],
+)
+def test_fused_linears_are_those_one_by_one(patterns: list[str | None], ranks: list[int], as_dense: bool) -> None:
+    heights = [48, 16, 32]
+    linears = [
+        stored(pattern, o, rank=rank, seed=o) for pattern, rank, o in zip(patterns, ranks, heights, strict=False)
+    ]
+    x = torch.randn(5, 192, dtype=torch.float64)
+    expected = torch.cat([x @ dense(linear).t() for linear in linears], 1)
+    assert_close(outputs([linear.unpacked() for linear in linears] if as_dense else linears, x), expected)
+
+
+def test_a_weight_that_overflows_float16_is_refused() -> None:
+    linear = StoredLinear({"weight": torch.tensor([[1e5]])}, None, (1, 1))
+    with pytest.raises(InputError, match="does not fit float16"):
+        StackedLinear([linear], torch.float16, CPU)

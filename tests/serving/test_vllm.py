@@ -1,0 +1,279 @@
+"""Compressed folders in vLLM, against the same folders loaded by streamslr: tools/test --serving has vLLM."""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import streamslr
+from streamslr.calibration.tokens import text_windows, window_prefix
+from streamslr.errors import InputError
+from streamslr.io.packed_layout import packed_bytes
+from streamslr.results.evaluate import evaluate
+from streamslr.run.journal import LinearRecord, read_journal
+from streamslr.spec.pattern import parse_pattern
+from tests.support.tiny_models import VOCABULARY, tiny_checkpoint
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: tools/test --serving")
+
+ENGINE = Path(__file__).parent / "engine.py"
+DEMO_MODEL = Path(__file__).parents[2] / "tools" / "demo_model"
+# Linears of other than the default 2:4 + 8, by architecture: fused q, k and v of different patterns, ranks, and none.
+LLAMA_LIKE = {
+    "k_proj": {"pattern": "50%", "rank": 3},
+    "v_proj": {"pattern": "4:8", "rank": 0},
+    "up_proj": {"pattern": "50%/row"},
+    "down_proj": {"pattern": "50%", "rank": 5},
+}
+MIXED = {
+    "llama": LLAMA_LIKE,
+    "qwen3": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE,
+    "gemma2": LLAMA_LIKE,
+    "phi3": {"layers.1.*.qkv_proj": {"pattern": "50%", "rank": 3}, "gate_up_proj": {"pattern": "4:8", "rank": 0}},
+    "opt": {"k_proj": {"pattern": "50%", "rank": 0}, "fc1": {"pattern": "1:4"}},
+    "gpt_neox": {"query_key_value": {"pattern": "50%"}, "dense_h_to_4h": {"pattern": "8:16", "rank": 0}},
+}
+
+
+def prompts(count: int = 8, length: int = 12) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(5, VOCABULARY - 5, (count, length), generator=generator).tolist()
+
+
+def answer_of_engine(model: Path, environment: dict[str, str] | None = None, **request: Any) -> dict[str, Any]:
+    """Return the answer of engine.py."""
+    request = {"model": str(model), "arguments": {}, "prompts": prompts(), "max_tokens": 64} | request
+    done = subprocess.run(
+        [sys.executable, ENGINE],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        env=os.environ | (environment or {}),
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def generate(folder: Path, ids: Sequence[Sequence[int]], count: int = 64) -> list[list[int]]:
+    """Return what `streamslr.load` generates in float32."""
+    model: Any = streamslr.load(folder, device="cpu", dtype="float32")
+    model.generation_config.eos_token_id = None  # to the end, as vLLM with ignore_eos
+    found = [model.generate(torch.tensor([one]), do_sample=False, max_new_tokens=count) for one in ids]
+    return [tokens[0, len(one) :].tolist() for one, tokens in zip(ids, found, strict=True)]
+
+
+def compress(model: Path, text: Path, **settings: Any) -> Path:
+    basics: dict[str, Any] = {
+        "samples": 4,
+        "seq_len": 32,
+        "rank": 8,
+        "match": False,
+        "method": "eora-wanda",
+        "device": "cpu",
+    }
+    out = model.parent / "slr"
+    streamslr.compress(model, out, calibration=text, **(basics | settings))
+    return out
+
+
+def compress_mixed(architecture: str, text: Path, folder: Path) -> Path:
+    """Compress a tiny model to the patterns and ranks of MIXED."""
+    allocation = folder / "linears.json"
+    allocation.write_text(json.dumps(MIXED[architecture]))
+    tie = architecture == "gemma2"  # vLLM knows it in no other form
+    return compress(tiny_checkpoint(folder / "model", architecture, hidden=128, tie=tie), text, allocation=allocation)
+
+
+@pytest.fixture(scope="module")
+def mixed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of mixed patterns and ranks. Read only."""
+    return compress_mixed("llama", text, tmp_path_factory.mktemp("mixed"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model in bfloat16 at 2:4 + 16, without matching. Read only."""
+    out = tmp_path_factory.mktemp("trained") / "slr"
+    settings: dict[str, Any] = {"samples": 8, "seq_len": 128, "rank": 16, "method": "eora-wanda", "match": False}
+    streamslr.compress(DEMO_MODEL, out, calibration=DEMO_MODEL / "calibration.txt", device="cpu", **settings)
+    return out
+
+
+# Text
+
+
+@pytest.mark.parametrize("architecture", MIXED)
+def test_text_is_that_of_load(architecture: str, text: Path, tmp_path: Path) -> None:
+    folder = compress_mixed(architecture, text, tmp_path)
+    assert answer_of_engine(folder)["tokens"] == generate(folder, prompts())
+
+
+def test_biases_and_a_tied_head_are_served(text: Path, tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", hidden=128, tie=True, attention_bias=True, mlp_bias=True)
+    folder = compress(model, text)
+    assert answer_of_engine(folder)["tokens"] == generate(folder, prompts())
+
+
+def test_two_ranks_give_the_text_of_one(mixed: Path) -> None:
+    two = answer_of_engine(mixed, arguments={"tensor_parallel_size": 2})
+    assert two["tokens"] == generate(mixed, prompts())
+
+
+def test_compiled_text_is_that_of_load(mixed: Path) -> None:
+    assert answer_of_engine(mixed, arguments={"enforce_eager": False})["tokens"] == generate(mixed, prompts())
+
+
+def test_perplexity_in_bfloat16_is_that_of_eval(trained: Path) -> None:
+    heldout = DEMO_MODEL / "heldout.txt"
+    expected = evaluate(str(trained), heldout, 128, windows=24, device="cpu", free_memory=10**9).perplexity
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    ids = text_windows(tokenizer, heldout, 128, 24, window_prefix(tokenizer, "auto"))
+    request: dict[str, Any] = {"prompts": ids.tolist(), "max_tokens": 1, "prompt_logprobs": True}
+    logprobs = answer_of_engine(trained, arguments={"dtype": "bfloat16"}, **request)["logprobs"]
+    found = torch.tensor(logprobs, dtype=torch.float64)  # [windows, tokens - 1]
+    assert found.shape == (24, 127)
+    assert math.exp(-found.mean()) == pytest.approx(expected, rel=1e-3)
+
+
+# Memory
+
+
+def recorded(folder: Path) -> list[tuple[LinearRecord, tuple[int, int]]]:
+    """Return the journal's record of each linear, and its shape."""
+    state = read_journal(folder)
+    assert state
+    return [(linear, (linear.shape[0], linear.shape[1])) for block in state.blocks for linear in block.linears]
+
+
+def test_linears_take_what_they_take_in_the_shards(mixed: Path) -> None:
+    most = sum(packed_bytes(parse_pattern(one.pattern), (o, d), one.rank, 2) for one, (o, d) in recorded(mixed))
+    assert answer_of_engine(mixed, arguments={"dtype": "bfloat16"})["bytes"] == [pytest.approx(most, rel=0.01)]
+
+
+def test_s_is_dense_where_that_is_asked_for(mixed: Path) -> None:
+    dense = sum(o * d + one.rank * (o + d) for one, (o, d) in recorded(mixed))
+    answer = answer_of_engine(mixed, {"STREAMSLR_DENSE": "1"})
+    assert answer["bytes"] == [4 * dense]
+    assert answer["tokens"] == generate(mixed, prompts())
+
+
+# A server
+
+
+def completions(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer
+
+
+@contextmanager
+def server(folder: Path, *arguments: str) -> Iterator[str]:
+    """Start vLLM's server on a folder, and give its address once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    more = ["--enforce-eager", "--max-model-len", "256", *arguments]
+    with subprocess.Popen(
+        [*line, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        assert process.stdout
+        said = []
+        for text in process.stdout:
+            said.append(text)
+            if "Application startup complete" in text:
+                break
+        else:
+            raise ChildProcessError("".join(said))
+        with ThreadPoolExecutor(1) as reader:
+            reader.submit(process.stdout.read)  # a full pipe would stop the server
+            try:
+                yield f"http://127.0.0.1:{port}"
+            finally:
+                process.terminate()
+
+
+def test_sixteen_requests_at_once_get_the_text_of_load(trained: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    words = ["The function returns", "An exception is raised", "A list is", "import os", "The default value", "Each"]
+    starts = [f"{first} {second}" for first in words for second in ("the", "of", "when")][:16]
+    ids = [tokenizer(start)["input_ids"] for start in starts]
+    expected = [tokenizer.decode(tokens) for tokens in generate(trained, ids, 32)]
+    body = {"model": str(trained), "max_tokens": 32, "temperature": 0, "ignore_eos": True, "skip_special_tokens": False}
+    with server(trained, "--dtype", "float32") as url, ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda start: completions(url, body | {"prompt": start}), starts))
+    assert [answer["choices"][0]["text"] for answer in answers] == expected
+
+
+# Refusals
+
+
+def test_a_damaged_folder_is_refused_before_weights_are_loaded(mixed: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(mixed, damaged)
+    (damaged / "model-block-00001.safetensors").unlink()
+    with pytest.raises(ChildProcessError, match=r"InputError.*model-block-00001"), server(damaged):
+        pass
+
+
+def quantization(entry: dict[str, Any]) -> Any:
+    from streamslr.runtime.vllm import StreamslrQuantization
+
+    return StreamslrQuantization.from_config({"quant_method": "streamslr", "pattern": "2:4", "rank": 4} | entry)
+
+
+def test_a_later_format_version_is_refused() -> None:
+    with pytest.raises(InputError, match="format_version 99"):
+        quantization({"format_version": 99})
+
+
+def test_a_mixture_of_experts_is_refused_before_weights_are_loaded(text: Path, tmp_path: Path) -> None:
+    folder = compress(tiny_checkpoint(tmp_path / "model", "mixtral"), text)
+    with pytest.raises(InputError, match="mixture of experts"):
+        quantization({"format_version": 3}).maybe_update_config(str(folder))
+
+
+def test_folders_of_other_ranks_do_not_share_compiled_graphs(mixed: Path, trained: Path) -> None:
+    digests = set()
+    for folder in (mixed, trained):
+        config = SimpleNamespace(quantization_config={})
+        quantization({"format_version": 3}).maybe_update_config(str(folder), config)
+        digests.add(config.quantization_config["linears"])
+    assert len(digests) == 2
+
+
+def test_linears_without_a_layer_are_refused(mixed: Path) -> None:
+    known = quantization({"format_version": 3})
+    known.maybe_update_config(str(mixed))
+    with pytest.raises(InputError, match=r"no layer for the packed linear model\.layers\.0\.mlp\.down_proj"):
+        known.require_all_claimed()
+
+
+def test_registering_twice_is_registering_once() -> None:
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    from streamslr.runtime.vllm import register
+
+    register()
+    register()
+    assert QUANTIZATION_METHODS.count("streamslr") == 1
