@@ -73,7 +73,7 @@ def fault(pattern: SparsityPattern, device: torch.device, dtype: torch.dtype, va
         if reason is None:
             log.info("%s: multiplied by the Triton kernel", which)
         else:
-            log.warning("%s: unpacked in tiles, which takes longer: %s", which, reason)
+            log.warning("%s: unpacked in tiles: %s", which, reason)
     return _verdicts[key]
 
 
@@ -160,16 +160,16 @@ def _fault_of_kernel(key: KernelKey) -> str | None:
         import_module("triton")
     except ImportError:
         return "Triton is not installed"
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # "cpu" is named below: servers set a default device
     m = key.pattern.m if isinstance(key.pattern, NofM) else 1
     o, d = 70, m * (FEW_TOKENS.columns // m + 1)  # multiples of no block
 
     def integers(high: int, *shape: int) -> Tensor:
-        return torch.randint(-high, high + 1, shape, generator=generator).float()
+        return torch.randint(-high, high + 1, shape, generator=generator, device="cpu").float()
 
-    S = integers(4095 if key.dtype == key.values_dtype == torch.float32 else 2, o, d) * key.pattern.project(
-        torch.rand(o, d, generator=generator)
-    )
+    scores = torch.rand(o, d, generator=generator, dtype=torch.float32, device="cpu")
+    largest = 4095 if key.dtype == key.values_dtype == torch.float32 else 2
+    S = integers(largest, o, d) * key.pattern.project(scores)
     S[3] = 0
     parts = {name: part.to(key.device) for name, part in pack(S, key.pattern, key.values_dtype).items()}
     for n in (3, FEW_TOKENS.tokens + 1):
@@ -181,6 +181,7 @@ def _fault_of_kernel(key: KernelKey) -> str | None:
             raise
         except Exception as error:  # of the compiler, the driver or the kernel: tiles need none of them
             return f"the Triton kernel failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if not torch.equal(y, (x @ S.t()).to(key.dtype)):
+        expected = x.double() @ S.double().t()  # autocast leaves float64 as it is
+        if not torch.equal(y, expected.to(key.dtype)):
             return "the Triton kernel gave other products than torch in a check"
     return None
