@@ -1,17 +1,23 @@
 """Measure time and memory of a packed linear S + U·V against the dense one, over shapes and numbers of tokens.
 
     python tools/bench_inference.py --shape 1024x4096 --shape 4096x4096 --pattern 2:4 --rank 64 --json OUT.json
-    python tools/bench_inference.py --device cuda --dtype bfloat16 --tokens 1 --tokens 4096
+    python tools/bench_inference.py --device cuda --dtype bfloat16 --graphs --tokens 1 --tokens 16 --tokens 4096
+    python tools/bench_inference.py --device cuda --dtype bfloat16 --graphs --pattern 8:16 --shape 28672x8192
 
-Four ways multiply the same x [tokens, d], where tokens is batch times sequence, and 1 is generation for one reader:
+These ways multiply the same x [tokens, d], where tokens is batch times sequence, and 1 is generation for one reader:
 
     dense       torch's linear with W = S + U·V merged, as `streamslr export --to dense` writes it
-    packed      SparseLowRankLinear as it is loaded: sparse tensor cores, or S unpacked tile by tile into the product
+    packed      SparseLowRankLinear as it is loaded: the kernel that the last lines name
     unfused     S unpacked whole before each product
     kept dense  SparseLowRankLinear after keep_dense(): S dense beside its packed form
+    triton      on a GPU: the Triton kernel for packed S, where it passed its check; sparse tensor cores are not asked
+    tiles       on a GPU: S unpacked tile by tile into the product
 
 They take turns in one process on the same threads, so that other load slows all of them alike. Ratios are between
-medians over --repeats. Memory is the bytes of the weights over those of the dense weight.
+medians over --repeats; on a GPU a reading is of ten calls in a row. Memory is the bytes of the weights over those of
+the dense weight. A linear of less than 50 MB may stay in a GPU's L2 cache from call to call: for few tokens take a
+larger one. --graphs replays a CUDA graph of each way, without the host's time for launches, as servers do; a way that
+cannot be captured is left out, with its reason.
 """
 
 import json
@@ -22,6 +28,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -30,7 +37,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from streamslr.io.packing import merge, pack, unpack_rows
-from streamslr.runtime.linear import SparseLowRankLinear
+from streamslr.runtime import triton_product
+from streamslr.runtime.linear import SparseLowRankLinear, _GpuKernel
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
 
@@ -43,6 +51,7 @@ from streamslr.spec.pattern import SparsityPattern, parse_pattern
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
 @click.option("--repeats", default=9, show_default=True)
+@click.option("--graphs", is_flag=True, help="Replay CUDA graphs.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the readings here.")
 @torch.inference_mode()
 def main(
@@ -54,8 +63,11 @@ def main(
     device: str,
     threads: int,
     repeats: int,
+    graphs: bool,
     json_path: Path | None,
 ) -> None:
+    if graphs and device != "cuda":
+        raise click.UsageError("--graphs needs --device cuda")
     torch.set_num_threads(threads)
     rows = []
     for shape in shapes:
@@ -63,7 +75,7 @@ def main(
         for dtype in dtypes:
             linear = random_linear(o, d, parse_pattern(pattern), rank, getattr(torch, dtype), device)
             for n in tokens:
-                rows.append(measure(linear, n, repeats) | {"dtype": dtype})
+                rows.append(measure(linear, n, repeats, graphs) | {"dtype": dtype})
                 click.echo(f"{shape} {dtype} {n} tokens: {rows[-1]['time_to_dense']}", err=True)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {threads} thread(s)"
     machine = f"{where}, torch {torch.__version__}"
@@ -85,16 +97,13 @@ def random_linear(
     return linear
 
 
-def measure(linear: SparseLowRankLinear, tokens: int, repeats: int) -> dict[str, Any]:
-    """Time the four ways in turns; return medians and memory as ratios to the dense one."""
+def measure(linear: SparseLowRankLinear, tokens: int, repeats: int, graphs: bool = False) -> dict[str, Any]:
+    """Time the ways in turns; return medians and memory as ratios to the dense one."""
     o, d = linear.out_features, linear.in_features
     parts = linear.packed()
     dtype, device = linear.values.dtype, linear.values.device
     W = merge(parts, linear.pattern, (o, d), dtype)
-    kept_dense = SparseLowRankLinear(
-        d, o, linear.pattern, linear.rank, nonzeros=len(linear.values), dtype=dtype, device=device
-    )
-    kept_dense.load_state_dict(parts)
+    kept_dense = second(linear)
     kept_dense.keep_dense()
     x = torch.randn(tokens, d, device=device).to(dtype)
 
@@ -104,21 +113,27 @@ def measure(linear: SparseLowRankLinear, tokens: int, repeats: int) -> dict[str,
             return y
         return torch.addmm(y, nn.functional.linear(x, linear.V), linear.U.t())
 
-    ways: Mapping[str, Callable[[], Tensor]] = {
+    ways: dict[str, Callable[[], object]] = {
         "dense": lambda: nn.functional.linear(x, W),
         "packed": lambda: linear(x),
         "unfused": unfused,
         "kept dense": lambda: kept_dense(x),
     }
+    if device.type == "cuda":
+        ways |= ways_by_operator(linear, x)
+    if graphs:
+        ways = captured(ways)
+    calls = 10 if device.type == "cuda" else 1
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):  # the first warms up
         for name, way in ways.items():
             start = time.perf_counter()
-            way()
+            for _ in range(calls):
+                way()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / calls)
     medians = {name: statistics.median(readings) for name, readings in seconds.items()}
     held = {"packed": nbytes(linear), "unfused": nbytes(linear), "kept dense": nbytes(kept_dense)}
     return {
@@ -126,9 +141,52 @@ def measure(linear: SparseLowRankLinear, tokens: int, repeats: int) -> dict[str,
         "tokens": tokens,
         "kernel": linear.kernel,
         "dense_ms": round(1e3 * medians["dense"], 3),
-        "time_to_dense": {name: round(medians[name] / medians["dense"], 2) for name in held},
+        "time_to_dense": {name: round(medians[name] / medians["dense"], 2) for name in ways if name != "dense"},
         "memory_to_dense": {name: round(held[name] / W.nbytes, 4) for name in held},
     }
+
+
+def second(linear: SparseLowRankLinear) -> SparseLowRankLinear:
+    """Return a linear of the same parts, whose kernel is not chosen yet."""
+    o, d, values = linear.out_features, linear.in_features, linear.values
+    made = SparseLowRankLinear(
+        d, o, linear.pattern, linear.rank, nonzeros=len(values), dtype=values.dtype, device=values.device
+    )
+    made.load_state_dict(linear.packed())
+    return made
+
+
+def ways_by_operator(linear: SparseLowRankLinear, x: Tensor) -> dict[str, Callable[[], object]]:
+    """Return the ways of a GPU that read S packed, whatever kernel the linear would choose."""
+    packed = second(linear)
+    packed._gpu_kernel = _GpuKernel("not asked")
+
+    def tiles() -> Tensor:
+        with mock.patch.object(triton_product, "DEVICES", set()):
+            y: Tensor = packed(x)
+        return y
+
+    fault = triton_product.fault(linear.pattern, x.device, x.dtype, linear.values.dtype)
+    if fault:
+        click.echo(f"triton is left out: {fault}", err=True)
+        return {"tiles": tiles}
+    return {"triton": lambda: packed(x), "tiles": tiles}
+
+
+def captured(ways: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Return the replays of a CUDA graph of each way, but of those that CUDA does not capture."""
+    replays: dict[str, Callable[[], object]] = {}
+    for name, way in ways.items():
+        way()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                way()
+        except RuntimeError as error:
+            click.echo(f"{name} is left out of the graphs: {str(error).partition(chr(10))[0]}", err=True)
+        else:
+            replays[name] = graph.replay
+    return replays
 
 
 def nbytes(module: nn.Module) -> int:
@@ -137,7 +195,8 @@ def nbytes(module: nn.Module) -> int:
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title)
-    for name in ("shape", "dtype", "tokens", "dense ms", *rows[0]["time_to_dense"], "memory packed", "kept dense"):
+    ways = list(dict.fromkeys(name for row in rows for name in row["time_to_dense"]))
+    for name in ("shape", "dtype", "tokens", "dense ms", *ways, "memory packed", "kept dense"):
         table.add_column(name, justify="right")
     for row in rows:
         times, memory = row["time_to_dense"], row["memory_to_dense"]
@@ -146,7 +205,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
             row["dtype"],
             str(row["tokens"]),
             str(row["dense_ms"]),
-            *(f"{ratio:.2f}" for ratio in times.values()),
+            *(f"{times[name]:.2f}" if name in times else "" for name in ways),
             f"{memory['packed']:.3f}",
             f"{memory['kept dense']:.3f}",
         )

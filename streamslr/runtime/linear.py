@@ -1,4 +1,4 @@
-"""A linear that stays S + U·V: S packed in memory, multiplied on sparse tensor cores or unpacked tile by tile."""
+"""A linear that stays S + U·V: S packed in memory, multiplied by a kernel for packed S or unpacked tile by tile."""
 
 import logging
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from streamslr.errors import InputError
 from streamslr.io.packed_layout import PACKED_PARTS, part_dtype, part_shapes
 from streamslr.io.packing import unpack, unpack_rows
 from streamslr.model.weight_reads import AbsentWeight
+from streamslr.runtime import triton_product
 from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
 
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 24
@@ -128,10 +129,10 @@ class SparseLowRankLinear(nn.Module):
         flat = x.reshape(-1, self.in_features)  # [n, d]
         if self.S is not None:
             y = nn.functional.linear(flat, self.S)
-        elif flat.is_cuda:
-            y = self._on_cuda(flat)
+        elif flat.is_cuda and self._may_take_tensor_cores():
+            y = self._on_tensor_cores(flat)
         else:
-            y = self._unpacked(flat)
+            y = self._by_operator(flat)
         if self.U is not None and self.V is not None:
             y = torch.addmm(y, nn.functional.linear(flat, self.V), self.U.t())
         if self.bias is not None:
@@ -142,17 +143,21 @@ class SparseLowRankLinear(nn.Module):
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, pattern={self.pattern}, rank={self.rank}, bias={bias}"
 
-    def _unpacked(self, x: Tensor) -> Tensor:
+    def _may_take_tensor_cores(self) -> bool:
+        kernel = self._gpu_kernel
+        return self.pattern == _TENSOR_CORE_PATTERN and (kernel is None or kernel.on_tensor_cores)
+
+    def _by_operator(self, x: Tensor) -> Tensor:
         pattern = str(self.pattern)
         y: Tensor = packed_product(x, self.values, self.meta, self.row_offsets, pattern, self.in_features, False)
         return y
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _on_cuda(self, x: Tensor) -> Tensor:
+    def _on_tensor_cores(self, x: Tensor) -> Tensor:
         # torch.compile does not trace this: torch's sparse tensors are subclasses with kernels of their own.
         kernel = self._require_gpu_kernel()
         if kernel.weight is None or x.dtype != kernel.weight.dtype:
-            return self._unpacked(x)
+            return self._by_operator(x)
         rest = kernel.weight, self.values, self.meta, str(self.pattern), self.in_features
         y: Tensor = _SemiStructuredProduct.apply(x, *rest)  # type: ignore[no-untyped-call]
         return y
@@ -195,9 +200,14 @@ def packed_product(
 ) -> Tensor:
     """Return x Sᵀ [n, o] for x [n, d], or by_columns x S [n, d] for x [n, o]; at most one tile of S is dense at a time.
 
-    It is an operator of its own, so that torch.compile takes it whole and autograd saves only the packed tensors.
+    It is an operator of its own, so that torch.compile takes it whole and autograd saves only the packed tensors. On a
+    GPU x Sᵀ is one Triton kernel where that passed its check: nothing of S is dense, and the host does not wait. In
+    tiles the host reads row_offsets, so that a CUDA graph cannot capture a pattern whose rows differ in their number of
+    values; nor can it capture the check, which the first call makes.
     """
     parsed, o = _parse(pattern), len(meta)
+    if not by_columns and triton_product.fault(parsed, x.device, x.dtype, values.dtype) is None:
+        return triton_product.multiply(x, values, meta, row_offsets, parsed, d)
     tensors = {"values": values, "meta": meta} | ({} if row_offsets is None else {"row_offsets": row_offsets})
     step = max(1, (_CPU_TILE if x.device.type == "cpu" else _GPU_TILE) // d)
     tiles = (slice(start, min(start + step, o)) for start in range(0, o, step))
@@ -240,12 +250,14 @@ class _GpuKernel:
     """The kernel that multiplies S on a GPU.
 
     Attributes:
-        name: the kernel, with the reason where S is unpacked.
-        weight: S in torch's 2:4 layout, a torch.sparse.SparseSemiStructuredTensor [o, d]; None where S is unpacked.
+        name: the kernel, with the reason where sparse tensor cores do not multiply.
+        weight: S in torch's 2:4 layout, a torch.sparse.SparseSemiStructuredTensor [o, d]; None where S stays packed.
+        on_tensor_cores: True where there is that weight; torch.compile can ask this, but not for the weight.
     """
 
     name: str
     weight: Any = None
+    on_tensor_cores: bool = False
 
 
 class _SemiStructuredProduct(torch.autograd.Function):
@@ -264,29 +276,30 @@ class _SemiStructuredProduct(torch.autograd.Function):
 
 
 def _choose_gpu_kernel(linear: SparseLowRankLinear) -> _GpuKernel:
-    """Return cuSPARSELt's kernel where it runs, CUTLASS's where only that runs (compute 8.x), else none and why."""
+    """Return cuSPARSELt's kernel where it runs, or CUTLASS's (compute 8.x); else Triton's or none, and the reason."""
     values, shape = linear.values, (linear.out_features, linear.in_features)
 
-    def unpacked(why: str) -> _GpuKernel:
-        return _GpuKernel(f"unpacked in tiles: {why}")
+    def packed(why: str) -> _GpuKernel:
+        fault = triton_product.fault(linear.pattern, values.device, values.dtype, values.dtype)
+        return _GpuKernel(f"Triton: {why}" if fault is None else f"unpacked in tiles: {why}; {fault}")
 
     hook = getattr(linear, "_hf_hook", None)  # accelerate's; it leaves no offloaded weight on the GPU, nor may we
     if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
-        return unpacked("its weights are offloaded between calls")
+        return packed("its weights are offloaded between calls")
     if linear.pattern != _TENSOR_CORE_PATTERN:
-        return unpacked(f"sparse tensor cores take {_TENSOR_CORE_PATTERN}, not {linear.pattern}")
+        return packed(f"sparse tensor cores take {_TENSOR_CORE_PATTERN}, not {linear.pattern}")
     if values.dtype not in (torch.bfloat16, torch.float16):
-        return unpacked(f"sparse tensor cores take bfloat16 and float16, not {values.dtype}")
+        return packed(f"sparse tensor cores take bfloat16 and float16, not {values.dtype}")
     major, minor = torch.cuda.get_device_capability(values.device)
     if major < 8:
-        return unpacked(f"compute capability {major}.{minor} has no sparse tensor cores")
+        return packed(f"compute capability {major}.{minor} has no sparse tensor cores")
     layout: Any
     if torch.backends.cusparselt.is_available():
         name, layout = "cuSPARSELt", torch.sparse.SparseSemiStructuredTensorCUSPARSELT
     elif major == 8:
         name, layout = "CUTLASS", torch.sparse.SparseSemiStructuredTensorCUTLASS
     else:
-        return unpacked(f"this torch has no cuSPARSELt, and CUTLASS's kernel runs on compute 8.x, not {major}.{minor}")
+        return packed(f"this torch has no cuSPARSELt, and CUTLASS's kernel runs on compute 8.x, not {major}.{minor}")
     S = unpack(linear.packed(), linear.pattern, shape)
     try:
         weight: Any = layout.from_dense(S)
@@ -295,11 +308,11 @@ def _choose_gpu_kernel(linear: SparseLowRankLinear) -> _GpuKernel:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError, ValueError) as error:  # a shape or version that the kernel refuses
-        return unpacked(f"{name} refused {shape[0]}x{shape[1]}: {str(error).partition(chr(10))[0]}")
-    # The kernels and their layouts are a prototype in torch: after one wrong product S is unpacked instead.
+        return packed(f"{name} refused {shape[0]}x{shape[1]}: {str(error).partition(chr(10))[0]}")
+    # The kernels and their layouts are a prototype in torch: after one wrong product S stays packed instead.
     if not torch.allclose(got, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
-        return unpacked(f"{name}'s product of a {shape[0]}x{shape[1]} linear was wrong")
-    return _GpuKernel(f"{name} {_TENSOR_CORE_PATTERN}", weight)
+        return packed(f"{name}'s product of a {shape[0]}x{shape[1]} linear was wrong")
+    return _GpuKernel(f"{name} {_TENSOR_CORE_PATTERN}", weight, on_tensor_cores=True)
 
 
 @cache

@@ -19,6 +19,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from streamslr.errors import InputError
 from streamslr.io.packed_check import check_positions
 from streamslr.io.packed_layout import QUANT_METHOD, part_dtype, read_quantization_config, without_numbers
+from streamslr.runtime import triton_product
 from streamslr.runtime.loader import read_loadable
 from streamslr.runtime.partition import StoredLinear, take_columns, take_rows
 from streamslr.runtime.stacked import StackedLinear
@@ -219,9 +220,18 @@ class PackedLinearMethod(LinearMethodBase):
         self._linears[index] = take_columns(take_rows(linear, self._rows[index]), self._columns, self._path(index))
         if len(self._linears) == len(self.sources):
             linears = [self._linears[index] for index in range(len(self.sources))]
-            if os.environ.get(DENSE_VARIABLE) == "1":
-                linears = [linear.unpacked() for linear in linears]
-            layer.packed = StackedLinear(linears, self._dtype, self._device)
+            dense = os.environ.get(DENSE_VARIABLE) == "1"
+            held = [linear.unpacked() if dense or self._breaks_graphs(linear) else linear for linear in linears]
+            layer.packed = StackedLinear(held, self._dtype, self._device)
+
+    def _breaks_graphs(self, linear: StoredLinear) -> bool:
+        """Return True where S can only be unpacked with the host looking at `row_offsets`: no CUDA graph holds that."""
+        if self._device.type != "cuda" or linear.pattern is None or "row_offsets" not in linear.parts:
+            return False
+        reason = triton_product.fault(linear.pattern, self._device, self._dtype, self._dtype)
+        if reason:
+            log.warning_once("S of %s is held dense in memory: %s", linear.pattern, reason)
+        return reason is not None
 
     def _index(self, shard: Any) -> int:
         """Return the index of the stored linear that vLLM calls `shard`."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from streamslr.io import packing
+from streamslr.runtime import triton_product
 from streamslr.solvers import threebasil_fused
 
 
@@ -22,3 +23,5 @@ def _a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threebasil_fused, "_verdicts", {})
     packing._flags_of_byte.cache_clear()
     packing._shifts_of_byte.cache_clear()
+    monkeypatch.setattr(triton_product, "_verdicts", {})
+    triton_product._ranks_of_byte.cache_clear()

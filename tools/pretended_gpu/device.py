@@ -325,6 +325,7 @@ class PretendedGpu:
             "set_device": lambda device: None,
             "get_device_name": lambda device=None: _NAME,
             "get_device_capability": lambda device=None: self._capability,
+            "is_current_stream_capturing": lambda: False,
             "get_device_properties": lambda device=None: properties,
             "is_bf16_supported": lambda including_emulation=True: major >= 8,
             "mem_get_info": lambda device=None: (self.total - self.context - allocator.reserved, self.total),

@@ -1,0 +1,109 @@
+"""Triton kernel that multiplies by packed S. Importing this needs Triton; triton_product.py decides about that."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def multiply_packed(
+    x,
+    values,
+    meta,
+    row_offsets,
+    ranks,
+    y,
+    num_tokens,
+    o,
+    d,
+    meta_width,
+    row_values,
+    num_values,
+    x_token_stride,
+    x_column_stride,
+    columns_of_byte: tl.constexpr,
+    values_of_byte: tl.constexpr,
+    has_offsets: tl.constexpr,
+    in_float32: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_tokens: tl.constexpr,
+    block_columns: tl.constexpr,
+    num_column_blocks: tl.constexpr,
+):
+    """Write y = x Sᵀ for one block of rows of S and one of tokens; S exists in registers only.
+
+    A stored column's value is the one of its row with the number of stored columns before it. Where every byte of meta
+    stores as many, that is the byte times their number plus the column's rank in the byte. Elsewhere the stored columns
+    of each row are counted along the loop. Whatever meta and row_offsets say, no read is outside of a tensor.
+
+    Args:
+        x: [num_tokens, d], of any strides.
+        values: [o, row_values], or [num_values] with row_offsets.
+        meta: uint8 [o, meta_width].
+        row_offsets: int64 [o + 1]; read where has_offsets.
+        ranks: int16 [256, columns_of_byte], for each column of a byte how many columns the byte stores before it; -1
+            for a column that it does not store.
+        y: [num_tokens, o], written.
+        num_tokens: Rows of x.
+        o: Rows of S.
+        d: Columns of S.
+        meta_width: Bytes of meta a row.
+        row_values: Values of each row; not read where has_offsets.
+        num_values: Values of all rows.
+        x_token_stride: Elements from a row of x to the next.
+        x_column_stride: Elements from a column of x to the next.
+        columns_of_byte: Columns that a byte of meta describes.
+        values_of_byte: Columns that a byte stores, where that is the same for every byte but the last of a row; else 0.
+        has_offsets: Rows differ in their number of values.
+        in_float32: Multiply in float32, whatever the dtypes: Triton's interpreter takes bfloat16 for integers.
+        block_rows: Rows of S that a program works on.
+        block_tokens: Tokens that it works on.
+        block_columns: Columns that it unpacks and multiplies at a time.
+        num_column_blocks: Blocks of d. A constant: the interpreter of Triton 3.6 fails on a loop to a value.
+    """
+    program = tl.program_id(0)
+    num_row_blocks = tl.cdiv(o, block_rows)  # neighbours share a block of tokens, which stays in the L2 cache
+    rows = (program % num_row_blocks) * block_rows + tl.arange(0, block_rows)
+    tokens = (program // num_row_blocks) * block_tokens + tl.arange(0, block_tokens)
+    row_inside = rows < o
+    token_inside = tokens[None, :] < num_tokens
+    wide_rows, wide_tokens = rows.to(tl.int64), tokens.to(tl.int64)[None, :]  # tensors may have more than 2^31 elements
+
+    if has_offsets:
+        first = tl.load(row_offsets + wide_rows, mask=row_inside, other=0)
+        end = tl.load(row_offsets + wide_rows + 1, mask=row_inside, other=0)
+        first = tl.minimum(tl.maximum(first, 0), num_values)
+        end = tl.minimum(tl.maximum(end, first), num_values)
+        count = tl.minimum(end - first, d).to(tl.int32)
+    else:
+        first = wide_rows * row_values
+        count = tl.zeros((block_rows,), dtype=tl.int32) + row_values
+    values_of_rows = (values + first)[:, None]
+    meta_of_rows = (meta + wide_rows * meta_width)[:, None]
+    x_of_tokens = x + wide_tokens * x_token_stride
+
+    stored_before = tl.zeros((block_rows,), dtype=tl.int32)
+    sums = tl.zeros((block_rows, block_tokens), dtype=tl.float32)
+    for step in range(num_column_blocks):
+        columns = step * block_columns + tl.arange(0, block_columns)
+        column_inside = columns < d
+        inside = row_inside[:, None] & column_inside[None, :]
+        byte = (columns // columns_of_byte)[None, :]
+        code = tl.load(meta_of_rows + byte, mask=inside, other=0).to(tl.int32)
+        rank = tl.load(ranks + code * columns_of_byte + (columns % columns_of_byte)[None, :], mask=inside, other=-1)
+        rank = rank.to(tl.int32)
+        stored = rank >= 0
+        if values_of_byte > 0:
+            index = byte * values_of_byte + rank
+        else:
+            ones = stored.to(tl.int32)
+            index = stored_before[:, None] + tl.cumsum(ones, axis=1) - ones
+            stored_before += tl.sum(ones, axis=1)
+        S = tl.load(values_of_rows + index, mask=stored & (index < count[:, None]), other=0.0)
+        S = S.to(x.dtype.element_ty)
+        at_x = x_of_tokens + columns[:, None] * x_column_stride
+        x_block = tl.load(at_x, mask=column_inside[:, None] & token_inside, other=0.0)
+        if in_float32:
+            S, x_block = S.to(tl.float32), x_block.to(tl.float32)
+        sums = tl.dot(S, x_block, sums, input_precision="ieee")
+    at_y = y + wide_tokens * o + rows[:, None]
+    tl.store(at_y, sums.to(y.dtype.element_ty), mask=row_inside[:, None] & token_inside)

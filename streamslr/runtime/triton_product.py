@@ -1,0 +1,187 @@
+"""The product x Sᵀ with packed S in one Triton kernel: where it is used, its check before the first use, its launch."""
+
+import contextlib
+import logging
+from functools import cache
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from streamslr.io.packed_layout import meta_code
+from streamslr.io.packing import decode_mask, pack
+from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows
+
+log = logging.getLogger("streamslr")
+
+DEVICES = {"cuda"}
+"""Devices that Triton compiles for; the tests add "cpu", where its interpreter runs the kernel."""
+_Coded = NofM | UnstructuredRows | Unstructured
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Blocks(NamedTuple):
+    """Rows of S, tokens and columns that a program of the kernel works on at a time, its warps and pipeline stages."""
+
+    rows: int
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# Not measured on a GPU. As compiled for compute 8.0, 8.9, 9.0 and 10.0 no registers spill and up to 120 KiB of shared
+# memory are taken. For few tokens a program waits for memory alone, so it reads much at a time; for many it multiplies
+# each weight that it unpacked by as many tokens as registers hold.
+FEW_TOKENS, MANY_TOKENS = Blocks(16, 16, 512, 8, 3), Blocks(64, 128, 64, 8, 3)
+
+
+class KernelKey(NamedTuple):
+    """Device, pattern and dtypes that the kernel is checked for."""
+
+    device: torch.device
+    pattern: _Coded
+    dtype: torch.dtype
+    values_dtype: torch.dtype
+
+
+# Why the kernel is not used, None where it is; a check runs once in a process.
+_verdicts: dict[KernelKey, str | None] = {}
+
+
+def fault(pattern: SparsityPattern, device: torch.device, dtype: torch.dtype, values_dtype: torch.dtype) -> str | None:
+    """Return why the kernel does not multiply on a device, None where it does; check it first if that is to be done.
+
+    Args:
+        pattern: pattern of S.
+        device: device of all tensors.
+        dtype: dtype of x.
+        values_dtype: dtype of the values of S.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and the kernel is not checked yet.
+    """
+    if device.type not in DEVICES:
+        return f"no Triton kernel on {device.type}"
+    key = KernelKey(device, _of_same_code(pattern), dtype, values_dtype)
+    if key not in _verdicts:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the kernel of packed linears is not checked yet: run the model once before the capture")
+        _verdicts[key] = reason = _fault_of_kernel(key)
+        which = f"packed linears at {pattern} in {dtype} on {device}"
+        if reason is None:
+            log.info("%s: multiplied by the Triton kernel", which)
+        else:
+            log.warning("%s: unpacked in tiles: %s", which, reason)
+    return _verdicts[key]
+
+
+def multiply(
+    x: Tensor, values: Tensor, meta: Tensor, row_offsets: Tensor | None, pattern: SparsityPattern, d: int
+) -> Tensor:
+    """Return x Sᵀ [n, o] in the dtype of x, summed in float32; the host does not wait for the device.
+
+    Args:
+        x: [n, d], of any strides.
+        values: values of S.
+        meta: uint8 [o, width].
+        row_offsets: int64 [o + 1] for patterns whose rows differ in their number of values, else None.
+        pattern: pattern of S.
+        d: columns of S.
+    """
+    n, o = len(x), len(meta)
+    y = x.new_empty(n, o)
+    if not y.numel():
+        return y
+    values, meta = values.contiguous(), meta.contiguous()
+    code = meta_code(pattern)
+    columns_of_byte = code.count * code.columns
+    blocks = FEW_TOKENS if n <= FEW_TOKENS.tokens else MANY_TOKENS
+    num_programs = -(-o // blocks.rows) * -(-n // blocks.tokens)
+    kernel = import_module("streamslr.runtime.packed_kernel").multiply_packed
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        kernel[(num_programs,)](
+            x,
+            values if values.numel() else x,  # an empty tensor has no address
+            meta,
+            meta if row_offsets is None else row_offsets.contiguous(),
+            _ranks_of_byte(_of_same_code(pattern), x.device),
+            y,
+            n,
+            o,
+            d,
+            meta.shape[1],
+            0 if row_offsets is not None else values.shape[1],
+            values.numel(),
+            *x.stride(),
+            columns_of_byte=columns_of_byte,
+            values_of_byte=_values_of_byte(pattern, columns_of_byte),
+            has_offsets=row_offsets is not None,
+            in_float32=not x.is_cuda,
+            block_rows=blocks.rows,
+            block_tokens=blocks.tokens,
+            block_columns=blocks.columns,
+            num_column_blocks=-(-d // blocks.columns),
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+    return y
+
+
+def _of_same_code(pattern: SparsityPattern) -> _Coded:
+    """Return the pattern whose check and table hold for `pattern` too: OWL gives each block a fraction of its own."""
+    if isinstance(pattern, NofM):
+        return pattern
+    return UnstructuredRows(0.5) if pattern.by_row else Unstructured(0.5)
+
+
+def _values_of_byte(pattern: SparsityPattern, columns: int) -> int:
+    """Return how many of its columns each byte of meta stores, but the last of a row; 0 where bytes differ in it."""
+    return columns // pattern.m * pattern.n if isinstance(pattern, NofM) and columns % pattern.m == 0 else 0
+
+
+@cache
+def _ranks_of_byte(pattern: _Coded, device: torch.device) -> Tensor:
+    """Return for each column of a byte how many the byte stores before it, int16 [256, columns]; -1 if not stored."""
+    stored = decode_mask(torch.arange(256, dtype=torch.uint8, device="cpu")[:, None], pattern)
+    return (stored.cumsum(1) - 1).masked_fill(~stored, -1).to(torch.int16).to(device)
+
+
+def _fault_of_kernel(key: KernelKey) -> str | None:
+    """Compile the kernel and run it on a small linear; return None when its products are right, else why not.
+
+    All values are integers, so that every sum is exact in any order; in float32 too long for TF32.
+    """
+    for dtype in (key.dtype, key.values_dtype):
+        if dtype not in _DTYPES:
+            return f"the Triton kernel takes bfloat16, float16 and float32, not {dtype}"
+    try:
+        import_module("triton")
+    except ImportError:
+        return "Triton is not installed"
+    generator = torch.Generator().manual_seed(0)  # "cpu" is named below: servers set a default device
+    m = key.pattern.m if isinstance(key.pattern, NofM) else 1
+    o, d = 70, m * (FEW_TOKENS.columns // m + 1)  # multiples of no block
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(-high, high + 1, shape, generator=generator, device="cpu").float()
+
+    scores = torch.rand(o, d, generator=generator, dtype=torch.float32, device="cpu")
+    largest = 4095 if key.dtype == key.values_dtype == torch.float32 else 2
+    S = integers(largest, o, d) * key.pattern.project(scores)
+    S[3] = 0
+    parts = {name: part.to(key.device) for name, part in pack(S, key.pattern, key.values_dtype).items()}
+    for n in (3, FEW_TOKENS.tokens + 1):
+        x = integers(1, n, d)
+        sparse = parts["values"], parts["meta"], parts.get("row_offsets")
+        try:
+            y = multiply(x.to(key.device, key.dtype), *sparse, key.pattern, d).cpu()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the compiler, the driver or the kernel: tiles need none of them
+            return f"the Triton kernel failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        expected = x.double() @ S.double().t()  # autocast leaves float64 as it is
+        if not torch.equal(y, expected.to(key.dtype)):
+            return "the Triton kernel gave other products than torch in a check"
+    return None
