@@ -6,12 +6,13 @@
 Four ways multiply the same x [tokens, d], where tokens is batch times sequence, and 1 is generation for one reader:
 
     dense       torch's linear with W = S + U·V merged, as `streamslr export --to dense` writes it
-    packed      SparseLowRankLinear as it is loaded: sparse tensor cores, or S unpacked tile by tile into the product
-    unfused     S unpacked whole before each product
+    packed      SparseLowRankLinear as it is loaded: sparse tensor cores, packed rows multiplied, or S unpacked in tiles
+    unfused     S unpacked whole before each product, by torch on a GPU and the C library on a CPU
     kept dense  SparseLowRankLinear after keep_dense(): S dense beside its packed form
 
 They take turns in one process on the same threads, so that other load slows all of them alike. Ratios are between
-medians over --repeats. Memory is the bytes of the weights over those of the dense weight.
+medians over --repeats; on a CPU with one thread, of that thread's CPU time. Memory is the bytes of the weights over
+those of the dense weight.
 """
 
 import json
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from streamslr.io.packing import merge, pack, unpack_rows
 from streamslr.runtime.linear import SparseLowRankLinear
+from streamslr.runtime.packed_rows import unpack_native, why_not_native
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
 
@@ -97,9 +99,12 @@ def measure(linear: SparseLowRankLinear, tokens: int, repeats: int) -> dict[str,
     kept_dense.load_state_dict(parts)
     kept_dense.keep_dense()
     x = torch.randn(tokens, d, device=device).to(dtype)
+    native = device.type == "cpu" and why_not_native(str(linear.pattern), dtype) is None
+    unpack = unpack_native if native else unpack_rows
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
     def unfused() -> Tensor:
-        y = nn.functional.linear(x, unpack_rows(parts, linear.pattern, (o, d), slice(0, o)))
+        y = nn.functional.linear(x, unpack(parts, linear.pattern, (o, d), slice(0, o)))
         if linear.U is None or linear.V is None:
             return y
         return torch.addmm(y, nn.functional.linear(x, linear.V), linear.U.t())
@@ -113,12 +118,12 @@ def measure(linear: SparseLowRankLinear, tokens: int, repeats: int) -> dict[str,
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):  # the first warms up
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = clock()
             way()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     medians = {name: statistics.median(readings) for name, readings in seconds.items()}
     held = {"packed": nbytes(linear), "unfused": nbytes(linear), "kept dense": nbytes(kept_dense)}
     return {

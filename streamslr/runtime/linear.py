@@ -17,8 +17,8 @@ from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
 
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 24
 """Weights that are unpacked at once. On a CPU a tile and its parts should fit the cache: unpacking 4096x4096 at once
-took up to 3 times as long (tools/results/inference-cpu.json, "unfused"), tiles of 2^17 to 2^20 weights took the same
-time. The size for GPUs has not been measured."""
+takes longer (tools/results/inference-cpu.json, "unfused"); tiles of 2^19 to 2^21 weights take the same time, smaller
+ones more. The size for GPUs has not been measured."""
 _TENSOR_CORE_PATTERN = NofM(2, 4)
 """The one pattern that sparse tensor cores multiply."""
 

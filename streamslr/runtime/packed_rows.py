@@ -170,12 +170,12 @@ def _find_fault(pattern: SparsityPattern, dtype: torch.dtype) -> str | None:
     unit = pattern.m if isinstance(pattern, NofM) else 1
     shape = 5, unit * max(3, 2500 // unit)  # more than a block of columns
     random = torch.Generator("cpu").manual_seed(0)
-    W = torch.randn(shape, generator=random, device="cpu")
+    W = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
     tensors, rows = pack(W * pattern.project(W), pattern, dtype), slice(1, shape[0])
     expected = unpack_rows(tensors, pattern, shape, rows)
     if not torch.equal(unpack_native(tensors, pattern, shape, rows).view(torch.uint8), expected.view(torch.uint8)):
         return "the C library unpacked a small linear wrongly"
-    x = torch.randn(3, shape[1], generator=random, device="cpu").to(dtype)
+    x = torch.randn(3, shape[1], generator=random, dtype=torch.float32, device="cpu").to(dtype)
     y = multiply_native(x, tensors, pattern, shape)[:, rows].double()
     difference, largest = (y - x.double() @ expected.double().t()).abs().max(), y.abs().max()
     if not difference <= 4 * torch.finfo(dtype).eps * largest:
