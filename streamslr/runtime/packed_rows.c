@@ -48,8 +48,8 @@ AVX2 static INLINE void expand_lane(char *out, const char *v, const uint8_t *shu
     _mm_storeu_si128((__m128i *)out, _mm_shuffle_epi8(values, _mm_loadu_si128((const __m128i *)shuffle)));
 }
 
-/* Expand bytes by shuffles while 32 values can be read; return how many. Each byte fills whole lanes, whose columns past
-   its own the next byte writes again. */
+/* Expand bytes by shuffles while 32 values can be read; return how many. Each byte fills whole lanes, and the next byte
+   writes again what is past its columns. */
 AVX2 static INLINE int64_t shuffle_bytes(const struct packed *p, const uint8_t *meta, int64_t bytes,
                                          const char **values, const char *end, char *out, int size, int lanes) {
     const uint8_t *shuffles = p->shuffles;
