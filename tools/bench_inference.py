@@ -7,17 +7,17 @@
 These ways multiply the same x [tokens, d], where tokens is batch times sequence, and 1 is generation for one reader:
 
     dense       torch's linear with W = S + U·V merged, as `streamslr export --to dense` writes it
-    packed      SparseLowRankLinear as it is loaded: the kernel that the last lines name
-    unfused     S unpacked whole before each product
+    packed      SparseLowRankLinear as it is loaded: the way that the last lines name
+    unfused     S unpacked whole before each product, by torch on a GPU and the C library on a CPU
     kept dense  SparseLowRankLinear after keep_dense(): S dense beside its packed form
     triton      on a GPU: the Triton kernel for packed S, where it passed its check; sparse tensor cores are not asked
     tiles       on a GPU: S unpacked tile by tile into the product
 
 They take turns in one process on the same threads, so that other load slows all of them alike. Ratios are between
-medians over --repeats; on a GPU a reading is of ten calls in a row. Memory is the bytes of the weights over those of
-the dense weight. A linear of less than 50 MB may stay in a GPU's L2 cache from call to call: for few tokens take a
-larger one. --graphs replays a CUDA graph of each way, without the host's time for launches, as servers do; a way that
-cannot be captured is left out, with its reason.
+medians over --repeats; on a CPU with one thread, of that thread's CPU time; on a GPU a reading is of ten calls in a
+row. Memory is the bytes of the weights over those of the dense weight. A linear of less than 50 MB may stay in a GPU's
+L2 cache from call to call: for few tokens take a larger one. --graphs replays a CUDA graph of each way, without the
+host's time for launches, as servers do; a way that cannot be captured is left out, with its reason.
 """
 
 import json
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from streamslr.io.packing import merge, pack, unpack_rows
 from streamslr.runtime import triton_product
 from streamslr.runtime.linear import SparseLowRankLinear, _GpuKernel
+from streamslr.runtime.packed_rows import unpack_native, why_not_native
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
 
 
@@ -106,9 +107,12 @@ def measure(linear: SparseLowRankLinear, tokens: int, repeats: int, graphs: bool
     kept_dense = second(linear)
     kept_dense.keep_dense()
     x = torch.randn(tokens, d, device=device).to(dtype)
+    native = device.type == "cpu" and why_not_native(str(linear.pattern), dtype) is None
+    unpack = unpack_native if native else unpack_rows
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
     def unfused() -> Tensor:
-        y = nn.functional.linear(x, unpack_rows(parts, linear.pattern, (o, d), slice(0, o)))
+        y = nn.functional.linear(x, unpack(parts, linear.pattern, (o, d), slice(0, o)))
         if linear.U is None or linear.V is None:
             return y
         return torch.addmm(y, nn.functional.linear(x, linear.V), linear.U.t())
@@ -127,13 +131,13 @@ def measure(linear: SparseLowRankLinear, tokens: int, repeats: int, graphs: bool
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):  # the first warms up
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 way()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if turn:
-                seconds[name].append((time.perf_counter() - start) / calls)
+                seconds[name].append((clock() - start) / calls)
     medians = {name: statistics.median(readings) for name, readings in seconds.items()}
     held = {"packed": nbytes(linear), "unfused": nbytes(linear), "kept dense": nbytes(kept_dense)}
     return {

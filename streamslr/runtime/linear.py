@@ -13,12 +13,13 @@ from streamslr.io.packed_layout import PACKED_PARTS, part_dtype, part_shapes
 from streamslr.io.packing import unpack, unpack_rows
 from streamslr.model.weight_reads import AbsentWeight
 from streamslr.runtime import triton_product
+from streamslr.runtime.packed_rows import MOST_TOKENS, multiply_native, unpack_native, why_not_native
 from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
 
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 24
 """Weights that are unpacked at once. On a CPU a tile and its parts should fit the cache: unpacking 4096x4096 at once
-took up to 3 times as long (tools/results/inference-cpu.json, "unfused"), tiles of 2^17 to 2^20 weights took the same
-time. The size for GPUs has not been measured."""
+takes longer (tools/results/inference-cpu.json, "unfused"); tiles of 2^19 to 2^21 weights take the same time, smaller
+ones more. The size for GPUs has not been measured."""
 _TENSOR_CORE_PATTERN = NofM(2, 4)
 """The one pattern that sparse tensor cores multiply."""
 
@@ -98,7 +99,7 @@ class SparseLowRankLinear(nn.Module):
         if self.S is not None:
             return "dense: keep_dense() was asked for"
         if not self.values.is_cuda:
-            return "unpacked in tiles: no sparse kernel on the CPU"
+            return _cpu_kernel(str(self.pattern), self.values.dtype)
         return self._require_gpu_kernel().name
 
     @property
@@ -209,17 +210,22 @@ def packed_product(
     if not by_columns and triton_product.fault(parsed, x.device, x.dtype, values.dtype) is None:
         return triton_product.multiply(x, values, meta, row_offsets, parsed, d)
     tensors = {"values": values, "meta": meta} | ({} if row_offsets is None else {"row_offsets": row_offsets})
-    step = max(1, (_CPU_TILE if x.device.type == "cpu" else _GPU_TILE) // d)
+    on_cpu = x.device.type == "cpu"
+    native = on_cpu and why_not_native(pattern, values.dtype) is None
+    if native and not by_columns and x.dtype == values.dtype and 0 < len(x) <= MOST_TOKENS:
+        return multiply_native(x, tensors, parsed, (o, d))
+    unpack_tile = unpack_native if native else unpack_rows
+    step = max(1, (_CPU_TILE if on_cpu else _GPU_TILE) // d)
     tiles = (slice(start, min(start + step, o)) for start in range(0, o, step))
     if by_columns:
         wide = torch.promote_types(x.dtype, torch.float32)  # sums over tiles would lose digits in bf16
         sums = torch.zeros(len(x), d, dtype=wide, device=x.device)
         for rows in tiles:
-            sums += x[:, rows] @ unpack_rows(tensors, parsed, (o, d), rows).to(x.dtype)
+            sums += x[:, rows] @ unpack_tile(tensors, parsed, (o, d), rows).to(x.dtype)
         return sums.to(x.dtype)
     y = x.new_empty(len(x), o)
     for rows in tiles:
-        torch.mm(x, unpack_rows(tensors, parsed, (o, d), rows).to(x.dtype).t(), out=y[:, rows])
+        torch.mm(x, unpack_tile(tensors, parsed, (o, d), rows).to(x.dtype).t(), out=y[:, rows])
     return y
 
 
@@ -243,6 +249,12 @@ def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 packed_product.register_autograd(_packed_backward, setup_context=_keep_packed)
 _parse = cache(parse_pattern)
+
+
+def _cpu_kernel(pattern: str, dtype: torch.dtype) -> str:
+    if reason := why_not_native(pattern, dtype):
+        return f"unpacked in tiles by torch: {reason}"
+    return f"unpacked in tiles by the C library, and without tiles for up to {MOST_TOKENS} tokens"
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def load(
 
 
 def read_loadable(folder: str, revision: str | None = None) -> StoredModel:
-    """Return what a compressed folder or hub id stores, after all checks of `load`: for engines with loaders of their own.
+    """Return what a compressed folder or hub id stores, after all checks of `load`: for engines, which load otherwise.
 
     Of the weights only `meta` and `row_offsets` are read. Of a hub repository every shard is fetched.
 

@@ -174,7 +174,8 @@ def test_a_compiled_model(folder: Path) -> None:
 def test_what_multiplies_is_logged_once_a_model(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "streamslr"):
         streamslr.load(folder, device="cpu")
-    assert caplog.messages == ["packed linears: 21 unpacked in tiles: no sparse kernel on the CPU"]
+    logged = [message for message in caplog.messages if message.startswith("packed linears: ")]
+    assert [message.partition(" by ")[0] for message in logged] == ["packed linears: 21 unpacked in tiles"]
 
 
 def test_memory_in_bf16_at_2_4_is_what_the_format_takes(tmp_path: Path) -> None:

@@ -1,0 +1,182 @@
+"""The C library unpacks the bytes that torch's path does and multiplies as float64 does, or is left aside and why."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamslr.io.packing import pack, unpack_rows
+from streamslr.runtime import packed_rows as module
+from streamslr.runtime.linear import SparseLowRankLinear
+from streamslr.runtime.packed_rows import MOST_TOKENS, multiply_native, unpack_native, why_not_native
+from streamslr.spec.pattern import parse_pattern
+
+PATTERNS = ["2:4", "1:4", "4:8", "8:16", "3:16", "1:3", "2:3", "1:8", "1:16", "50%/row", "50%", "97%"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = {"1:3": 33, "2:3": 33, "4:8": 72, "1:8": 72, "8:16": 144, "3:16": 144, "1:16": 80}
+"""Columns that the pattern fits and that leave the last byte of a row in part unused, where it can be; else 20."""
+
+needs_library = pytest.mark.skipif(
+    why_not_native("2:4", torch.float32) is not None, reason=str(why_not_native("2:4", torch.float32))
+)
+
+
+@pytest.fixture(autouse=True)
+def no_verdicts_kept() -> Iterator[None]:
+    why_not_native.cache_clear()
+    module._library.cache_clear()
+    yield
+    why_not_native.cache_clear()
+    module._library.cache_clear()
+
+
+def packed(pattern: str, dtype: torch.dtype, o: int, d: int) -> dict[str, Tensor]:
+    parsed = parse_pattern(pattern)
+    W = torch.randn(o, d, generator=torch.Generator().manual_seed(o * d))
+    return pack(W * parsed.project(W), parsed, dtype)
+
+
+def assert_same_bytes(got: Tensor, expected: Tensor) -> None:
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_unpacks_the_same_bytes(pattern: str, dtype: torch.dtype) -> None:
+    narrow = WIDTHS.get(pattern, 20)
+    for d in (narrow, 31 * narrow):
+        parts, parsed = packed(pattern, dtype, 21, d), parse_pattern(pattern)
+        for rows in (slice(0, 21), slice(3, 4), slice(7, 21)):
+            assert_same_bytes(unpack_native(parts, parsed, (21, d), rows), unpack_rows(parts, parsed, (21, d), rows))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("tokens", [1, MOST_TOKENS])
+def test_multiplies_as_float64_does(pattern: str, dtype: torch.dtype, tokens: int) -> None:
+    parsed = parse_pattern(pattern)
+    for d in (WIDTHS.get(pattern, 20), 101 * WIDTHS.get(pattern, 20)):
+        parts = packed(pattern, dtype, 9, d)
+        x = torch.randn(tokens, d).to(dtype)
+        y = multiply_native(x, parts, parsed, (9, d))
+        expected = x.double() @ unpack_rows(parts, parsed, (9, d), slice(0, 9)).double().t()
+        assert y.dtype == dtype
+        assert (y.double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_need_not_be_aligned(dtype: torch.dtype) -> None:
+    parts, pattern, shape = packed("2:4", dtype, 13, 100), parse_pattern("2:4"), (13, 100)
+    memory = torch.zeros(parts["values"].nbytes + 1, dtype=torch.uint8)
+    memory[1:] = parts["values"].view(torch.uint8).view(-1)
+    odd = torch.frombuffer(memory.numpy(), dtype=dtype, offset=1, count=parts["values"].numel()).view(13, 50)
+    unaligned = {"values": odd, "meta": parts["meta"]}
+    assert odd.data_ptr() % 2
+    assert_same_bytes(
+        unpack_native(unaligned, pattern, shape, slice(0, 13)), unpack_rows(parts, pattern, shape, slice(0, 13))
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("pattern", ["2:4", "1:16", "50%"])
+def test_threads_do_not_change_a_byte(pattern: str) -> None:
+    parts, parsed, shape = packed(pattern, torch.bfloat16, 300, 960), parse_pattern(pattern), (300, 960)
+    x, threads = torch.randn(2, 960).bfloat16(), torch.get_num_threads()
+    got = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            got.append((unpack_native(parts, parsed, shape, slice(0, 300)), multiply_native(x, parts, parsed, shape)))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*got, strict=True):
+        assert_same_bytes(two, one)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_damage_reaches_no_memory_past_the_values(pattern: str, dtype: torch.dtype) -> None:
+    d, parsed = 11 * WIDTHS.get(pattern, 20), parse_pattern(pattern)
+    parts = packed(pattern, dtype, 17, d)
+    used = len(parts["values"].view(-1))
+    memory = torch.full((used + 512,), float("nan"), dtype=dtype)  # what lies past the values shows where it is read
+    memory[256 : 256 + used] = parts["values"].view(-1)
+    values = memory[256 : 256 + used].view(parts["values"].shape)
+    for meta in (torch.full_like(parts["meta"], 255), torch.randint_like(parts["meta"], 256)):
+        damaged = {**parts, "values": values, "meta": meta}
+        if "row_offsets" in damaged:
+            damaged["row_offsets"] = torch.randint_like(parts["row_offsets"], -(2**62), 2**62)
+            damaged["row_offsets"][::2] %= used
+        assert unpack_native(damaged, parsed, (17, d), slice(0, 17)).isfinite().all()
+        assert multiply_native(torch.ones(1, d, dtype=dtype), damaged, parsed, (17, d)).isfinite().all()
+    assert memory[:256].isnan().all()
+    assert memory[256 + used :].isnan().all()
+
+
+@needs_library
+def test_refuses_meta_of_another_width() -> None:
+    parts, pattern = packed("2:4", torch.float32, 4, 24), parse_pattern("2:4")
+    with pytest.raises(ValueError, match=r"meta \[4, 2\] does not describe"):
+        unpack_native(parts, pattern, (4, 240), slice(0, 4))
+
+
+def linear(dtype: torch.dtype = torch.float32) -> SparseLowRankLinear:
+    made = SparseLowRankLinear(80, 24, parse_pattern("2:4"), 0, dtype=dtype)
+    made.load_state_dict(packed("2:4", dtype, 24, 80))
+    return made
+
+
+def use_wrong_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = module.unpack_native
+    monkeypatch.setattr(module, "unpack_native", lambda *arguments: right(*arguments).neg())
+
+
+def use_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = module.multiply_native
+    monkeypatch.setattr(module, "multiply_native", lambda *arguments: right(*arguments) * 1.01)
+
+
+def use_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        pytest.param(use_wrong_bytes, "unpacked a small linear wrongly", marks=needs_library),
+        pytest.param(use_wrong_product, "multiplied a small linear wrongly", marks=needs_library),
+        (use_no_library, "was not built"),
+    ],
+)
+def test_torch_unpacks_where_the_library_fails_and_the_reason_is_logged_once(
+    break_it: object, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert callable(break_it)
+    break_it(monkeypatch)
+    packed_linear, x = linear(), torch.randn(1, 80)
+    with caplog.at_level(logging.WARNING, logger="streamslr"):
+        y = packed_linear(x)
+        packed_linear(x)
+    S = unpack_rows(packed_linear.packed(), parse_pattern("2:4"), (24, 80), slice(0, 24))
+    assert torch.allclose(y, x @ S.t(), rtol=1e-5, atol=1e-5)
+    assert [record.getMessage().count(reason) for record in caplog.records] == [1]
+    assert reason in packed_linear.kernel
+
+
+@needs_library
+def test_a_linear_says_that_the_library_multiplies() -> None:
+    assert "by the C library" in linear().kernel
+
+
+def test_float64_is_left_to_torch() -> None:
+    x = torch.randn(1, 80, dtype=torch.float64)
+    made = linear(torch.float64)
+    assert made(x).dtype == torch.float64
+    assert "torch.float64" in made.kernel
