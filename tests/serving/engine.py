@@ -1,4 +1,4 @@
-"""vLLM in a process of its own: read a request as JSON from stdin, print the answer as the last line of stdout.
+"""vLLM in a process of its own: read a request as JSON from stdin, print the answer as a line of stdout.
 
 A request has `model`, `arguments` (of vllm.LLM), `prompts` (token ids), `max_tokens` and `prompt_logprobs`. The answer
 has the generated `tokens`, the `logprobs` of each prompt's tokens, and the `bytes` of the linears that are packed.

@@ -66,8 +66,8 @@ def answer_of_engine(model: Path, environment: dict[str, str] | None = None, **r
         env=os.environ | (environment or {}),
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    answer: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return answer  # vLLM's log is there too
 
 
 def generate(folder: Path, ids: Sequence[Sequence[int]], count: int = 64) -> list[list[int]]:
