@@ -214,8 +214,10 @@ class BlockwiseModel:
         if ids is not None:
             require_ids(self._model, ids, self._label)
         if self.positions and tokens > self.positions:
+            # A table has as many rows, or a few more: twice as many tokens show it, however many are asked for.
+            enough = min(tokens, 2 * self.positions + 64)
             with refusing_windows(self._class, tokens, self.positions), self._non_block_stand_ins(), CheckedLookups():
-                self._recorder.record(torch.zeros(1, tokens, dtype=torch.int64, device=self.device))
+                self._recorder.record(torch.zeros(1, enough, dtype=torch.int64, device=self.device))
 
     @property
     def eager_heads(self) -> int:
