@@ -1,20 +1,21 @@
 """Every private part of transformers that streamslr uses: the one file to open when transformers changes.
 
 Private means that `from transformers import NAME` does not give it, or that its name begins with an underscore. Checked
-against transformers 5.20 and 5.23. transformers 4 does not convert weights while it reads them and is not supported.
+against transformers 5.16.1 and 5.23. transformers 4 does not convert weights while it reads them and is not supported.
 
 `runtime/loader.py` imports this file while transformers itself is being imported. Imports at the top must therefore not
 need `transformers.quantizers` or `transformers.modeling_utils`; those are imported where they are used.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import __version__ as transformers_version
 from transformers import logging as transformers_logging
 
 # Since 5.0: the renamings and fusions between a checkpoint's keys and a model's parameters, which `from_pretrained`
@@ -33,6 +34,8 @@ from transformers.initialization import guard_torch_init_functions
 
 # In 5.0 already: the base class of a quantization method's entry in config.json.
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from streamslr.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -59,6 +62,8 @@ __all__ = [
     "QuantizationConfigMixin",
     "WeightRenaming",
     "WeightTransform",
+    "begin_loading",
+    "end_loading",
     "get_model_conversion_mapping",
     "guard_torch_init_functions",
     "initializers",
@@ -81,7 +86,7 @@ def load_converted(
 ) -> "LoadStateDictInfo":
     """Set the parameters that some of a checkpoint's tensors become, as `from_pretrained` does for all of them.
 
-    `LoadStateDictConfig` holds the dtype plan since 5.20 at the latest; 5.0 took it as an argument of its own.
+    `LoadStateDictConfig` holds the dtype plan since 5.8 at the latest; 5.0 took it as an argument of its own.
 
     Args:
         model: the model; parameters that the tensors do not become stay as they are.
@@ -103,6 +108,33 @@ def load_converted(
     )
     info: LoadStateDictInfo = convert_and_load_state_dict_in_model(model, tensors, config)[0]
     return info
+
+
+def begin_loading(quantizer: "HfQuantizer") -> None:
+    """Let transformers before 5.21 cast the weights that it renames; call `end_loading` once they are loaded.
+
+    These versions keep the checkpoint's dtype for renamed weights if the checkpoint is quantized: the head of a
+    gpt_neox would stay in bf16 in a model loaded as float32. Since 5.21 the quantizer chooses (`get_new_dtype`).
+    """
+    quantizer.pre_quantized = hasattr(quantizer, "get_new_dtype")
+
+
+def end_loading(quantizer: "HfQuantizer", integers: Mapping[str, Tensor]) -> None:
+    """Undo `begin_loading`.
+
+    Args:
+        quantizer: the quantizer.
+        integers: path of each packed linear -> one of its integer tensors.
+
+    Raises:
+        InputError: transformers before 5.21 cast integers of a linear that the model keeps in float32.
+    """
+    quantizer.pre_quantized = True
+    if cast := [path for path, tensor in integers.items() if tensor.is_floating_point()]:
+        raise InputError(
+            f"transformers {transformers_version} does not load {cast[0]} packed, which this model keeps in float32: "
+            "update transformers to 5.21 or newer, or load the model in float32"
+        )
 
 
 def initializers(model: "PreTrainedModel") -> Iterator[tuple[nn.Module, Callable[[], None]]]:

@@ -16,6 +16,8 @@ from streamslr.model.border import refusing
 from streamslr.model.transformers_compat import (
     HfQuantizer,
     QuantizationConfigMixin,
+    begin_loading,
+    end_loading,
     get_model_conversion_mapping,
     register_quantization_config,
     register_quantizer,
@@ -270,9 +272,12 @@ class StreamslrQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         pack_on_meta(model, checkpoint_files, self.quantization_config)
+        begin_loading(self)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
-        kernels = Counter(linear.kernel for linear in packed_modules(model).values())
+        linears = packed_modules(model)
+        end_loading(self, {path: linear.meta for path, linear in linears.items()})
+        kernels = Counter(linear.kernel for linear in linears.values())
         log.info("packed linears: %s", "; ".join(f"{count} {kernel}" for kernel, count in kernels.most_common()))
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:

@@ -226,7 +226,7 @@ def test_an_adapter_that_peft_refuses_is_refused_before_any_work(text: Path, tmp
         "n_groups": 1,
         "chunk_size": 16,
     }
-    layers = ["mamba", "attention", "mlp"]
+    layers = ["linear_attention", "full_attention", "mlp"]
     source = tiny_checkpoint(tmp_path / "source", "nemotron_h", layer_types=layers, head_dim=16, **sizes)
     streamslr.compress(source, tmp_path / "slr", calibration=text, **RUN)
     with pytest.raises(InputError, match=r"PEFT refuses an adapter.*out_proj.*export it --to dense"):

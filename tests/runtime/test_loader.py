@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 import streamslr
 from streamslr.errors import InputError
 from streamslr.model.checkpoint import open_checkpoint
+from streamslr.model.transformers_compat import HfQuantizer
 from streamslr.results.evaluate import evaluate
 from streamslr.runtime.linear import SparseLowRankLinear, _choose_gpu_kernel
 from streamslr.runtime.loader import packed_modules
@@ -70,6 +72,15 @@ def test_the_stored_dtype_is_kept_and_rounds_like_the_dense_model(stored: torch.
     assert {t.dtype for t in (*model.parameters(),)} == {stored}
     exact = logits(dense_model(made))
     assert off_by(logits(model), exact) < 2 * off_by(logits(dense_model(made, stored)), exact)
+
+
+@pytest.mark.skipif(hasattr(HfQuantizer, "get_new_dtype"), reason="transformers 5.21 and newer cast no integers")
+def test_a_packed_linear_that_the_model_keeps_in_float32_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["up_proj"])
+    with pytest.raises(InputError, match=r"up_proj.*update transformers to 5\.21"):
+        streamslr.load(folder, device="cpu", dtype="float16")
 
 
 def test_from_pretrained_is_the_same_model(folder: Path) -> None:
