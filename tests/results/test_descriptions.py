@@ -140,7 +140,7 @@ for folder in map(Path, sys.argv[1:]):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_transformers_4_reads_the_same_models(text: Path, tmp_path: Path) -> None:
     made = subprocess.run(
         [ROOT / "tools/environment_v4"], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}

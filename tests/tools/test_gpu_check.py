@@ -10,7 +10,7 @@ from tests.support.forkserver import python_script
 GPU_CHECK = Path(__file__).parents[2] / "tools" / "gpu_check.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_section_ends_on_the_pretended_gpu(tmp_path: Path) -> None:
     readme = GPU_CHECK.parents[1] / "README.md"
     before, out = readme.read_bytes(), tmp_path / "gpu.json"
