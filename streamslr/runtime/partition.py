@@ -74,18 +74,16 @@ def take_columns(linear: StoredLinear, columns: slice, name: str) -> StoredLinea
     for part in ("weight", "V"):
         if part in parts:
             parts[part] = parts[part][:, columns].contiguous()
-    pattern = linear.pattern
-    if pattern is not None:
-        if not isinstance(pattern, NofM):
-            pattern = _ANY_NUMBER
-        elif columns.start % pattern.m or width % pattern.m:
-            raise InputError(
-                f"{name}: columns {columns.start} to {columns.stop - 1} of its {d} cut a group of {pattern.m} that "
-                f"{pattern} prunes together; choose another number of tensor parallel ranks"
-            )
-        S = unpack(linear.parts, linear.pattern or pattern, linear.shape)[:, columns]
-        parts |= pack(S, pattern, S.dtype)
-    return StoredLinear(parts, pattern, (o, width))
+    if linear.pattern is None:
+        return StoredLinear(parts, None, (o, width))
+    pattern = linear.pattern if isinstance(linear.pattern, NofM) else _ANY_NUMBER
+    if isinstance(pattern, NofM) and (columns.start % pattern.m or width % pattern.m):
+        raise InputError(
+            f"{name}: columns {columns.start} to {columns.stop - 1} of its {d} cut a group of {pattern.m} that "
+            f"{pattern} prunes together; choose another number of tensor parallel ranks"
+        )
+    S = unpack(linear.parts, linear.pattern, linear.shape)[:, columns]
+    return StoredLinear(parts | pack(S, pattern, S.dtype), pattern, (o, width))
 
 
 def stack(linears: Sequence[StoredLinear]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class StackedLinear(nn.Module):
             _frozen(linear.parts["U"] if rank else torch.empty(0), dtype, device)
             for linear, rank in zip(linears, ranks, strict=True)
         )
-        Vs = [linear.parts["V"] for linear in linears if "V" in linear.parts]
+        Vs = [linear.parts["V"] for linear, rank in zip(linears, ranks, strict=True) if rank]
         self.V = _frozen(torch.cat(Vs), dtype, device) if Vs else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compressed folders in vLLM, against the same folders loaded by streamslr: tools/test --serving has vLLM."""
+"""Compressed folders in vLLM, against the same folders loaded by streamslr: tools/test_serving has vLLM."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from streamslr.run.journal import LinearRecord, read_journal
 from streamslr.spec.pattern import parse_pattern
 from tests.support.tiny_models import VOCABULARY, tiny_checkpoint
 
-pytest.importorskip("vllm", reason="vLLM is not installed here: tools/test --serving")
+pytest.importorskip("vllm", reason="vLLM is not installed here: tools/test_serving")
 
 ENGINE = Path(__file__).parent / "engine.py"
 DEMO_MODEL = Path(__file__).parents[2] / "tools" / "demo_model"
