@@ -107,7 +107,7 @@ def measure(linear: SparseLowRankLinear, tokens: int, repeats: int, graphs: bool
     kept_dense = second(linear)
     kept_dense.keep_dense()
     x = torch.randn(tokens, d, device=device).to(dtype)
-    native = device.type == "cpu" and why_not_native(str(linear.pattern), dtype) is None
+    native = device.type == "cpu" and why_not_native(linear.pattern, dtype) is None
     unpack = unpack_native if native else unpack_rows
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 

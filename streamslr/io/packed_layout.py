@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError
-from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, parse_pattern
+from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows, parse_pattern
 
 FORMAT_VERSION = 3
 """Version that is written. 3: new names in the journal (`linears`, `wanda_error`, `non_block` …); 2: metadata of n:m
@@ -155,6 +155,13 @@ def meta_code(pattern: SparsityPattern) -> MetaCode:
         if count * pattern.m > 8:
             return MetaCode(pattern, base, count, pattern.m)
     return MetaCode(None, base=2, count=8, columns=1)
+
+
+def of_same_code(pattern: SparsityPattern) -> NofM | UnstructuredRows | Unstructured:
+    """Return the pattern whose tables and checks hold for `pattern` too: a fraction does not show in bytes of meta."""
+    if isinstance(pattern, NofM):
+        return pattern
+    return UnstructuredRows(0.5) if pattern.by_row else Unstructured(0.5)
 
 
 def meta_width(pattern: SparsityPattern, d: int) -> int:

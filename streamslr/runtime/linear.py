@@ -99,7 +99,7 @@ class SparseLowRankLinear(nn.Module):
         if self.S is not None:
             return "dense: keep_dense() was asked for"
         if not self.values.is_cuda:
-            return _cpu_kernel(str(self.pattern), self.values.dtype)
+            return _cpu_kernel(self.pattern, self.values.dtype)
         return self._require_gpu_kernel().name
 
     @property
@@ -210,8 +210,8 @@ def packed_product(
     if not by_columns and triton_product.fault(parsed, x.device, x.dtype, values.dtype) is None:
         return triton_product.multiply(x, values, meta, row_offsets, parsed, d)
     tensors = {"values": values, "meta": meta} | ({} if row_offsets is None else {"row_offsets": row_offsets})
-    on_cpu = x.device.type == "cpu"
-    native = on_cpu and why_not_native(pattern, values.dtype) is None
+    on_cpu = x.device.type == values.device.type == meta.device.type == "cpu"
+    native = on_cpu and why_not_native(parsed, values.dtype) is None
     if native and not by_columns and x.dtype == values.dtype and 0 < len(x) <= MOST_TOKENS:
         return multiply_native(x, tensors, parsed, (o, d))
     unpack_tile = unpack_native if native else unpack_rows
@@ -251,7 +251,15 @@ packed_product.register_autograd(_packed_backward, setup_context=_keep_packed)
 _parse = cache(parse_pattern)
 
 
-def _cpu_kernel(pattern: str, dtype: torch.dtype) -> str:
+def way_of_product(pattern: SparsityPattern, device: torch.device, dtype: torch.dtype) -> str:
+    """Return how `packed_product` multiplies on a device, with the reason where S is unpacked; check it if need be."""
+    if device.type == "cpu":
+        return _cpu_kernel(pattern, dtype)
+    reason = triton_product.fault(pattern, device, dtype, dtype)
+    return f"unpacked in tiles: {reason}" if reason else "multiplied by the Triton kernel"
+
+
+def _cpu_kernel(pattern: SparsityPattern, dtype: torch.dtype) -> str:
     if reason := why_not_native(pattern, dtype):
         return f"unpacked in tiles by torch: {reason}"
     return f"unpacked in tiles by the C library, and without tiles for up to {MOST_TOKENS} tokens"

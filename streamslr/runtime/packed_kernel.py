@@ -100,7 +100,7 @@ def multiply_packed(
             stored_before += tl.sum(ones, axis=1)
         S = tl.load(values_of_rows + index, mask=stored & (index < count[:, None]), other=0.0)
         S = S.to(x.dtype.element_ty)
-        at_x = x_of_tokens + columns[:, None] * x_column_stride
+        at_x = x_of_tokens + columns[:, None].to(tl.int64) * x_column_stride
         x_block = tl.load(at_x, mask=column_inside[:, None] & token_inside, other=0.0)
         if in_float32:
             S, x_block = S.to(tl.float32), x_block.to(tl.float32)

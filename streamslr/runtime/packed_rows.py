@@ -10,15 +10,17 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from streamslr.io.packed_layout import meta_code
+from streamslr.io.packed_layout import meta_code, of_same_code
 from streamslr.io.packing import decode_mask, pack, unpack_rows
-from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
+from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows
 
 MOST_TOKENS = 4
 """Tokens up to which rows are multiplied without a tile. The C file has the same number."""
 _PAD = 32
 """Columns of x are a multiple of it, as in the C file."""
 _KINDS: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_Coded = NofM | UnstructuredRows | Unstructured
 
 log = logging.getLogger("streamslr")
 
@@ -36,7 +38,7 @@ class _Packed(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Tables:
-    """What each byte of meta says, for the C library.
+    """Columns that each byte of meta stores, as the C library reads them.
 
     Attributes:
         sources: int16 [256, columns]; which of the byte's values goes to a column, -1 for none.
@@ -52,13 +54,17 @@ class _Tables:
     step: int
 
 
-@cache
-def why_not_native(pattern: str, dtype: torch.dtype) -> str | None:
+def why_not_native(pattern: SparsityPattern, dtype: torch.dtype) -> str | None:
     """Return why the library does not unpack this pattern in this dtype, or None where it does; a reason is logged.
 
     A small S is unpacked and multiplied by both paths, and compared, before the library is used.
     """
-    reason = _find_fault(parse_pattern(pattern), dtype)
+    return _verdict(of_same_code(pattern), dtype)
+
+
+@cache
+def _verdict(pattern: _Coded, dtype: torch.dtype) -> str | None:
+    reason = _find_fault(pattern, dtype)
     if reason:
         log.warning("packed linears on the CPU, %s in %s: unpacked by torch: %s", pattern, dtype, reason)
     return reason
@@ -103,7 +109,9 @@ def _describe(
 ) -> tuple[_Packed, list[Tensor]]:
     """Return S[rows] for the library, and the tensors that it points to."""
     values, meta, offsets = tensors["values"], tensors["meta"][rows].contiguous(), None
-    tables, o = _tables(str(pattern), values.element_size()), rows.stop - rows.start
+    if any(t.device.type != "cpu" for t in tensors.values()):
+        raise ValueError("the C library reads the CPU's memory alone")
+    tables, o = _tables(of_same_code(pattern), values.element_size()), rows.stop - rows.start
     if values.dim() == 2:
         values = values[rows]
     else:
@@ -120,10 +128,9 @@ def _describe(
 
 
 @cache
-def _tables(pattern: str, value_bytes: int) -> _Tables:
-    parsed = parse_pattern(pattern)
-    code, device, width = meta_code(parsed), torch.device("cpu"), 16 // value_bytes
-    mask = decode_mask(torch.arange(256, dtype=torch.uint8, device=device)[:, None], parsed)  # [256, columns]
+def _tables(pattern: _Coded, value_bytes: int) -> _Tables:
+    code, device, width = meta_code(pattern), torch.device("cpu"), 16 // value_bytes
+    mask = decode_mask(torch.arange(256, dtype=torch.uint8, device=device)[:, None], pattern)  # [256, columns]
     sources = torch.where(mask, mask.cumsum(1) - 1, -1)
     tables = _Tables(sources.short().contiguous(), None, (0, 0, 0, 0), code.group.n * code.count if code.group else 0)
     if mask.shape[1] > 16:

@@ -11,7 +11,8 @@ from streamslr.io.packing import pack, unpack
 from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured
 
 _ANY_NUMBER = Unstructured(1e-6)
-"""Pattern of columns of S whose rows differ in their number of values: a slice may have more than the whole's share."""
+"""Pattern of columns of S whose rows differ in their number of values: a slice may have more than the whole's share.
+Files and operators keep the text, which parse_pattern would not read of a smaller number."""
 
 
 @dataclass(frozen=True)

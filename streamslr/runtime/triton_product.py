@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from streamslr.io.packed_layout import meta_code
+from streamslr.io.packed_layout import meta_code, of_same_code
 from streamslr.io.packing import decode_mask, pack
 from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows
 
@@ -64,7 +64,7 @@ def fault(pattern: SparsityPattern, device: torch.device, dtype: torch.dtype, va
     """
     if device.type not in DEVICES:
         return f"no Triton kernel on {device.type}"
-    key = KernelKey(device, _of_same_code(pattern), dtype, values_dtype)
+    key = KernelKey(device, of_same_code(pattern), dtype, values_dtype)
     if key not in _verdicts:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the kernel of packed linears is not checked yet: run the model once before the capture")
@@ -106,7 +106,7 @@ def multiply(
             values if values.numel() else x,  # an empty tensor has no address
             meta,
             meta if row_offsets is None else row_offsets.contiguous(),
-            _ranks_of_byte(_of_same_code(pattern), x.device),
+            _ranks_of_byte(of_same_code(pattern), x.device),
             y,
             n,
             o,
@@ -127,13 +127,6 @@ def multiply(
             num_stages=blocks.stages,
         )
     return y
-
-
-def _of_same_code(pattern: SparsityPattern) -> _Coded:
-    """Return the pattern whose check and table hold for `pattern` too: OWL gives each block a fraction of its own."""
-    if isinstance(pattern, NofM):
-        return pattern
-    return UnstructuredRows(0.5) if pattern.by_row else Unstructured(0.5)
 
 
 def _values_of_byte(pattern: SparsityPattern, columns: int) -> int:

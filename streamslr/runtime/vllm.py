@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import get_pp_group, model_parallel_is_initialized
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
 
 from streamslr.errors import InputError
 from streamslr.io.packed_check import check_positions
 from streamslr.io.packed_layout import QUANT_METHOD, part_dtype, read_quantization_config, without_numbers
 from streamslr.runtime import triton_product
+from streamslr.runtime.linear import way_of_product
 from streamslr.runtime.loader import read_loadable
 from streamslr.runtime.partition import StoredLinear, take_columns, take_rows
 from streamslr.runtime.stacked import StackedLinear
@@ -28,6 +32,8 @@ from streamslr.spec.pattern import SparsityPattern
 
 DENSE_VARIABLE = "STREAMSLR_DENSE"
 """Environment variable: "1" has S dense in memory instead of packed."""
+_REARRANGED = {"bloom", "llama4", "llama4_text"}
+"""Model types of which vLLM rearranges tensors by their names alone: V too (Bloom), or `weight` only (Llama 4)."""
 
 log = init_logger("vllm.streamslr")
 
@@ -40,7 +46,7 @@ def register() -> None:
 
 @dataclass(frozen=True)
 class PackedHeader:
-    """What the shards' headers say of a packed linear."""
+    """A packed linear as the shards' headers describe it."""
 
     path: str
     """Path of the linear in the folder."""
@@ -56,7 +62,8 @@ class StreamslrQuantization(QuantizationConfig):
         """Know no linear yet: vLLM says in `maybe_update_config` where the folder is."""
         super().__init__()
         self.linears: dict[str, PackedHeader] = {}
-        self._claimed: set[str] = set()
+        self.dense = os.environ.get(DENSE_VARIABLE) == "1"
+        self._claimed: set[str] | None = set()
 
     # What vLLM asks of every quantization
 
@@ -84,10 +91,21 @@ class StreamslrQuantization(QuantizationConfig):
         """Read the headers of the folder (or hub id), before any process loads a weight.
 
         Raises:
-            InputError: `streamslr.load` would refuse the folder, or it holds a mixture of experts.
+            InputError: `streamslr.load` would refuse the folder, or vLLM cannot run its model packed.
             HubError: the hub could not be reached.
         """
-        stored = read_loadable(model_name, revision)
+        kinds = [getattr(config, "model_type", "") for config in (hf_config, getattr(hf_config, "text_config", None))]
+        if unfit := [kind for kind in kinds if kind in _REARRANGED]:
+            raise InputError(
+                f"{model_name} is a {unfit[0]}, whose weights vLLM rearranges as only a dense weight can be: load it "
+                f"with streamslr.load, or serve `streamslr export --to dense` of it"
+            )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # vLLM may fork this process, and a child would wait for OpenMP's threads for ever
+        try:
+            stored = read_loadable(model_name, revision)
+        finally:
+            torch.set_num_threads(threads)
         if experts := [path for path in stored.linears if ".experts." in path]:
             raise InputError(
                 f"{model_name} is a mixture of experts ({experts[0]} and others are packed), which cannot be served by "
@@ -96,8 +114,8 @@ class StreamslrQuantization(QuantizationConfig):
         self.linears = {
             path: PackedHeader(path, frozenset(stored.parts(path)), *stored.linears[path]) for path in stored.linears
         }
-        if hf_config is not None:  # a part of the name of vLLM's cache of compiled graphs, which hold pattern and rank
-            hf_config.quantization_config["linears"] = _digest(stored)
+        if hf_config is not None:  # a part of the name of vLLM's cache of compiled graphs, which hold what is hashed
+            hf_config.quantization_config["linears"] = _digest(stored, self.dense)
         log.info("%d linears of %s are packed", len(self.linears), model_name)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -108,8 +126,11 @@ class StreamslrQuantization(QuantizationConfig):
             sources = self._sources(prefix)
             if not any(sources):
                 return UnquantizedLinearMethod()
-            self._claimed |= {without_numbers(header.path) for header in sources if header}
+            if self._claimed is not None:
+                self._claimed |= {without_numbers(header.path) for header in sources if header}
             return PackedLinearMethod(self, prefix, sources)
+        if isinstance(layer, ParallelLMHead):  # comes after all blocks
+            self.require_all_claimed()
         if inside := [name for name in self.linears if name.startswith(f"{prefix}.")]:
             raise InputError(f"vLLM runs {inside[0]} in a {type(layer).__name__}, which cannot be packed")
         return None
@@ -124,9 +145,15 @@ class StreamslrQuantization(QuantizationConfig):
         return [self.linears.get(f"{parent}{dot}{name}") for name in self.packed_modules_mapping.get(leaf, ())]
 
     def require_all_claimed(self) -> None:
-        """Raise InputError where stored linears have no layer in vLLM's model: it would leave them out."""
-        headers = self.linears.values()
-        if lost := sorted({header.path for header in headers if without_numbers(header.path) not in self._claimed}):
+        """Raise InputError where stored linears have no layer in vLLM's model: it would leave them out.
+
+        Once a model is whole, once in a process; a stage of a pipeline need not have every kind of linear.
+        """
+        claimed, self._claimed = self._claimed, None
+        if claimed is None or _in_a_pipeline():
+            return
+        paths = {header.path for header in self.linears.values()}
+        if lost := sorted(path for path in paths if without_numbers(path) not in claimed):
             raise InputError(
                 f"vLLM's model has no layer for the packed linear {lost[0]} ({len(lost)} such linears): this "
                 f"architecture cannot be served yet; serve `streamslr export --to dense` of the folder"
@@ -175,14 +202,14 @@ class PackedLinearMethod(LinearMethodBase):
         self._names = sorted({part for header in self.sources for part in (header.parts if header else {"weight"})})
         for name in self._names:
             parameter = nn.Parameter(torch.empty(0, dtype=part_dtype(name, params_dtype)), requires_grad=False)
-            # Models that store q, k and v in rows of another order rearrange what has an output_dim; other parts have
-            # no such dimension, and where they would need it, check_positions finds that meta does not fit.
+            # Falcon's q, k and v are stored in rows of another order: vLLM rearranges what has an output_dim. Parts
+            # without rows cannot follow, and check_positions then finds that meta does not fit them.
             by_row = {"output_dim": 0} if name in ("weight", "meta", "U") or self._values_by_row(name) else {}
             set_weight_attrs(parameter, {"weight_loader": partial(self._receive, layer, name)} | by_row)
             layer.register_parameter(name, parameter)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Check that all parts came, and drop the empty parameters."""
+        """Check that all parts came, drop the empty parameters, and log how S is multiplied."""
         for index in range(len(self.sources)):
             if index not in self._linears:
                 missing = sorted(self._parts(index) - self._received[index].keys())
@@ -190,6 +217,8 @@ class PackedLinearMethod(LinearMethodBase):
         for name in self._names:
             delattr(layer, name)
         self._linears.clear()
+        for pattern in dict.fromkeys(header.pattern for header in self.sources if header and not self.config.dense):
+            log.info_once("S of %s: %s", pattern, way_of_product(pattern, self._device, self._dtype))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = layer.packed(x.reshape(-1, x.shape[-1]))
@@ -220,18 +249,23 @@ class PackedLinearMethod(LinearMethodBase):
         self._linears[index] = take_columns(take_rows(linear, self._rows[index]), self._columns, self._path(index))
         if len(self._linears) == len(self.sources):
             linears = [self._linears[index] for index in range(len(self.sources))]
-            dense = os.environ.get(DENSE_VARIABLE) == "1"
-            held = [linear.unpacked() if dense or self._breaks_graphs(linear) else linear for linear in linears]
-            layer.packed = StackedLinear(held, self._dtype, self._device)
+            if self.config.dense:
+                linears = [linear.unpacked() for linear in linears]
+            for linear in linears:
+                self._refuse_breaking_graphs(linear)
+            layer.packed = StackedLinear(linears, self._dtype, self._device)
 
-    def _breaks_graphs(self, linear: StoredLinear) -> bool:
-        """Return True where S can only be unpacked with the host looking at `row_offsets`: no CUDA graph holds that."""
-        if self._device.type != "cuda" or linear.pattern is None or "row_offsets" not in linear.parts:
-            return False
-        reason = triton_product.fault(linear.pattern, self._device, self._dtype, self._dtype)
-        if reason:
-            log.warning_once("S of %s is held dense in memory: %s", linear.pattern, reason)
-        return reason is not None
+    def _refuse_breaking_graphs(self, linear: StoredLinear) -> None:
+        """Raise InputError where the host must look at `row_offsets` in each product, which no CUDA graph holds."""
+        vllm_config = get_current_vllm_config_or_none()
+        eager = vllm_config is None or vllm_config.model_config.enforce_eager
+        if eager or self._device.type != "cuda" or linear.pattern is None or "row_offsets" not in linear.parts:
+            return
+        if reason := triton_product.fault(linear.pattern, self._device, self._dtype, self._dtype):
+            raise InputError(
+                f"packed linears of {linear.pattern} can only be unpacked in tiles here ({reason}), which CUDA graphs "
+                f"cannot hold; start with {DENSE_VARIABLE}=1, or with --enforce-eager"
+            )
 
     def _index(self, shard: Any) -> int:
         """Return the index of the stored linear that vLLM calls `shard`."""
@@ -269,6 +303,8 @@ def _rows_by_source(layer: Any, partition_sizes: Sequence[int], sources: int) ->
         replicas = [1, layer.num_kv_head_replicas, layer.num_kv_head_replicas]
     else:
         whole = list(getattr(layer, "output_sizes", [layer.output_size]))
+    if len(whole) != len(partition_sizes):
+        raise _unknown_outputs(layer, partition_sizes, sources)
     rows = []
     for size, full, copies in zip(partition_sizes, whole, replicas, strict=True):
         first = 0 if size == full else layer.tp_rank // copies * size
@@ -278,15 +314,23 @@ def _rows_by_source(layer: Any, partition_sizes: Sequence[int], sources: int) ->
     if sources == 1:
         starts = accumulate(whole, initial=0)
         return [[slice(s + r.start, s + r.stop) for s, r in zip(starts, rows, strict=False)]], [sum(whole)]
-    raise InputError(
-        f"a {type(layer).__name__} of {len(rows)} outputs is stored as {sources} linears, which cannot be served yet; "
-        f"serve `streamslr export --to dense` of the folder"
+    raise _unknown_outputs(layer, partition_sizes, sources)
+
+
+def _unknown_outputs(layer: Any, partition_sizes: Sequence[int], sources: int) -> InputError:
+    return InputError(
+        f"a {type(layer).__name__} of {len(partition_sizes)} outputs is stored as {sources} linears, which cannot be "
+        f"served yet; serve `streamslr export --to dense` of the folder"
     )
 
 
-def _digest(stored: StoredModel) -> str:
-    """Return a digest of pattern, shape and rank of every packed linear."""
+def _digest(stored: StoredModel, dense: bool) -> str:
+    """Return a digest of pattern, shape and rank of every packed linear, and of whether S is held dense."""
     linears: Mapping[str, object] = {
         path: (*map(str, stored.linears[path]), stored.rank(path)) for path in stored.linears
     }
-    return hashlib.sha256(repr(sorted(linears.items())).encode()).hexdigest()
+    return hashlib.sha256(repr((dense, sorted(linears.items()))).encode()).hexdigest()
+
+
+def _in_a_pipeline() -> bool:
+    return bool(model_parallel_is_initialized() and get_pp_group().world_size > 1)

@@ -11,7 +11,7 @@ from streamslr.io.packing import pack, unpack_rows
 from streamslr.runtime import packed_rows as module
 from streamslr.runtime.linear import SparseLowRankLinear
 from streamslr.runtime.packed_rows import MOST_TOKENS, multiply_native, unpack_native, why_not_native
-from streamslr.spec.pattern import parse_pattern
+from streamslr.spec.pattern import NofM, parse_pattern
 
 PATTERNS = ["2:4", "1:4", "4:8", "8:16", "3:16", "1:3", "2:3", "1:8", "1:16", "50%/row", "50%", "97%"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -19,16 +19,16 @@ WIDTHS = {"1:3": 33, "2:3": 33, "4:8": 72, "1:8": 72, "8:16": 144, "3:16": 144, 
 """Columns that the pattern fits and that leave the last byte of a row in part unused, where it can be; else 20."""
 
 needs_library = pytest.mark.skipif(
-    why_not_native("2:4", torch.float32) is not None, reason=str(why_not_native("2:4", torch.float32))
+    why_not_native(NofM(2, 4), torch.float32) is not None, reason=str(why_not_native(NofM(2, 4), torch.float32))
 )
 
 
 @pytest.fixture(autouse=True)
 def no_verdicts_kept() -> Iterator[None]:
-    why_not_native.cache_clear()
+    module._verdict.cache_clear()
     module._library.cache_clear()
     yield
-    why_not_native.cache_clear()
+    module._verdict.cache_clear()
     module._library.cache_clear()
 
 

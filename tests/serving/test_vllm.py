@@ -28,6 +28,7 @@ from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.run.journal import LinearRecord, read_journal
 from streamslr.spec.pattern import parse_pattern
+from tests.support.hub_server import serve_hub
 from tests.support.tiny_models import VOCABULARY, tiny_checkpoint
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: tools/test_serving")
@@ -130,6 +131,13 @@ def test_biases_and_a_tied_head_are_served(text: Path, tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", hidden=128, tie=True, attention_bias=True, mlp_bias=True)
     folder = compress(model, text)
     assert answer_of_engine(folder)["tokens"] == generate(folder, prompts())
+
+
+def test_a_hub_id_is_served(mixed: Path, tmp_path: Path) -> None:
+    with serve_hub() as hub:
+        hub.add("org/slr", mixed)
+        found = answer_of_engine(Path("org/slr"), hub.environment(tmp_path / "cache"))
+    assert found["tokens"] == generate(mixed, prompts())
 
 
 def test_two_ranks_give_the_text_of_one(mixed: Path) -> None:
@@ -271,13 +279,42 @@ def test_a_mixture_of_experts_is_refused_before_weights_are_loaded(text: Path, t
         quantization({"format_version": 3}).maybe_update_config(str(folder))
 
 
-def test_folders_of_other_ranks_do_not_share_compiled_graphs(mixed: Path, trained: Path) -> None:
+@pytest.mark.parametrize("model_type", ["bloom", "llama4"])
+def test_models_whose_weights_vllm_rearranges_by_name_are_refused(mixed: Path, model_type: str) -> None:
+    with pytest.raises(InputError, match=f"is a {model_type}, whose weights vLLM rearranges"):
+        quantization({"format_version": 3}).maybe_update_config(str(mixed), SimpleNamespace(model_type=model_type))
+
+
+def test_other_ranks_and_dense_s_do_not_share_compiled_graphs(
+    mixed: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     digests = set()
-    for folder in (mixed, trained):
+    for folder, dense in ((mixed, "0"), (trained, "0"), (mixed, "1")):
+        monkeypatch.setenv("STREAMSLR_DENSE", dense)
         config = SimpleNamespace(quantization_config={})
         quantization({"format_version": 3}).maybe_update_config(str(folder), config)
         digests.add(config.quantization_config["linears"])
-    assert len(digests) == 2
+    assert len(digests) == 3
+
+
+def test_a_process_that_vllm_forks_can_check_what_it_loads(text: Path, tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", blocks=1, hidden=512)
+    folder = compress(model, text, rank=0, method="magnitude", pattern="50%")
+    script = f"""
+import os, torch
+from streamslr.io.packed_check import check_positions
+from streamslr.runtime.vllm import StreamslrQuantization
+from streamslr.spec.pattern import parse_pattern
+torch.set_num_threads(2)
+StreamslrQuantization().maybe_update_config({str(folder)!r})
+if (child := os.fork()) == 0:
+    meta, offsets = torch.zeros(1024, 1024, dtype=torch.uint8), torch.zeros(1025, dtype=torch.int64)
+    parts = {{"meta": meta, "row_offsets": offsets, "values": torch.zeros(0)}}
+    os._exit(len(check_positions(parts, parse_pattern("50%"), (1024, 8192))))
+print("ended with", os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["ended with 0"], done.stderr[-2000:]
 
 
 def test_linears_without_a_layer_are_refused(mixed: Path) -> None:
@@ -285,6 +322,7 @@ def test_linears_without_a_layer_are_refused(mixed: Path) -> None:
     known.maybe_update_config(str(mixed))
     with pytest.raises(InputError, match=r"no layer for the packed linear model\.layers\.0\.mlp\.down_proj"):
         known.require_all_claimed()
+    known.require_all_claimed()  # once a process
 
 
 def test_registering_twice_is_registering_once() -> None:
