@@ -19,6 +19,7 @@ from streamslr.streams import make_streams_last
 from streamslr.terminal import (
     print_json,
     print_table,
+    rank_and_world,
     report_errors,
     require_address_space,
     require_own_file,
@@ -121,6 +122,9 @@ def main() -> None:
     """
     with report_errors():
         require_address_space()
+        command, (_, world) = click.get_current_context().invoked_subcommand, rank_and_world()
+        if command != "eval" and world > 1:
+            raise InputError(f"{command} cannot be shared out over {world} ranks yet; start it without torchrun")
 
 
 @main.command()
@@ -408,7 +412,10 @@ def eval(
     with report_errors():
         if text is None and tasks is None:
             raise InputError("nothing to evaluate on: give --text FILE, --tasks NAME,…, or both")
-        shown = not (quiet or as_json)
+        rank, world = rank_and_world()
+        if tasks is not None and world > 1:
+            raise InputError(f"--tasks cannot be shared out over {world} ranks; start it without torchrun")
+        shown = rank == 0 and not (quiet or as_json)
         if not shown:
             os.environ["TQDM_DISABLE"] = "1"  # for the bars of the harness's libraries; read when tqdm is imported
         silence_libraries()
@@ -424,9 +431,10 @@ def eval(
                 print_table(task_table(scores))
         if text is not None:
             from streamslr.memory import free_host_memory
+            from streamslr.ranks import open_ranks
             from streamslr.results.evaluate import evaluate
 
-            with show_bar("eval", shown) as step:
+            with open_ranks() as ranks, show_bar("eval", shown) as step:
                 result = evaluate(
                     model,
                     text,
@@ -437,8 +445,11 @@ def eval(
                     revision=revision,
                     device=device,
                     free_memory=free_host_memory(),
+                    ranks=ranks,
                     step=step,
                 )
+            if rank:  # the first one tells
+                return
             found |= dataclasses.asdict(result)
             if not as_json:
                 first = ", BOS first," if result.bos else ""

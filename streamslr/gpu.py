@@ -75,13 +75,18 @@ class GpuMemory:
         }
 
 
-def pick_device(name: str | None, gpu_required: bool = True) -> tuple[torch.device, torch.dtype]:
+def pick_device(name: str | None, gpu_required: bool = True, index: int = 0) -> tuple[torch.device, torch.dtype]:
     """Return the device called `name`, by default the best there is, and the dtype to compute in there.
 
     For a GPU, set what must be set before CUDA starts.
 
+    Args:
+        name: "cpu" or "cuda"; None stands for cuda where there is one.
+        gpu_required: Refuse "cuda" where torch sees no GPU.
+        index: Number of the GPU to take.
+
     Raises:
-        InputError: A GPU is asked for and required, and torch sees none.
+        InputError: A GPU is asked for and required, and torch sees none, or not so many.
     """
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
@@ -90,7 +95,11 @@ def pick_device(name: str | None, gpu_required: bool = True) -> tuple[torch.devi
         raise InputError("--device cuda, but torch sees no GPU here; use --device cpu")
     _set_environment()
     # torch's limit on memory wants a number; asking torch for it would start CUDA
-    return torch.device("cuda", 0) if torch.cuda.is_available() else device, torch.bfloat16
+    if not torch.cuda.is_available():
+        return device, torch.bfloat16
+    if index and index >= torch.cuda.device_count():
+        raise InputError(f"GPU {index} is asked for, torch sees {torch.cuda.device_count()}; start a rank for each GPU")
+    return torch.device("cuda", index), torch.bfloat16
 
 
 def _set_environment() -> None:

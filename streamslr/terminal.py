@@ -82,6 +82,13 @@ def show_bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Return the rank that torchrun gave this process, and the number of ranks; (0, 1) without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 @contextmanager
 def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Iterator[None]:
     """Turn a user's mistake, memory or a disk that ends, or Ctrl-C into one message and an exit code.
@@ -92,28 +99,30 @@ def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Ite
     """
     if logging.lastResort:  # prints the warnings of commands without `send_log`
         logging.lastResort.setFormatter(_OneLine())
+    number, world = rank_and_world()
+    rank = f", rank {number}" if world > 1 else ""
     try:
         with _stop_signals():
             yield
     except StreamslrError as error:
-        say(f"streamslr: {error}", err=True)
+        say(f"streamslr{rank}: {error}", err=True)
         sys.exit(error.exit_code)
     except (MemoryError, ImportError, RuntimeError, OSError, SafetensorError) as error:
         if says_out_of_memory(error):
-            say(f"streamslr: {_explain_lack_of_memory(error)}", err=True)
+            say(f"streamslr{rank}: {_explain_lack_of_memory(error)}", err=True)
             sys.exit(BudgetError.exit_code)
         if says_disk_full(error):
             advice = "free some space or give another folder, then start the same line again"
-            say(f"streamslr: a file cannot be written: {first_line(error)}; {advice}", err=True)
+            say(f"streamslr{rank}: a file cannot be written: {first_line(error)}; {advice}", err=True)
             sys.exit(BudgetError.exit_code)
         if not isinstance(error, OSError) and "Too many open files" not in str(error):
             raise
-        say(f"streamslr: {error}", err=True)
+        say(f"streamslr{rank}: {error}", err=True)
         sys.exit(StreamslrError.exit_code)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         message = f"; finished {parts} are kept, and {how_to_go_on}" if how_to_go_on else ""
-        say(f"streamslr: interrupted{message}", err=True)
+        say(f"streamslr{rank}: interrupted{message}", err=True)
         sys.exit(_INTERRUPTED)
 
 

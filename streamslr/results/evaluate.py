@@ -20,6 +20,7 @@ from streamslr.io.packed_layout import read_quantization_config
 from streamslr.io.scratch import scratch_folder
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
+from streamslr.ranks import Ranks
 from streamslr.run.journal import JOURNAL_FILE, read_journal
 from streamslr.run.plan import BATCH_TOKENS
 from streamslr.runtime.stored_model import find_difference
@@ -27,6 +28,7 @@ from streamslr.runtime.stored_model import find_difference
 log = logging.getLogger("streamslr")
 
 _MEMORY_FRACTION = 0.25
+_ALONE = Ranks()
 """Fraction of the free host memory that the two boundaries alive at a time may take; larger ones go to disk."""
 
 _LARGEST_LOSS = 700.0
@@ -64,6 +66,7 @@ def evaluate(
     device: str | None = None,
     scratch: Path | None = None,
     free_memory: int,
+    ranks: Ranks = _ALONE,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Measure the perplexity of a model on the consecutive windows of a text, one block in memory at a time.
@@ -81,23 +84,28 @@ def evaluate(
         device: "cpu" or "cuda"; None stands for cuda where there is one.
         scratch: Folder for hidden states on disk; None stands for the system's temporary folder.
         free_memory: Free host memory in bytes. Hidden states that would take more than a quarter of it lie on disk.
+        ranks: Processes that each take a share of the windows, and all get the result.
         step: Called with (blocks done, blocks in all).
 
     Raises:
-        InputError: The text is shorter than one window, the folder is unfinished or damaged, or the loss is not finite.
+        InputError: The text is shorter than one window, there are fewer windows than ranks, the folder is unfinished or
+            damaged, or the loss is not finite.
+        StreamslrError: Another rank ended.
     """
     checkpoint = open_checkpoint(model, revision)
-    where, dtype = pick_device(device)
+    where, dtype = pick_device(device, index=ranks.local_rank)
     blockwise = BlockwiseModel(checkpoint, dtype, where)
     digests = read_digests(checkpoint)
     tokenizer = checkpoint.tokenizer()
     prefix = window_prefix(tokenizer, bos)
     ids = text_windows(tokenizer, text, seq_len, windows, prefix)  # [n, T]
     blockwise.require_windows(seq_len, ids)
+    total = len(ids)
+    ids = ids[ranks.share(total, "windows")]
     batches = spans([(0, len(ids))], max(1, BATCH_TOKENS // seq_len))
     hidden_size = blockwise.hidden_size
     boundary_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize
-    in_memory = 2 * boundary_bytes <= _MEMORY_FRACTION * free_memory
+    in_memory = 2 * boundary_bytes <= _MEMORY_FRACTION * free_memory / ranks.local_world
 
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -115,8 +123,8 @@ def evaluate(
         hidden = _run_blocks(blockwise, ids, batches, new_boundary, require_sound, step)
         nll = _sum_losses(blockwise, ids, batches, hidden)
         hidden.drop()
-    tokens = len(ids) * (seq_len - 1)
-    nll /= tokens
+    tokens = total * (seq_len - 1)
+    nll = ranks.sum(nll) / tokens
     if not nll < _LARGEST_LOSS:
         raise InputError(f"{model} gives a loss of {nll:.4g} on {text}: its weights are damaged, or overflow")
     return Evaluation(
@@ -124,7 +132,7 @@ def evaluate(
         text=str(text),
         perplexity=math.exp(nll),
         nll=nll,
-        windows=len(ids),
+        windows=total,
         seq_len=seq_len,
         tokens=tokens,
         bos=bool(prefix),
