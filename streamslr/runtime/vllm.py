@@ -131,8 +131,6 @@ class StreamslrQuantization(QuantizationConfig):
             return PackedLinearMethod(self, prefix, sources)
         if isinstance(layer, ParallelLMHead):  # comes after all blocks
             self.require_all_claimed()
-        if inside := [name for name in self.linears if name.startswith(f"{prefix}.")]:
-            raise InputError(f"vLLM runs {inside[0]} in a {type(layer).__name__}, which cannot be packed")
         return None
 
     # Names
