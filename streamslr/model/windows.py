@@ -44,7 +44,7 @@ def vocabulary_size(model: PreTrainedModel) -> int | None:
     """Return the number of rows of a model's embedding; None where it has none of the usual kind."""
     try:
         size = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:
+    except NotImplementedError:  # transformers raises it where it finds no embedding
         return None
     return size if isinstance(size, int) else None
 

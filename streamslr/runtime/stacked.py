@@ -22,7 +22,6 @@ class StackedLinear(nn.Module):
     def __init__(self, linears: Sequence[StoredLinear], dtype: torch.dtype, device: torch.device) -> None:
         """Copy the parts of the linears, in the dtype and to the device."""
         super().__init__()
-        self.out_features = sum(linear.shape[0] for linear in linears)
         d = linears[0].shape[1]
         self.sparse = nn.ModuleList(
             _Sparse(stack(list(group)), pattern, d, dtype, device)

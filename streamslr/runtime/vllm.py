@@ -185,7 +185,6 @@ class PackedLinearMethod(LinearMethodBase):
     ) -> None:
         """Register empty parameters by the names of the stored parts; `_receive` is called with what is stored."""
         self._dtype, self._device = params_dtype, torch.empty(0).device
-        self._input_size = input_size
         cut = input_size_per_partition < input_size
         first = layer.tp_rank * input_size_per_partition if cut else 0
         self._columns = slice(first, first + input_size_per_partition)
