@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_perplexity_does_not_depend_on_the_number_of_ranks(compressed: Path, tex
 
 
 @pytest.mark.slow
-def test_what_is_not_shared_out_is_refused_by_each_rank(llama: Path, compressed: Path, text: Path) -> None:
+def test_what_is_not_shared_out_is_refused(llama: Path, compressed: Path, text: Path) -> None:
     refused = {
         "run cannot be shared out over 2 ranks yet": ("run", "--model", llama),
         "1 windows cannot be shared out over 2 ranks": (
@@ -62,4 +63,5 @@ def test_what_is_not_shared_out_is_refused_by_each_rank(llama: Path, compressed:
     for message, line in refused.items():
         done = torchrun(2, *line)
         assert done.returncode == 1  # torchrun's own
-        assert f"rank 1: {message}" in done.stderr
+        # torchrun ends the others once one has ended, so which rank comes to say it is a matter of time
+        assert re.search(rf"streamslr, rank [01]: {re.escape(message)}", done.stderr)
