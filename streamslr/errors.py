@@ -7,6 +7,8 @@ class StreamslrError(Exception):
     """A failure with a message for the user: names the object, the values, and what to do next."""
 
     exit_code = 1
+    said_already = False
+    """Another process tells people of it."""
 
 
 class InputError(StreamslrError):

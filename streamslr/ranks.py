@@ -1,19 +1,58 @@
-"""Processes that share work out: one alone, or the ranks that torchrun started."""
+"""Processes that share work out: one alone, or the ranks that torchrun started, and what they tell each other."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from streamslr.errors import InputError, StreamslrError, first_line
+from streamslr.errors import InputError, StreamslrError, first_line, says_out_of_memory
+
+T = TypeVar("T")
+
+_LONGEST_WAIT = timedelta(days=7)
+"""Longest wait for another rank, which may solve a large linear for hours. A rank that ends is noticed at once, by its
+closed connections."""
+_SECONDS_TO_END = 5.0
+"""Seconds in which a rank whose connections closed is expected to end, so that it can be named."""
+
+
+class RankEndedError(StreamslrError):
+    """Another rank ended, so this one must; `said_already` where that rank or another of this machine says so."""
+
+    def __init__(self, message: str, said_already: bool) -> None:
+        super().__init__(message)
+        self.said_already = said_already
+
+
+@dataclass
+class Traffic:
+    """Seconds that this rank waited in exchanges, and bytes that it put into them; read and cleared by `take`."""
+
+    seconds: float = 0.0
+    nbytes: int = 0
+
+    def take(self) -> tuple[float, int]:
+        taken = self.seconds, self.nbytes
+        self.seconds, self.nbytes = 0.0, 0
+        return taken
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one command, and which of them this is; by default the only one."""
+    """The processes of one command, and which of them this is; by default the only one.
+
+    Every rank must call the functions that exchange something, in the same order. Alone, they return at once. They
+    raise RankEndedError where another rank has ended.
+    """
 
     rank: int = 0
     world: int = 1
@@ -21,9 +60,12 @@ class Ranks:
     """Number of this process among those of its machine."""
     local_world: int = 1
     """Processes of this machine."""
+    processes: tuple[tuple[str, int], ...] = ()
+    """Machine and process id of each rank."""
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
-    def share(self, count: int, what: str) -> slice:
-        """Return which of `count` things are this rank's: neighbours; shares differ by one at most.
+    def share(self, count: int, what: str) -> range:
+        """Return which of `count` things are this rank's: every `world`-th, so that shares differ by one at most.
 
         Raises:
             InputError: there are fewer things, which `what` names, than ranks.
@@ -32,42 +74,192 @@ class Ranks:
             raise InputError(
                 f"{count} {what} cannot be shared out over {self.world} ranks; start at most {count} ranks"
             )
-        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+        return range(self.rank, count, self.world)
 
     def sum(self, value: float) -> float:
-        """Return the sum of a number over all ranks, the same on each; every rank must call it.
-
-        Raises:
-            StreamslrError: another rank ended.
-        """
+        """Return the sum of a number over all ranks, the same on each."""
         if self.world == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64)
+        return float(self.sum_(torch.tensor(value, dtype=torch.float64)))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Put the sum of a tensor over all ranks into it, on each; return it."""
+        if self.world > 1:
+            with self._exchange(tensor):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def reduce_(self, tensor: Tensor, owner: int) -> None:
+        """Put the sum of a tensor over all ranks into that of `owner`; on other ranks its content is lost."""
+        if self.world > 1:
+            with self._exchange(tensor):
+                dist.reduce(tensor, owner)
+
+    def broadcast_(self, tensor: Tensor, source: int) -> None:
+        """Put the content of rank `source`'s tensor into those of all other ranks."""
+        if self.world > 1:
+            with self._exchange(tensor):
+                dist.broadcast(tensor.view(torch.uint8) if tensor.dim() else tensor, source)
+
+    def sum_into_shares(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to sum a flat tensor, of world · c numbers, over all ranks: rank r gets numbers r · c to (r + 1) · c.
+
+        Returns:
+            Function that waits for it. Until then the tensor must not be used; the numbers of other ranks are lost.
+        """
+        return self._begin(tensor, lambda: dist.reduce_scatter_tensor(self._own(tensor), tensor, async_op=True))
+
+    def collect_shares(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to fill a flat tensor, of world · c numbers, with what rank r has in numbers r · c to (r + 1) · c.
+
+        Returns:
+            Function that waits for it.
+        """
+        return self._begin(tensor, lambda: dist.all_gather_into_tensor(tensor, self._own(tensor), async_op=True))
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """Return this rank's share of a flat tensor."""
+        return tensor.view(self.world, -1)[self.rank]
+
+    def tell(self, value: T, source: int = 0) -> T:
+        """Return the value of rank `source`."""
+        if self.world == 1:
+            return value
+        told = [value if self.rank == source else None]
+        with self._exchange():
+            dist.broadcast_object_list(told, source)
+        return told[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, on each."""
+        if self.world == 1:
+            return [value]
+        values: list[T] = [value] * self.world
+        with self._exchange():
+            dist.all_gather_object(values, value)
+        return values
+
+    def wait_for_all(self) -> None:
+        """Return once every rank is here."""
+        self.gather(None)
+
+    def _begin(self, tensor: Tensor, start: Callable[[], dist.Work | None]) -> Callable[[], None]:
+        if self.world == 1:
+            return lambda: None
+        with self._exchange(tensor):
+            work = start()
+
+        def wait() -> None:
+            with self._exchange():
+                if work:
+                    work.wait()
+
+        return wait
+
+    @contextmanager
+    def _exchange(self, tensor: Tensor | None = None) -> Iterator[None]:
+        """Count the time and the bytes of an exchange; say which rank ended, where one did."""
+        began = time.monotonic()
         try:
-            dist.all_reduce(total)
+            yield
         except RuntimeError as error:
-            raise StreamslrError(f"another rank ended ({first_line(error)}); its own message says why") from error
-        return float(total)
+            if says_out_of_memory(error):
+                raise
+            raise self.ended(first_line(error)) from error
+        self.traffic.seconds += time.monotonic() - began
+        self.traffic.nbytes += tensor.nbytes if tensor is not None else 0
+
+    def ended(self, how_noticed: str) -> RankEndedError:
+        """Return an error that names the rank that ended, and its reason if it left one."""
+        until = time.monotonic() + _SECONDS_TO_END
+        while not (reasons := self._reasons()) and not (gone := self._gone()) and time.monotonic() < until:
+            time.sleep(0.05)
+        here = [rank for rank in self._neighbours() if rank not in self._gone()]
+        said_already = bool(here) and here[0] != self.rank
+        for rank, reason in reasons.items():
+            told_here = rank in self._neighbours()
+            return RankEndedError(f"rank {rank} ended: {reason}", said_already or told_here)
+        if gone:
+            process = f"rank {gone[0]} (process {self.processes[gone[0]][1]})"
+            message = f"{process} ended without a word: killed, perhaps for memory"
+        else:
+            message = f"a rank on another machine ended ({how_noticed})"
+        return RankEndedError(f"{message}. Finished blocks are kept; start the same line again", said_already)
+
+    def _neighbours(self) -> list[int]:
+        """Return the ranks of this machine."""
+        if not self.processes:
+            return [self.rank]
+        here, _ = self.processes[self.rank]
+        return [rank for rank, (machine, _) in enumerate(self.processes) if machine == here]
+
+    def _gone(self) -> list[int]:
+        """Return the ranks of this machine whose process has ended."""
+        return [rank for rank in self._neighbours() if self.processes and not _runs(self.processes[rank][1])]
+
+    def _reasons(self) -> dict[int, str]:
+        """Return why ranks ended that could say so, by rank."""
+        if not dist.is_initialized():
+            return {}
+        found = {}
+        with suppress(RuntimeError):  # the store may have ended too
+            store = dist.distributed_c10d._get_default_store()
+            for rank in range(self.world):
+                if store.check([_reason_key(rank)]):
+                    found[rank] = store.get(_reason_key(rank)).decode(errors="replace")
+        return found
+
+
+ALONE = Ranks()
+"""The one process of a command without torchrun."""
+
+
+def _reason_key(rank: int) -> str:
+    return f"streamslr/ended/{rank}"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
 def open_ranks() -> Iterator[Ranks]:
     """Join the processes that torchrun started; without torchrun be alone.
 
+    Tensors on CPUs are exchanged by gloo, those on GPUs by NCCL. An error that leaves the body is told to the other
+    ranks as the reason why this one ends.
+
     Raises:
         StreamslrError: the other ranks cannot be reached.
     """
     if not dist.is_torchelastic_launched():
-        yield Ranks()
+        yield ALONE
         return
     rank, world, local_rank, local_world = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group("gloo")  # numbers on the host are all that ranks exchange so far
+        dist.init_process_group(backend, timeout=_LONGEST_WAIT)
+        processes: list[tuple[str, int]] = [("", 0)] * world
+        dist.all_gather_object(processes, (socket.gethostname(), os.getpid()))
     except (RuntimeError, ValueError) as error:
         raise StreamslrError(f"the other ranks cannot be reached: {first_line(error)}") from error
+    ranks = Ranks(rank, world, local_rank, local_world, tuple(processes))
     try:
-        yield Ranks(rank, world, local_rank, local_world)
-    finally:
-        dist.destroy_process_group()
+        yield ranks
+    except KeyboardInterrupt:
+        if ended := [r for r in (*ranks._reasons(), *ranks._gone()) if r != rank]:  # torchrun ends the others
+            raise ranks.ended(f"rank {ended[0]}") from None
+        raise
+    except BaseException as error:
+        if not isinstance(error, RankEndedError):
+            with suppress(RuntimeError):
+                dist.distributed_c10d._get_default_store().set(_reason_key(rank), first_line(error))
+        raise  # with connections open until the process ends, so that the others find it ended when these close
+    dist.destroy_process_group()

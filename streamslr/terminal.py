@@ -105,7 +105,8 @@ def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Ite
         with _stop_signals():
             yield
     except StreamslrError as error:
-        say(f"streamslr{rank}: {error}", err=True)
+        if not error.said_already:
+            say(f"streamslr{rank}: {error}", err=True)
         sys.exit(error.exit_code)
     except (MemoryError, ImportError, RuntimeError, OSError, SafetensorError) as error:
         if says_out_of_memory(error):

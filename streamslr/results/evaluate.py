@@ -20,7 +20,7 @@ from streamslr.io.packed_layout import read_quantization_config
 from streamslr.io.scratch import scratch_folder
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
-from streamslr.ranks import Ranks
+from streamslr.ranks import ALONE, Ranks
 from streamslr.run.journal import JOURNAL_FILE, read_journal
 from streamslr.run.plan import BATCH_TOKENS
 from streamslr.runtime.stored_model import find_difference
@@ -28,7 +28,6 @@ from streamslr.runtime.stored_model import find_difference
 log = logging.getLogger("streamslr")
 
 _MEMORY_FRACTION = 0.25
-_ALONE = Ranks()
 """Fraction of the free host memory that the two boundaries alive at a time may take; larger ones go to disk."""
 
 _LARGEST_LOSS = 700.0
@@ -66,7 +65,7 @@ def evaluate(
     device: str | None = None,
     scratch: Path | None = None,
     free_memory: int,
-    ranks: Ranks = _ALONE,
+    ranks: Ranks = ALONE,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Measure the perplexity of a model on the consecutive windows of a text, one block in memory at a time.
@@ -101,7 +100,7 @@ def evaluate(
     ids = text_windows(tokenizer, text, seq_len, windows, prefix)  # [n, T]
     blockwise.require_windows(seq_len, ids)
     total = len(ids)
-    ids = ids[ranks.share(total, "windows")]
+    ids = ids[list(ranks.share(total, "windows"))]
     batches = spans([(0, len(ids))], max(1, BATCH_TOKENS // seq_len))
     hidden_size = blockwise.hidden_size
     boundary_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize

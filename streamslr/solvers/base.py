@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError, StreamslrError
+from streamslr.ranks import ALONE, Ranks
 from streamslr.spec.pattern import SparsityPattern
 from streamslr.tensors import count_not_finite, is_finite, tf32_products
 
@@ -54,6 +55,9 @@ class LinearProblem:
         seed: Seed of the solver's random start.
         workspace: Bytes the solver may take beside weight and gram, where it can do with less; None for no limit.
         cache: What earlier linears with this Gram matrix left to this one; None to share nothing.
+        ranks: The ranks that solve the linear together. `weight` has this rank's rows, in the order of ranks; gram,
+            pattern, rank and seed are the same on each, and so are V, the iterations, damping and warnings of the
+            solution, whose S and U have this rank's rows. Only methods with `by_rows` get more than one.
     """
 
     name: str
@@ -64,6 +68,7 @@ class LinearProblem:
     seed: int = 0
     workspace: int | None = None
     cache: GramCache | None = None
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Method:
         low_rank: True when the solver makes U·V.
         patterns: Types of the patterns that the solver can do.
         package: Name and version of the package it comes from; empty for streamslr.
+        by_rows: True when the solver solves a linear whose rows lie on several ranks (`LinearProblem.ranks`).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Method:
     low_rank: bool = True
     patterns: tuple[type[Any], ...] = (NofM, Unstructured, UnstructuredRows)
     package: str = ""
+    by_rows: bool = False
 
     @property
     def identity(self) -> str:

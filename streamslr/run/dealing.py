@@ -1,0 +1,86 @@
+"""Which rank solves which linear of a block, by the work that each takes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from streamslr.solvers.methods import Method
+from streamslr.spec.allocation import Allocation
+
+_SMALL_GROUP = 0.1
+"""Fraction of a rank's fair share up to which linears that share a Gram matrix stay together, which saves a copy of it
+and the inverses that they share."""
+_WORTH_SPLITTING = 1.05
+"""Load of the busiest rank, relative to the least that splitting linears by rows can give, that is near enough."""
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Who solves the linears of one block.
+
+    owners: linear -> the rank that solves it alone.
+    by_rows: linears that all ranks solve together, each some rows of the weight.
+    loads: FLOPs of each rank.
+    """
+
+    owners: Mapping[str, int]
+    by_rows: frozenset[str]
+    loads: tuple[float, ...]
+
+    def needs(self, linears: Iterable[str], world: int) -> frozenset[int]:
+        """Return the ranks that need the Gram matrix that these linears share."""
+        if self.by_rows.intersection(linears):
+            return frozenset(range(world))
+        return frozenset(self.owners[name] for name in linears)
+
+
+def deal_linears(
+    groups: Sequence[Sequence[str]],
+    shapes: Mapping[str, tuple[int, int]],
+    allocation: Allocation,
+    method: Method,
+    world: int,
+    gpu: bool,
+) -> Deal:
+    """Deal the linears of a block to ranks so that the busiest has little to do.
+
+    The largest remaining linear goes to the rank with the least work (longest processing time first). Linears that
+    dwarf the rest are split by rows over all ranks, where the method and the pattern allow it: as many of the largest
+    as lower the load of the busiest rank by more than a twentieth.
+
+    Args:
+        groups: linears that share a Gram matrix, of all linears of the block.
+        shapes: linear -> (o, d).
+        allocation: pattern and rank of each linear.
+        method: the method, which knows its work.
+        world: number of ranks.
+        gpu: True for solves on GPUs.
+    """
+
+    def flops(name: str, ranks: int = 1) -> float:
+        (o, d), spec = shapes[name], allocation[name]
+        return method.solver.flops(-(-o // ranks), d, spec.rank, gpu=gpu)
+
+    work = {name: flops(name) for group in groups for name in group}
+    fair = sum(work.values()) / world
+    splittable = [
+        name
+        for name in sorted(work, key=lambda name: -work[name])
+        if method.by_rows and allocation[name].pattern.by_row and shapes[name][0] >= world
+    ]
+    deals = []
+    for count in range(len(splittable) + 1 if world > 1 else 1):
+        by_rows = frozenset(splittable[:count])
+        units = []
+        for group in groups:
+            alone = [name for name in group if name not in by_rows]
+            together = sum(work[name] for name in alone) <= _SMALL_GROUP * fair
+            units += [alone] if together and alone else [[name] for name in alone]
+        loads = [sum(flops(name, world) for name in by_rows)] * world
+        owners: dict[str, int] = {}
+        for unit in sorted(units, key=lambda unit: -sum(work[name] for name in unit)):
+            rank = loads.index(min(loads))
+            loads[rank] += sum(work[name] for name in unit)
+            owners |= dict.fromkeys(unit, rank)
+        deals.append(Deal(owners, by_rows, tuple(loads)))
+    least = min(max(deal.loads) for deal in deals)
+    return next(deal for deal in deals if max(deal.loads) <= _WORTH_SPLITTING * least)
