@@ -123,7 +123,7 @@ def main() -> None:
     with report_errors():
         require_address_space()
         command, (_, world) = click.get_current_context().invoked_subcommand, rank_and_world()
-        if command != "eval" and world > 1:
+        if command not in ("run", "eval") and world > 1:
             raise InputError(f"{command} cannot be shared out over {world} ranks yet; start it without torchrun")
 
 
@@ -132,25 +132,32 @@ def main() -> None:
 @_quiet_option
 @click.option("--log-file", type=_Path(), help="Append a line a block, and every warning, to FILE.")
 def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
-    """Compress a model into a folder; the same line again goes on where it stopped."""
+    """Compress a model into a folder; the same line again goes on where it stopped.
+
+    torchrun shares it out over GPUs: torchrun --standalone --nproc-per-node 4 -m streamslr run ...
+    """
     out = settings["out"] or default_out(settings["model"])
+    rank, _ = rank_and_world()
+    quiet, log_file = quiet or rank > 0, log_file if rank == 0 else None  # rank 0 speaks for all
     with report_errors(f"the same line goes on in {out}"):
         config = RunConfig(**settings)
         require_own_file(log_file, config)
         with send_log(quiet, log_file) as console:
             silence_libraries()
+            from streamslr.ranks import open_ranks
             from streamslr.results.inspect import run_table
             from streamslr.results.plan_table import plan_table
             from streamslr.run.context import open_run
             from streamslr.run.loop import run as compress
             from streamslr.run.progress import LiveDisplay
 
-            context = open_run(config)
-            if not quiet:
-                print_table(plan_table(context.plan), full_width=False)
-            live = not quiet and console.is_terminal
-            with LiveDisplay(console, context.host_mem, context.plan.gpu_mem) if live else nullcontext() as display:
-                state = compress(context, display)
+            with open_ranks() as ranks:
+                context = open_run(config, ranks=ranks)
+                if not quiet:
+                    print_table(plan_table(context.plan), full_width=False)
+                live = not quiet and console.is_terminal
+                with LiveDisplay(console, context.host_mem, context.plan.gpu_mem) if live else nullcontext() as display:
+                    state = compress(context, display)
             if not quiet:
                 print_table(run_table(config.out, state))
 

@@ -99,6 +99,8 @@ def pick_device(name: str | None, gpu_required: bool = True, index: int = 0) -> 
         return device, torch.bfloat16
     if index and index >= torch.cuda.device_count():
         raise InputError(f"GPU {index} is asked for, torch sees {torch.cuda.device_count()}; start a rank for each GPU")
+    if index:
+        torch.cuda.set_device(index)  # for kernels that run on the current device
     return torch.device("cuda", index), torch.bfloat16
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from streamslr.errors import InputError, StreamslrError, first_line, says_out_of_memory
+from streamslr.errors import InputError, StreamslrError, first_line, says_not_deterministic, says_out_of_memory
 
 T = TypeVar("T")
 
@@ -23,6 +23,11 @@ _LONGEST_WAIT = timedelta(days=7)
 closed connections."""
 _SECONDS_TO_END = 5.0
 """Seconds in which a rank whose connections closed is expected to end, so that it can be named."""
+
+
+# Before torch 2.13 they have other names, which warn from then on.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class RankEndedError(StreamslrError):
@@ -76,6 +81,11 @@ class Ranks:
             )
         return range(self.rank, count, self.world)
 
+    def share_of(self, start: int, stop: int) -> tuple[int, int]:
+        """Return where, in this rank's share, what it has of `start` to `stop` - 1 begins and ends."""
+        first, last = (len(range(self.rank, count, self.world)) for count in (start, stop))
+        return first, last
+
     def sum(self, value: float) -> float:
         """Return the sum of a number over all ranks, the same on each."""
         if self.world == 1:
@@ -107,7 +117,7 @@ class Ranks:
         Returns:
             Function that waits for it. Until then the tensor must not be used; the numbers of other ranks are lost.
         """
-        return self._begin(tensor, lambda: dist.reduce_scatter_tensor(self._own(tensor), tensor, async_op=True))
+        return self._begin(tensor, lambda: _reduce_scatter(self._own(tensor), tensor, async_op=True))
 
     def collect_shares(self, tensor: Tensor) -> Callable[[], None]:
         """Begin to fill a flat tensor, of world · c numbers, with what rank r has in numbers r · c to (r + 1) · c.
@@ -115,7 +125,7 @@ class Ranks:
         Returns:
             Function that waits for it.
         """
-        return self._begin(tensor, lambda: dist.all_gather_into_tensor(tensor, self._own(tensor), async_op=True))
+        return self._begin(tensor, lambda: _all_gather(tensor, self._own(tensor), async_op=True))
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Return this rank's share of a flat tensor."""
@@ -138,6 +148,31 @@ class Ranks:
         with self._exchange():
             dist.all_gather_object(values, value)
         return values
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Call `work` on rank 0 alone; return what it returned, on each rank."""
+        return self.tell(work() if self.rank == 0 else None)  # type: ignore[return-value]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Call `work`; where it lacks memory or a deterministic operator on some rank, raise that on every rank.
+
+        So all ranks try again together. `work` must exchange the same things whether it fails in this way or not.
+        """
+        if self.world == 1:
+            return work()
+        said = None
+        try:
+            result = work()
+        except (MemoryError, RuntimeError) as error:
+            if not (says_out_of_memory(error) or says_not_deterministic(error)):
+                raise
+            said = first_line(error)  # not the error, whose traceback holds tensors
+        if not self.sum(said is not None):
+            return result
+        rank, said = next((rank, text) for rank, text in enumerate(self.gather(said)) if text)
+        if says_not_deterministic(RuntimeError(said)):
+            raise RuntimeError(said)
+        raise MemoryError(f"rank {rank}: {said}")
 
     def wait_for_all(self) -> None:
         """Return once every rank is here."""
@@ -241,8 +276,6 @@ def open_ranks() -> Iterator[Ranks]:
     rank, world, local_rank, local_world = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(backend, timeout=_LONGEST_WAIT)

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from streamslr.calibration.gram_products import Product, add_upper_panels, find_
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, InputError, StreamslrError, first_line
 from streamslr.model.blockwise import Block
+from streamslr.ranks import Ranks
 
 log = logging.getLogger("streamslr")
 
@@ -150,7 +151,7 @@ class GramCollector:
     Names of linears play no part.
 
         with GramCollector(block) as collector:
-            outputs = [collector.run(first, hidden) for first, hidden in batches]
+            outputs = [collector.run(windows, hidden) for windows, hidden in batches]
         grams = collector.grams()
     """
 
@@ -165,9 +166,10 @@ class GramCollector:
         self._grams: dict[str, Tensor] = {}
         self._products: dict[torch.dtype, Product | None] = {}  # on tensor cores, by dtype of the inputs
         self._upper: set[str] = set()  # owners whose Gram has its upper half so far
-        # owner -> (first window, windows, rows that are not finite [b·T] bool) of each batch
-        self._not_finite: dict[str, list[tuple[int, int, Tensor]]] = {}
-        self._first = self._windows = self._tokens = 0
+        # owner -> (windows, rows that are not finite [b·T] bool) of each batch
+        self._not_finite: dict[str, list[tuple[Sequence[int], Tensor]]] = {}
+        self._windows: Sequence[int] = ()
+        self._tokens = 0
         self._hooks = _InputHooks(block.linears, self._add)
 
     def __enter__(self) -> "GramCollector":
@@ -178,9 +180,9 @@ class GramCollector:
         self._hooks.__exit__()
 
     @torch.no_grad()
-    def run(self, first: int, hidden: Tensor) -> Tensor:
-        """Pass windows `first` to `first` + b - 1, `hidden` [b, T, h], through the block; return its output."""
-        self._first, self._windows = first, len(hidden)
+    def run(self, windows: Sequence[int], hidden: Tensor) -> Tensor:
+        """Pass windows of these numbers, `hidden` [b, T, h], through the block; return its output."""
+        self._windows = windows
         output = self._block.run(hidden)
         self._hooks.end_pass()
         self._tokens += hidden.shape[0] * hidden.shape[1]
@@ -209,11 +211,11 @@ class GramCollector:
         else:
             self._grams[owner].addmm_(rows.T, rows)
         # a row's sum is finite only if its entries are, and a sum needs no copy of the rows
-        not_finite = (self._first, self._windows, ~torch.isfinite(rows.sum(1, dtype=torch.float32)))
+        not_finite = (self._windows, ~torch.isfinite(rows.sum(1, dtype=torch.float32)))
         self._not_finite.setdefault(owner, []).append(not_finite)
 
     def grams(self) -> list[Gram]:
-        """Return the Grams in call order; those of experts with few tokens blended by `blend_experts`. Call it once.
+        """Return the Grams in call order, as the windows that passed here made them. Call it once.
 
         Raises:
             InputError: An input holds NaN or infinity, or a linear that is no expert's did not see every token of
@@ -229,19 +231,9 @@ class GramCollector:
         self._require_finite()
         while self._upper:
             mirror_upper_panels(self._grams[self._upper.pop()])
-        shared = blend_experts(self._grams, rows, block.experts)
-        if shared:
-            log.warning(
-                "%s: %d of the %d Gram matrices of its experts saw too few tokens, the fewest %d; they are blended "
-                "with the Gram matrix of all experts",
-                block.name,
-                len(shared),
-                len(block.experts.keys() & self._grams.keys()),
-                min(rows[owner] for owner in shared),
-            )
         grams, self._grams = self._grams, {}  # hooks and collector hold each other, and would hold the matrices
         groups = self._hooks.groups()
-        return [Gram(group, grams[group[0]], rows[group[0]], shared.get(group[0], 0.0)) for group in groups]
+        return [Gram(group, grams[group[0]], rows[group[0]]) for group in groups]
 
     def _require_finite(self) -> None:
         for owner, batches in self._not_finite.items():
@@ -254,15 +246,59 @@ class GramCollector:
                 )
 
     @staticmethod
-    def _windows_of(batches: list[tuple[int, int, Tensor]], routed: bool) -> list[int]:
+    def _windows_of(batches: list[tuple[Sequence[int], Tensor]], routed: bool) -> list[int]:
         """Return the windows of the marked rows; for routed rows, whose window is not known, all of their batch."""
-        windows: set[int] = set()
-        for first, count, rows in batches:
+        found: set[int] = set()
+        for windows, rows in batches:
             if routed and rows.any():
-                windows |= set(range(first, first + count))
+                found |= set(windows)
             else:
-                windows |= {first + row * count // len(rows) for row in rows.nonzero().flatten().tolist()}
-        return sorted(windows)
+                found |= {windows[row * len(windows) // len(rows)] for row in rows.nonzero().flatten().tolist()}
+        return sorted(found)
+
+
+def sum_grams(grams: list[Gram], needs: Callable[[Gram], frozenset[int]], ranks: Ranks) -> list[Gram]:
+    """Sum each Gram over the ranks, for those ranks that need it.
+
+    Args:
+        grams: Grams that the windows of this rank made; the list is emptied, so that each matrix can be freed.
+        needs: Function that returns the ranks that need a Gram.
+        ranks: The ranks; each calls with the same Grams in the same order.
+
+    Returns:
+        The Grams that this rank needs, in the same order.
+    """
+    if ranks.world == 1:
+        kept, grams[:] = list(grams), []
+        return kept
+    rows = ranks.sum_(torch.tensor([gram.rows for gram in grams])).tolist()
+    kept = []
+    for count in rows:
+        gram = grams.pop(0)
+        needing = needs(gram)
+        if len(needing) == 1:
+            ranks.reduce_(gram.matrix, *needing)
+        else:
+            ranks.sum_(gram.matrix)
+        if ranks.rank in needing:
+            kept.append(replace(gram, rows=count))
+    return kept
+
+
+def blend_rare_experts(block: Block, grams: list[Gram]) -> list[Gram]:
+    """Blend the Grams of experts that few tokens reached with that of all (`blend_experts`), and warn of it."""
+    matrices, rows = {gram.linears[0]: gram.matrix for gram in grams}, {gram.linears[0]: gram.rows for gram in grams}
+    shared = blend_experts(matrices, rows, block.experts)
+    if shared:
+        log.warning(
+            "%s: %d of the %d Gram matrices of its experts saw too few tokens, the fewest %d; they are blended "
+            "with the Gram matrix of all experts",
+            block.name,
+            len(shared),
+            len(block.experts.keys() & matrices.keys()),
+            min(rows[owner] for owner in shared),
+        )
+    return [replace(gram, shared_fraction=shared.get(gram.linears[0], 0.0)) for gram in grams]
 
 
 def blend_experts(grams: Mapping[str, Tensor], rows: Mapping[str, int], experts: Mapping[str, str]) -> dict[str, float]:

@@ -72,8 +72,8 @@ class HiddenStates(Protocol):
             out: Contiguous tensor of that shape and the boundary's dtype to read into; None: a new one.
         """
 
-    def seal(self) -> str:
-        """Wait for all writes; return the sha256 of all windows, the same on every tier.
+    def seal(self) -> tuple[bytes, ...]:
+        """Wait for all writes; return the sha256 of each window, the same on every tier.
 
         Raises:
             ValueError: A window was never written.
@@ -87,6 +87,11 @@ class HiddenStates(Protocol):
 def boundary_bytes(windows: int, seq_len: int, hidden_size: int, value_bytes: int) -> int:
     """Return the bytes of one boundary of one stream, [windows, T, h]; `value_bytes` is of the stream's dtype."""
     return windows * seq_len * hidden_size * value_bytes
+
+
+def digest_of(windows: Iterable[bytes]) -> str:
+    """Return the digest of a boundary, given those of its windows in order (`HiddenStates.seal`)."""
+    return hashlib.sha256(b"".join(windows)).hexdigest()
 
 
 def scratch_bytes(hidden: int, targets: int) -> int:
@@ -137,8 +142,8 @@ def _as_numpy_dtype(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
 
 
-class _Digest:
-    """sha256 over the windows' sha256 in order of windows, which may be added in any order."""
+class _Digests:
+    """sha256 of each window; windows may be added in any order."""
 
     def __init__(self, windows: int):
         self._of_window: list[bytes | None] = [None] * windows
@@ -155,11 +160,11 @@ class _Digest:
             if self._of_window[start + offset] != hashlib.sha256(_bytes_of(window)).digest()
         ]
 
-    def hexdigest(self) -> str:
+    def all(self) -> tuple[bytes, ...]:
         missing = [i for i, digest in enumerate(self._of_window) if digest is None]
         if missing:
             raise ValueError(f"boundary sealed without windows {missing}")
-        return hashlib.sha256(b"".join(d for d in self._of_window if d is not None)).hexdigest()
+        return tuple(digest for digest in self._of_window if digest is not None)
 
 
 class InMemory:
@@ -181,11 +186,11 @@ class InMemory:
         """Return windows `start` to `stop` - 1 themselves; they must not be changed."""
         return self._states[start:stop]
 
-    def seal(self) -> str:
-        digest = _Digest(self.windows)
+    def seal(self) -> tuple[bytes, ...]:
+        digests = _Digests(self.windows)
         with ThreadPoolExecutor(_HASH_THREADS, thread_name_prefix="hidden-states-digest") as pool:
-            list(pool.map(lambda i: digest.add(i, self.view(i, i + 1)), self._written))
-        return digest.hexdigest()
+            list(pool.map(lambda i: digests.add(i, self.view(i, i + 1)), self._written))
+        return digests.all()
 
     def drop(self) -> None:
         self._states = self._states.new_empty(0)
@@ -219,8 +224,8 @@ class OnDisk:
             raise self._disk_error(error) from error
 
     @classmethod
-    def reopen(cls, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, digest: str) -> "OnDisk | None":
-        """Return the sealed boundary [windows, T, h] in `folder`, or None when it is lost or has another digest."""
+    def reopen(cls, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> "OnDisk | None":
+        """Return the sealed boundary [windows, T, h] in `folder`, or None when it is lost."""
         self = cls.__new__(cls)
         self._open(folder, shape, dtype, writers=1)
         try:
@@ -229,14 +234,14 @@ class OnDisk:
             if self._array.shape != shape:
                 return None
             with ThreadPoolExecutor(_HASH_THREADS, thread_name_prefix="hidden-states-digest") as pool:
-                list(pool.map(lambda i: self._digest.add(i, self._load(i, i + 1)), range(shape[0])))
+                list(pool.map(lambda i: self._digests.add(i, self._load(i, i + 1)), range(shape[0])))
         except (OSError, ValueError, KeyError, RuntimeError):
             return None
-        return self if self._digest.hexdigest() == digest else None
+        return self
 
     def _open(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, writers: int) -> None:
         self.folder, self.windows, self.shape, self.dtype = folder, shape[0], shape, dtype
-        self._digest = _Digest(shape[0])
+        self._digests = _Digests(shape[0])
         self._writers = ThreadPoolExecutor(writers, thread_name_prefix="hidden-states-writer")
         self._room = threading.Semaphore(writers + _PENDING_WRITES - 1)  # copies that may wait for the disk
         self._pending: list[Future[None]] = []
@@ -273,7 +278,7 @@ class OnDisk:
             self._array[start : start + len(host)] = _as_numpy_dtype(host).numpy()
         except OSError as error:
             raise self._disk_error(error) from error
-        self._digest.add(start, host)
+        self._digests.add(start, host)
 
     def _disk_error(self, error: OSError) -> StreamslrError:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -289,7 +294,7 @@ class OnDisk:
         self._wait()
         try:
             hidden = self._load(start, stop, out)
-            changed = self._digest.changed(start, hidden)
+            changed = self._digests.changed(start, hidden)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise self._damaged(f"windows {start} to {stop - 1} cannot be read ({first_line(error)})") from error
         if changed:
@@ -318,9 +323,9 @@ class OnDisk:
         for future in pending:
             future.result()
 
-    def seal(self) -> str:
+    def seal(self) -> tuple[bytes, ...]:
         self._wait()
-        return self._digest.hexdigest()
+        return self._digests.all()
 
     def drop(self) -> None:
         self._writers.shutdown(wait=True, cancel_futures=True)
@@ -347,7 +352,7 @@ class WriteThrough:
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         return self._memory.read(start, stop, out)
 
-    def seal(self) -> str:
+    def seal(self) -> tuple[bytes, ...]:
         return self._disk.seal()
 
     def drop(self) -> None:
@@ -366,6 +371,8 @@ def spans(ranges: Iterable[Span], micro_batch: int) -> list[Span]:
 
 def read_batches(states: HiddenStates, batches: Sequence[Span]) -> Iterator[tuple[int, Tensor]]:
     """Yield (first window, hidden [b, T, h] on the host) for each span; the next one is read meanwhile."""
+    if not batches:
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="hidden-states-reader") as reader:
         upcoming = reader.submit(states.read, *batches[0])
         for number, (start, _) in enumerate(batches, start=1):
@@ -408,12 +415,12 @@ class HiddenStateStream:
         disk = OnDisk(self._path(index), *self._shape, dtype=self._dtype, writers=self._writers)
         return WriteThrough(InMemory(*self._shape, dtype=self._dtype), disk) if self._in_memory else disk
 
-    def reopen(self, index: int, digest: str) -> HiddenStates | None:
-        """Return boundary `index` as an earlier process sealed it; None when it is lost or its digest differs.
+    def reopen(self, index: int) -> HiddenStates | None:
+        """Return boundary `index` as an earlier process left it; None when it is lost. `seal` says if it is damaged.
 
         Every other boundary of the stream is deleted.
         """
         for leftover in self.folder.glob(f"{self._name}-*.zarr"):
             if leftover != self._path(index):
                 shutil.rmtree(leftover)
-        return OnDisk.reopen(self._path(index), self._shape, self._dtype, digest)
+        return OnDisk.reopen(self._path(index), self._shape, self._dtype)

@@ -110,6 +110,8 @@ class Transfers:
             batches: Windows wanted, in this order.
             resident: Windows of this boundary that are on the GPU, or shall stay there.
         """
+        if not batches:
+            return
         most = max(stop - start for start, stop in batches)
         _, *shape = states.shape
         slots = [torch.empty(most, *shape, dtype=states.dtype, device=self._device) for _ in batches[:READING]]

@@ -20,6 +20,7 @@ from streamslr.memory import free_host_memory, held, keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.model.shape import BlockShape, ModelShape
+from streamslr.ranks import ALONE, Ranks
 from streamslr.run.journal import in_kinds, read_journal
 from streamslr.run.journal_writer import refuse_changed_settings
 from streamslr.run.plan import Pieces, Plan, make_plan
@@ -54,14 +55,16 @@ class RunContext:
     gpu: GpuMemory | None  # None on a CPU, and for a GPU that is only planned for, without a budget
     plan: Plan
     fingerprint: Mapping[str, Any]  # must be equal for a resume, with the digest of the tokens
+    ranks: Ranks = ALONE
 
 
-def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
+def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE) -> RunContext:
     """Open the model and plan the run.
 
     Args:
         config: Settings of the run.
         gpu_required: False to plan for a GPU that this machine may lack. A context without its GPU cannot run.
+        ranks: The processes that share the run out.
 
     Raises:
         InputError: Settings, model or method do not go together, as far as headers show.
@@ -71,7 +74,7 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
     keep_no_freed_memory()
     parse_mean_pattern(config)  # refuses a wrong --pattern or --compression before the model is opened
     method = find_method(config.method)
-    device, dtype = pick_device(config.device, gpu_required)
+    device, dtype = pick_device(config.device, gpu_required, index=ranks.local_rank)
     for sentence in idle_settings(config, device.type):
         log.warning("%s", sentence)
     present = device.type == "cpu" or torch.cuda.is_available()
@@ -92,7 +95,7 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
         baseline += max(0, held() - before_kernels)
     for sentence in _overridden(config, blockwise, densest):
         log.warning("%s", sentence)
-    host_mem = free_host_memory() if config.host_mem is None else config.host_mem
+    host_mem = free_host_memory() // ranks.local_world if config.host_mem is None else config.host_mem
     fingerprint = _fingerprint(config, checkpoint, method, device)
     allocation: Allocation | None = densest if config.owl is None else None
     if before:
@@ -117,7 +120,7 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
     for which in plan.dense:
         log.info("stay dense: %s", which)
     return RunContext(
-        config, checkpoint, blockwise, method, device, dtype, allocation, host_mem, gpu, plan, fingerprint
+        config, checkpoint, blockwise, method, device, dtype, allocation, host_mem, gpu, plan, fingerprint, ranks
     )
 
 

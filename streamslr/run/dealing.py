@@ -17,14 +17,21 @@ _WORTH_SPLITTING = 1.05
 class Deal:
     """Who solves the linears of one block.
 
+    groups: linears that share a Gram matrix.
     owners: linear -> the rank that solves it alone.
     by_rows: linears that all ranks solve together, each some rows of the weight.
     loads: FLOPs of each rank.
     """
 
+    groups: Sequence[Sequence[str]]
     owners: Mapping[str, int]
     by_rows: frozenset[str]
     loads: tuple[float, ...]
+
+    @property
+    def linears(self) -> list[str]:
+        """All linears, in the order of their groups."""
+        return [name for group in self.groups for name in group]
 
     def needs(self, linears: Iterable[str], world: int) -> frozenset[int]:
         """Return the ranks that need the Gram matrix that these linears share."""
@@ -81,6 +88,6 @@ def deal_linears(
             rank = loads.index(min(loads))
             loads[rank] += sum(work[name] for name in unit)
             owners |= dict.fromkeys(unit, rank)
-        deals.append(Deal(owners, by_rows, tuple(loads)))
+        deals.append(Deal(groups, owners, by_rows, tuple(loads)))
     least = min(max(deal.loads) for deal in deals)
     return next(deal for deal in deals if max(deal.loads) <= _WORTH_SPLITTING * least)

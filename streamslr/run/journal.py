@@ -119,6 +119,7 @@ class BlockRecord:
     sample: Sample | None = None  # of the boundary behind the block; None in folders of versions that took none
     dense: Mapping[str, str] = field(default_factory=dict)  # linears that had to stay dense -> why
     retries: Retries = field(default_factory=dict)
+    seconds_by_rank: Mapping[str, tuple[Number, ...]] = field(default_factory=dict)  # phase -> work of each; no waiting
 
     def __post_init__(self) -> None:
         _check_shard(self.shard, BLOCK_FILE.format(self.index))

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from streamslr.io.durable import PARTIAL_SUFFIX, is_as_written, lock_folder
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.pinned_shards import PinnedShards
+from streamslr.ranks import ALONE, Ranks
 from streamslr.run.journal import (
     JOURNAL_FILE,
     BlockRecord,
@@ -36,26 +38,32 @@ log = logging.getLogger("streamslr")
 class Journal:
     """The journal of a run that works: it locks the output folder while open, and is durable after every commit.
 
-    A commit first holds the dense model's shards against what the run read of them (`pin`).
+    A commit first holds the dense model's shards against what the run read of them (`pin`). Where there are ranks, rank
+    0 alone holds the folder, checks and writes; all ranks call the same functions and get its state.
     """
 
-    def __init__(self, folder: Path, start: JournalState):
+    def __init__(self, folder: Path, start: JournalState, ranks: Ranks = ALONE):
         """Begin with `start` in `folder`, or go on with the run of the same fingerprint that is there.
 
         Raises:
             ResumeError: Another process holds the folder, or the folder holds another run (each setting that differs
                 is named, with both values) or files that are not a run's.
         """
-        self.folder = folder
-        self.state: JournalState
+        self.folder, self._ranks = folder, ranks
         self._dense: PinnedShards | None = None
+        self._held = ExitStack()  # the folder
+        self.state: JournalState = ranks.on_first(partial(self._open, start))
+
+    def _open(self, start: JournalState) -> JournalState:
+        """Lock the folder; return the state of the run there, or `start` once it is written."""
+        folder = self.folder
         with ExitStack() as opened:
             opened.enter_context(lock_folder(folder, "give another --out"))
             found = read_journal(folder)
             if found is None:
                 self._refuse_foreign_files()
                 # the first commit claims the folder: a file in it without a journal is never ours
-                self._commit(start)
+                write_journal(folder, start)
             else:
                 if found.finetuned:
                     raise ResumeError(
@@ -68,8 +76,8 @@ class Journal:
                         f"{folder / JOURNAL_FILE} counts {found.blocks_total} blocks, the model has "
                         f"{start.blocks_total}; give another --out"
                     )
-                self.state = found
-            self._lock = opened.pop_all()
+            self._held = opened.pop_all()
+        return found or start
 
     def __enter__(self) -> "Journal":
         return self
@@ -78,7 +86,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        self._lock.close()
+        self._held.close()
 
     def pin(self, checkpoint: Checkpoint) -> None:
         """Hold the shards of the dense model to what this run read first, from here on at every commit.
@@ -86,11 +94,15 @@ class Journal:
         Raises:
             ResumeError: A shard has changed since an earlier start.
         """
-        self._dense = checkpoint.pin(self.state.dense_shards, self.state.dense_times)
-        known = self.state.dense_times
-        if any(self._dense.times.get(shard) != known.get(shard) for shard in self._dense.digests):
+        if self._ranks.on_first(partial(self._pin, checkpoint)):
             # so that the next start need not read these shards again
             self._commit(self.state)
+
+    def _pin(self, checkpoint: Checkpoint) -> bool:
+        """Do so on rank 0; return whether the journal does not say yet when a shard was written."""
+        self._dense = checkpoint.pin(self.state.dense_shards, self.state.dense_times)
+        known = self.state.dense_times
+        return any(self._dense.times.get(shard) != known.get(shard) for shard in self._dense.digests)
 
     def commit_survey(
         self,
@@ -158,16 +170,20 @@ class Journal:
 
         It reads every committed shard, because later blocks are built on what these hold.
         """
-        for position, shard in enumerate(self.state.shards):
-            if self._is_sound(shard):
-                continue
-            path = self.folder / shard.file
-            log.warning("%s is missing or not as it was written: going on from there", path)
-            if position == 0:
-                self._commit(replace(self.state, non_block=None, hidden_states=None, sample=None, blocks=()))
-            else:
-                self._commit(replace(self.state, blocks=self.state.blocks[: position - 1]))
+        lost = self._ranks.on_first(self._first_lost)
+        if lost is None:
             return
+        log.warning(
+            "%s is missing or not as it was written: going on from there", self.folder / self.state.shards[lost].file
+        )
+        if lost == 0:
+            self._commit(replace(self.state, non_block=None, hidden_states=None, sample=None, blocks=()))
+        else:
+            self._commit(replace(self.state, blocks=self.state.blocks[: lost - 1]))
+
+    def _first_lost(self) -> int | None:
+        """Return the place of the first committed shard that is missing or not as it was written."""
+        return next((place for place, shard in enumerate(self.state.shards) if not self._is_sound(shard)), None)
 
     def require_sound_shards(self) -> None:
         """Raise StreamslrError where a committed shard is missing or not as it was written.
@@ -186,11 +202,14 @@ class Journal:
         return path.is_file() and path.stat().st_size == shard.nbytes and is_as_written(path, shard.sha256)
 
     def _commit(self, state: JournalState) -> None:
+        self.state = self._ranks.on_first(partial(self._write, state))
+
+    def _write(self, state: JournalState) -> JournalState:
         if self._dense:
             self._dense.check()
             state = replace(state, dense_shards=dict(self._dense.digests), dense_times=dict(self._dense.times))
         write_journal(self.folder, state)
-        self.state = state
+        return state
 
     def _refuse_foreign_files(self) -> None:
         unfinished = JOURNAL_FILE + PARTIAL_SUFFIX
@@ -228,13 +247,16 @@ def refuse_changed_settings(folder: Path, before: Mapping[str, Any], now: Mappin
         )
 
 
-def made_with(device: torch.device, gpu: GpuMemory | None, stream_dtype: torch.dtype) -> dict[str, str]:
+def made_with(
+    device: torch.device, gpu: GpuMemory | None, stream_dtype: torch.dtype, ranks: Ranks = ALONE
+) -> dict[str, str]:
     """Return the machine's device and threads, and the versions of the software, for the journal.
 
     Args:
         device: Where the run computes.
         gpu: Its memory, if it is a GPU.
         stream_dtype: Dtype of the residual stream inside blocks.
+        ranks: The processes that share the work.
     """
     of_gpu = {}
     if gpu:
@@ -243,6 +265,7 @@ def made_with(device: torch.device, gpu: GpuMemory | None, stream_dtype: torch.d
     return {
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": str(torch.get_num_threads()),
+        "ranks": str(ranks.world),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,

@@ -3,16 +3,18 @@
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamslr.calibration.grams import Gram, offload_grams
+from streamslr.calibration.grams import Gram, blend_rare_experts, offload_grams, sum_grams
 from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows, window_prefix
 from streamslr.config import base_name, default_out
@@ -26,15 +28,18 @@ from streamslr.io.folder import (
     write_index,
     write_non_block,
 )
+from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.matching import BlockWeights, CompressedBlock
 from streamslr.memory import held_to_gpu_limit
 from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
+from streamslr.ranks import ALONE, Ranks
 from streamslr.run.context import RunContext, require_fit
-from streamslr.run.journal import BlockRecord, JournalState, LinearRecord, MatchRecord, Sample
+from streamslr.run.dealing import Deal, deal_linears
+from streamslr.run.journal import BlockRecord, JournalState, LinearRecord, MatchRecord, Phases, Retries, Sample
 from streamslr.run.journal_writer import Journal, made_with
-from streamslr.run.passes import Boundary, Passes, drop_block, load_block, median_difference
+from streamslr.run.passes import Boundary, Passes, load_block, median_difference, rank_scratch
 from streamslr.run.progress import BlockProgress, Display, NoDisplay, PhaseTimer
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.run.survey import allocation_by_outliers
@@ -47,6 +52,8 @@ log = logging.getLogger("streamslr")
 def run(context: RunContext, display: Display | None = None) -> JournalState:
     """Compress the model into the output folder, or go on where an earlier call stopped.
 
+    The ranks of the context, if there are several, each call it with the same settings, and share the work out.
+
     Args:
         context: The run, as `open_run` opened it.
         display: Display of progress; None for none.
@@ -58,7 +65,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
         StreamslrError: Something that a user can mend. Every block that was committed stays.
     """
     require_fit(context)
-    config, display = context.config, display or NoDisplay()
+    config, display, ranks = context.config, display or NoDisplay(), context.ranks
     if config.out == default_out(config.model):
         log.info("the output folder is ./%s", config.out)
     tokenizer = context.checkpoint.tokenizer()
@@ -68,16 +75,23 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
     )
     context.blockwise.require_windows(config.seq_len, calibration.ids)
     planned = context.plan.memory()
-    with Journal(config.out, _first_state(context, calibration, bos=bool(prefix))) as journal:
+    first_state = _first_state(context, calibration, bos=bool(prefix))
+    _require_same_on_all_ranks(ranks, first_state.fingerprint)
+    with Journal(config.out, first_state, ranks) as journal:
         journal.pin(context.checkpoint)
         state = journal.state
-        warn_of_other_means(state.made_with, made_with(context.device, context.gpu, context.blockwise.stream_dtype))
+        warn_of_other_means(state.made_with, _made_with(context))
         if state.blocks:
             log.info("%s: %d of %d blocks are done, going on", config.out, len(state.blocks), state.blocks_total)
         progress = BlockProgress(display, len(state.blocks), state.blocks_total)
         with (
             PhaseTimer(
-                context.device, display, config.host_mem, planned, context.gpu.context if context.gpu else 0
+                context.device,
+                display,
+                config.host_mem,
+                planned,
+                context.gpu.context if context.gpu else 0,
+                ranks.traffic if ranks.world > 1 else None,
             ) as timer,
             held_to_gpu_limit(context.device, context.gpu.limit if context.gpu else None),
             deterministic_libraries(context.device),
@@ -92,6 +106,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 state.micro_batch,
                 plan.in_memory,
                 plan.resident_windows,
+                ranks,
             )
             try:
                 allocation = context.allocation
@@ -120,6 +135,23 @@ def warn_of_other_means(before: Mapping[str, str], now: Mapping[str, str]) -> No
             )
 
 
+def _require_same_on_all_ranks(ranks: Ranks, fingerprint: Mapping[str, Any]) -> None:
+    """Raise InputError where another rank was started with other settings, or sees another model or text."""
+    ours = dict(fingerprint)
+    theirs = ranks.tell(ours)
+    if changed := [
+        f"{name}: {theirs.get(name)!r} there, {ours[name]!r} here" for name in ours if theirs.get(name) != ours[name]
+    ]:
+        raise InputError(
+            f"this rank differs from rank 0 ({'; '.join(changed)}); start all ranks with the same line, where they see "
+            "the same model and text"
+        )
+
+
+def _made_with(context: RunContext) -> dict[str, str]:
+    return made_with(context.device, context.gpu, context.blockwise.stream_dtype, context.ranks)
+
+
 def _first_state(context: RunContext, calibration: Calibration, bos: bool) -> JournalState:
     """Return the journal's state at the first start of a run."""
     model = context.config.model
@@ -131,7 +163,7 @@ def _first_state(context: RunContext, calibration: Calibration, bos: bool) -> Jo
         micro_batch=context.plan.micro_batch,
         solver_workspace=context.plan.solver_workspace,
         model=base_name(model) if Path(model).is_dir() else model,
-        made_with=made_with(context.device, context.gpu, context.blockwise.stream_dtype),
+        made_with=_made_with(context),
         allocation=None if context.allocation is None else as_json(context.allocation),
     )
 
@@ -150,42 +182,58 @@ class Compression:
 
     def run(self) -> None:
         """Compress every block that is not committed yet, and remove the scratch folder."""
-        config, blockwise = self.context.config, self.context.blockwise
+        config, blockwise, ranks = self.context.config, self.context.blockwise, self.context.ranks
         self.journal.forget_lost_shards()
         self.restore_auxiliary_files()
         state = self.journal.state
-        discard_uncommitted(config.out, state.shards)
-        write_index(config.out, state.shards)
+        ranks.on_first(self.tidy_up)
         if not state.complete:
             boundary = self.begin() if state.non_block is None else self.resume()
+            ranks.wait_for_all()  # who may read shards that others would delete
             for done in (blockwise.non_block_tensors, *blockwise.block_tensors[: len(state.blocks)]):
-                self.context.checkpoint.release(done)
+                self.release(done)
             for i in range(len(state.blocks), state.blocks_total):
                 boundary = self.compress_block(i, boundary)
-            self.journal.require_sound_shards()
+            ranks.on_first(self.journal.require_sound_shards)
         for scratch in (config.scratch_folder, config.out / ".scratch"):  # an earlier start may have used the default
-            shutil.rmtree(scratch, ignore_errors=True)
+            if ranks.local_rank == 0:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def tidy_up(self) -> None:
+        """Remove what a killed process left in the output folder and in the scratch folder of other ranks."""
+        config, shards = self.context.config, self.journal.state.shards
+        discard_uncommitted(config.out, shards)
+        write_index(config.out, shards)
 
     def begin(self) -> Boundary:
         """Write all before block 0: auxiliary files, non-block tensors, boundary 0; return that boundary."""
-        context, out, journal = self.context, self.context.config.out, self.journal
+        context, journal, ranks = self.context, self.journal, self.context.ranks
         with self.timer.phase("non_block", steps=1):
-            checkpoint, names = context.checkpoint, context.blockwise.non_block_tensors
-            auxiliary_files = self.write_auxiliary_files()
-            non_block = write_non_block(out, [checkpoint.tensors[name] for name in names], checkpoint.read_one)
+            auxiliary_files = ranks.on_first(self.write_auxiliary_files)
+            non_block = ranks.on_first(self.write_non_block)
         boundary = self.passes.retry("embed", partial(self.passes.embed, targets=context.config.match))
-        digest, _ = boundary.seal()
+        digest, _ = self.passes.seal(boundary)
+        agreed = self.agree()
         journal.commit_non_block(
             auxiliary_files,
             non_block,
             digest,
-            boundary.sample(),
+            self.passes.sample(boundary),
             self.passes.micro_batch,
-            self.timer.take(),
-            self.timer.take_retries(),
+            agreed.measured,
+            agreed.retries,
         )
-        write_index(out, journal.state.shards)
+        ranks.on_first(self.write_index)
         return boundary
+
+    def write_index(self) -> None:
+        write_index(self.context.config.out, self.journal.state.shards)
+
+    def write_non_block(self) -> WrittenShard:
+        """Write the tensors outside the blocks."""
+        checkpoint, names = self.context.checkpoint, self.context.blockwise.non_block_tensors
+        tensors = [checkpoint.tensors[name] for name in names]
+        return write_non_block(self.context.config.out, tensors, checkpoint.read_one)
 
     def write_auxiliary_files(self) -> dict[str, str]:
         """Write config.json and what travels with the weights; return the sha256 of each file."""
@@ -200,11 +248,11 @@ class Compression:
 
     def restore_auxiliary_files(self) -> None:
         """Write config.json and the others anew where one of them is missing or not as it was written."""
-        out, files = self.context.config.out, self.journal.state.auxiliary_files
-        lost = [name for name, digest in files.items() if not is_as_written(out / name, digest)]
+        out, files, ranks = self.context.config.out, self.journal.state.auxiliary_files, self.context.ranks
+        lost = ranks.on_first(lambda: [name for name, digest in files.items() if not is_as_written(out / name, digest)])
         if lost:
             log.warning("%s is missing or not as it was written: writing it anew", out / lost[0])
-            self.journal.commit_auxiliary_files(self.write_auxiliary_files())
+            self.journal.commit_auxiliary_files(ranks.on_first(self.write_auxiliary_files))
 
     def resume(self) -> Boundary:
         """Return what enters the next block: from the scratch folder, or by passing the finished blocks again."""
@@ -219,8 +267,8 @@ class Compression:
             return boundary
         log.warning("hidden states in %s are lost; passing %d finished blocks again", config.scratch_folder, done)
         boundary = self.passes.replay(done, open_checkpoint(str(config.out)))
-        if any(new not in (None, old) for new, old in zip(boundary.seal(), digests, strict=True)):
-            require_same_but_for_rounding(sample, boundary.sample(), self.context.dtype)
+        if any(new not in (None, old) for new, old in zip(self.passes.seal(boundary), digests, strict=True)):
+            require_same_but_for_rounding(sample, self.passes.sample(boundary), self.context.dtype)
         return boundary
 
     def compress_block(self, i: int, boundary: Boundary) -> Boundary:
@@ -230,68 +278,95 @@ class Compression:
         # Load the block, while the shards of the next are fetched.
         with timer.phase("load", steps=1, block=i):
             block = load_block(blockwise, i)
-        # Collect Gram matrices and targets in one pass of the dense block.
+        # Collect Gram matrices and targets in one pass of the dense block; sum them where they are solved.
         grams, targets = passes.retry("grams", partial(passes.collect, block, boundary))
+        deal = self.deal(block, [gram.linears for gram in grams])
+        grams = self.sum_grams(block, grams, deal)
         # Solve each linear: S + U·V takes the place of its weight.
         with timer.phase("solve", steps=len(block.linears), block=i) as step:
-            packed, records = self.solve_block(block, grams, step)
+            packed, records = self.solve_block(block, grams, deal, step)
         solved = BlockWeights(packed, blockwise.as_stored(i))
         # Match the block to its targets; pass the windows through it; write its shard.
         if targets:
             with passes.resident(boundary.hidden, targets):
                 leaving, shard, matching = self.match_and_propagate(block, solved, boundary.hidden, targets)
         else:
-            (leaving, _), shard = self.propagate_and_write(block, solved, boundary.hidden, None)
+            leaving, _, shard = self.propagate_and_write(block, solved, boundary.hidden, None)
             matching = None
         upcoming = Boundary(leaving, targets)
         # Commit: from here on a resume starts behind this block.
         with timer.phase("commit", steps=1, block=i):
-            digest, digest_of_targets = upcoming.seal()
-            sample = upcoming.sample()
-        measured = timer.take()
+            digest, digest_of_targets = passes.seal(upcoming)
+            sample = passes.sample(upcoming)
+        agreed = self.agree()
         record = BlockRecord(
             i,
             block.name,
             shard,
             digest,
-            tuple(records),
+            records,
             digest_of_targets,
             matching,
-            measured,
+            agreed.measured,
             sample,
             blockwise.dense[i],
-            timer.take_retries(),
+            agreed.retries,
+            agreed.seconds_by_rank,
         )
         self.journal.commit_block(record, passes.micro_batch, self.linear_compressor.workspace)
-        write_index(self.context.config.out, self.journal.state.shards)
+        self.context.ranks.on_first(self.write_index)
         # Drop what only this block needed.
         boundary.drop()
-        drop_block(blockwise, i)
+        self.release(blockwise.block_tensors[i])
+        blockwise.evict_block(i)
         self.progress.committed(record)
         return upcoming
 
+    def deal(self, block: Block, groups: Sequence[Sequence[str]]) -> Deal:
+        """Deal the block's linears to ranks; groups: those that share a Gram."""
+        context, shapes = self.context, self.context.blockwise.linears[block.index]
+        on_gpu = context.device.type == "cuda"
+        return deal_linears(groups, shapes, self.allocation, context.method, context.ranks.world, on_gpu)
+
+    def sum_grams(self, block: Block, grams: list[Gram], deal: Deal) -> list[Gram]:
+        """Return the Grams that this rank needs, over the windows of all ranks. Empties `grams`."""
+        ranks = self.context.ranks
+        summed = sum_grams(grams, lambda gram: deal.needs(gram.linears, ranks.world), ranks)
+        return blend_rare_experts(block, summed)
+
     def solve_block(
-        self, block: Block, grams: list[Gram], step: Callable[[int], None]
-    ) -> tuple[dict[str, Mapping[str, Tensor]], list[LinearRecord]]:
-        """Compress every linear of the live block; return them packed, and their records. Empties `grams`."""
-        context = self.context
-        packed: dict[str, Mapping[str, Tensor]] = {}
-        records = []
-        offloaded = offload_grams(grams, context.plan.grams_at, context.config.scratch_folder)
-        while offloaded:
-            gram = offloaded.pop(0)()  # freed once its linears are solved
+        self, block: Block, grams: list[Gram], deal: Deal, step: Callable[[int], None]
+    ) -> tuple[dict[str, Mapping[str, Tensor]], tuple[LinearRecord, ...]]:
+        """Compress every linear of the live block; return them packed, and their records. Empties `grams`.
+
+        Each rank solves its own linears, after those that all solve together, and then gets those of the others.
+        """
+        context, ranks = self.context, self.context.ranks
+        solved: dict[str, Solved] = {}
+        # Linears that all ranks solve together come first, so that no rank waits for another's own.
+        grams.sort(key=lambda gram: deal.by_rows.isdisjoint(gram.linears))
+        waiting = deque(offload_grams(grams, context.plan.grams_at, rank_scratch(context.config, ranks)))
+        while waiting:
+            gram = waiting.popleft()()  # freed once its linears are solved
+            own = [name for name in gram.linears if deal.owners.get(name) == ranks.rank]
+            together = [name for name in gram.linears if name in deal.by_rows and name not in solved]
+            if together and own:
+                waiting.append(partial(replace, gram))
             matrix = gram.matrix.to(context.device)
-            cache = self.linear_compressor.gram_cache(block.linears, gram.linears)
-            for name in gram.linears:
+            cache = self.linear_compressor.gram_cache(block.linears, together or own)
+            for name in together or own:
                 dtype = context.blockwise.stored_dtype(f"{name}.weight")
                 weight = partial(context.blockwise.stored_weight, name)
-                packed[name], record = self.linear_compressor.compress(
-                    name, block.linears[name], weight, matrix, dtype, cache
+                packed, record = self.linear_compressor.compress(
+                    name, block.linears[name], weight, matrix, dtype, cache, ranks if together else ALONE
                 )
-                records.append(replace(record, rows=gram.rows, warnings=(*gram.warnings(name), *record.warnings)))
+                warnings = (*gram.warnings(name), *record.warnings)
+                solved[name] = packed, replace(record, rows=gram.rows, warnings=warnings)
                 step(1)
             del gram, matrix, cache
-        return packed, records
+        step(len(block.linears) - len(solved))
+        solved |= exchange_solved(block, solved, deal, self.patterns(block), ranks)
+        return {name: solved[name][0] for name in deal.linears}, tuple(solved[name][1] for name in deal.linears)
 
     def match_and_propagate(
         self, block: Block, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
@@ -304,7 +379,7 @@ class Compression:
             raise InputError(
                 f"{block.name}: its output is so large or small that its loss is {curve[0]}; check the model's weights"
             )
-        (leaving, loss), shard = self.propagate_and_write(block, matched, hidden, targets)
+        leaving, loss, shard = self.propagate_and_write(block, matched, hidden, targets)
         applied = loss < curve[0] and (not held_out or held_out[-1] < held_out[0])
         if not applied:
             first, last, where = (
@@ -315,7 +390,7 @@ class Compression:
             )
             compressed.load(solved)
             leaving.drop()
-            (leaving, _), shard = self.propagate_and_write(block, solved, hidden, None)
+            leaving, _, shard = self.propagate_and_write(block, solved, hidden, None)
         record = MatchRecord(
             curve[0],
             _finite_or_none(loss),
@@ -327,16 +402,18 @@ class Compression:
 
     def propagate_and_write(
         self, block: Block, weights: BlockWeights, hidden: HiddenStates, targets: HiddenStates | None
-    ) -> tuple[tuple[HiddenStates, float], WrittenShard]:
-        """Pass the windows through the block, while `weights`, which it must hold already, are written as its shard.
+    ) -> tuple[HiddenStates, float, WrittenShard]:
+        """Pass the windows through the block, while rank 0 writes `weights`, which it must hold already, as its shard.
 
         Returns:
-            The hidden states that leave the block, with their loss against `targets`; and the shard.
+            The hidden states that leave the block; their loss against `targets`, 0 without any; and the shard.
         """
+        ranks = self.context.ranks
         with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
-            writing = writer.submit(self.write, block, weights)
-            passed = self.passes.retry("propagate", partial(self.passes.propagate, block, hidden, targets))
-            return passed, writing.result()
+            writing = writer.submit(self.write, block, weights) if ranks.rank == 0 else None
+            leaving, loss = self.passes.retry("propagate", partial(self.passes.propagate, block, hidden, targets))
+            shard = writing.result() if writing else None
+        return leaving, loss.over(ranks).relative, ranks.tell(shard)  # type: ignore[return-value]
 
     def write(self, block: Block, weights: BlockWeights) -> WrittenShard:
         """Write the block's shard."""
@@ -347,8 +424,95 @@ class Compression:
         others = self.context.blockwise.by_key(weights.other_tensors)
         return write_block(self.context.config.out, block.index, linears, others)
 
+    def agree(self) -> "Agreed":
+        """Take what all ranks measured, and what the tightest of them cut, which holds for all from here on."""
+        passes, compressor = self.passes, self.linear_compressor
+        workspace = math.inf if compressor.workspace is None else compressor.workspace
+        ours = self.timer.take(), self.timer.take_retries(), passes.micro_batch, workspace
+        measured, retries, micro_batches, workspaces = zip(*self.context.ranks.gather(ours), strict=True)
+        passes.micro_batch = min(micro_batches)
+        compressor.workspace = None if min(workspaces) == math.inf else min(workspaces)
+        return agreed(measured, retries)
+
+    def release(self, names: Sequence[str]) -> None:
+        """With --evict-shards, delete the downloads that nobody on this machine needs any more."""
+        if self.context.ranks.local_rank == 0:
+            self.context.checkpoint.release(names)
+
     def patterns(self, block: Block) -> dict[str, SparsityPattern]:
         return {name: self.allocation[name].pattern for name in block.linears}
+
+
+Solved = tuple[Mapping[str, Tensor], LinearRecord]
+"""A packed linear and its record."""
+
+
+def exchange_solved(
+    block: Block, own: Mapping[str, Solved], deal: Deal, patterns: Mapping[str, SparsityPattern], ranks: Ranks
+) -> dict[str, Solved]:
+    """Return the linears that other ranks solved, and put them into the live block.
+
+    Args:
+        block: The live block.
+        own: What this rank has solved.
+        deal: Who solved which linear.
+        patterns: Pattern of each linear.
+        ranks: The ranks.
+    """
+    described = {
+        name: (record, {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in packed.items()})
+        for name, (packed, record) in own.items()
+        if name in deal.owners
+    }
+    solved: dict[str, Solved] = {}
+    descriptions = [entry for of_rank in ranks.gather(described) for entry in of_rank.items()]
+    for name, (record, parts) in descriptions:
+        owner, linear = deal.owners[name], block.linears[name]
+        packed = (
+            own[name][0]
+            if owner == ranks.rank
+            else {
+                part: torch.empty(shape, dtype=dtype, device=linear.weight.device)
+                for part, (shape, dtype) in parts.items()
+            }
+        )
+        for tensor in packed.values():
+            ranks.broadcast_(tensor, owner)
+        if owner != ranks.rank:
+            shape = (linear.weight.shape[0], linear.weight.shape[1])
+            linear.weight.copy_(merge(packed, patterns[name], shape, linear.weight.dtype))
+            solved[name] = packed, record
+    return solved
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the ranks measured of a block: the most of each figure, what they cut, and the seconds each worked."""
+
+    measured: Phases
+    retries: Retries
+    seconds_by_rank: Mapping[str, tuple[float, ...]]
+
+
+def agreed(measured: Sequence[Mapping[str, Mapping[str, float]]], retries: Sequence[Retries]) -> Agreed:
+    """Put together what each rank measured, and what its second tries did without."""
+    if len(measured) == 1:
+        return Agreed(measured[0], retries[0], {})
+    most: dict[str, dict[str, float]] = {}
+    for of_rank in measured:
+        for phase, figures in of_rank.items():
+            so_far = most.setdefault(phase, {})
+            so_far.update({name: max(value, so_far.get(name, value)) for name, value in figures.items()})
+    cut: dict[str, tuple[str, ...]] = {}
+    for rank, cut_there in enumerate(retries):
+        for phase, sentences in cut_there.items():
+            cut[phase] = (*cut.get(phase, ()), *(f"rank {rank}: {sentence}" for sentence in sentences))
+    worked = {
+        phase: tuple(round(of_rank[phase]["seconds"] - of_rank[phase]["waited_seconds"], 4) for of_rank in measured)
+        for phase in most
+        if all(phase in of_rank for of_rank in measured)
+    }
+    return Agreed(most, cut, worked)
 
 
 def require_same_but_for_rounding(before: Sample | None, now: Sample, dtype: torch.dtype) -> None:

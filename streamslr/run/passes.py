@@ -6,27 +6,30 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import zip_longest
+from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
 from torch import Tensor
 
-from streamslr.calibration.grams import Gram, GramCollector
+from streamslr.calibration.grams import Gram, GramCollector, sum_grams
 from streamslr.calibration.hidden_states import (
     HiddenStates,
     HiddenStateStream,
     Span,
     boundary_bytes,
+    digest_of,
     read_batches,
     spans,
 )
 from streamslr.calibration.transfers import Resident, Transfers, pinned_windows
 from streamslr.config import RunConfig
 from streamslr.gpu import retry_in_any_order
-from streamslr.matching import BlockWeights, CompressedBlock, Loss, MatchSettings
+from streamslr.matching import BlockWeights, CompressedBlock, LossSums, MatchSettings
 from streamslr.memory import release_memory, retry_on_oom
 from streamslr.model.blockwise import Block, BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint
+from streamslr.ranks import ALONE, Ranks
 from streamslr.run.journal import Sample
 from streamslr.run.progress import PhaseTimer
 from streamslr.spec.owl import DEFAULT_OUTLIER_FACTOR, outlier_fraction
@@ -49,32 +52,70 @@ class Boundary:
     hidden: HiddenStates  # as the compressed blocks before have made it of the windows
     targets: HiddenStates | None
 
-    def seal(self) -> tuple[str, str | None]:
-        """Wait for all writes; return the digests of both."""
-        return self.hidden.seal(), self.targets.seal() if self.targets else None
-
-    def sample(self) -> Sample:
-        """Return values at fixed places of both, once sealed, so that a replay can be compared with them."""
-        return tuple(_sample(states) for states in (self.hidden, self.targets) if states)
+    @property
+    def streams(self) -> tuple[HiddenStates, ...]:
+        return (self.hidden, self.targets) if self.targets else (self.hidden,)
 
     def drop(self) -> None:
-        self.hidden.drop()
-        if self.targets:
-            self.targets.drop()
+        for states in self.streams:
+            states.drop()
 
 
 @dataclass
 class Passes:
-    """Passes of all windows through a live block, `micro_batch` windows at a time."""
+    """Passes of this rank's windows through a live block, `micro_batch` windows at a time.
+
+    Every second window is rank 0's where there are two ranks; those that are held out are dealt in the same way.
+    """
 
     config: RunConfig
     blockwise: BlockwiseModel
-    ids: Tensor  # the calibration windows, [windows, T] int64
+    all_ids: Tensor  # the calibration windows of all ranks, [windows, T] int64
     timer: PhaseTimer
     micro_batch: int  # halved for good when memory runs out
     in_memory: bool  # whether boundaries are kept in host memory beside the disk (Plan.in_memory)
     resident_windows: int = 0  # windows of a boundary that `resident` keeps on the GPU; none once memory has run out
+    ranks: Ranks = ALONE
     _resident: dict[HiddenStates, Resident] = field(default_factory=dict)
+
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """Numbers, among all, of this rank's windows: those that Grams and matching see, then those held out."""
+        fitted = self.ranks.share(self._all_fitted, "windows that are not held out")
+        held_out = range(self._all_fitted + self.ranks.rank, len(self.all_ids), self.ranks.world)
+        return (*fitted, *held_out)
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """This rank's windows, [windows, T] int64."""
+        return self.all_ids if self.ranks.world == 1 else self.all_ids[list(self.windows)]
+
+    def seal(self, boundary: Boundary) -> tuple[str, str | None]:
+        """Wait for all writes; return the digests of a boundary's hidden states and targets over all ranks."""
+        hidden, *targets = [digest_of(self._in_order(states.seal())) for states in boundary.streams]
+        return hidden, targets[0] if targets else None
+
+    def sample(self, boundary: Boundary) -> Sample:
+        """Return values at fixed places of both streams, once sealed, so that a replay can be compared with them."""
+        count = min(len(self.all_ids), _SAMPLED_WINDOWS)
+        sampled = [number * len(self.all_ids) // count for number in range(count)]
+        own = {window: place for place, window in enumerate(self.windows)}
+        streams = []
+        for states in boundary.streams:
+            values = {
+                window: _sample(states, own[window], number) for number, window in enumerate(sampled) if window in own
+            }
+            found = {window: v for of_rank in self.ranks.gather(values) for window, v in of_rank.items()}
+            streams.append(tuple(value for window in sampled for value in found[window]))
+        return tuple(streams)
+
+    def _in_order(self, of_windows: Sequence[T]) -> list[T]:
+        """Return something of every window, given that of this rank's, in the order of all windows."""
+        if self.ranks.world == 1:
+            return list(of_windows)
+        of_rank = self.ranks.gather(dict(zip(self.windows, of_windows, strict=True)))
+        found = {window: value for of_windows in of_rank for window, value in of_windows.items()}
+        return [found[window] for window in range(len(self.all_ids))]
 
     def embed(self, targets: bool) -> Boundary:
         """Write boundary 0, and a copy of it as `targets` where they are wanted."""
@@ -93,11 +134,13 @@ class Passes:
 
     def reopen(self, index: int, digests: tuple[str | None, str | None]) -> Boundary | None:
         """Return boundary `index` as an earlier process sealed it under these digests; None where any of it is lost."""
-        hidden = self._stream("hidden", index).reopen(index, digests[0] or "")
-        if not self.config.match:
-            return Boundary(hidden, None) if hidden else None
-        targets = self._stream("targets", index).reopen(index, digests[1] or "")
-        return Boundary(hidden, targets) if hidden and targets else None
+        names = ("hidden", "targets") if self.config.match else ("hidden",)
+        streams = [self._stream(name, index).reopen(index) for name in names]
+        found = [states for states in streams if states]
+        if not all(self.ranks.gather(len(found) == len(names))):
+            return None
+        boundary = Boundary(*found, *[None] * (2 - len(found)))
+        return boundary if self.seal(boundary) == digests else None
 
     def replay(self, blocks: int, finished: Checkpoint) -> Boundary:
         """Make boundary `blocks` again: hidden states through the finished blocks, targets through the dense ones."""
@@ -115,8 +158,8 @@ class Passes:
             boundary = upcoming
         return boundary
 
-    def survey(self, i: int, hidden: HiddenStates) -> tuple[HiddenStates, float]:
-        """Pass dense block i; return the dense model's boundary i + 1, and the block's fraction of outliers."""
+    def survey(self, i: int, hidden: HiddenStates) -> tuple[HiddenStates, Block, list[Gram]]:
+        """Pass dense block i; return the dense model's boundary i + 1, the block, and the diagonals of its Grams."""
         with (
             self.timer.phase("survey", steps=len(self.ids), block=i) as step,
             self._new("hidden", i + 1) as leaving,
@@ -125,14 +168,20 @@ class Passes:
             block = load_block(self.blockwise, i)
             with GramCollector(block, diagonal=True) as collector:
                 for first, x in self._batches(hidden, step):
-                    write(first, collector.run(first, x))
-            # Per token, since experts see different numbers of them; an expert that saw none has no outliers.
-            energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in collector.grams()]
-            scored = [(block.linears[name].weight, energy) for names, energy in energies for name in names]
-            return leaving, outlier_fraction(scored, self.config.owl_outlier or DEFAULT_OUTLIER_FACTOR)
+                    write(first, collector.run(self._numbers(first, x), x))
+            return leaving, block, collector.grams()
+
+    def count_outliers(self, block: Block, diagonals: list[Gram]) -> float:
+        """Return the fraction of outliers of a dense block, given the diagonals of its Grams on this rank."""
+        everyone = frozenset(range(self.ranks.world))
+        summed = sum_grams(diagonals, lambda _: everyone, self.ranks)
+        # Per token, since experts see different numbers of them; an expert that saw none has no outliers.
+        energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in summed]
+        scored = [(block.linears[name].weight, energy) for names, energy in energies for name in names]
+        return outlier_fraction(scored, self.config.owl_outlier or DEFAULT_OUTLIER_FACTOR)
 
     def collect(self, block: Block, boundary: Boundary) -> tuple[list[Gram], HiddenStates | None]:
-        """Pass the dense block; return the Gram matrices of its linears' inputs, and the block's targets."""
+        """Pass the dense block; return the Gram matrices of its inputs on this rank, and the block's targets."""
         with (
             self.timer.phase("grams", steps=len(self.ids), block=block.index) as step,
             GramCollector(block) as collector,
@@ -140,7 +189,7 @@ class Passes:
 
             def run(first: int, x: Tensor) -> Tensor:
                 if first < self.fitted:
-                    return collector.run(first, x)
+                    return collector.run(self._numbers(first, x), x)
                 return collector.pass_by(x)
 
             targets = self._dense_pass(block, boundary, run, step)
@@ -165,16 +214,19 @@ class Passes:
                     yield x, next(outputs)[1]
 
             micro_batch = min(self.micro_batch, settings.batch)
-            refined = block.refine(solved, settings, batches, len(self.ids), micro_batch, config.match_held_out)
+            windows, held_out = len(self.all_ids), config.match_held_out
+            refined = block.refine(solved, settings, batches, windows, micro_batch, held_out, self.ranks)
         release_memory(self.blockwise.device)  # Adam's first step in a process leaves masters and moments in a cycle
         return refined
 
-    def propagate(self, block: Block, hidden: HiddenStates, targets: HiddenStates | None) -> tuple[HiddenStates, float]:
-        """Pass the block as it is now; return what leaves it, and its loss against the targets (0 without any).
+    def propagate(
+        self, block: Block, hidden: HiddenStates, targets: HiddenStates | None
+    ) -> tuple[HiddenStates, LossSums]:
+        """Pass the block as it is now; return what leaves it, and this rank's loss against the targets, if any.
 
         Held-out windows do not count in the loss.
         """
-        loss = Loss()
+        loss = LossSums()
         with (
             self.timer.phase("propagate", steps=len(self.ids), block=block.index) as step,
             self._new("hidden", block.index + 1) as leaving,
@@ -188,7 +240,7 @@ class Passes:
                     _, target = next(outputs)
                     if start < self.fitted:
                         loss.add(output, target)
-        return leaving, loss.relative
+        return leaving, loss
 
     def retry(self, phase: str, work: Callable[[], T]) -> T:
         """Call `work`, a pass; where memory runs out in it, call it once more with half the micro-batch.
@@ -265,10 +317,10 @@ class Passes:
         boundary 0, which equal them.
         """
         config, blockwise = self.config, self.blockwise
-        shape = (config.samples, config.seq_len, blockwise.hidden_size)
+        shape = (len(self.ids), config.seq_len, blockwise.hidden_size)
         dtype = blockwise.stream_dtype if name == "targets" and index else blockwise.dtype
         writers = 1 if blockwise.device.type == "cpu" else pinned_windows(self._window_bytes)
-        return HiddenStateStream(config.scratch_folder, name, shape, dtype, self.in_memory, writers)
+        return HiddenStateStream(rank_scratch(config, self.ranks), name, shape, dtype, self.in_memory, writers)
 
     @contextmanager
     def _new(self, stream: str, index: int) -> Iterator[HiddenStates]:
@@ -312,9 +364,18 @@ class Passes:
         return targets
 
     @property
+    def _all_fitted(self) -> int:
+        """Number of windows of all ranks that Grams and matching see; the held-out ones stand behind them."""
+        return len(self.all_ids) - (self.config.match_held_out if self.config.match else 0)
+
+    @property
     def fitted(self) -> int:
-        """Number of windows that Grams and matching see; the held-out ones stand behind them."""
-        return len(self.ids) - (self.config.match_held_out if self.config.match else 0)
+        """Number of this rank's windows that Grams and matching see."""
+        return len(self.ranks.share(self._all_fitted, "windows that are not held out"))
+
+    def _numbers(self, first: int, hidden: Tensor) -> Sequence[int]:
+        """Return the numbers, among all, of the windows of `hidden` [b, T, h], from this rank's `first` on."""
+        return self.windows[first : first + len(hidden)]
 
     def _spans(self) -> list[Span]:
         return spans([(0, self.fitted), (self.fitted, len(self.ids))], self.micro_batch)
@@ -326,7 +387,7 @@ class Passes:
 
         A tensor may be changed; it may be used until the next one is asked for.
         """
-        batches = wanted or self._spans()
+        batches = self._spans() if wanted is None else wanted
         transfers = self._transfers
         reading = transfers.read(states, batches, self._resident.get(states)) if transfers else None
         for start, x in reading or read_batches(states, batches):
@@ -335,19 +396,23 @@ class Passes:
                 step(len(x))
 
 
-def _sample(states: HiddenStates) -> tuple[float | None, ...]:
-    """Return values of windows spread evenly over all, of their last tokens, which all earlier tokens act on."""
+def rank_scratch(config: RunConfig, ranks: Ranks) -> Path:
+    """Return the folder of a rank's hidden states and Grams: the run's own without torchrun."""
+    if ranks.world == 1:
+        return config.scratch_folder
+    return config.scratch_folder / f"rank-{ranks.rank}-of-{ranks.world}"
+
+
+def _sample(states: HiddenStates, window: int, number: int) -> tuple[float | None, ...]:
+    """Return values of a window's last tokens, which all earlier tokens act on; `number` of the sampled windows."""
     values: list[float | None] = []
-    count = min(states.windows, _SAMPLED_WINDOWS)
-    for number in range(count):
-        start = number * states.windows // count
-        (window,) = states.read(start, start + 1).float()  # [T, h]
-        tokens, width = window.shape
-        for k in range(_SAMPLED_VALUES):
-            # multiples of the golden ratio spread evenly over the width, however many there are
-            column = int((number * _SAMPLED_VALUES + k) * 0.618034 % 1 * width)
-            value = float(window[max(0, tokens - 1 - k), column])
-            values.append(value if math.isfinite(value) else None)
+    (hidden,) = states.read(window, window + 1).float()  # [T, h]
+    tokens, width = hidden.shape
+    for k in range(_SAMPLED_VALUES):
+        # multiples of the golden ratio spread evenly over the width, however many there are
+        column = int((number * _SAMPLED_VALUES + k) * 0.618034 % 1 * width)
+        value = float(hidden[max(0, tokens - 1 - k), column])
+        values.append(value if math.isfinite(value) else None)
     return tuple(values)
 
 

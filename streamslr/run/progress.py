@@ -16,6 +16,7 @@ from rich.text import Text
 from streamslr.config import format_bytes
 from streamslr.memory import MemoryWatch
 from streamslr.printable import printable
+from streamslr.ranks import Traffic
 from streamslr.run.journal import BlockRecord
 
 log = logging.getLogger("streamslr")
@@ -55,6 +56,7 @@ class PhaseTimer:
         host_budget: int | None = None,
         planned: Mapping[str, Mapping[str, int]] | None = None,
         gpu_context: int = 0,
+        traffic: Traffic | None = None,
     ) -> None:
         """Make a timer that measures while entered.
 
@@ -64,7 +66,9 @@ class PhaseTimer:
             host_budget: Private bytes that no phase may exceed; None without a limit.
             planned: For each phase, figures to record beside the measured ones (Plan.memory).
             gpu_context: Bytes of the GPU that CUDA takes for itself, to show with what torch's allocator holds.
+            traffic: What this rank exchanges with others; None where it is alone.
         """
+        self._traffic = traffic
         self._device, self._display = device, display
         self._host_budget, self._planned, self._gpu_context = host_budget, planned or {}, gpu_context
         self._watch = MemoryWatch()
@@ -87,6 +91,8 @@ class PhaseTimer:
         """
         self._display.phase(block, name, steps)
         self._watch.take()
+        if self._traffic:
+            self._traffic.take()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         start = time.monotonic()
@@ -98,8 +104,13 @@ class PhaseTimer:
             measured["gpu_reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
         measured["seconds"] = round(time.monotonic() - start, 4)
         measured["host_peak_bytes"] = self._watch.take()
+        if self._traffic:
+            waited, measured["exchanged_bytes"] = self._traffic.take()
+            measured["waited_seconds"] = round(waited, 4)
         if earlier := self._measured.get(name):  # the block went through this phase before
-            measured["seconds"] = round(measured["seconds"] + earlier.pop("seconds"), 4)
+            for sums in ("seconds", "waited_seconds", "exchanged_bytes"):
+                if sums in measured:
+                    measured[sums] = round(measured[sums] + earlier.pop(sums), 4)
             measured = {reading: max(value, earlier.get(reading, 0)) for reading, value in measured.items()}
         self._measured[name] = {**self._planned.get(name, {}), **measured}
 

@@ -12,6 +12,7 @@ from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError, first_line
 from streamslr.io.packing import merge, pack
 from streamslr.memory import note_nothing, retry_on_oom
+from streamslr.ranks import ALONE, Ranks
 from streamslr.run.journal import LinearRecord
 from streamslr.solvers.base import GramCache, LinearProblem, RelativeError, Solver, SparseLowRank
 from streamslr.spec.allocation import Allocation, LinearSpec
@@ -56,6 +57,7 @@ class LinearCompressor:
         gram: Tensor,
         dtype: torch.dtype,
         cache: GramCache | None = None,
+        ranks: Ranks = ALONE,
     ) -> tuple[Mapping[str, Tensor], LinearRecord]:
         """Replace the weight of `linear` as `compress_linear` does; once more in less memory where it runs out.
 
@@ -66,6 +68,7 @@ class LinearCompressor:
             gram: Gram matrix of its inputs, [d, d] float32, on the linear's device.
             dtype: Dtype to store values and factors in.
             cache: What earlier linears with this Gram matrix left; emptied where memory runs out.
+            ranks: The ranks that solve it together, each some rows of its weight.
         """
         spec = self.allocation[name]
 

@@ -36,8 +36,8 @@ def _count_outliers(blockwise: BlockwiseModel, passes: Passes) -> list[float]:
     outliers = []
     hidden = passes.retry("embed", partial(passes.embed, targets=False)).hidden
     for i in range(len(blockwise.block_names)):
-        leaving, fraction = passes.retry("survey", partial(passes.survey, i, hidden))
-        outliers.append(fraction)
+        leaving, block, diagonals = passes.retry("survey", partial(passes.survey, i, hidden))
+        outliers.append(passes.count_outliers(block, diagonals))
         hidden.drop()
         hidden = leaving
         drop_block(blockwise, i)

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamslr.calibration.grams import Gram, GramCollector, blend_experts, input_groups, offload_grams
+from streamslr.calibration.grams import (
+    Gram,
+    GramCollector,
+    blend_experts,
+    blend_rare_experts,
+    input_groups,
+    offload_grams,
+)
 from streamslr.errors import InputError, StreamslrError
 from streamslr.model.blockwise import Block
 from tests.support.problems import peak_of
@@ -41,8 +48,8 @@ def collect_grams(
     block = Block(7, name, linears, experts or {}, lambda: {}, run)
     with GramCollector(block) as collector:
         for first, hidden in batches:
-            collector.run(first, hidden)
-    return collector.grams()
+            collector.run(range(first, first + len(hidden)), hidden)
+    return blend_rare_experts(block, collector.grams())
 
 
 def batches(hidden: Tensor, size: int) -> list[tuple[int, Tensor]]:
@@ -219,7 +226,7 @@ def test_the_collector_keeps_no_matrix_that_it_handed_over() -> None:
     gc.disable()
     try:
         with GramCollector(block) as collector:
-            collector.run(0, torch.randn(2, 3, 4))
+            collector.run([0, 1], torch.randn(2, 3, 4))
         (gram,) = collector.grams()
         matrix = weakref.ref(gram.matrix)
         del gram, collector
@@ -237,7 +244,7 @@ def test_a_gpu_multiplies_bf16_inputs_on_tensor_cores_without_a_copy_or_a_wait()
         on_gpu = x.cuda()
         with GramCollector(block) as collector:
             gpu.phase = "pass"
-            collector.run(0, on_gpu)
+            collector.run(range(len(on_gpu)), on_gpu)
             gpu.phase = "after"
             held = gpu.allocator.peak_allocated
             (gram,) = collector.grams()

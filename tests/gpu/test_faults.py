@@ -68,8 +68,8 @@ def packed_parts_are_on_the_host(patch: pytest.MonkeyPatch) -> None:
 
 
 def masters_are_on_the_host(patch: pytest.MonkeyPatch) -> None:
-    master = matching._master
-    patch.setattr(matching, "_master", lambda tensor: master(tensor.cpu()))
+    flat = matching._Flat
+    patch.setattr(matching, "_Flat", lambda sources, ranks: flat([source.cpu() for source in sources], ranks))
 
 
 def device_memory_is_read_by_numpy(patch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_linears_share_a_gram_of_the_inputs_that_they_multiply(architecture: str
         with GramCollector(block) as collector:
             for linear in block.linears.values():
                 linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].dtype))
-            collector.run(0, hidden)
+            collector.run(range(len(hidden)), hidden)
         groups.append([gram.linears for gram in collector.grams()])
         assert set(seen) == {torch.bfloat16}
     assert groups[0] == groups[1]
