@@ -138,7 +138,7 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
     """
     out = settings["out"] or default_out(settings["model"])
     rank, _ = rank_and_world()
-    quiet, log_file = quiet or rank > 0, log_file if rank == 0 else None  # rank 0 speaks for all
+    quiet = quiet or rank > 0
     with report_errors(f"the same line goes on in {out}"):
         config = RunConfig(**settings)
         require_own_file(log_file, config)

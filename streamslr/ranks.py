@@ -286,13 +286,13 @@ def open_ranks() -> Iterator[Ranks]:
     ranks = Ranks(rank, world, local_rank, local_world, tuple(processes))
     try:
         yield ranks
-    except KeyboardInterrupt:
-        if ended := [r for r in (*ranks._reasons(), *ranks._gone()) if r != rank]:  # torchrun ends the others
-            raise ranks.ended(f"rank {ended[0]}") from None
+    except RankEndedError:
         raise
-    except BaseException as error:
-        if not isinstance(error, RankEndedError):
-            with suppress(RuntimeError):
-                dist.distributed_c10d._get_default_store().set(_reason_key(rank), first_line(error))
-        raise  # with connections open until the process ends, so that the others find it ended when these close
+    except BaseException as error:  # leaves connections open until the process ends: when they close, it has ended
+        if isinstance(error, KeyboardInterrupt) and (ranks._reasons() or ranks._gone()):
+            raise ranks.ended("torchrun ends all") from None  # which it does where one has ended
+        with suppress(RuntimeError):
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
+            dist.distributed_c10d._get_default_store().set(_reason_key(rank), reason)
+        raise
     dist.destroy_process_group()

@@ -177,10 +177,18 @@ def require_own_file(log_file: Path | None, config: RunConfig) -> None:
 
 @contextmanager
 def send_log(quiet: bool, log_file: Path | None) -> Iterator[Console]:
-    """Send log lines to the terminal and, with times, to the log file; yield the console of the command."""
+    """Send log lines to the terminal and, with times, to the log file; yield the console of the command.
+
+    Rank 0 speaks for all ranks that torchrun started: the others tell it what they would warn of.
+    """
     console = make_console()
     logger = logging.getLogger("streamslr")
     logger.setLevel(logging.INFO)
+    rank, _ = rank_and_world()
+    if rank:
+        logger.addHandler(logging.NullHandler())
+        yield console
+        return
     handlers: list[logging.Handler] = [_TerminalHandler(console, quiet)]
     logger.addHandler(handlers[0])
     if log_file:

@@ -39,8 +39,15 @@ from streamslr.run.context import RunContext, require_fit
 from streamslr.run.dealing import Deal, deal_linears
 from streamslr.run.journal import BlockRecord, JournalState, LinearRecord, MatchRecord, Phases, Retries, Sample
 from streamslr.run.journal_writer import Journal, made_with
-from streamslr.run.passes import Boundary, Passes, load_block, median_difference, rank_scratch
-from streamslr.run.progress import BlockProgress, Display, NoDisplay, PhaseTimer
+from streamslr.run.passes import (
+    Boundary,
+    Passes,
+    drop_scratch_of_others,
+    load_block,
+    median_difference,
+    rank_scratch,
+)
+from streamslr.run.progress import BlockProgress, Display, NoDisplay, PhaseTimer, WarningsOfRanks
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.run.survey import allocation_by_outliers
 from streamslr.spec.allocation import Allocation, as_json, common_pattern
@@ -93,6 +100,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 context.gpu.context if context.gpu else 0,
                 ranks.traffic if ranks.world > 1 else None,
             ) as timer,
+            WarningsOfRanks(ranks) as warnings,
             held_to_gpu_limit(context.device, context.gpu.limit if context.gpu else None),
             deterministic_libraries(context.device),
             torch.no_grad(),
@@ -115,7 +123,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 compressor = LinearCompressor(
                     context.method.solver, allocation, config.seed, state.solver_workspace, timer.note_retry
                 )
-                Compression(context, allocation, journal, timer, progress, passes, compressor).run()
+                Compression(context, allocation, journal, timer, progress, passes, compressor, warnings).run()
             except (MemoryError, RuntimeError) as error:
                 if not says_out_of_memory(error):
                     raise
@@ -179,10 +187,12 @@ class Compression:
     progress: BlockProgress
     passes: Passes
     linear_compressor: LinearCompressor
+    warnings: WarningsOfRanks
 
     def run(self) -> None:
         """Compress every block that is not committed yet, and remove the scratch folder."""
         config, blockwise, ranks = self.context.config, self.context.blockwise, self.context.ranks
+        drop_scratch_of_others(config, ranks)
         self.journal.forget_lost_shards()
         self.restore_auxiliary_files()
         state = self.journal.state
@@ -200,10 +210,9 @@ class Compression:
                 shutil.rmtree(scratch, ignore_errors=True)
 
     def tidy_up(self) -> None:
-        """Remove what a killed process left in the output folder and in the scratch folder of other ranks."""
-        config, shards = self.context.config, self.journal.state.shards
-        discard_uncommitted(config.out, shards)
-        write_index(config.out, shards)
+        """Remove what a killed process left in the output folder, and write its index."""
+        discard_uncommitted(self.context.config.out, self.journal.state.shards)
+        self.write_index()
 
     def begin(self) -> Boundary:
         """Write all before block 0: auxiliary files, non-block tensors, boundary 0; return that boundary."""
@@ -428,6 +437,7 @@ class Compression:
         """Take what all ranks measured, and what the tightest of them cut, which holds for all from here on."""
         passes, compressor = self.passes, self.linear_compressor
         workspace = math.inf if compressor.workspace is None else compressor.workspace
+        self.warnings.share()
         ours = self.timer.take(), self.timer.take_retries(), passes.micro_batch, workspace
         measured, retries, micro_batches, workspaces = zip(*self.context.ranks.gather(ours), strict=True)
         passes.micro_batch = min(micro_batches)

@@ -1,6 +1,7 @@
 """Passes of the calibration windows through the blocks: embed, survey, dense pass, matching, compressed, replay."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -401,6 +402,18 @@ def rank_scratch(config: RunConfig, ranks: Ranks) -> Path:
     if ranks.world == 1:
         return config.scratch_folder
     return config.scratch_folder / f"rank-{ranks.rank}-of-{ranks.world}"
+
+
+def drop_scratch_of_others(config: RunConfig, ranks: Ranks) -> None:
+    """Remove what an earlier start with another number of ranks left in this machine's scratch folder."""
+    if ranks.local_rank == 0:
+        own = {rank_scratch(config, Ranks(rank, ranks.world)) for rank in range(ranks.world)}
+        stale = [
+            *config.scratch_folder.glob("rank-*-of-*"),
+            *(config.scratch_folder.glob("*.zarr") if ranks.world > 1 else ()),
+        ]
+        for folder in set(stale) - own:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sample(states: HiddenStates, window: int, number: int) -> tuple[float | None, ...]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from streamslr.config import format_bytes
 from streamslr.memory import MemoryWatch
 from streamslr.printable import printable
-from streamslr.ranks import Traffic
+from streamslr.ranks import Ranks, Traffic
 from streamslr.run.journal import BlockRecord
 
 log = logging.getLogger("streamslr")
@@ -141,6 +141,35 @@ class PhaseTimer:
         return retries
 
 
+class WarningsOfRanks(logging.Handler):
+    """Warnings that each rank logs; rank 0, which speaks for all, says those of others that it did not log itself."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(logging.WARNING)
+        self._ranks = ranks
+        self._logged: list[str] = []
+
+    def __enter__(self) -> "WarningsOfRanks":
+        log.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        log.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._logged.append(record.getMessage())
+
+    def share(self) -> None:
+        """Let rank 0 log what the others have logged since the last call; every rank must call it."""
+        own, *others = self._ranks.gather(self._logged)
+        if self._ranks.rank == 0:
+            for rank, logged in enumerate(others, 1):
+                for sentence in dict.fromkeys(logged):
+                    if sentence not in own:
+                        log.warning("rank %d: %s", rank, sentence)
+        self._logged.clear()
+
+
 class BlockProgress:
     """Count of committed blocks, with the time left and a log line a block."""
 
@@ -166,8 +195,15 @@ class BlockProgress:
         if record.matching:
             matched = f" block loss {record.matching.loss_before:.3g}"
             matched += f" -> {record.matching.loss_after:.3g}," if record.matching.applied else " (not matched),"
+        slowest = ""
+        if worked := [sum(of_rank) for of_rank in zip(*record.seconds_by_rank.values(), strict=True)]:
+            mean = sum(worked) / len(worked)
+            slowest = (
+                f" rank {worked.index(max(worked))} the slowest (×{max(worked) / max(mean, 1e-9):.2f} of the mean),"
+            )
         log.info(
-            "block %d of %d, %s: mean relative error %.3g (pruning alone %.3g),%s %.1f s, peak %s, %s written, %s left",
+            "block %d of %d, %s: mean relative error %.3g (pruning alone %.3g),%s %.1f s,%s peak %s, "
+            "%s written, %s left",
             self._done,
             self._total,
             record.name,
@@ -175,6 +211,7 @@ class BlockProgress:
             sum(linear.wanda_error for linear in record.linears) / len(errors),
             matched,
             seconds,
+            slowest,
             peak,
             format_bytes(record.shard.nbytes),
             format_duration(eta),

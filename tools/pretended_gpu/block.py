@@ -33,11 +33,12 @@ from streamslr.io import packing
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.matching import Loss
 from streamslr.memory import held_to_gpu_limit
+from streamslr.ranks import ALONE
 from streamslr.run import loop
 from streamslr.run.context import RunContext, open_run
 from streamslr.run.passes import Passes
 from streamslr.run.plan import Plan
-from streamslr.run.progress import BlockProgress, NoDisplay, PhaseTimer
+from streamslr.run.progress import BlockProgress, NoDisplay, PhaseTimer, WarningsOfRanks
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.solvers import threebasil_fused
 from streamslr.solvers.threebasil_fused import FusedState
@@ -198,7 +199,10 @@ def _compress_block(context: RunContext, iterations: int) -> None:
         solver: Any = replace(context.method.solver, max_iterations=iterations)  # type: ignore[type-var]
         compressor = LinearCompressor(solver, context.allocation, config.seed, plan.solver_workspace)
         progress = BlockProgress(NoDisplay(), 0, plan.blocks)
-        compression = loop.Compression(context, context.allocation, journal, timer, progress, passes, compressor)
+        warnings = WarningsOfRanks(ALONE)
+        compression = loop.Compression(
+            context, context.allocation, journal, timer, progress, passes, compressor, warnings
+        )
         compression.compress_block(0, passes.embed(targets=config.match)).drop()
 
 
