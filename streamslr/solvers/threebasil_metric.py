@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import StreamslrError
+from streamslr.ranks import ALONE, Ranks
 from streamslr.solvers.base import Damping, LinearProblem, damp_until_positive_definite
 from streamslr.tensors import tf32_products
 
@@ -110,10 +111,19 @@ class StageInverses:
 
     Attributes:
         dtype: Precision of the products with M.
+        ranks: Ranks that ask for the same stages in the same order, and take the same way to each.
         refactored: Stage → relative error, where the series was too far off and M was factored instead.
     """
 
-    def __init__(self, metric: Metric, pace: Pace, dtype: torch.dtype, by_series: bool, keep_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        metric: Metric,
+        pace: Pace,
+        dtype: torch.dtype,
+        by_series: bool,
+        keep_bytes: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> None:
         """Compute nothing yet.
 
         Args:
@@ -122,7 +132,9 @@ class StageInverses:
             dtype: Precision of the products with M, float32 or bfloat16.
             by_series: Take M from that of the stage before.
             keep_bytes: Bytes of memory that M of earlier stages may take, to be asked for again.
+            ranks: See above.
         """
+        self.ranks = ranks
         self.refactored: dict[int, float] = {}
         self._metric, self._pace, self.dtype = metric, pace, dtype
         self._by_series = by_series and 1 < pace.growth <= _LARGEST_GROWTH
@@ -171,6 +183,7 @@ class StageInverses:
         with tf32_products() if on_tensor_cores else nullcontext():
             grow_(self._buffer, self._pace.growth)
         error = inverse_error(self._metric, self._pace.rho(stage), self._buffer)
+        error = self.ranks.sum(error) / self.ranks.world
         if error <= _TOLERANCE:
             return True
         self.refactored[stage] = error
