@@ -62,7 +62,8 @@ class ThreeBasil:
     Deterministic for one seed, device, precision, tile and thread count.
 
     Ranks that solve a linear by rows have all state of their rows. They sum matrices of the size of U·V's factors and
-    smaller, and the counts of the support; each inverts the Gram matrix for itself.
+    smaller, and the counts of the support. Each factors the Gram matrix for itself; on one machine they share the
+    products of the series.
 
     Attributes:
         rho_start: First ρ, in units of the saliency.

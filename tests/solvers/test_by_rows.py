@@ -21,6 +21,7 @@ from streamslr.solvers import LinearProblem, Solver, SparseLowRank, ThreeBasil, 
 from streamslr.solvers.base import GramCache
 from streamslr.solvers.low_rank import orthonormal_rows_by_cholesky
 from streamslr.solvers.methods import find_method
+from streamslr.solvers.threebasil_metric import grow_
 from streamslr.solvers.threebasil_state import AdmmState
 from streamslr.spec.allocation import LinearSpec
 from tests.support.fused_step import StepInTorch
@@ -184,6 +185,23 @@ def count_flops(ranks: Ranks = ALONE) -> int:
     return int(counter.get_total_flops())
 
 
+class Grown(NamedTuple):
+    """An inverse that grew, its exact value, and the operations it took."""
+
+    M: Tensor
+    exact: Tensor
+    flops: int
+
+
+def grow(ranks: Ranks = ALONE) -> Grown:
+    gram, eye = made_problem(d=100).gram.double(), torch.eye(100).double()
+    M, exact = (rho * torch.linalg.inv(gram + rho * eye) for rho in (0.3, 0.375))
+    M, counter = M.float(), FlopCounterMode(display=False)
+    with counter:
+        grow_(M, 1.25, ranks)
+    return Grown(M, exact, int(counter.get_total_flops()))
+
+
 def work_of_a_rank(ranks: Ranks) -> dict[str, Any]:
     """Return everything that a rank finds."""
     return {
@@ -192,6 +210,7 @@ def work_of_a_rank(ranks: Ranks) -> dict[str, Any]:
         "sharing": solve_sharing(ranks),
         "packed": {pattern: compress(pattern, ranks) for pattern in PACKED},
         "flops": count_flops(ranks),
+        "grown": grow(ranks),
     }
 
 
@@ -271,6 +290,15 @@ def test_a_rank_multiplies_its_rows_only(found: Found) -> None:
     whole = count_flops()
     for rank in found:
         assert rank["flops"] < 1.3 * whole / len(found)
+
+
+def test_ranks_share_the_products_of_the_series(found: Found) -> None:
+    whole = grow()
+    for rank in found:
+        ours = rank["grown"]
+        assert torch.equal(ours.M, found[0]["grown"].M)
+        assert (ours.M.double() - ours.exact).norm() < 3e-5 * ours.exact.norm()
+        assert ours.flops < 1.15 * whole.flops / len(found)
 
 
 # Packed
