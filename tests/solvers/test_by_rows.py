@@ -153,13 +153,13 @@ class Compressed(NamedTuple):
     live: Tensor
 
 
-def compress(pattern: str, ranks: Ranks = ALONE) -> Compressed:
+def compress(pattern: str, ranks: Ranks = ALONE, weight: Callable[[], Tensor] | None = None) -> Compressed:
     problem = made_problem(o=49, d=120, pattern=pattern)
     linear = nn.Linear(120, 49, bias=False, dtype=torch.bfloat16)
     specs: Any = {problem.name: LinearSpec(problem.pattern, problem.rank)}
     compressor = LinearCompressor(FLOAT32, specs, seed=0, workspace=None)
     tensors, record = compressor.compress(
-        problem.name, linear, problem.weight.clone, problem.gram, torch.bfloat16, ranks=ranks
+        problem.name, linear, weight or problem.weight.clone, problem.gram, torch.bfloat16, ranks=ranks
     )
     return Compressed(dict(tensors), record, linear.weight.detach())
 
@@ -367,3 +367,19 @@ def test_a_bad_weight_on_one_rank_ends_all(tmp_path: Path) -> None:
     reason = "layers.0.made: 1 of 1536 values of its weight are NaN or infinite"
     assert refused.startswith(f"InputError: {reason}")
     assert waiting.startswith(f"RankEndedError: rank 1 ended: {reason}")
+
+
+def compress_without_memory(ranks: Ranks) -> None:
+    def weight() -> Tensor:
+        if ranks.rank == 1:
+            raise MemoryError("no more")
+        return made_problem(o=49, d=120).weight
+
+    compress("2:4", ranks, weight)
+
+
+def test_memory_that_runs_out_on_one_rank_ends_all(tmp_path: Path) -> None:
+    """A rank that began anew would exchange other numbers than the others, which are in the midst of the solve."""
+    waiting, ended = StartedRanks(2, tmp_path, compress_without_memory).results()
+    assert ended == "MemoryError: no more"
+    assert waiting.startswith("RankEndedError: rank 1 ended: no more")
