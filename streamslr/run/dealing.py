@@ -40,6 +40,11 @@ class Deal:
         return frozenset(self.owners[name] for name in linears)
 
 
+def rows_of_ranks(o: int, world: int) -> list[slice]:
+    """Return the rows of each rank where a linear of o rows is solved by rows: consecutive, as even as can be."""
+    return [slice(o * rank // world, o * (rank + 1) // world) for rank in range(world)]
+
+
 def deal_linears(
     groups: Sequence[Sequence[str]],
     shapes: Mapping[str, tuple[int, int]],

@@ -13,6 +13,7 @@ from streamslr.errors import InputError, StreamslrError, first_line
 from streamslr.io.packing import merge, pack
 from streamslr.memory import note_nothing, retry_on_oom
 from streamslr.ranks import ALONE, Ranks
+from streamslr.run.dealing import rows_of_ranks
 from streamslr.run.journal import LinearRecord
 from streamslr.solvers.base import GramCache, LinearProblem, RelativeError, Solver, SparseLowRank
 from streamslr.spec.allocation import Allocation, LinearSpec
@@ -61,6 +62,9 @@ class LinearCompressor:
     ) -> tuple[Mapping[str, Tensor], LinearRecord]:
         """Replace the weight of `linear` as `compress_linear` does; once more in less memory where it runs out.
 
+        Several ranks solve it by rows, and each gets the whole of it. Memory that runs out on one then ends all: it
+        cannot begin anew while the others wait in the midst of an exchange.
+
         Args:
             name: Name of the linear in the allocation.
             linear: The live linear.
@@ -68,13 +72,19 @@ class LinearCompressor:
             gram: Gram matrix of its inputs, [d, d] float32, on the linear's device.
             dtype: Dtype to store values and factors in.
             cache: What earlier linears with this Gram matrix left; emptied where memory runs out.
-            ranks: The ranks that solve it together, each some rows of its weight.
+            ranks: Ranks that solve it together; each passes the same linear, weight and Gram matrix.
         """
         spec = self.allocation[name]
 
         def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
-            problem = LinearProblem(name, weight(), gram, spec.pattern, spec.rank, self.seed, self.workspace, cache)
+            W = weight()
+            if ranks.world > 1:
+                W = W[rows_of_ranks(len(W), ranks.world)[ranks.rank]].clone()  # and the other rows are freed
+            problem = LinearProblem(name, W, gram, spec.pattern, spec.rank, self.seed, self.workspace, cache, ranks)
             return compress_linear(problem, linear, self.solver, dtype)
+
+        if ranks.world > 1:
+            return work()
 
         def shrink() -> str | None:
             smaller = smaller_workspace(self.solver, spec, linear, self.workspace)
@@ -109,21 +119,23 @@ def compress_linear(
     """Solve `problem` and put the solution, as it is stored, into the weight of `linear`.
 
     Args:
-        problem: The linear as the solver takes it.
+        problem: The linear as the solver takes it; on each of several ranks, the rows that `rows_of_ranks` gives it.
         linear: The live linear, its weight [o, d] on the problem's device.
         solver: The method.
         dtype: Dtype to store values and factors in.
 
     Returns:
-        The packed linear, and its record. Errors in the record are those of what is stored, rounding included.
+        The packed linear, and its record; the same on all of the problem's ranks, of all rows. Errors in the record
+        are those of what is stored, rounding included.
 
     Raises:
         InputError: A factor overflows `dtype`, or the weights or inputs are beyond what can be solved.
         StreamslrError: The solver returned no valid solution.
     """
-    weight, pattern = problem.weight, problem.pattern  # [o, d]
-    shape = (weight.shape[0], weight.shape[1])
-    errors = RelativeError(weight, problem.gram)
+    weight, pattern, ranks = problem.weight, problem.pattern, problem.ranks  # this rank's rows of [o, d]
+    shape = (linear.out_features, linear.in_features)
+    parts = rows_of_ranks(shape[0], ranks.world)
+    errors = RelativeError(weight, problem.gram, ranks)
     pruned = errors.of_wanda(pattern)
     extreme = f"{problem.name}: its weights or inputs are so large or small that"
     try:
@@ -141,14 +153,16 @@ def compress_linear(
         tensors |= {"U": solution.U.to(dtype), "V": solution.V.to(dtype)}
     if not all(is_finite(part) for part in tensors.values()):
         raise InputError(f"{problem.name}: its factors overflow {dtype}; give the model in bf16 or fp32")
-    density = int(solution.S.count_nonzero()) / weight.numel()
+    density = int(ranks.sum(int(solution.S.count_nonzero()))) / linear.weight.numel()
     iterations, damping, warnings = solution.iterations, solution.damping, solution.warnings
     del solution  # S is as large as the weight, and so is `merged`
+    if ranks.world > 1:
+        tensors = {part: _collect(part, tensor, parts, ranks) for part, tensor in tensors.items()}
     merged = merge(tensors, pattern, shape, linear.weight.dtype)
-    lost = errors.of(merged)
+    lost = errors.of(merged[parts[ranks.rank]])
     if not (math.isfinite(lost) and math.isfinite(pruned)):
         raise InputError(f"{extreme} its error is {lost}; {_CHECK_MODEL}")
-    for warning in warnings:
+    for warning in warnings if ranks.rank == 0 else ():
         log.warning("%s", warning)
     record = LinearRecord(
         name=problem.name,
@@ -161,11 +175,33 @@ def compress_linear(
         iterations=iterations,
         damping=damping,
         nbytes=sum(t.nbytes for t in tensors.values()),
-        dense_nbytes=weight.numel() * dtype.itemsize,
+        dense_nbytes=linear.weight.numel() * dtype.itemsize,
         warnings=warnings,
     )
     linear.weight.copy_(merged)
     return tensors, record
+
+
+def _collect(part: str, tensor: Tensor, rows: Sequence[slice], ranks: Ranks) -> Tensor:
+    """Return a part of the packed linear: what packing all rows at once gives.
+
+    The rows of a by_row pattern are packed apart, each in whole bytes, so those of the ranks are laid one below the
+    other; V is rank 0's.
+
+    Args:
+        part: Name of the part.
+        tensor: The part of this rank's rows.
+        rows: Rows of each rank.
+        ranks: Ranks that have the rows.
+    """
+    if part == "V":
+        ranks.broadcast_(whole := tensor.contiguous(), 0)
+        return whole
+    whole = tensor.new_empty(rows[-1].stop, *tensor.shape[1:])
+    whole[rows[ranks.rank]] = tensor
+    for source, own in enumerate(rows):
+        ranks.broadcast_(whole[own], source)
+    return whole
 
 
 def _require_shapes(problem: LinearProblem, solution: SparseLowRank) -> None:

@@ -171,7 +171,8 @@ def damp_until_positive_definite(
 ) -> _Factorized:
     """Return what `factorize` makes with the least damping for which the Gram matrix has a Cholesky factor.
 
-    The damping starts at the default and is raised tenfold after each failure. If it was raised, one warning is added.
+    The damping starts at the default and is raised tenfold after each failure, on any of the problem's ranks. If it was
+    raised, one warning is added.
 
     Args:
         problem: The linear, already validated.
@@ -186,7 +187,8 @@ def damp_until_positive_definite(
         added, dead = damping_diagonal(problem.gram, multiplier)
         scale = (problem.gram.diagonal() + added).sqrt()
         factorized = factorize(Damping(multiplier, added, dead, scale))
-        if factorized is not None:
+        failures = problem.ranks.sum(factorized is None)
+        if factorized is not None and not failures:
             if multiplier > 1:
                 warnings.append(damping_warning(problem.name, multiplier))
             return factorized
@@ -203,11 +205,11 @@ def damping_warning(name: str, multiplier: float) -> str:
 
 
 def validate(problem: LinearProblem) -> tuple[int, list[str]]:
-    """Return the rank to use, at most min(o, d), and the warnings so far.
+    """Return the rank to use, at most min(o, d), and the warnings so far; o counts the rows of all ranks.
 
     Raises:
         InputError: The problem has no solution: shapes that do not fit, a value that is NaN or infinite, a negative
-            diagonal or rank.
+            diagonal or rank; or a pattern that compares rows which lie on several ranks.
     """
     name, (o, d) = problem.name, problem.weight.shape
     if tuple(problem.gram.shape) != (d, d):
@@ -225,10 +227,21 @@ def validate(problem: LinearProblem) -> tuple[int, list[str]]:
         raise InputError(f"{name}: its Gram matrix has {lowest:g} on the diagonal; sums of squares cannot be negative")
     if problem.rank < 0:
         raise InputError(f"{name}: rank {problem.rank} is negative; use 0 for no low-rank part")
+    if problem.ranks.world > 1 and not problem.pattern.by_row:
+        raise InputError(
+            f"{name}: pattern {problem.pattern} compares weights of all rows, so {problem.ranks.world} ranks cannot "
+            f"each solve some of them; solve the linear on one rank, or choose a pattern such as 50%/row"
+        )
+    o = sum(problem.ranks.gather(o))
     rank = min(problem.rank, o, d)
     if rank < problem.rank:
         return rank, [f"{name}: rank {problem.rank} is more than a {o}×{d} weight can have; used {rank}"]
     return rank, []
+
+
+def obeys_already(problem: LinearProblem) -> bool:
+    """Return True where the whole weight is in the pattern already, on all ranks."""
+    return not problem.ranks.sum(problem.pattern.check(problem.weight != 0) is not None)
 
 
 def keep_weight(problem: LinearProblem, rank: int, warnings: list[str]) -> SparseLowRank:
@@ -261,26 +274,31 @@ class RelativeError:
 
     Dead inputs count in neither trace: nothing in their columns reaches an output. The error is 0 for a perfect
     approximation, also of an all-zero weight, and inf for an imperfect one of an all-zero weight. On a GPU its factors
-    are rounded to TF32, and three digits are right (tools/results/solver.md, "Errors").
+    are rounded to TF32, and three digits are right (tools/results/solver.md, "Errors"). Where ranks have some rows
+    each, all of them must ask for the same errors in the same order, and the traces are summed over them.
     """
 
-    def __init__(self, weight: Tensor, gram: Tensor) -> None:
+    def __init__(self, weight: Tensor, gram: Tensor, ranks: Ranks = ALONE) -> None:
         """Compute the denominator.
 
         Args:
-            weight: W [o, d] float32.
+            weight: W [o, d] float32, or this rank's rows of it.
             gram: [d, d] float32, undamped.
+            ranks: Ranks that have the rows.
         """
-        self._weight, self._gram = weight, gram
+        self._weight, self._gram, self._ranks = weight, gram, ranks
         self._added, self._dead = damping_diagonal(gram)
-        self._whole = sum(self._energy(weight[rows].clone()) for rows in self._row_tiles())
+        self._whole = ranks.sum(sum(self._energy(weight[rows].clone()) for rows in self._row_tiles()))
 
     def of(self, approximation: Tensor) -> float:
-        """Return the error of an approximation [o, d]."""
+        """Return the error of an approximation [o, d], of the same rows."""
         return self._of(lambda rows: approximation[rows].float())
 
     def of_wanda(self, pattern: SparsityPattern) -> float:
-        """Return the error of pruning by |W_ij|·‖X_j‖, ‖X_j‖ damped: the yardstick (Wanda, arXiv 2306.11695)."""
+        """Return the error of pruning by |W_ij|·‖X_j‖, ‖X_j‖ damped: the yardstick (Wanda, arXiv 2306.11695).
+
+        A pattern that is not by row needs all rows on one rank.
+        """
         weight = self._weight
         scale = (self._gram.diagonal() + self._added).sqrt()
         if pattern.by_row:
@@ -290,7 +308,8 @@ class RelativeError:
 
     def _of(self, approximation: Callable[[slice], Tensor]) -> float:
         """Return the error of an approximation made in slices of rows; make no tensor of the weight's size here."""
-        lost = sum(self._energy(self._weight[rows] - approximation(rows)) for rows in self._row_tiles())
+        energies = (self._energy(self._weight[rows] - approximation(rows)) for rows in self._row_tiles())
+        lost = self._ranks.sum(sum(energies))
         if lost == 0.0:
             return 0.0
         return lost / self._whole if self._whole > 0.0 else float("inf")

@@ -98,7 +98,7 @@ class Method:
 _FAST_ADMM = ThreeBasil(rho_start=0.5, rho_growth=1.6, stage_iterations=4, max_iterations=60)
 
 _METHODS = (
-    Method("3basil", ThreeBasil(), "arXiv 2603.01376"),
+    Method("3basil", ThreeBasil(), "arXiv 2603.01376", by_rows=True),
     Method("hassle-free-alps", HassleFree(Alps(_FAST_ADMM)), "arXiv 2502.00899"),
     Method("hassle-free-sparsegpt", HassleFree(SparseGPT()), "arXiv 2502.00899"),
     Method("oats", Oats(), "arXiv 2409.13652", diagonal_only=True),
@@ -106,9 +106,9 @@ _METHODS = (
     Method("eora-wanda", Eora(Wanda()), "arXiv 2410.21271"),
     Method("eora-sparsegpt", Eora(SparseGPT()), "arXiv 2410.21271"),
     Method("eora-alps", Eora(Alps()), "arXiv 2410.21271"),
-    Method("magnitude", Pruned(Magnitude()), "arXiv 1506.02626", diagonal_only=True, low_rank=False),
-    Method("wanda", Pruned(Wanda()), "arXiv 2306.11695", diagonal_only=True, low_rank=False),
-    Method("sparsegpt", Pruned(SparseGPT()), "arXiv 2301.00774", low_rank=False),
+    Method("magnitude", Pruned(Magnitude()), "arXiv 1506.02626", diagonal_only=True, low_rank=False, by_rows=True),
+    Method("wanda", Pruned(Wanda()), "arXiv 2306.11695", diagonal_only=True, low_rank=False, by_rows=True),
+    Method("sparsegpt", Pruned(SparseGPT()), "arXiv 2301.00774", low_rank=False, by_rows=True),
     Method("alps", Pruned(Alps()), "arXiv 2406.07831", low_rank=False),
 )
 BUILT_IN: Mapping[str, Method] = {method.name: method for method in _METHODS}

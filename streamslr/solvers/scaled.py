@@ -13,6 +13,7 @@ from streamslr.solvers.base import (
     SparseLowRank,
     damp_until_positive_definite,
     keep_weight,
+    obeys_already,
     require_finite,
     validate,
 )
@@ -98,7 +99,7 @@ def solve_scaled(
         InputError: The problem has no solution; the message names the linear.
     """
     rank, warnings = validate(problem)
-    if problem.pattern.check(problem.weight != 0) is None:
+    if obeys_already(problem):
         return keep_weight(problem, rank, warnings)
     linear = _scale_linear(problem, rank, full_gram, warnings)
     S, U, V, iterations = solve(linear)

@@ -12,6 +12,7 @@ from streamslr.solvers.base import (
     SparseLowRank,
     damping_warning,
     keep_weight,
+    obeys_already,
     require_finite,
     validate,
 )
@@ -60,6 +61,10 @@ class ThreeBasil:
 
     Deterministic for one seed, device, precision, tile and thread count.
 
+    Ranks that solve a linear by rows have all state of their rows. They sum matrices of the size of U·V's factors and
+    smaller, and the counts of the support. Each factors the Gram matrix for itself; on one machine they share the
+    products of the series.
+
     Attributes:
         rho_start: First ρ, in units of the saliency.
         rho_growth: Factor on ρ from one stage to the next.
@@ -94,7 +99,7 @@ class ThreeBasil:
         if self.tile_rows is not None and self.tile_rows < 1:
             raise InputError(f"tile_rows {self.tile_rows} must be at least 1; use None for all rows at once")
         rank, warnings = validate(problem)
-        if problem.pattern.check(problem.weight != 0) is None:
+        if obeys_already(problem):
             return keep_weight(problem, rank, warnings)
         device, (o, d) = problem.weight.device, problem.weight.shape
         metric, inverses = self._metric_and_inverses(problem)
@@ -120,14 +125,17 @@ class ThreeBasil:
 
     def _metric_and_inverses(self, problem: LinearProblem) -> tuple[Metric, StageInverses]:
         """Return the metric and M of its stages: those of an earlier linear with the same Gram matrix, if any."""
-        cache = problem.cache
-        if cache is not None and cache.kept is not None:
-            kept: tuple[Metric, StageInverses] = cache.kept
+        cache, ranks = problem.cache, problem.ranks
+        kept: tuple[Metric, StageInverses] | None = None if cache is None else cache.kept
+        if kept and kept[1].ranks != ranks:
+            kept = None
+        missing = ranks.sum(kept is None)
+        if kept and not missing:
             return kept
         device, pace = problem.gram.device, Pace(self.rho_start, self.rho_growth)
-        keep_bytes = 0 if cache is None else cache.keep_bytes
+        keep_bytes = min(ranks.gather(0 if cache is None else cache.keep_bytes))
         metric = build_metric(problem, [])
-        inverses = StageInverses(metric, pace, self._product_dtype(device), self._by_series(device), keep_bytes)
+        inverses = StageInverses(metric, pace, self._product_dtype(device), self._by_series(device), keep_bytes, ranks)
         if cache is not None:
             cache.kept = metric, inverses
         return metric, inverses

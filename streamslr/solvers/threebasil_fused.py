@@ -165,7 +165,7 @@ class FusedState:
         self.kernel = import_module("streamslr.solvers.threebasil_kernels").sparse_step
 
     def step(self, M: Tensor, U: Tensor, Q: Tensor, dual_scale: float, count_moved: bool) -> Tensor | None:
-        """Update S, D and Y, and return the fraction of the support that moved, float64; None if not counted.
+        """Update S, D and Y; return the positions that moved and that are kept, float64 [2], or None if not counted.
 
         Args:
             M: bfloat16 [d, d].
@@ -181,8 +181,7 @@ class FusedState:
             counts.append(self.update_rows(rows, product, U[rows], Q, dual_scale, count_moved))
         if not count_moved:
             return None
-        moved_and_kept = torch.cat(counts).sum(0).double()
-        return moved_and_kept[0] / moved_and_kept[1].clamp_min(1)
+        return torch.cat(counts).sum(0).double()
 
     def update_rows(
         self, rows: slice, product: Tensor, U: Tensor, Q: Tensor, dual_scale: float, count_moved: bool

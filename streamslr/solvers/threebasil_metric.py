@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import StreamslrError
+from streamslr.ranks import ALONE, Ranks
 from streamslr.solvers.base import Damping, LinearProblem, damp_until_positive_definite
 from streamslr.tensors import tf32_products
 
@@ -16,7 +17,8 @@ _TOLERANCE = 1e-3
 _LARGEST_GROWTH = 1.4
 # Vectors on which M is checked.
 _PROBES = 8
-# Blocks of rows of a product whose result is symmetric; half of the blocks are then copied, not computed.
+# Blocks of rows of a product whose result is symmetric; half of the blocks are then copied, not computed. Ranks that
+# share it have two blocks each.
 _BLOCKS = 8
 
 
@@ -110,10 +112,20 @@ class StageInverses:
 
     Attributes:
         dtype: Precision of the products with M.
+        ranks: Ranks that ask for the same stages in the same order, and take the same way to each. Those of one machine
+            share the products of the series.
         refactored: Stage → relative error, where the series was too far off and M was factored instead.
     """
 
-    def __init__(self, metric: Metric, pace: Pace, dtype: torch.dtype, by_series: bool, keep_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        metric: Metric,
+        pace: Pace,
+        dtype: torch.dtype,
+        by_series: bool,
+        keep_bytes: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> None:
         """Compute nothing yet.
 
         Args:
@@ -122,7 +134,9 @@ class StageInverses:
             dtype: Precision of the products with M, float32 or bfloat16.
             by_series: Take M from that of the stage before.
             keep_bytes: Bytes of memory that M of earlier stages may take, to be asked for again.
+            ranks: See above.
         """
+        self.ranks = ranks
         self.refactored: dict[int, float] = {}
         self._metric, self._pace, self.dtype = metric, pace, dtype
         self._by_series = by_series and 1 < pace.growth <= _LARGEST_GROWTH
@@ -169,8 +183,10 @@ class StageInverses:
         assert self._buffer is not None
         on_tensor_cores = self.dtype != torch.float32 and self._buffer.is_cuda
         with tf32_products() if on_tensor_cores else nullcontext():
-            grow_(self._buffer, self._pace.growth)
+            # A stage exchanges two times half a matrix; between machines that may take longer than all products.
+            grow_(self._buffer, self._pace.growth, self.ranks if self.ranks.local_world == self.ranks.world else ALONE)
         error = inverse_error(self._metric, self._pace.rho(stage), self._buffer)
+        error = self.ranks.sum(error) / self.ranks.world
         if error <= _TOLERANCE:
             return True
         self.refactored[stage] = error
@@ -201,13 +217,18 @@ class StageInverses:
         return M
 
 
-def grow_(M: Tensor, growth: float) -> None:
+def grow_(M: Tensor, growth: float, ranks: Ranks = ALONE) -> None:
     """Overwrite M = ρ (G + ρI)⁻¹ [d, d] with that of `growth` · ρ, nearly: its polynomial of degree 4 in M.
 
     With z = growth − 1, the M wanted is growth · M (I + zM)⁻¹. For m in [0, 1], which holds the eigenvalues of M,
     q(m) of degree 3 has the least possible error |1 − (1 + zm) q(m)| = |T(2m − 1)| / T(1 + 2/z), with T the Chebyshev
     polynomial of degree 4: 1.9e-5 for a growth of 1.25. M² and one more product suffice. Both are symmetric, because
     polynomials in M are, so little more than half of them is computed.
+
+    Args:
+        M: The same on each rank.
+        growth: Growth of ρ.
+        ranks: Ranks that share the products, each some blocks of rows.
     """
     z = growth - 1
     x = 1 + 2 / z
@@ -216,22 +237,33 @@ def grow_(M: Tensor, growth: float) -> None:
     q1 = 32 / peak - z * q0
     q2 = -160 / peak - z * q1
     q3 = 256 / peak - z * q2
-    blocks = [slice(a, min(a + step, len(M))) for step in [-(-len(M) // _BLOCKS)] for a in range(0, len(M), step)]
+    step = -(-len(M) // (_BLOCKS if ranks.world == 1 else 2 * ranks.world))
+    blocks = [slice(first, min(first + step, len(M))) for first in range(0, len(M), step)]
+    own = [rows for i, rows in enumerate(blocks) if _owner(i, ranks.world) == ranks.rank]
     square = torch.empty_like(M)
-    for rows in blocks:
+    for rows in own:
         torch.mm(M[rows], M[:, rows.start :], out=square[rows, rows.start :])
-    _mirror_(square, blocks)
-    for rows in blocks:  # rows below are read in front of their diagonal, where M is still what it was
+    _complete_(square, blocks, ranks)
+    for rows in own:  # rows below are read in front of their diagonal, where M is still what it was
         left = M[rows].mul(growth * q2).add_(square[rows], alpha=growth * q3)
         upper = M[rows, rows.start :]
         upper.mul_(growth * q0).add_(square[rows, rows.start :], alpha=growth * q1)
         upper.addmm_(left, square[:, rows.start :])
-    _mirror_(M, blocks)
+    _complete_(M, blocks, ranks)
 
 
-def _mirror_(matrix: Tensor, blocks: list[slice]) -> None:
-    """Copy what lies above the diagonal blocks of a symmetric matrix [d, d] to below them."""
-    for rows in blocks:
+def _owner(block: int, world: int) -> int:
+    """Return the rank that computes a block of rows from the diagonal on: of two a rank, a long and a short one."""
+    return min(block, 2 * world - 1 - block) if world > 1 else 0
+
+
+def _complete_(matrix: Tensor, blocks: list[slice], ranks: Ranks) -> None:
+    """Complete a symmetric matrix [d, d] of which each rank has its blocks, from the diagonal on."""
+    for i, rows in enumerate(blocks):
+        if ranks.world > 1:
+            block = matrix[rows, rows.start :].contiguous()
+            ranks.broadcast_(block, _owner(i, ranks.world))
+            matrix[rows, rows.start :] = block
         matrix[rows.stop :, rows] = matrix[rows, rows.stop :].t()
 
 

@@ -94,13 +94,15 @@ class AdmmState:
             tile_rows: Rows of W worked on at a time; None for all.
         """
         self.name, self.pattern, self.metric, self.inverses = problem.name, problem.pattern, metric, inverses
+        self.ranks, self.counts = problem.ranks, problem.ranks.gather(len(problem.weight))  # rows of each rank
         self.product_dtype, self.iterations = inverses.dtype, 0
-        self.weight = problem.weight  # [o, d], not scaled
+        self.weight = problem.weight  # [o, d], not scaled; o counts this rank's rows
         self.scale = metric.scale.masked_fill(metric.dead, 0)
         o, d = self.weight.shape
         generator = torch.Generator().manual_seed(problem.seed)
-        U = torch.randn(o, rank, generator=generator).to(self.weight)  # on the CPU: the same start on every device
-        self.U = orthonormal_rows(U.t())  # [r, o]
+        U = torch.randn(sum(self.counts), rank, generator=generator)  # on the CPU: the same start on every device
+        first = sum(self.counts[: self.ranks.rank])
+        self.U = self._orthonormal_rows(U[first : first + o].to(self.weight).t())  # [r, o]
         self.B = self.weight.new_zeros(rank, d)
         self.rest: Tensor | None = None  # B − B M, where it is known
         self._fit_low_rank()
@@ -119,7 +121,8 @@ class AdmmState:
                 self._keep(part)
         self.marker.end_pass()
         self.qr_by_cholesky, self.qr_gave_up = self.weight.is_cuda, False
-        self.qr_failed = torch.zeros((), device=self.weight.device)  # times since the support was last looked at
+        # Times since the support was last looked at, on all ranks alike.
+        self.qr_failed = torch.zeros((), device=self.weight.device)
         self.M = self.weight.new_empty(0, d)  # ρ (G + ρI)⁻¹ [d, d], after enter_stage
 
     def _make_tiles(self, tile_rows: int) -> list[Tile]:
@@ -176,16 +179,16 @@ class AdmmState:
         if self.fused or self.whole:
             T, dtype = self.fused.input.t() if self.fused else self.tiles[0].input, self.product_dtype
             self._turn((y.to(dtype) @ T).float())
-            self.B = (self.U.to(dtype) @ T.t()).float()
+            B = (self.U.to(dtype) @ T.t()).float()
         else:  # T = W − held, never formed for all rows at once
             product = (y * self.scale) @ self.weight.t()  # [r, o]
             for tile in self.tiles:
                 product[:, tile.rows].addmm_(y, tile.held, alpha=-1)
             self._turn(product)
-            self.B = (self.U @ self.weight).mul_(self.scale)
+            B = (self.U @ self.weight).mul_(self.scale)
             for tile in self.tiles:
-                self.B.addmm_(self.U[:, tile.rows], tile.held.t(), alpha=-1)
-        self.rest = None
+                B.addmm_(self.U[:, tile.rows], tile.held.t(), alpha=-1)
+        self.B, self.rest = self.ranks.sum_(B), None
 
     def _rest_of_low_rank(self) -> Tensor:
         """Return B − B M [r, d]; computed once for each B and M."""
@@ -196,11 +199,14 @@ class AdmmState:
     def _turn(self, matrix: Tensor) -> None:
         """Set U to an orthonormal basis of the rows of a matrix [r, o]; keep it where CholeskyQR2 fails."""
         if self.qr_by_cholesky:
-            basis, succeeded = orthonormal_rows_by_cholesky(matrix)
+            basis, succeeded = orthonormal_rows_by_cholesky(matrix, self.ranks)
             self.U = torch.where(succeeded, basis, self.U)
             self.qr_failed += ~succeeded
         else:
-            self.U = orthonormal_rows(matrix)
+            self.U = self._orthonormal_rows(matrix)
+
+    def _orthonormal_rows(self, matrix: Tensor) -> Tensor:
+        return orthonormal_rows(matrix, self.ranks, self.counts)
 
     def times_inverse(self, y: Tensor) -> Tensor:
         """Return y M for y [r, d] float32."""
@@ -217,9 +223,8 @@ class AdmmState:
         """
         if self.fused:
             self.iterations += 1
-            return self._read(
-                self.fused.step(self.M, self.U.t(), self._rest_of_low_rank().t(), dual_scale, count_moved)
-            )
+            Q = self._rest_of_low_rank().t()
+            return self._read(self.fused.step(self.M, self.U.t(), Q, dual_scale, count_moved))
         moved = num_kept = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         for tile in self.tiles:
             if not self.whole:  # X ← T
@@ -246,12 +251,19 @@ class AdmmState:
                 self._keep(part)
         self.marker.end_pass()
         self.iterations += 1
-        return self._read(moved / num_kept.clamp_min(1) if count_moved else None)
+        return self._read(torch.stack((moved, num_kept)) if count_moved else None)
 
-    def _read(self, fraction: Tensor | None) -> float:
-        """Return the fraction that moved; find U by Householder's QR from now on if CholeskyQR2 has failed."""
-        if fraction is None:
+    def _read(self, counts: Tensor | None) -> float:
+        """Return the fraction that moved; find U by Householder's QR from now on if CholeskyQR2 has failed.
+
+        Args:
+            counts: [2], this rank's positions that moved and that are kept; None where they were not counted.
+        """
+        if counts is None:
             return 0.0
+        if self.ranks.world > 1:  # float64 on each: a rank may take the fused step, and another torch's passes
+            counts = self.ranks.sum_(counts.double())
+        fraction = counts[0] / counts[1].clamp_min(1)
         moved, failed = torch.stack((fraction, self.qr_failed.to(fraction))).tolist()  # one wait for both
         if failed:
             self.qr_by_cholesky, self.qr_gave_up = False, True
@@ -272,7 +284,7 @@ class AdmmState:
         self._fit_low_rank(S)
         V = self.B / scale
         V[:, dead] = 0
-        return S, *balance_factors(self.U.t(), V)
+        return S, *balance_factors(self.U.t(), V, self.ranks)
 
     def _collect_sums(self) -> Tensor:
         """Return S + Y [o, d], row by row, in the memory of the store: what is held of a tile is not needed again."""
@@ -294,11 +306,11 @@ class AdmmState:
 
         def times_residual(y: Tensor) -> Tensor:  # [r, o] -> [r, d]
             product = y @ self.weight
-            return (product if S is None else product.sub_(y @ S)).mul_(self.scale)
+            return self.ranks.sum_((product if S is None else product.sub_(y @ S)).mul_(self.scale))
 
         if len(self.U):
             for _ in range(_CAREFUL_STEPS):
                 y = self.metric.times(times_residual(self.U)).mul_(self.scale)
                 product = y @ self.weight.t()
-                self.U = orthonormal_rows(product if S is None else product.sub_(y @ S.t()))
+                self.U = self._orthonormal_rows(product if S is None else product.sub_(y @ S.t()))
             self.B = times_residual(self.U)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamslr.errors import InputError
+from streamslr.ranks import Ranks
 from streamslr.solvers import LinearProblem, ThreeBasil, parse_pattern, relative_error
 from streamslr.solvers.low_rank import balance_factors, orthonormal_rows_by_cholesky
 from streamslr.solvers.threebasil_costs import solve_bytes, solve_flops, tile_rows_for
@@ -210,7 +211,7 @@ def test_a_failed_cholesky_qr_is_in_the_warnings(monkeypatch: pytest.MonkeyPatch
         self.qr_by_cholesky = stage == 0
         enter_stage(self, stage)
 
-    def fail(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fail(matrix: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
         return matrix * float("nan"), torch.tensor(False)
 
     enter_stage = AdmmState.enter_stage

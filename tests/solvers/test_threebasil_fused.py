@@ -14,6 +14,7 @@ from streamslr.solvers.threebasil_metric import Pace, StageInverses, build_metri
 from streamslr.solvers.threebasil_state import AdmmState
 from streamslr.spec.pattern import NofM, parse_pattern
 from tests import reference
+from tests.support.fused_step import StepInTorch
 from tests.support.markers import slow
 from tests.support.problems import assert_valid, error, made_problem
 
@@ -88,27 +89,6 @@ def test_factors_may_be_stored_either_way() -> None:
 
 
 # In a solve
-
-
-class StepInTorch:
-    """A module of kernels with `step_in_torch` as its kernel."""
-
-    def __init__(self) -> None:
-        self.sparse_step = self
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self.launch
-
-    def launch(self, Z: Tensor, weight: Tensor, scale: Tensor, product: Tensor, *rest: Any, **settings: Any) -> None:
-        U, Q, next_input, counts, t, d, rank, *_, dual_scale = rest
-        U, Q = (U, Q) if rank else (U.new_zeros(t, 0), U.new_zeros(d, 0))
-        pattern = NofM(settings["n"], settings["m"])
-        new, T, moved_and_kept = step_in_torch(Z, weight * scale, product, U, Q, pattern, dual_scale)
-        Z.copy_(new)
-        next_input.copy_(T)
-        if settings["count_moved"]:
-            counts.zero_()
-            counts[0] = moved_and_kept
 
 
 def fused_admm(rank: int, tile_rows: int | None = None, o: int = 48) -> AdmmState:

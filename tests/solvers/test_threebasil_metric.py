@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from streamslr.ranks import Ranks
 from streamslr.solvers import LinearProblem, ThreeBasil
 from streamslr.solvers.base import GramCache
 from streamslr.solvers.threebasil_metric import (
@@ -89,8 +90,8 @@ def test_the_error_of_an_inverse_is_estimated_well() -> None:
 
 
 def test_an_inverse_that_drifted_is_factored_anew_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def grow_badly(M: Tensor, growth: float) -> None:
-        grow_(M, growth)
+    def grow_badly(M: Tensor, growth: float, ranks: Ranks) -> None:
+        grow_(M, growth, ranks)
         M.mul_(1.01)
 
     monkeypatch.setattr("streamslr.solvers.threebasil_metric.grow_", grow_badly)
@@ -104,7 +105,7 @@ def test_an_inverse_that_drifted_is_factored_anew_and_said(monkeypatch: pytest.M
 
 
 def test_an_inverse_with_nan_is_factored_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamslr.solvers.threebasil_metric.grow_", lambda M, growth: M.fill_(float("nan")))
+    monkeypatch.setattr("streamslr.solvers.threebasil_metric.grow_", lambda M, *_: M.fill_(float("nan")))
     metric = build_metric(made_problem(), [])
     inverses = StageInverses(metric, PACE, torch.float32, by_series=True)
     assert relative(inverses.at(2, "made"), exact(metric, PACE.rho(2))) < 1e-4
