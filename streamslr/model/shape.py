@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -9,11 +10,16 @@ class BlockShape:
     """Shapes of one block and of the linears that are compressed in it."""
 
     linears: Mapping[str, tuple[int, int]]  # linear -> (o, d) of its weight
-    grams: Mapping[str, int]  # first linear of each group that shares an input -> d of that input
+    groups: tuple[tuple[str, ...], ...]  # linears that share an input, and so a Gram, which belongs to the first
     parameters: int  # number of all parameters of the block
     source_bytes: int  # of these parameters in the source checkpoint
     routing: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Linear of an expert -> (k, E): each token passes k of E experts."""
+
+    @cached_property
+    def grams(self) -> Mapping[str, int]:
+        """Owner of each Gram [d, d] -> d."""
+        return {owner: self.linears[owner][1] for owner, *_ in self.groups}
 
     def token_fraction(self, linear: str) -> float:
         """Return the fraction of all tokens that reach a linear on average: k/E for an expert's, 1 for any other."""

@@ -190,11 +190,10 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
     for i, linears in enumerate(blockwise.linears):
         modules = {name: blockwise.linear(name) for name in linears}
         infos = [tensors[key] for key in blockwise.block_tensors[i]]
-        groups = input_groups(modules, partial(blockwise.run_on_meta, i))
         blocks.append(
             BlockShape(
                 linears=linears,
-                grams={group[0]: modules[group[0]].in_features for group in groups},
+                groups=input_groups(modules, partial(blockwise.run_on_meta, i)),
                 parameters=sum(prod(info.shape) for info in infos),
                 source_bytes=sum(info.nbytes for info in infos),
                 routing={name: blockwise.routing(name) for name in blockwise.experts[i]},

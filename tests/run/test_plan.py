@@ -26,7 +26,7 @@ def llama_70b() -> ModelShape:
     h, ffn, kv = 8192, 28672, 1024
     linears = {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h), "gate": (ffn, h), "up": (ffn, h), "down": (h, ffn)}
     parameters = sum(o * d for o, d in linears.values()) + 2 * h
-    block = BlockShape(linears, {"q": h, "o": h, "gate": h, "down": ffn}, parameters, 2 * parameters)
+    block = BlockShape(linears, (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)), parameters, 2 * parameters)
     non_block = 2 * 128256 * h + h
     return ModelShape((block,) * 80, h, non_block, 2 * non_block, 2)
 
@@ -147,7 +147,7 @@ def test_what_lies_on_the_disk_already_is_not_asked_for_again(tmp_path: Path, mo
     class Room:
         f_bavail, f_frsize = 1, 600
 
-    block = BlockShape({"a": (16, 16)}, {"a": 16}, 256, 512)
+    block = BlockShape({"a": (16, 16)}, (("a",),), 256, 512)
     made = plan(ModelShape((block,), 16, 0, 0, 2), device="cpu", samples=2, seq_len=4, rank=0)
     assert (made.scratch_bytes, made.output_bytes) == (2048, 288)
     monkeypatch.setattr(os, "statvfs", lambda path: Room)
