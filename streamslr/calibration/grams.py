@@ -72,7 +72,7 @@ def gram_groups(widths: Mapping[str, int], at_once: int | None) -> list[list[str
         at_once: Bytes that the Grams of one group may take; a larger Gram is a group by itself. None for one group.
     """
     groups: list[list[str]] = []
-    for owner, d in widths.items():
+    for owner in widths:
         if not groups or (at_once is not None and grams_bytes(widths[o] for o in (*groups[-1], owner)) > at_once):
             groups.append([])
         groups[-1].append(owner)

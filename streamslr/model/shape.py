@@ -36,6 +36,11 @@ class BlockShape:
         """The part of `grams` that belongs to experts."""
         return {name: d for name, d in self.grams.items() if name in self.routing}
 
+    @property
+    def expert_sum_bytes(self) -> int:
+        """Bytes of one float32 sum [d, d] of the Grams of all E experts for each kind of them; 0 without experts."""
+        return round(sum(4 * d * d / self.routing[name][1] for name, d in self.expert_grams.items()))
+
 
 @dataclass(frozen=True)
 class ModelShape:

@@ -20,6 +20,7 @@ from streamslr.memory import free_host_memory, held, keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.model.shape import BlockShape, ModelShape
+from streamslr.ranks import ALONE, Ranks
 from streamslr.run.journal import in_kinds, read_journal
 from streamslr.run.journal_writer import refuse_changed_settings
 from streamslr.run.plan import Pieces, Plan, make_plan
@@ -56,22 +57,26 @@ class RunContext:
     fingerprint: Mapping[str, Any]  # must be equal for a resume, with the digest of the tokens
 
 
-def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
+def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE) -> RunContext:
     """Open the model and plan the run.
 
     Args:
         config: Settings of the run.
         gpu_required: False to plan for a GPU that this machine may lack. A context without its GPU cannot run.
+        ranks: Ranks that share the run; --host-mem and --gpu-mem are the budgets of each. What is free on the machine
+            is shared out over those of them that are on it.
 
     Raises:
-        InputError: Settings, model or method do not go together, as far as headers show.
+        InputError: Settings, model or method do not go together, as far as headers show; or there are more ranks than
+            windows.
         BudgetError: The card lacks the GPU memory that the run may use.
         ResumeError: The output folder holds a run with other settings.
     """
     keep_no_freed_memory()
+    ranks.share(config.samples - (config.match_held_out if config.match else 0), "calibration windows")
     parse_mean_pattern(config)  # refuses a wrong --pattern or --compression before the model is opened
     method = find_method(config.method)
-    device, dtype = pick_device(config.device, gpu_required)
+    device, dtype = pick_device(config.device, gpu_required, ranks.local_rank)
     for sentence in idle_settings(config, device.type):
         log.warning("%s", sentence)
     present = device.type == "cpu" or torch.cuda.is_available()
@@ -92,24 +97,28 @@ def open_run(config: RunConfig, gpu_required: bool = True) -> RunContext:
         baseline += max(0, held() - before_kernels)
     for sentence in _overridden(config, blockwise, densest):
         log.warning("%s", sentence)
-    host_mem = free_host_memory() if config.host_mem is None else config.host_mem
+    host_mem = free_host_memory() // ranks.local_world if config.host_mem is None else config.host_mem
     fingerprint = _fingerprint(config, checkpoint, method, device)
     allocation: Allocation | None = densest if config.owl is None else None
     if before:
         refuse_changed_settings(config.out, before.fingerprint, fingerprint)
         if allocation is None and before.allocation:
             allocation = from_json(before.allocation, blockwise.linears)
+    if gpu_required:  # ranks that work together must plan alike
+        host_mem, baseline = min(ranks.gather(host_mem)), max(ranks.gather(baseline))
+        gpu = gpu and replace(gpu, budget=min(ranks.gather(gpu.budget)), context=max(ranks.gather(gpu.context)))
     plan = make_plan(
         config,
         _model_shape(blockwise),
         allocation or densest,
-        method.solver,
+        method,
         device,
         dtype,
         baseline,
         host_mem,
         gpu,
         Pieces(before.micro_batch, before.solver_workspace) if before else None,
+        ranks,
     )
     if allocation is None:
         plan = _describe_mean(plan, config, blockwise)

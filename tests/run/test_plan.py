@@ -37,9 +37,9 @@ def plan(
     config = RunConfig(model="m", out=Path("out"), **settings)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     allocation = allocate(config, [block.linears for block in model.blocks])
-    solver = find_method(config.method).solver
+    method = find_method(config.method)
     return make_plan(
-        config, model, allocation, solver, torch.device(device), dtype, GB, host_mem, GpuMemory(gpu) if gpu else None
+        config, model, allocation, method, torch.device(device), dtype, GB, host_mem, GpuMemory(gpu) if gpu else None
     )
 
 
@@ -240,8 +240,8 @@ def test_matching_is_planned_for_what_may_change_and_not_for_dense_weights() -> 
 def test_a_run_that_goes_on_keeps_the_pieces_it_began_with() -> None:
     config = RunConfig(model="m", out=Path("out"), seq_len=64)
     allocation, device = allocate(config, [llama_70b().blocks[0].linears]), torch.device("cpu")
-    solver = find_method("3basil").solver
-    made = make_plan(config, llama_70b(), allocation, solver, device, torch.float32, GB, 10**12, None, Pieces(4, 10**9))
+    method = find_method("3basil")
+    made = make_plan(config, llama_70b(), allocation, method, device, torch.float32, GB, 10**12, None, Pieces(4, 10**9))
     assert (made.micro_batch, made.solver_workspace) == (4, 10**9)
 
 
