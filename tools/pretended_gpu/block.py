@@ -85,6 +85,10 @@ SHAPES = {
 }
 
 
+_SHARD_BYTES = 4 * 10**9
+"""Bytes from which on a shard is full: a machine must be able to map it, though it takes no memory."""
+
+
 @dataclass
 class Peak:
     """The most bytes that a phase had allocated and reserved, and the largest allocations then (with `trace`)."""
@@ -113,19 +117,33 @@ class BlockRun:
 
 
 def write_sparse_checkpoint(folder: Path, shape: Shape, positions: int, blocks: int | None = None) -> None:
-    """Write a model of zeros that takes no disk: config.json and one shard with the headers of all tensors."""
+    """Write a model of zeros that takes no disk: config.json, and shards with the headers of all tensors."""
     config = shape.config(positions, blocks or shape.blocks)
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, size in _stored_shapes(model.state_dict().items()):
+        if 2 * sum(map(prod, shards[-1].values())) > _SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = size
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_sparse_shard(folder / file_name, shard)
+        index |= dict.fromkeys(shard, file_name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _write_sparse_shard(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, size in _stored_shapes(model.state_dict().items()):
+    for name, size in shapes.items():
         start, end = end, end + 2 * prod(size)
         header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [start, end]}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         file.truncate(8 + len(raw) + end)
 
