@@ -162,7 +162,7 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
     type=click.IntRange(1, LARGEST),
     default=1,
     show_default=True,
-    help="Plan for a run that torchrun shares out over so many ranks, all on this machine; memory is that of one rank.",
+    help="Plan for so many ranks of torchrun, all on this machine; budgets and figures are those of one rank.",
 )
 @_json_option
 def plan(world: int, as_json: bool, **settings: Any) -> None:
