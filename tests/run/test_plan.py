@@ -46,7 +46,7 @@ def deepseek_v3() -> ModelShape:
     h, ffn = 7168, 2048
     linears = {"qa": (1536, h), "kva": (576, h), "qb": (24576, 1536), "kvb": (32768, 512), "o": (h, 16384)}
     groups: list[tuple[str, ...]] = [("qa", "kva"), ("qb",), ("kvb",), ("o",)]
-    routing = {}
+    routing: dict[str, tuple[int, int]] = {}
     for name in ("shared", *map(str, range(256))):
         own = {f"{name}.gate": (ffn, h), f"{name}.up": (ffn, h), f"{name}.down": (h, ffn)}
         linears |= own

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from pretended_gpu.cost import Cost
 from pretended_gpu.device import PretendedGpu
+from pretended_gpu.ranks import PretendedRanks
 from streamslr.calibration import grams, hidden_states
 from streamslr.config import RunConfig
 from streamslr.gpu import deterministic_libraries
@@ -33,7 +34,6 @@ from streamslr.io import folder as shard_folder
 from streamslr.io import packing
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.memory import held_to_gpu_limit
-from streamslr.ranks import ALONE, Ranks
 from streamslr.run import loop
 from streamslr.run.context import RunContext, open_run
 from streamslr.run.passes import Passes
@@ -80,6 +80,7 @@ SHAPES = {
     "8b": Shape(4096, 14336, 32, 8, 32),
     "70b": Shape(8192, 28672, 64, 8, 80),
     "405b": Shape(16384, 53248, 128, 8, 126),
+    "small-mixture": Shape(512, 256, 8, 8, 2, vocabulary=512, experts=16),
     "deepseek-v3": Shape(7168, 2048, 128, 128, 61, vocabulary=129280, experts=256),
     "small": Shape(512, 1792, 8, 2, 2, vocabulary=512),
 }
@@ -127,7 +128,7 @@ def write_sparse_checkpoint(folder: Path, shape: Shape, positions: int, blocks: 
         if 2 * sum(map(prod, shards[-1].values())) > _SHARD_BYTES:
             shards.append({})
         shards[-1][name] = size
-    index = {}
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_sparse_shard(folder / file_name, shard)
@@ -192,7 +193,7 @@ def run_block(
     iterations: int = 20,
     windows: int | None = None,
     epochs: int = 2,
-    ranks: Ranks = ALONE,
+    world: int = 1,
     **settings: Any,
 ) -> BlockRun:
     """Compress block 0 of the checkpoint in `folder`, which `write_sparse_checkpoint` wrote.
@@ -203,7 +204,7 @@ def run_block(
         iterations: Iterations of the solver for each linear.
         windows: Windows that pass; None for all of the rank. The plan is that of all.
         epochs: Epochs of matching.
-        ranks: Ranks that share the run, all but one of them pretended (`PretendedRanks`); this one's part is run.
+        world: Ranks that share the run; rank 0 is there, the others are pretended (`PretendedRanks`).
         **settings: Settings of the run.
     """
     config = RunConfig(**{"model": str(folder), "out": folder.with_name("out"), "device": "cuda", **settings})
@@ -215,10 +216,10 @@ def run_block(
         gpu.phase = "open"
         for target, name, stand_in in _stand_ins(gpu):
             stack.enter_context(mock.patch.object(target, name, stand_in))
-        context = open_run(config, ranks=ranks)
+        context = open_run(config, ranks=PretendedRanks(0, world))
         peaks = stack.enter_context(watching_phases(gpu))
         gpu.phase = "between phases"
-        passing = replace(config, samples=windows or -(-config.samples // ranks.world), match_epochs=epochs)
+        passing = replace(config, samples=windows or -(-config.samples // world), match_epochs=epochs)
         _compress_block(replace(context, config=passing), iterations)
     return BlockRun(context.plan, dict(gpu.by_phase), dict(peaks), gpu.allocator.retries, gpu.allocator.failures)
 
