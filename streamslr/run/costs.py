@@ -13,7 +13,7 @@ from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_by
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
 from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, refine_steps
-from streamslr.model.pass_costs import activation_bytes, score_bytes
+from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.run.dealing import Deal, deal_linears
 from streamslr.run.traffic import gram_traffic, match_traffic, ring_bytes
@@ -146,6 +146,8 @@ class Costs:
         """
         on_gpu, host = self._moving(micro_batch, reads=self._streams, writes=self._streams[1:])
         passing = self._pass_bytes(micro_batch) + self._product_bytes(micro_batch) + on_gpu
+        sizes = self._tokens(micro_batch), self._value_bytes
+        passing += max(kept_input_bytes(block, *sizes) for block in self.model.blocks)
         if self.grams_at_once is not None:
             grams = self.largest_group_bytes + self._expert_sum_bytes
             host += self.kept_gram_bytes if grams_at == "host" else 0

@@ -23,7 +23,7 @@ from tests.support.tiny_models import tiny_checkpoint
 def settings(monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path) -> dict[str, Any]:
     """Settings of a run on the CPU that computes in bf16, of a float32 model of two blocks."""
     where = torch.device("cpu"), torch.bfloat16
-    monkeypatch.setattr("streamslr.run.context.pick_device", lambda name, gpu_required=True: where)
+    monkeypatch.setattr("streamslr.run.context.pick_device", lambda *_: where)
     model = tiny_checkpoint(tmp_path / "m", blocks=2, shards=1, dtype=torch.float32)
     sizes = {"samples": 4, "seq_len": 16, "rank": 4, "method": "eora-wanda", "match_epochs": 2}
     return {"model": model, "out": tmp_path / "out", "calibration": text, "device": "cpu", **sizes}
