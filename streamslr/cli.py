@@ -164,8 +164,15 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
 
 @main.command()
 @_run_options
+@click.option(
+    "--world",
+    type=click.IntRange(1, LARGEST),
+    default=1,
+    show_default=True,
+    help="Plan for so many ranks of torchrun, all on this machine; budgets and figures are those of one rank.",
+)
 @_json_option
-def plan(as_json: bool, **settings: Any) -> None:
+def plan(world: int, as_json: bool, **settings: Any) -> None:
     """Show what a run would need, phase by phase, from headers alone; exit code 3 where it does not fit.
 
     With --device cuda it plans for a GPU that this machine may lack; give --gpu-mem to hold the plan to a budget.
@@ -173,10 +180,11 @@ def plan(as_json: bool, **settings: Any) -> None:
     with report_errors():
         config = RunConfig(**settings)
         silence_libraries()
+        from streamslr.ranks import Ranks
         from streamslr.results.plan_table import plan_table
         from streamslr.run.context import open_run, require_fit
 
-        context = open_run(config, gpu_required=False)
+        context = open_run(config, gpu_required=False, ranks=Ranks(world=world, local_world=world))
         if as_json:
             print_json(context.plan.as_dict())
         else:

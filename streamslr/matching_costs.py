@@ -20,12 +20,18 @@ block in float32 on a CPU: inputs and outputs of two norms, two residuals."""
 
 
 def refine_bytes(
-    block: BlockShape, allocation: Allocation, tokens: int, hidden_size: int, value_bytes: int, stream_bytes: int
+    block: BlockShape,
+    allocation: Allocation,
+    tokens: int,
+    hidden_size: int,
+    value_bytes: int,
+    stream_bytes: int,
+    world: int = 1,
 ) -> int:
     """Return the bytes that `CompressedBlock.refine` takes beside the live block and the weights before and after.
 
-    Counted are, in float32, master, gradient and two moments of each kept value, of U, V and of every parameter that is
-    no linear's weight; the int32 position of each kept value; what a micro-batch saves for its gradients; and tiles of
+    Counted are, in float32, master and gradient of each number that is trained (`count_masters`), and this rank's share
+    of two moments each; the int32 position of each kept value; what a micro-batch saves for its gradients; and tiles of
     a dense weight. The plan of phase match is 1.02 to 1.04 times its measured peak (tools/results/run-llama-8m.json,
     tools/results/block-small-cpu.json).
 
@@ -36,11 +42,9 @@ def refine_bytes(
         hidden_size: Width h of the residual stream.
         value_bytes: Bytes of one number in the compute dtype.
         stream_bytes: Bytes of one number of the residual stream, which two norms save.
+        world: Number of ranks that match the block together.
     """
-    specs = [(allocation[name], o, d) for name, (o, d) in block.linears.items()]
-    kept_values = sum(round(spec.pattern.density * o * d) for spec, o, d in specs)
-    low_rank = sum(min(spec.rank, o, d) * (o + d) for spec, o, d in specs)
-    vectors = block.parameters - sum(o * d for o, d in block.linears.values())
+    trained = count_masters(block, allocation)
     inputs = sum(block.token_fraction(name) * d for name, d in block.grams.items())
     outputs = sum(block.token_fraction(name) * o for name, (o, _) in block.linears.items())
     saved = round(inputs + outputs) + _SAVED_HIDDEN * hidden_size  # numbers a token
@@ -50,8 +54,24 @@ def refine_bytes(
         saved += (_NORM_COPIES + _LOSS_TENSORS) * hidden_size * 4 // value_bytes
     tiles = _TILE_COPIES * 4 * min(max(o * d for o, d in block.linears.values()), TILE)
     finer = tokens * 2 * hidden_size * (stream_bytes - value_bytes)
-    masters = 16 * (kept_values + low_rank + vectors) + 4 * kept_values
+    masters = 8 * trained + 8 * -(-trained // world) + 4 * _count_kept(block, allocation)
     return masters + tokens * saved * value_bytes + finer + routed + tiles
+
+
+def count_masters(block: BlockShape, allocation: Allocation) -> int:
+    """Return how many numbers are trained: kept values, U, V and every parameter that is no linear's weight."""
+    low_rank = sum(min(allocation[name].rank, o, d) * (o + d) for name, (o, d) in block.linears.items())
+    vectors = block.parameters - sum(o * d for o, d in block.linears.values())
+    return _count_kept(block, allocation) + low_rank + vectors
+
+
+def _count_kept(block: BlockShape, allocation: Allocation) -> int:
+    return sum(round(allocation[name].pattern.density * o * d) for name, (o, d) in block.linears.items())
+
+
+def refine_steps(windows: int, batch: int, epochs: int) -> int:
+    """Return the steps of `epochs` epochs, the first of which has none, given the windows that are trained on."""
+    return (epochs - 1) * -(-windows // batch)
 
 
 def refine_flops(forward: float, epochs: int) -> float:

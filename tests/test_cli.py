@@ -211,6 +211,24 @@ def test_plan_json_needs_no_output_folder(model: Path) -> None:
     assert {phase["name"] for phase in plan["phases"]} >= {"grams", "solve", "propagate"}
 
 
+def test_plan_for_ranks_says_what_each_sends_and_who_solves_what(model: Path) -> None:
+    line = ("plan", "--model", model, "--device", "cpu", "--samples", "8", "--seq-len", "16", "--world", "3")
+    shown = call(*line)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "on each of 3 ranks" in " ".join(shown.stdout.split())
+    assert "sent a block" in shown.stdout
+    assert "model.layers.0: rank 0: " in shown.stdout
+    plan = json.loads(call(*line, "--json").stdout)
+    assert (plan["world"], len(plan["deal"]["loads"])) == (3, 3)
+    assert plan["sent_bytes"] == sum(phase["sent_bytes"] for phase in plan["phases"]) > 0
+
+
+def test_plan_for_more_ranks_than_windows_is_refused(model: Path) -> None:
+    done = call("plan", "--model", model, "--device", "cpu", "--samples", "8", "--seq-len", "16", "--world", "9")
+    assert done.returncode == 2
+    assert "8 calibration windows cannot be shared out over 9 ranks; start at most 8 ranks" in done.stderr
+
+
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

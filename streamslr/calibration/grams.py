@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from streamslr.ranks import Ranks
 log = logging.getLogger("streamslr")
 
 ENOUGH_TOKENS = 2
-"""Calibration tokens for each input of an expert's linear from which on its own Gram is used alone (`blend_experts`).
+"""Calibration tokens for each input of an expert's linear from which on its own Gram is used alone (`blend_expert`).
 Chosen between two measurements that disagree: tools/results/experts.md."""
 
 
@@ -33,7 +33,7 @@ class Gram:
     """H [d, d] float32 = Σ x xᵀ over the `rows` inputs x that all of `linears` receive.
 
     shared_fraction: weight 1 - w of the Gram of all experts of its kind, this one included, where too few tokens
-    reached an expert (`blend_experts`).
+    reached an expert (`blend_expert`).
     """
 
     linears: tuple[str, ...]
@@ -65,13 +65,29 @@ def blend_bytes(expert_widths: Iterable[int]) -> int:
     return max((4 * d * d for d in expert_widths), default=0)
 
 
-def offload_grams(grams: list[Gram], tier: str, folder: Path) -> list[Callable[[], Gram]]:
+def gram_groups(widths: Mapping[str, int], at_once: int | None) -> list[list[str]]:
+    """Return the Grams of a block in groups, in their order, each to be collected in a pass of its own.
+
+    Args:
+        widths: Owner of a Gram [d, d] -> d.
+        at_once: Bytes that the Grams of one group may take; a larger Gram is a group by itself. None for one group.
+    """
+    groups: list[list[str]] = []
+    for owner in widths:
+        if not groups or (at_once is not None and grams_bytes(widths[o] for o in (*groups[-1], owner)) > at_once):
+            groups.append([])
+        groups[-1].append(owner)
+    return groups
+
+
+def offload_grams(grams: list[Gram], tier: str, folder: Path, first: int = 0) -> list[Callable[[], Gram]]:
     """Move Grams to where they wait until they are solved.
 
     Args:
         grams: Grams to move; the list is emptied, so that each matrix can be freed.
         tier: "device" (they stay where they are), "host" or "disk".
         folder: Folder for tier "disk", which gets one file a Gram.
+        first: Number of the first file, for Grams beside which others wait in the folder already.
 
     Returns:
         For each Gram a function that returns it. It may be called once.
@@ -84,7 +100,7 @@ def offload_grams(grams: list[Gram], tier: str, folder: Path) -> list[Callable[[
     while grams:
         gram = grams.pop(0)
         if tier == "disk":
-            path = folder / f"gram-{len(offloaded)}.bin"
+            path = folder / f"gram-{first + len(offloaded)}.bin"
             digest = hashlib.sha256()
             try:
                 path.unlink(missing_ok=True)  # a link there would lead the bytes to another file
@@ -155,14 +171,16 @@ class GramCollector:
         grams = collector.grams()
     """
 
-    def __init__(self, block: Block, diagonal: bool = False) -> None:
+    def __init__(self, block: Block, diagonal: bool = False, only: Collection[str] | None = None) -> None:
         """Prepare to collect.
 
         Args:
             block: Live block.
             diagonal: Collect only the diagonal [d] of each Gram, for far less work.
+            only: Owners of the Grams to collect, one of `gram_groups`; None for all.
         """
         self._block, self._diagonal = block, diagonal
+        self._only = None if only is None else frozenset(only)
         self._grams: dict[str, Tensor] = {}
         self._products: dict[torch.dtype, Product | None] = {}  # on tensor cores, by dtype of the inputs
         self._upper: set[str] = set()  # owners whose Gram has its upper half so far
@@ -194,6 +212,8 @@ class GramCollector:
         return self._block.run(hidden)
 
     def _add(self, owner: str, x: Tensor) -> None:
+        if self._only is not None and owner not in self._only:
+            return
         # [b·T, d], as the product with the weight reads it
         rows = x.reshape(-1, x.shape[-1]).to(self._block.linears[owner].weight.dtype)
         if owner not in self._grams:
@@ -214,12 +234,16 @@ class GramCollector:
         not_finite = (self._windows, ~torch.isfinite(rows.sum(1, dtype=torch.float32)))
         self._not_finite.setdefault(owner, []).append(not_finite)
 
-    def grams(self) -> list[Gram]:
-        """Return the Grams in call order, as the windows that passed here made them. Call it once.
+    def grams(self, blend: bool = True) -> list[Gram]:
+        """Return the Grams in call order. Call it once.
+
+        Args:
+            blend: Blend those of experts with few tokens by `blend_experts`. False where this collector has not seen
+                all experts or all windows; then `add_experts` and `blend_expert` do it.
 
         Raises:
-            InputError: An input holds NaN or infinity, or a linear that is no expert's did not see every token of
-                every window exactly once (shared linears).
+            InputError: An input that was collected holds NaN or infinity, or a linear that is no expert's did not see
+                every token of every window exactly once (shared linears), or one of `only` shares the Gram of another.
         """
         block, rows = self._block, self._hooks.rows
         for name, seen in rows.items():
@@ -233,7 +257,16 @@ class GramCollector:
             mirror_upper_panels(self._grams[self._upper.pop()])
         grams, self._grams = self._grams, {}  # hooks and collector hold each other, and would hold the matrices
         groups = self._hooks.groups()
-        return [Gram(group, grams[group[0]], rows[group[0]]) for group in groups]
+        if missing := sorted((self._only or grams.keys()) - grams.keys()):
+            raise InputError(
+                f"{block.name}: {missing[0]} was to have a Gram matrix of its own, but shares its input with an "
+                f"earlier linear; which linears share one must be the same in every pass"
+            )
+        found = [Gram(group, grams[group[0]], rows[group[0]]) for group in groups if group[0] in grams]
+        if not blend:
+            return found
+        warn_of_few_tokens(block, found)
+        return blend_experts(found, block.experts)
 
     def _require_finite(self) -> None:
         for owner, batches in self._not_finite.items():
@@ -257,23 +290,26 @@ class GramCollector:
         return sorted(found)
 
 
+def count_rows(grams: Iterable[Gram], ranks: Ranks) -> list[Gram]:
+    """Return Grams of this rank's windows, with the rows of all ranks' windows."""
+    found = list(grams)
+    rows = ranks.sum_(torch.tensor([gram.rows for gram in found])).tolist()
+    return [replace(gram, rows=count) for gram, count in zip(found, rows, strict=True)]
+
+
 def sum_grams(grams: list[Gram], needs: Callable[[Gram], frozenset[int]], ranks: Ranks) -> list[Gram]:
-    """Sum each Gram over the ranks, for those ranks that need it.
+    """Sum each matrix over the ranks, for those ranks that need it.
 
     Args:
-        grams: Grams that the windows of this rank made; the list is emptied, so that each matrix can be freed.
+        grams: Grams of this rank's windows; the list is emptied, so that each matrix can be freed.
         needs: Function that returns the ranks that need a Gram.
         ranks: The ranks; each calls with the same Grams in the same order.
 
     Returns:
         The Grams that this rank needs, in the same order.
     """
-    if ranks.world == 1:
-        kept, grams[:] = list(grams), []
-        return kept
-    rows = ranks.sum_(torch.tensor([gram.rows for gram in grams])).tolist()
     kept = []
-    for count in rows:
+    while grams:
         gram = grams.pop(0)
         needing = needs(gram)
         if len(needing) == 1:
@@ -281,28 +317,36 @@ def sum_grams(grams: list[Gram], needs: Callable[[Gram], frozenset[int]], ranks:
         else:
             ranks.sum_(gram.matrix)
         if ranks.rank in needing:
-            kept.append(replace(gram, rows=count))
+            kept.append(gram)
     return kept
 
 
-def blend_rare_experts(block: Block, grams: list[Gram]) -> list[Gram]:
-    """Blend the Grams of experts that few tokens reached with that of all (`blend_experts`), and warn of it."""
-    matrices, rows = {gram.linears[0]: gram.matrix for gram in grams}, {gram.linears[0]: gram.rows for gram in grams}
-    shared = blend_experts(matrices, rows, block.experts)
-    if shared:
-        log.warning(
-            "%s: %d of the %d Gram matrices of its experts saw too few tokens, the fewest %d; they are blended "
-            "with the Gram matrix of all experts",
-            block.name,
-            len(shared),
-            len(block.experts.keys() & matrices.keys()),
-            min(rows[owner] for owner in shared),
-        )
-    return [replace(gram, shared_fraction=shared.get(gram.linears[0], 0.0)) for gram in grams]
+@dataclass
+class ExpertSum:
+    """Σ H_e [d, d] over experts of one kind, and Σ n_e, the tokens that reached them."""
+
+    matrix: Tensor
+    tokens: int = 0
 
 
-def blend_experts(grams: Mapping[str, Tensor], rows: Mapping[str, int], experts: Mapping[str, str]) -> dict[str, float]:
-    """Blend, in place, the Gram of each expert that fewer than ENOUGH_TOKENS · d tokens reached with all experts' Gram.
+def add_experts(sums: dict[str, ExpertSum], grams: Iterable[Gram], experts: Mapping[str, str]) -> None:
+    """Add the Grams of experts to the sums of their kinds; pass other Grams by.
+
+    Args:
+        sums: Kind -> sum so far; a kind that is not there yet is added.
+        grams: Grams, none of them blended yet.
+        experts: Linear of an expert -> its kind, the same in every expert beside it.
+    """
+    for gram in grams:
+        if kind := experts.get(gram.linears[0]):
+            if kind not in sums:
+                sums[kind] = ExpertSum(torch.zeros_like(gram.matrix))
+            sums[kind].matrix += gram.matrix
+            sums[kind].tokens += gram.rows
+
+
+def blend_expert(gram: Gram, sums: Mapping[str, ExpertSum], experts: Mapping[str, str]) -> Gram:
+    """Blend, in place, the Gram of an expert that fewer than ENOUGH_TOKENS · d tokens reached with all experts' Gram.
 
     The Gram of all experts of the same kind stands in for what such an expert lacks. Both count per token: with
     w = min(1, √(n_e / (ENOUGH_TOKENS · d))),
@@ -313,31 +357,52 @@ def blend_experts(grams: Mapping[str, Tensor], rows: Mapping[str, int], experts:
     since each token reaches k experts.
 
     Args:
-        grams: Owner of a Gram -> H_e [d, d].
-        rows: Linear -> n_e, the tokens that reached it.
-        experts: Linear of an expert -> its kind, the same in every expert beside it.
+        gram: Gram over all windows, on the device of the sums.
+        sums: Kind -> Σ H_e and Σ n_e over all experts and windows (`add_experts`).
+        experts: Linear of an expert -> its kind.
 
     Returns:
-        Owner of each blended Gram -> 1 - w.
+        The Gram with its shared fraction 1 - w; `gram` itself where enough tokens reached it, or it is no expert's.
     """
-    blended: dict[str, float] = {}
-    kinds: dict[str, list[str]] = {}
-    for owner in grams:
-        if owner in experts:
-            kinds.setdefault(experts[owner], []).append(owner)
-    for owners in kinds.values():
-        tokens = sum(rows[owner] for owner in owners)
-        lacking = {owner: 1 - math.sqrt(rows[owner] / (ENOUGH_TOKENS * len(grams[owner]))) for owner in owners}
-        few = {owner: fraction for owner, fraction in lacking.items() if fraction > 0}
-        if few:
-            of_all = torch.zeros_like(grams[owners[0]])
-            for owner in owners:
-                of_all += grams[owner]
-            for owner, fraction in few.items():
-                grams[owner].mul_(1 - fraction).add_(of_all, alpha=fraction * ((rows[owner] or tokens) / tokens))
-            blended |= few
-            del of_all  # before the next kind's is made
+    owner, fraction = gram.linears[0], _lacking(gram)
+    if owner not in experts or not fraction:
+        return gram
+    of_all = sums[experts[owner]]
+    gram.matrix.mul_(1 - fraction).add_(of_all.matrix, alpha=fraction * ((gram.rows or of_all.tokens) / of_all.tokens))
+    return replace(gram, shared_fraction=fraction)
+
+
+def blend_experts(grams: Iterable[Gram], experts: Mapping[str, str]) -> list[Gram]:
+    """Return all Grams of a block, those of experts with few tokens blended (`blend_expert`); one kind at a time."""
+    blended = list(grams)
+    for kind in dict.fromkeys(experts.values()):
+        numbers = [i for i, gram in enumerate(blended) if experts.get(gram.linears[0]) == kind]
+        if any(_lacking(blended[i]) for i in numbers):
+            sums: dict[str, ExpertSum] = {}
+            add_experts(sums, (blended[i] for i in numbers), experts)
+            for i in numbers:
+                blended[i] = blend_expert(blended[i], sums, experts)
     return blended
+
+
+def warn_of_few_tokens(block: Block, grams: Iterable[Gram]) -> None:
+    """Log how many experts' Grams saw too few tokens, of all Grams of a block; their matrices may be on meta."""
+    rows = [(gram.rows, _lacking(gram)) for gram in grams if gram.linears[0] in block.experts]
+    few = [count for count, lacking in rows if lacking]
+    if few:
+        log.warning(
+            "%s: %d of the %d Gram matrices of its experts saw too few tokens, the fewest %d; they are blended with "
+            "the Gram matrix of all experts",
+            block.name,
+            len(few),
+            len(rows),
+            min(few),
+        )
+
+
+def _lacking(gram: Gram) -> float:
+    """Return the fraction 1 - w of an expert's Gram that its own tokens are too few for."""
+    return max(0.0, 1 - math.sqrt(gram.rows / (ENOUGH_TOKENS * len(gram.matrix))))
 
 
 @dataclass

@@ -40,6 +40,15 @@ def routed_bytes(block: BlockShape, tokens: int, hidden_size: int, value_bytes: 
     return round(tokens * (value_bytes * inputs + 2 * 4 * chosen * hidden_size))
 
 
+def kept_input_bytes(block: BlockShape, tokens: int, value_bytes: int) -> int:
+    """Return the bytes of the inputs of linears before the experts, which stay alive while Grams are collected.
+
+    0 without experts: the wide tensors of `activation_bytes` are then more. Arguments as of `activation_bytes`.
+    """
+    kept = sum(d for name, d in block.grams.items() if name not in block.routing)
+    return tokens * value_bytes * kept if block.routing else 0
+
+
 def score_bytes(windows: int, seq_len: int, heads: int) -> int:
     """Return the bytes of attention scores where attention is not fused (`heads` > 0); 0 where it is.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -9,11 +10,16 @@ class BlockShape:
     """Shapes of one block and of the linears that are compressed in it."""
 
     linears: Mapping[str, tuple[int, int]]  # linear -> (o, d) of its weight
-    grams: Mapping[str, int]  # first linear of each group that shares an input -> d of that input
+    groups: tuple[tuple[str, ...], ...]  # linears that share an input, and so a Gram, which belongs to the first
     parameters: int  # number of all parameters of the block
     source_bytes: int  # of these parameters in the source checkpoint
     routing: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Linear of an expert -> (k, E): each token passes k of E experts."""
+
+    @cached_property
+    def grams(self) -> Mapping[str, int]:
+        """Owner of each Gram [d, d] -> d."""
+        return {owner: self.linears[owner][1] for owner, *_ in self.groups}
 
     def token_fraction(self, linear: str) -> float:
         """Return the fraction of all tokens that reach a linear on average: k/E for an expert's, 1 for any other."""
@@ -29,6 +35,11 @@ class BlockShape:
     def expert_grams(self) -> Mapping[str, int]:
         """The part of `grams` that belongs to experts."""
         return {name: d for name, d in self.grams.items() if name in self.routing}
+
+    @property
+    def expert_sum_bytes(self) -> int:
+        """Bytes of one float32 sum [d, d] of the Grams of all E experts for each kind of them; 0 without experts."""
+        return round(sum(4 * d * d / self.routing[name][1] for name, d in self.expert_grams.items()))
 
 
 @dataclass(frozen=True)

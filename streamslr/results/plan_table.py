@@ -1,5 +1,9 @@
 """The plan of a run as a table for people."""
 
+import re
+from collections.abc import Iterable
+from itertools import groupby, takewhile
+
 from rich.table import Table
 
 from streamslr.config import format_bytes
@@ -16,24 +20,70 @@ def plan_table(plan: Plan) -> Table:
     if plan.resident_windows:
         choices += f", {plan.resident_windows} windows stay on the gpu while a block is matched"
     choices += "" if plan.solver_workspace is None else ", the solver works in tiles"
+    if plan.gram_bytes_at_once is not None:
+        choices += f", Gram matrices are collected {format_bytes(plan.gram_bytes_at_once)} at a time"
+    ranks = f" on each of {plan.world} ranks" if plan.world > 1 else ""
     table = Table(
         min_width=76,
-        title=f"plan: {plan.blocks} blocks on {plan.device}, {plan.micro_batch} windows at a time, {budget}",
+        title=f"plan: {plan.blocks} blocks on {plan.device}{ranks}, {plan.micro_batch} windows at a time, {budget}",
         caption=f"output {format_bytes(plan.output_bytes)} (source {format_bytes(plan.source_bytes)}), "
         f"scratch {format_bytes(plan.scratch_bytes)} (hidden states: {tier}){choices}"
         + (f", to download {format_bytes(plan.download_bytes)}" if plan.download_bytes else "")
         + f"\nlinears become {plan.linears}: S, U and V keep {plan.parameter_fraction:.1%} of their parameters"
-        + "".join(f"\nstay dense: {which}" for which in plan.dense),
+        + "".join(f"\nstay dense: {which}" for which in plan.dense)
+        + "".join(f"\n{line}" for line in who_solves(plan)),
     )
-    for name in ("phase", "host", "gpu", "FLOPs"):
+    for name in ("phase", "host", "gpu", "FLOPs", *(["sent a block"] if plan.world > 1 else [])):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase in plan.phases:
-        table.add_row(
-            phase.name, format_bytes(phase.host_bytes), _gpu_bytes(plan, phase.gpu_bytes), f"{phase.flops:.2e}"
-        )
+        table.add_row(phase.name, *_figures(plan, phase.host_bytes, phase.gpu_bytes, phase.flops, phase.sent_bytes))
     table.add_section()
-    table.add_row("peak", format_bytes(plan.host_bytes), _gpu_bytes(plan, plan.gpu_bytes), f"{plan.flops:.2e}")
+    table.add_row("peak", *_figures(plan, plan.host_bytes, plan.gpu_bytes, plan.flops, plan.sent_bytes))
     return table
+
+
+def who_solves(plan: Plan) -> list[str]:
+    """Return a line for each rank, or for ranks that solve alike: its linears of the block that takes most work."""
+    if plan.deal is None:
+        return []
+    owners, by_rows = plan.deal.owners, plan.deal.by_rows
+    block = _common_start([*owners, *by_rows])
+    shares = []
+    for rank in range(plan.world):
+        own = [name.removeprefix(f"{block}.") for name, owner in owners.items() if owner == rank]
+        shares.append((rank, _shortened(own)))
+    lines = []
+    for text, alike in groupby(shares, key=lambda share: share[1]):
+        first, *others = (rank for rank, _ in alike)
+        who = f"ranks {first} to {others[-1]}, each" if others else f"rank {first}"
+        lines.append(f"{who}: {text}")
+    if by_rows:
+        lines.append(f"all by rows: {_shortened(name.removeprefix(f'{block}.') for name in by_rows)}")
+    lines[0] = f"{block}: {lines[0]}"
+    return lines
+
+
+def _common_start(names: Iterable[str]) -> str:
+    """Return the parts of dotted names that all of them begin with."""
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(first for first, *others in takewhile(lambda same: len(set(same)) == 1, parts))
+
+
+def _shortened(names: Iterable[str]) -> str:
+    """Return names as a list, those that differ in a number alone (experts) as one with their count."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return ", ".join(f"{len(of)} × {kind}" if len(of) > 1 else of[0] for kind, of in kinds.items()) or "nothing alone"
+
+
+def _figures(plan: Plan, host: int, gpu: int, flops: float, sent: int) -> list[str]:
+    return [
+        format_bytes(host),
+        _gpu_bytes(plan, gpu),
+        f"{flops:.2e}",
+        *([format_bytes(sent) if sent else "–"] if plan.world > 1 else []),
+    ]
 
 
 def _gpu_bytes(plan: Plan, count: int) -> str:

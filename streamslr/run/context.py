@@ -55,6 +55,7 @@ class RunContext:
     gpu: GpuMemory | None  # None on a CPU, and for a GPU that is only planned for, without a budget
     plan: Plan
     fingerprint: Mapping[str, Any]  # must be equal for a resume, with the digest of the tokens
+    shape: ModelShape
     ranks: Ranks = ALONE
 
 
@@ -64,14 +65,17 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
     Args:
         config: Settings of the run.
         gpu_required: False to plan for a GPU that this machine may lack. A context without its GPU cannot run.
-        ranks: The processes that share the run out.
+        ranks: Ranks that share the run; --host-mem and --gpu-mem are the budgets of each. What is free on the machine
+            is shared out over those of them that are on it.
 
     Raises:
-        InputError: Settings, model or method do not go together, as far as headers show.
+        InputError: Settings, model or method do not go together, as far as headers show; or there are more ranks than
+            windows.
         BudgetError: The card lacks the GPU memory that the run may use.
         ResumeError: The output folder holds a run with other settings.
     """
     keep_no_freed_memory()
+    ranks.share(config.samples - (config.match_held_out if config.match else 0), "calibration windows")
     parse_mean_pattern(config)  # refuses a wrong --pattern or --compression before the model is opened
     method = find_method(config.method)
     device, dtype = pick_device(config.device, gpu_required, index=ranks.local_rank)
@@ -102,17 +106,22 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
         refuse_changed_settings(config.out, before.fingerprint, fingerprint)
         if allocation is None and before.allocation:
             allocation = from_json(before.allocation, blockwise.linears)
+    if gpu_required:  # ranks that work together must plan alike
+        host_mem, baseline = min(ranks.gather(host_mem)), max(ranks.gather(baseline))
+        gpu = gpu and replace(gpu, budget=min(ranks.gather(gpu.budget)), context=max(ranks.gather(gpu.context)))
+    shape = _model_shape(blockwise)
     plan = make_plan(
         config,
-        _model_shape(blockwise),
+        shape,
         allocation or densest,
-        method.solver,
+        method,
         device,
         dtype,
         baseline,
         host_mem,
         gpu,
         Pieces(before.micro_batch, before.solver_workspace) if before else None,
+        ranks,
     )
     if allocation is None:
         plan = _describe_mean(plan, config, blockwise)
@@ -120,7 +129,7 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
     for which in plan.dense:
         log.info("stay dense: %s", which)
     return RunContext(
-        config, checkpoint, blockwise, method, device, dtype, allocation, host_mem, gpu, plan, fingerprint, ranks
+        config, checkpoint, blockwise, method, device, dtype, allocation, host_mem, gpu, plan, fingerprint, shape, ranks
     )
 
 
@@ -193,11 +202,10 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
     for i, linears in enumerate(blockwise.linears):
         modules = {name: blockwise.linear(name) for name in linears}
         infos = [tensors[key] for key in blockwise.block_tensors[i]]
-        groups = input_groups(modules, partial(blockwise.run_on_meta, i))
         blocks.append(
             BlockShape(
                 linears=linears,
-                grams={group[0]: modules[group[0]].in_features for group in groups},
+                groups=input_groups(modules, partial(blockwise.run_on_meta, i)),
                 parameters=sum(prod(info.shape) for info in infos),
                 source_bytes=sum(info.nbytes for info in infos),
                 routing={name: blockwise.routing(name) for name in blockwise.experts[i]},

@@ -1,21 +1,23 @@
-"""Bytes and FLOPs of each phase of a run, from shapes alone: sums of what the parts of streamslr say they take."""
+"""Bytes and FLOPs of each phase of a run on its busiest rank, from shapes alone: sums of what the parts take."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from streamslr.calibration.gram_products import product_bytes
-from streamslr.calibration.grams import blend_bytes, grams_bytes
+from streamslr.calibration.grams import blend_bytes, gram_groups, grams_bytes
 from streamslr.calibration.hidden_states import boundary_bytes, transfer_bytes
 from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes, pinned_bytes
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
-from streamslr.matching_costs import refine_bytes, refine_flops
-from streamslr.model.pass_costs import activation_bytes, score_bytes
+from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, refine_steps
+from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
-from streamslr.solvers.base import Solver
+from streamslr.run.dealing import Deal, deal_linears
+from streamslr.run.traffic import gram_traffic, match_traffic, ring_bytes
+from streamslr.solvers.methods import Method
 from streamslr.spec.allocation import Allocation
 from streamslr.spec.owl import scoring_bytes
 
@@ -26,26 +28,32 @@ of it that they hold before the first block. Measured by tools/bench_run.py with
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """Peak bytes while a phase runs, for the largest block where blocks differ, and FLOPs of all its runs together."""
+    """Peak bytes while a phase runs, for the largest block where blocks differ, and FLOPs of all its runs together.
+
+    sent_bytes: what a rank sends to others for the largest block, on average over ranks; 0 in one process.
+    """
 
     name: str
     host_bytes: int
     gpu_bytes: int
     flops: float
+    sent_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of a run's phases. Bytes are of the largest block where blocks differ."""
+    """Costs of a run's phases on its busiest rank. Bytes are of the largest block where blocks differ."""
 
     config: RunConfig
     model: ModelShape
     allocation: Allocation
-    solver: Solver
+    method: Method
     device: torch.device
     dtype: torch.dtype  # of hidden states and products
     baseline: int  # bytes that the process holds before any work
     gpu_workspaces: int = 0  # bytes of libraries in torch's allocator, from the first product on
+    world: int = 1  # ranks that share the run
+    grams_at_once: int | None = None  # bytes of the Grams that one pass collects; None: one pass collects all
 
     def phases(self, micro_batch: int, grams_at: str, workspace: int | None) -> tuple[PhaseCost, ...]:
         """Return the cost of each phase, in the order that a run goes through them.
@@ -59,7 +67,7 @@ class Costs:
             *([self._survey(micro_batch)] if self.config.owl is not None else []),
             self._embed(micro_batch),
             self._load(),
-            self._grams(micro_batch),
+            self.grams(micro_batch, grams_at),
             self.solve(grams_at, workspace),
             *([self._match(micro_batch)] if self.config.match else []),
             self._propagate(micro_batch),
@@ -67,24 +75,31 @@ class Costs:
 
     def solve(self, grams_at: str, workspace: int | None) -> PhaseCost:
         """Return the cost of phase solve; arguments as of `phases`."""
-        ranks = ((self.allocation[name].rank, o, d) for name, (o, d) in self._linears)
-        flops = sum(self.solver.flops(o, d, rank, gpu=self._on_gpu) for rank, o, d in ranks)
-        waiting = self.gram_bytes if grams_at == "host" else 0
-        return self._cost("solve", self.beside_solver(grams_at) + self.solver_bytes(workspace), waiting, flops)
+        flops = sum(max(deal.loads) for deal in self.deals)
+        waiting = self.kept_gram_bytes if grams_at == "host" else 0
+        sent = max(ring_bytes(self._packed_linears_bytes(block), self.world) for block in self.model.blocks)
+        compute = self.beside_solver(grams_at) + self.solver_bytes(workspace)
+        return self._cost("solve", compute, waiting, flops, sent)
 
     def solver_bytes(self, workspace: int | None) -> int:
         """Return the most bytes that one solve takes, or merging its result: two float32 matrices [o, d]."""
-        gpu, most = self.device.type == "cuda", 0
-        for name, (o, d) in self._linears:
-            spec = self.allocation[name]
-            solve = self.solver.peak_bytes(o, d, spec.rank, workspace, pattern=spec.pattern, gpu=gpu)
-            most = max(most, solve, 8 * o * d)
+        gpu, solver, most = self.device.type == "cuda", self.method.solver, 0
+        for block, deal in zip(self.model.blocks, self.deals, strict=True):
+            for name, (o, d) in block.linears.items():
+                spec, rows = self.allocation[name], -(-o // self.world) if name in deal.by_rows else o
+                solve = solver.peak_bytes(rows, d, spec.rank, workspace, pattern=spec.pattern, gpu=gpu)
+                most = max(most, solve, 8 * o * d)
         return most
 
     def beside_solver(self, grams_at: str) -> int:
-        """Return the bytes beside a solve: block, Grams, packed linears, and W in float32 where the block is not."""
-        grams = self.gram_bytes if grams_at == "device" else grams_bytes([self._widest])
-        weight = 0 if self._value_bytes == 4 else 4 * max(o * d for _, (o, d) in self._linears)
+        """Return the bytes beside a solve: block, Grams, packed linears, and W in float32 where the block is not.
+
+        Where experts are blended as they are solved, the sums of all their kinds are there too.
+        """
+        grams = self.kept_gram_bytes if grams_at == "device" else grams_bytes([self.widest])
+        grams += self._expert_sum_bytes if self._blends_late else 0
+        largest = max(o * d for block in self.model.blocks for o, d in block.linears.values())
+        weight = 0 if self._value_bytes == 4 else 4 * largest
         return self._block_bytes + grams + self._packed_bytes + weight
 
     @property
@@ -94,17 +109,19 @@ class Costs:
 
     def packed_bytes(self, block: BlockShape) -> int:
         """Return the bytes of a compressed block as its shard stores it."""
-        value_bytes = self.model.value_bytes
         dense = sum(o * d for o, d in block.linears.values())
+        return self._packed_linears_bytes(block) + (block.parameters - dense) * self.model.value_bytes
+
+    def _packed_linears_bytes(self, block: BlockShape) -> int:
         packed = 0
         for name, (o, d) in block.linears.items():
             spec = self.allocation[name]
-            packed += packed_bytes(spec.pattern, (o, d), min(spec.rank, o, d), value_bytes)
-        return packed + (block.parameters - dense) * value_bytes
+            packed += packed_bytes(spec.pattern, (o, d), min(spec.rank, o, d), self.model.value_bytes)
+        return packed
 
     def _survey(self, micro_batch: int) -> PhaseCost:
         on_gpu, host = self._moving(micro_batch, reads=("hidden",), writes=("hidden",))
-        compute = self._block_bytes + self._pass_bytes(micro_batch) + on_gpu + scoring_bytes(self._widest)
+        compute = self._block_bytes + self._pass_bytes(micro_batch) + on_gpu + scoring_bytes(self.widest)
         return self._cost("survey", compute, host, self._forward_flops)
 
     def _embed(self, micro_batch: int) -> PhaseCost:
@@ -122,23 +139,42 @@ class Costs:
         shared = 0 if self.device.type == "cpu" else self._hidden_bytes(1) // 4
         return self._cost("load", self._block_bytes + shared, max(b.source_bytes for b in self.model.blocks), 0.0)
 
-    def _grams(self, micro_batch: int) -> PhaseCost:
+    def grams(self, micro_batch: int, grams_at: str) -> PhaseCost:
+        """Return the cost of phase grams; arguments as of `phases`.
+
+        Each group of Grams has a pass of its own, after which the Grams that the rank keeps go where they wait.
+        """
         on_gpu, host = self._moving(micro_batch, reads=self._streams, writes=self._streams[1:])
         passing = self._pass_bytes(micro_batch) + self._product_bytes(micro_batch) + on_gpu
-        blending = max(blend_bytes(b.expert_grams.values()) for b in self.model.blocks)  # after all windows have passed
-        compute = self._block_bytes + self.gram_bytes + max(blending, passing)
+        sizes = self._tokens(micro_batch), self._value_bytes
+        passing += max(kept_input_bytes(block, *sizes) for block in self.model.blocks)
+        if self.grams_at_once is not None:
+            grams = self.largest_group_bytes + self._expert_sum_bytes
+            host += self.kept_gram_bytes if grams_at == "host" else 0
+        else:
+            blending = max(blend_bytes(b.expert_grams.values()) for b in self.model.blocks)  # after all windows
+            grams = self.gram_bytes
+            passing = max(passing, self._expert_sum_bytes if self._blends_late else blending)
         products = sum(b.token_fraction(name) * d * d for b in self.model.blocks for name, d in b.grams.items())
-        flops = self._forward_flops + 2.0 * self._tokens(self.config.samples) * products
-        return self._cost("grams", compute, host, flops)
+        flops = self._forward_flops + 2.0 * self._tokens(self.windows) * products
+        passes = zip(self.model.blocks, self._groups, strict=True)
+        again = sum(block.active_parameters * (len(groups) - 1) for block, groups in passes)
+        flops += 2.0 * self._tokens(self._fitted) * again
+        sent = max(gram_traffic(*pair, self.world) for pair in zip(self.model.blocks, self.deals, strict=True))
+        return self._cost("grams", self._block_bytes + grams + passing, host, flops, sent)
 
     def _match(self, micro_batch: int) -> PhaseCost:
-        tokens = self._tokens(min(micro_batch, self.config.match_batch))
-        sizes = tokens, self.model.hidden_size, self._value_bytes, self._stream_bytes
+        micro_batch = min(micro_batch, -(-self.config.match_batch // self.world))
+        sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes, self._stream_bytes, self.world
         refining = max(refine_bytes(block, self.allocation, *sizes) for block in self.model.blocks)
         weights = self._block_bytes + 2 * self._packed_bytes  # as solved and as refined
-        on_gpu, host = self._moving(min(micro_batch, self.config.match_batch), reads=self._streams)
-        compute = weights + refining + self._score_bytes(min(micro_batch, self.config.match_batch)) + on_gpu
-        return self._cost("match", compute, host, refine_flops(self._forward_flops, self.config.match_epochs))
+        on_gpu, host = self._moving(micro_batch, reads=self._streams)
+        compute = weights + refining + self._score_bytes(micro_batch) + on_gpu
+        epochs = self.config.match_epochs
+        steps = refine_steps(self.config.samples - self.config.match_held_out, self.config.match_batch, epochs)
+        masters = max(count_masters(block, self.allocation) for block in self.model.blocks)
+        sent = match_traffic(masters, steps, self.world)
+        return self._cost("match", compute, host, refine_flops(self._forward_flops, epochs), sent)
 
     def _propagate(self, micro_batch: int) -> PhaseCost:
         stored = (2 if self.config.match else 1) * self._packed_bytes  # as solved and as refined
@@ -149,7 +185,7 @@ class Costs:
 
     def boundary_bytes(self, stream: str) -> int:
         """Return the bytes of one boundary of a stream, "hidden" or "targets"; 0 where the run has no such stream."""
-        return self.window_bytes(stream) * self.config.samples if stream in self._streams else 0
+        return self.window_bytes(stream) * self.windows if stream in self._streams else 0
 
     def window_bytes(self, stream: str) -> int:
         """Return the bytes of one window of a stream, "hidden" or "targets"."""
@@ -166,14 +202,24 @@ class Costs:
         on_gpu += sum(gpu_transfer_bytes(windows[name] * micro_batch, writes=1) for name in writes)
         return on_gpu, host_transfer_bytes(self.window_bytes("targets"), len(reads), len(writes))
 
-    def _cost(self, phase: str, compute: int, host: int, flops: float) -> PhaseCost:
+    def _cost(self, phase: str, compute: int, host: int, flops: float, sent: int = 0) -> PhaseCost:
         """Place the bytes of a phase: `compute` where blocks are computed, `host` on the host in any case."""
         on_cpu = self.device.type == "cpu"
         fixed = self.baseline + _EARLY_BUFFERS if phase == "embed" else self.fixed_bytes
         fixed += 0 if on_cpu else pinned_bytes(self.window_bytes("targets"))  # all phases share them
-        return PhaseCost(
-            phase, fixed + host + (compute if on_cpu else 0), 0 if on_cpu else compute + self.gpu_workspaces, flops
-        )
+        on_host = fixed + host + (compute if on_cpu else 0)
+        return PhaseCost(phase, on_host, 0 if on_cpu else compute + self.gpu_workspaces, flops, sent)
+
+    @property
+    def windows(self) -> int:
+        """Windows of the fullest rank: fitted and held-out ones are each dealt round robin."""
+        return self._fitted + -(-(self.config.match_held_out if self.config.match else 0) // self.world)
+
+    @property
+    def _fitted(self) -> int:
+        """Windows of the fullest rank that Grams and matching see."""
+        held_out = self.config.match_held_out if self.config.match else 0
+        return -(-(self.config.samples - held_out) // self.world)
 
     def _tokens(self, windows: int) -> int:
         return windows * self.config.seq_len
@@ -190,7 +236,7 @@ class Costs:
         return score_bytes(micro_batch, self.config.seq_len, self.model.eager_heads)
 
     def _product_bytes(self, micro_batch: int) -> int:
-        return product_bytes(self._widest, self._tokens(micro_batch), self._value_bytes, self._on_gpu)
+        return product_bytes(self.widest, self._tokens(micro_batch), self._value_bytes, self._on_gpu)
 
     @property
     def _streams(self) -> tuple[str, ...]:
@@ -211,9 +257,15 @@ class Costs:
         return 4 if self.model.float32_stream else self._value_bytes
 
     @cached_property
-    def _linears(self) -> list[tuple[str, tuple[int, int]]]:
-        """All linears of the model: name, (o, d)."""
-        return [linear for block in self.model.blocks for linear in block.linears.items()]
+    def deals(self) -> list[Deal]:
+        """Who solves the linears of each block."""
+        who = self.allocation, self.method, self.world, self._on_gpu
+        return [deal_linears(block.groups, block.linears, *who) for block in self.model.blocks]
+
+    @cached_property
+    def _groups(self) -> list[list[list[str]]]:
+        """Owners of the Grams that each pass of a block collects, by block."""
+        return [gram_groups(block.grams, self.grams_at_once) for block in self.model.blocks]
 
     @cached_property
     def _block_bytes(self) -> int:
@@ -225,15 +277,39 @@ class Costs:
         return max(grams_bytes(block.grams.values()) for block in self.model.blocks)
 
     @cached_property
+    def kept_gram_bytes(self) -> int:
+        """Bytes of the Grams of a block that a rank keeps, for the linears that it solves."""
+        return max(max(self._kept_of_ranks(*pair)) for pair in zip(self.model.blocks, self.deals, strict=True))
+
+    def _kept_of_ranks(self, block: BlockShape, deal: Deal) -> Iterator[int]:
+        needs = [(deal.needs(group, self.world), block.grams[group[0]]) for group in block.groups]
+        return (grams_bytes(d for ranks, d in needs if rank in ranks) for rank in range(self.world))
+
+    @cached_property
+    def largest_group_bytes(self) -> int:
+        """Bytes of the Grams that one pass collects."""
+        pairs = zip(self.model.blocks, self._groups, strict=True)
+        return max(grams_bytes(block.grams[owner] for owner in group) for block, groups in pairs for group in groups)
+
+    @property
+    def _blends_late(self) -> bool:
+        """True where a Gram of an expert is blended as it is solved, with sums over groups and ranks."""
+        return self.world > 1 or self.grams_at_once is not None
+
+    @cached_property
+    def _expert_sum_bytes(self) -> int:
+        return max(block.expert_sum_bytes for block in self.model.blocks)
+
+    @cached_property
     def _packed_bytes(self) -> int:
         return max(self.packed_bytes(block) for block in self.model.blocks)
 
     @cached_property
-    def _widest(self) -> int:
+    def widest(self) -> int:
         """Width of the widest input."""
         return max(d for block in self.model.blocks for d in block.grams.values())
 
     @cached_property
     def _forward_flops(self) -> float:
         """FLOPs of one pass of all windows through all blocks."""
-        return 2.0 * self._tokens(self.config.samples) * sum(block.active_parameters for block in self.model.blocks)
+        return 2.0 * self._tokens(self.windows) * sum(block.active_parameters for block in self.model.blocks)

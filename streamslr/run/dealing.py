@@ -23,7 +23,7 @@ class Deal:
     loads: FLOPs of each rank.
     """
 
-    groups: Sequence[Sequence[str]]
+    groups: Sequence[tuple[str, ...]]
     owners: Mapping[str, int]
     by_rows: frozenset[str]
     loads: tuple[float, ...]
@@ -46,7 +46,7 @@ def rows_of_ranks(o: int, world: int) -> list[slice]:
 
 
 def deal_linears(
-    groups: Sequence[Sequence[str]],
+    groups: Sequence[tuple[str, ...]],
     shapes: Mapping[str, tuple[int, int]],
     allocation: Allocation,
     method: Method,
@@ -79,20 +79,25 @@ def deal_linears(
         for name in sorted(work, key=lambda name: -work[name])
         if method.by_rows and allocation[name].pattern.by_row and shapes[name][0] >= world
     ]
-    deals = []
+    deals: list[Deal] = []
     for count in range(len(splittable) + 1 if world > 1 else 1):
         by_rows = frozenset(splittable[:count])
+        together = sum(flops(name, world) for name in by_rows)
+        if deals and together >= min(max(deal.loads) for deal in deals):
+            break  # every rank does these, so no further split lowers the load
         units = []
         for group in groups:
             alone = [name for name in group if name not in by_rows]
-            together = sum(work[name] for name in alone) <= _SMALL_GROUP * fair
-            units += [alone] if together and alone else [[name] for name in alone]
-        loads = [sum(flops(name, world) for name in by_rows)] * world
+            small = sum(work[name] for name in alone) <= _SMALL_GROUP * fair
+            units += [alone] if small and alone else [[name] for name in alone]
+        loads = [together] * world
         owners: dict[str, int] = {}
         for unit in sorted(units, key=lambda unit: -sum(work[name] for name in unit)):
             rank = loads.index(min(loads))
             loads[rank] += sum(work[name] for name in unit)
             owners |= dict.fromkeys(unit, rank)
         deals.append(Deal(groups, owners, by_rows, tuple(loads)))
+        if max(loads) <= _WORTH_SPLITTING * fair:
+            break  # rows of a linear never take less than their share of its work
     least = min(max(deal.loads) for deal in deals)
     return next(deal for deal in deals if max(deal.loads) <= _WORTH_SPLITTING * least)

@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamslr.calibration.grams import Gram, blend_rare_experts, offload_grams, sum_grams
+from streamslr.calibration.grams import (
+    ExpertSum,
+    Gram,
+    add_experts,
+    blend_expert,
+    count_rows,
+    gram_groups,
+    offload_grams,
+    sum_grams,
+    warn_of_few_tokens,
+)
 from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows, window_prefix
 from streamslr.config import base_name, default_out
@@ -287,13 +297,11 @@ class Compression:
         # Load the block, while the shards of the next are fetched.
         with timer.phase("load", steps=1, block=i):
             block = load_block(blockwise, i)
-        # Collect Gram matrices and targets in one pass of the dense block; sum them where they are solved.
-        grams, targets = passes.retry("grams", partial(passes.collect, block, boundary))
-        deal = self.deal(block, [gram.linears for gram in grams])
-        grams = self.sum_grams(block, grams, deal)
+        # Collect Gram matrices and targets in one pass of the dense block, on each rank those of its linears.
+        grams, targets = self.collect(block, boundary)
         # Solve each linear: S + U·V takes the place of its weight.
         with timer.phase("solve", steps=len(block.linears), block=i) as step:
-            packed, records = self.solve_block(block, grams, deal, step)
+            packed, records = self.solve_block(block, grams, step)
         solved = BlockWeights(packed, blockwise.as_stored(i))
         # Match the block to its targets; pass the windows through it; write its shard.
         if targets:
@@ -331,48 +339,82 @@ class Compression:
         self.progress.committed(record)
         return upcoming
 
-    def deal(self, block: Block, groups: Sequence[Sequence[str]]) -> Deal:
+    def collect(self, block: Block, boundary: Boundary) -> tuple["WaitingGrams", HiddenStates | None]:
+        """Collect the Grams of the dense block and its targets; each Gram goes to the ranks that need it.
+
+        Where not all Grams fit at once, the windows pass the block once for each group of them.
+        """
+        context, passes, ranks = self.context, self.passes, self.context.ranks
+        at_once, folder = context.plan.gram_bytes_at_once, rank_scratch(context.config, ranks)
+        if ranks.world == 1 and at_once is None:
+            grams, targets = passes.retry("grams", partial(passes.collect, block, boundary))
+            deal = self.deal(block, [gram.linears for gram in grams])
+            linears = [gram.linears for gram in grams]
+            takes = offload_grams(grams, context.plan.grams_at, folder)
+            return WaitingGrams(deal, {}, deque(zip(linears, takes, strict=True))), targets
+        shape = context.shape.blocks[block.index]
+        waiting = WaitingGrams(self.deal(block, shape.groups), {}, deque())
+        targets, entering, seen = None, boundary, []
+        for owners in gram_groups(shape.grams, at_once):
+            collect = partial(passes.collect, block, entering, owners, blend=False)
+            grams, of_block = passes.retry("grams", collect)
+            targets, entering = targets or of_block, Boundary(boundary.hidden, None)
+            with self.timer.phase("grams", steps=0, block=block.index):
+                grams = count_rows(grams, ranks)
+                seen += [replace(gram, matrix=gram.matrix.to("meta")) for gram in grams]
+                add_experts(waiting.expert_sums, grams, block.experts)
+                grams = sum_grams(grams, lambda gram: waiting.deal.needs(gram.linears, ranks.world), ranks)
+                linears = [gram.linears for gram in grams]
+                takes = offload_grams(grams, context.plan.grams_at, folder, first=len(waiting.grams))
+                waiting.grams.extend(zip(linears, takes, strict=True))
+        if [gram.linears for gram in seen] != list(shape.groups):
+            raise InputError(
+                f"{block.name}: its linears share their inputs in another way for these windows than its shapes say; "
+                "start without torchrun, with more memory"
+            )
+        for of_kind in waiting.expert_sums.values():
+            ranks.sum_(of_kind.matrix)
+        warn_of_few_tokens(block, seen)
+        return waiting, targets
+
+    def deal(self, block: Block, groups: Sequence[tuple[str, ...]]) -> Deal:
         """Deal the block's linears to ranks; groups: those that share a Gram."""
         context, shapes = self.context, self.context.blockwise.linears[block.index]
         on_gpu = context.device.type == "cuda"
         return deal_linears(groups, shapes, self.allocation, context.method, context.ranks.world, on_gpu)
 
-    def sum_grams(self, block: Block, grams: list[Gram], deal: Deal) -> list[Gram]:
-        """Return the Grams that this rank needs, over the windows of all ranks. Empties `grams`."""
-        ranks = self.context.ranks
-        summed = sum_grams(grams, lambda gram: deal.needs(gram.linears, ranks.world), ranks)
-        return blend_rare_experts(block, summed)
-
     def solve_block(
-        self, block: Block, grams: list[Gram], deal: Deal, step: Callable[[int], None]
+        self, block: Block, waiting: "WaitingGrams", step: Callable[[int], None]
     ) -> tuple[dict[str, Mapping[str, Tensor]], tuple[LinearRecord, ...]]:
-        """Compress every linear of the live block; return them packed, and their records. Empties `grams`.
+        """Compress every linear of the live block; return them packed, and their records. Empties `waiting`.
 
         Each rank solves its own linears, after those that all solve together, and then gets those of the others.
         """
-        context, ranks = self.context, self.context.ranks
+        context, ranks, deal = self.context, self.context.ranks, waiting.deal
         solved: dict[str, Solved] = {}
         # Linears that all ranks solve together come first, so that no rank waits for another's own.
-        grams.sort(key=lambda gram: deal.by_rows.isdisjoint(gram.linears))
-        waiting = deque(offload_grams(grams, context.plan.grams_at, rank_scratch(context.config, ranks)))
-        while waiting:
-            gram = waiting.popleft()()  # freed once its linears are solved
+        order = deque(sorted(waiting.grams, key=lambda entry: deal.by_rows.isdisjoint(entry[0])))
+        waiting.grams.clear()
+        while order:
+            gram = order.popleft()[1]()  # freed once its linears are solved
+            gram = replace(gram, matrix=gram.matrix.to(context.device))
+            if waiting.expert_sums and not gram.shared_fraction:
+                gram = blend_expert(gram, waiting.expert_sums, block.experts)
             own = [name for name in gram.linears if deal.owners.get(name) == ranks.rank]
             together = [name for name in gram.linears if name in deal.by_rows and name not in solved]
             if together and own:
-                waiting.append(partial(replace, gram))
-            matrix = gram.matrix.to(context.device)
+                order.append((gram.linears, partial(replace, gram)))
             cache = self.linear_compressor.gram_cache(block.linears, together or own)
             for name in together or own:
                 dtype = context.blockwise.stored_dtype(f"{name}.weight")
                 weight = partial(context.blockwise.stored_weight, name)
                 packed, record = self.linear_compressor.compress(
-                    name, block.linears[name], weight, matrix, dtype, cache, ranks if together else ALONE
+                    name, block.linears[name], weight, gram.matrix, dtype, cache, ranks if together else ALONE
                 )
                 warnings = (*gram.warnings(name), *record.warnings)
                 solved[name] = packed, replace(record, rows=gram.rows, warnings=warnings)
                 step(1)
-            del gram, matrix, cache
+            del gram, cache
         step(len(block.linears) - len(solved))
         solved |= exchange_solved(block, solved, deal, self.patterns(block), ranks)
         return {name: solved[name][0] for name in deal.linears}, tuple(solved[name][1] for name in deal.linears)
@@ -451,6 +493,20 @@ class Compression:
 
     def patterns(self, block: Block) -> dict[str, SparsityPattern]:
         return {name: self.allocation[name].pattern for name in block.linears}
+
+
+@dataclass(frozen=True)
+class WaitingGrams:
+    """Grams of a block that wait to be solved on this rank.
+
+    deal: Who solves which linear.
+    expert_sums: For each kind of experts, the sum of their Grams, to blend rare ones with; empty where that is done.
+    grams: Linears that share a Gram, and a function that returns it once.
+    """
+
+    deal: Deal
+    expert_sums: dict[str, ExpertSum]
+    grams: deque[tuple[tuple[str, ...], Callable[[], Gram]]]
 
 
 Solved = tuple[Mapping[str, Tensor], LinearRecord]

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,7 +13,14 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from streamslr.calibration.grams import Gram, GramCollector, sum_grams
+from streamslr.calibration.grams import (
+    Gram,
+    GramCollector,
+    blend_experts,
+    count_rows,
+    sum_grams,
+    warn_of_few_tokens,
+)
 from streamslr.calibration.hidden_states import (
     HiddenStates,
     HiddenStateStream,
@@ -170,22 +177,33 @@ class Passes:
             with GramCollector(block, diagonal=True) as collector:
                 for first, x in self._batches(hidden, step):
                     write(first, collector.run(self._numbers(first, x), x))
-            return leaving, block, collector.grams()
+            return leaving, block, collector.grams(blend=False)
 
     def count_outliers(self, block: Block, diagonals: list[Gram]) -> float:
         """Return the fraction of outliers of a dense block, given the diagonals of its Grams on this rank."""
         everyone = frozenset(range(self.ranks.world))
-        summed = sum_grams(diagonals, lambda _: everyone, self.ranks)
+        summed = sum_grams(count_rows(diagonals, self.ranks), lambda _: everyone, self.ranks)
+        warn_of_few_tokens(block, summed)
+        summed = blend_experts(summed, block.experts)
         # Per token, since experts see different numbers of them; an expert that saw none has no outliers.
         energies = [(gram.linears, gram.matrix * (1 / gram.rows if gram.rows else 0)) for gram in summed]
         scored = [(block.linears[name].weight, energy) for names, energy in energies for name in names]
         return outlier_fraction(scored, self.config.owl_outlier or DEFAULT_OUTLIER_FACTOR)
 
-    def collect(self, block: Block, boundary: Boundary) -> tuple[list[Gram], HiddenStates | None]:
-        """Pass the dense block; return the Gram matrices of its inputs on this rank, and the block's targets."""
+    def collect(
+        self, block: Block, boundary: Boundary, only: Collection[str] | None = None, blend: bool = True
+    ) -> tuple[list[Gram], HiddenStates | None]:
+        """Pass the dense block; return the Grams of this rank's windows, and the block's targets if these are wanted.
+
+        Args:
+            block: Live block.
+            boundary: What enters it, without targets where those of the block are not wanted.
+            only: Owners of the Grams to collect; None for all.
+            blend: Blend the Grams of experts with few tokens.
+        """
         with (
             self.timer.phase("grams", steps=len(self.ids), block=block.index) as step,
-            GramCollector(block) as collector,
+            GramCollector(block, only=only) as collector,
         ):
 
             def run(first: int, x: Tensor) -> Tensor:
@@ -194,7 +212,7 @@ class Passes:
                 return collector.pass_by(x)
 
             targets = self._dense_pass(block, boundary, run, step)
-            return collector.grams(), targets
+            return collector.grams(blend), targets
 
     def match(
         self, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from streamslr.calibration.grams import grams_bytes
 from streamslr.calibration.hidden_states import held_bytes, scratch_bytes
 from streamslr.config import LARGEST, RunConfig, format_bytes
 from streamslr.errors import BudgetError
 from streamslr.gpu import GpuMemory
 from streamslr.io.durable import DiskNeed, require_disk_space
 from streamslr.model.shape import ModelShape
+from streamslr.ranks import ALONE, Ranks
 from streamslr.run.costs import Costs, PhaseCost
-from streamslr.solvers.base import Solver
+from streamslr.run.dealing import Deal
+from streamslr.solvers.methods import Method
 from streamslr.spec.allocation import Allocation, in_words, parameter_fraction
 
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 16384
@@ -30,17 +33,18 @@ _MATCHED = ("match", "propagate")
 
 @dataclass(frozen=True)
 class Plan:
-    """Cost of a run and the choices that it obeys: `micro_batch` to `solver_workspace`."""
+    """Cost of a run on its busiest rank, and the choices that it obeys: `micro_batch` to `solver_workspace`."""
 
     device: str
     blocks: int
     micro_batch: int  # windows that pass a block together
     in_memory: bool  # hidden states are kept in host memory beside the scratch folder
     resident_windows: int  # windows of a boundary that stay on the GPU while a block is matched and passed
+    gram_bytes_at_once: int | None  # bytes of the Grams that one pass of a block collects; None: one pass collects all
     grams_at: str  # tier where Gram matrices wait to be solved: "device", "host" or "disk"
     solver_workspace: int | None  # bytes that one solve may take, which then works in tiles; None: as many as it likes
     phases: tuple[PhaseCost, ...]
-    scratch_bytes: int
+    scratch_bytes: int  # of one rank
     output_bytes: int
     source_bytes: int
     download_bytes: int
@@ -51,12 +55,18 @@ class Plan:
     gpu_mem: int | None  # budget of GPU memory; None without one: on a CPU, and where no GPU can be asked
     gpu_context: int = 0  # bytes of gpu_mem that CUDA takes for itself
     dense: tuple[str, ...] = ()  # linears that stay dense, with the reason, in words
+    world: int = 1  # ranks that share the run
+    local_world: int = 1  # of these, the ranks on this machine
+    deal: Deal | None = None  # who solves the linears of the block that takes most work; None in one process
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as `plan --json` prints it."""
         fields = asdict(self)
+        if self.deal:
+            fields["deal"]["by_rows"] = sorted(self.deal.by_rows)
         budgets = {"host_budget_bytes": fields.pop("host_mem"), "gpu_budget_bytes": fields.pop("gpu_mem")}
         totals = {"host_bytes": self.host_bytes, "gpu_bytes": self.gpu_bytes, "flops": self.flops}
+        totals |= {"sent_bytes": self.sent_bytes}
         return fields | totals | budgets
 
     @property
@@ -73,6 +83,11 @@ class Plan:
     def gpu_bytes(self) -> int:
         """Peak of GPU memory."""
         return max(phase.gpu_bytes for phase in self.phases)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that a rank sends to others for one block, on average over ranks."""
+        return sum(phase.sent_bytes for phase in self.phases)
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Return {phase: planned and budgeted bytes}, which the journal keeps beside what is measured."""
@@ -112,7 +127,7 @@ class Plan:
             cache: Folder of downloads.
         """
         in_out = self.output_bytes - _size(out, "*.safetensors")
-        in_scratch = self.scratch_bytes - _size(scratch, "**/*")
+        in_scratch = self.local_world * self.scratch_bytes - _size(scratch, "**/*")
         require_disk_space(
             DiskNeed(out, "output", in_out, "give --out on another disk"),
             DiskNeed(scratch, "hidden states", in_scratch, "give --scratch on another disk"),
@@ -138,31 +153,40 @@ def make_plan(
     config: RunConfig,
     model: ModelShape,
     allocation: Allocation,
-    solver: Solver,
+    method: Method,
     device: torch.device,
     dtype: torch.dtype,
     baseline: int,
     host_mem: int,
     gpu: GpuMemory | None = None,
     pieces: Pieces | None = None,
+    ranks: Ranks = ALONE,
 ) -> Plan:
-    """Plan a run, cut into pieces as small as the budgets ask for.
+    """Plan a run, cut into pieces as small as the budgets ask for; the same on each rank that has the same budgets.
 
     Args:
         config: Settings of the run.
         model: Shapes of the model.
         allocation: Pattern and rank of each linear.
-        solver: Solver, which knows its own cost.
+        method: Method, whose solver knows its own cost.
         device: Device that the run computes on. It need not exist.
         dtype: Dtype of hidden states and products.
         baseline: Private bytes that the process holds before any work.
-        host_mem: Budget of host memory.
-        gpu: Memory of the GPU that the run may take; None: no limit.
+        host_mem: Budget of host memory, of one rank.
+        gpu: Memory of the GPU that a rank may take; None: no limit.
         pieces: Pieces of an earlier start of the same run; None: choose them.
+        ranks: Ranks that share the run. The plan is that of the one with the most windows, Grams and work.
     """
-    costs = Costs(config, model, allocation, solver, device, dtype, baseline, (gpu or GpuMemory(0)).workspaces)
+    workspaces = (gpu or GpuMemory(0)).workspaces
+    costs = Costs(config, model, allocation, method, device, dtype, baseline, workspaces, ranks.world)
     budgets = _Budgets(host_mem, gpu.usable if gpu else None)
+    room = budgets.left_on_device(costs, costs.grams(1, "device"))
+    in_groups = room is not None and room < 0
+    if in_groups:
+        costs = replace(costs, grams_at_once=grams_bytes([costs.widest]))
     micro_batch = pieces.micro_batch if pieces else _choose_micro_batch(costs, budgets)
+    if in_groups:
+        costs = replace(costs, grams_at_once=_choose_grams_at_once(costs, budgets, micro_batch))
     workspace = pieces.solver_workspace if pieces else None
     grams_at = _choose_gram_tier(costs, budgets, workspace)
     if not pieces:
@@ -186,10 +210,11 @@ def make_plan(
         micro_batch=micro_batch,
         in_memory=in_memory,
         resident_windows=resident_windows,
+        gram_bytes_at_once=costs.grams_at_once,
         grams_at=grams_at,
         solver_workspace=workspace,
         phases=phases,
-        scratch_bytes=scratch + (costs.gram_bytes if grams_at == "disk" else 0),
+        scratch_bytes=scratch + (costs.kept_gram_bytes if grams_at == "disk" else 0),
         output_bytes=model.non_block_bytes + sum(costs.packed_bytes(block) for block in model.blocks),
         source_bytes=model.non_block_bytes + sum(block.source_bytes for block in model.blocks),
         download_bytes=model.download_bytes,
@@ -199,6 +224,9 @@ def make_plan(
         host_mem=host_mem,
         gpu_mem=gpu.budget if gpu else None,
         gpu_context=gpu.context if gpu else 0,
+        world=ranks.world,
+        local_world=ranks.local_world,
+        deal=max(costs.deals, key=lambda deal: sum(deal.loads)) if ranks.world > 1 else None,
     )
 
 
@@ -211,6 +239,12 @@ class _Budgets:
 
     def hold_on_host(self, phases: Iterable[PhaseCost]) -> bool:
         return all(phase.host_bytes <= self.host for phase in phases)
+
+    def left_on_device(self, costs: Costs, phase: PhaseCost) -> int | None:
+        """Return the bytes that a phase leaves of the memory that blocks are computed in; None: no limit."""
+        if costs.device.type == "cpu":
+            return self.host - phase.host_bytes
+        return None if self.gpu is None else self.gpu - phase.gpu_bytes
 
     def hold(self, phases: Iterable[PhaseCost]) -> bool:
         phases = tuple(phases)
@@ -226,9 +260,9 @@ def _choose_micro_batch(costs: Costs, budgets: _Budgets) -> int:
     """
     config = costs.config
     if costs.device.type == "cpu":
-        micro_batch = max(1, min(config.samples, BATCH_TOKENS // config.seq_len))
+        micro_batch = max(1, min(costs.windows, BATCH_TOKENS // config.seq_len))
     else:
-        most = min(config.samples, GPU_BATCH_TOKENS // config.seq_len, config.match_batch if config.match else LARGEST)
+        most = min(costs.windows, GPU_BATCH_TOKENS // config.seq_len, config.match_batch if config.match else LARGEST)
         micro_batch = 1 << max(0, most.bit_length() - 1)
     while micro_batch > 1:
         phases = costs.phases(micro_batch, "device", None)
@@ -242,13 +276,22 @@ def _choose_gram_tier(costs: Costs, budgets: _Budgets, workspace: int | None) ->
     """Return the tier where Grams wait: the fastest that leaves a solve enough memory.
 
     Where no tier does, it is the fastest off the device that the host can hold, since a smaller workspace can make
-    the solve fit there.
+    the solve fit there. Grams that are collected in groups never wait on the device, which cannot hold them all.
     """
     tiers = ("device", "disk") if costs.device.type == "cpu" else ("device", "host", "disk")
-    solves = {tier: [costs.solve(tier, workspace)] for tier in tiers}
-    whole = [tier for tier in tiers if budgets.hold(solves[tier])]
-    offloaded = [tier for tier in tiers[1:] if budgets.hold_on_host(solves[tier])]
+    phases = {tier: [costs.solve(tier, workspace)] for tier in tiers}
+    if costs.grams_at_once is not None:
+        phases = {tier: [*phases[tier], costs.grams(1, tier)] for tier in tiers[1:]}
+    whole = [tier for tier in phases if budgets.hold(phases[tier])]
+    offloaded = [tier for tier in tiers[1:] if budgets.hold_on_host(phases[tier])]
     return (whole or offloaded or ["disk"])[0]
+
+
+def _choose_grams_at_once(costs: Costs, budgets: _Budgets, micro_batch: int) -> int:
+    """Return the bytes that the budget leaves to the Grams of one pass; those of one Gram where it leaves less."""
+    room = budgets.left_on_device(costs, costs.grams(micro_batch, "disk"))
+    assert room is not None  # without a limit all Grams are collected at once
+    return costs.largest_group_bytes + max(0, room)
 
 
 def _choose_workspace(costs: Costs, budgets: _Budgets, grams_at: str) -> int | None:
@@ -270,7 +313,7 @@ def _choose_resident_windows(costs: Costs, budgets: _Budgets, phases: Iterable[P
         return 0
     room = budgets.gpu - max(phase.gpu_bytes for phase in phases if phase.name in _MATCHED)
     window = costs.window_bytes("hidden") + costs.window_bytes("targets")
-    return max(0, min(costs.config.samples, room // window))
+    return max(0, min(costs.windows, room // window))
 
 
 def _cache_bytes(model: ModelShape, evict_shards: bool) -> int:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.calibration.grams import (
+    ExpertSum,
     Gram,
     GramCollector,
+    add_experts,
+    blend_expert,
     blend_experts,
-    blend_rare_experts,
+    gram_groups,
     input_groups,
     offload_grams,
 )
@@ -49,7 +52,7 @@ def collect_grams(
     with GramCollector(block) as collector:
         for first, hidden in batches:
             collector.run(range(first, first + len(hidden)), hidden)
-    return blend_rare_experts(block, collector.grams())
+    return collector.grams()
 
 
 def batches(hidden: Tensor, size: int) -> list[tuple[int, Tensor]]:
@@ -198,9 +201,84 @@ def test_experts_have_grams_of_their_own_tokens_blended_with_all_where_these_are
 
 
 def test_the_sum_over_experts_is_made_of_one_kind_at_a_time() -> None:
-    grams = {f"{kind}.{number}": torch.eye(256) for kind in ("up", "down") for number in range(3)}
-    peak = peak_of(lambda: blend_experts(grams, dict.fromkeys(grams, 10), {name: name[:-2] for name in grams}))
+    experts = {f"{kind}.{number}": kind for kind in ("up", "down") for number in range(3)}
+    grams = [Gram((name,), torch.eye(256), 10) for name in experts]
+    peak = peak_of(lambda: blend_experts(grams, experts))
     assert peak < 1.5 * 4 * 256**2
+
+
+def collect_in_groups(block: nn.Module, hidden: Tensor, groups: list[list[str]]) -> list[Gram]:
+    """Collect each group in a pass of its own, its Grams waiting elsewhere; blend when all passes are done."""
+    live = Block(7, "block", linears(block), KINDS, lambda: {}, block)
+    sums: dict[str, ExpertSum] = {}
+    waiting: list[Gram] = []
+    for group in groups:
+        with GramCollector(live, only=group) as collector:
+            for first, x in batches(hidden, 4):
+                collector.run(range(first, first + len(x)), x)
+        found = collector.grams(blend=False)
+        assert [gram.linears[0] for gram in found] == group
+        add_experts(sums, found, KINDS)
+        waiting += found
+    return [blend_expert(gram, sums, KINDS) for gram in waiting]
+
+
+@pytest.mark.parametrize("at_once", [None, 0, 4 * (3 * 16 + 36)])
+def test_grams_collected_in_groups_are_those_of_one_pass_to_the_bit(at_once: int | None) -> None:
+    block, hidden = Routed(), routed_tokens()
+    whole = collect_grams("block", linears(block), block, batches(hidden, 4), KINDS)
+    widths = {gram.linears[0]: len(gram.matrix) for gram in whole}
+    in_groups = collect_in_groups(block, hidden, gram_groups(widths, at_once))
+    assert [(g.linears, g.rows, g.shared_fraction) for g in in_groups] == [
+        (g.linears, g.rows, g.shared_fraction) for g in whole
+    ]
+    assert all(torch.equal(mine.matrix, its.matrix) for mine, its in zip(in_groups, whole, strict=True))
+
+
+def test_experts_of_two_ranks_are_blended_with_what_both_saw() -> None:
+    block, hidden = Routed(), routed_tokens()
+    whole = collect_grams("block", linears(block), block, batches(hidden, 6), KINDS)
+    live = Block(7, "block", linears(block), KINDS, lambda: {}, block)
+    sums: dict[str, ExpertSum] = {}
+    parts = []
+    for rank in range(2):
+        with GramCollector(live) as collector:
+            collector.run(range(rank * 3, rank * 3 + 3), hidden[rank * 3 : rank * 3 + 3])
+        parts.append(collector.grams(blend=False))
+        add_experts(sums, parts[-1], KINDS)
+    for one, other, wanted in zip(*parts, whole, strict=True):
+        summed = Gram(one.linears, one.matrix + other.matrix, one.rows + other.rows)
+        found = blend_expert(summed, sums, KINDS)
+        assert (found.rows, found.shared_fraction) == (wanted.rows, wanted.shared_fraction)
+        torch.testing.assert_close(found.matrix, wanted.matrix, rtol=1e-5, atol=1e-4)
+
+
+def test_groups_hold_as_many_grams_as_may_be_at_once_but_at_least_one() -> None:
+    widths = {"a": 10, "b": 10, "c": 30, "d": 5}
+    assert gram_groups(widths, None) == [["a", "b", "c", "d"]]
+    assert gram_groups(widths, 800) == [["a", "b"], ["c"], ["d"]]
+    assert gram_groups(widths, 799) == [["a"], ["b"], ["c"], ["d"]]
+
+
+def test_every_group_still_checks_what_reached_the_linears() -> None:
+    block, hidden = Attention(), torch.randn(2, 3, 4)
+    hidden[1, 1, 2] = float("nan")
+    live = Block(7, "block", linears(block), {}, lambda: {}, block)
+    with GramCollector(live, only=["block.a"]) as collector:
+        collector.run([0, 1], hidden)
+    with pytest.raises(InputError, match=r"the input of block.a is NaN"):
+        collector.grams(blend=False)
+    with GramCollector(live, only=["block.b"]) as collector:
+        collector.run([0, 1], torch.randn(2, 3, 4))
+    with pytest.raises(InputError, match=r"block.b was to have a Gram matrix of its own, but shares its input"):
+        collector.grams(blend=False)
+
+
+def test_grams_of_a_later_group_do_not_take_the_files_of_an_earlier_one(tmp_path: Path) -> None:
+    (earlier,) = offload_grams([Gram(("a",), torch.eye(4), 1)], "disk", tmp_path)
+    (later,) = offload_grams([Gram(("b",), 2 * torch.eye(4), 1)], "disk", tmp_path, first=1)
+    assert torch.equal(earlier().matrix, torch.eye(4))
+    assert torch.equal(later().matrix, 2 * torch.eye(4))
 
 
 def test_how_many_experts_lack_tokens_is_logged(caplog: pytest.LogCaptureFixture) -> None:

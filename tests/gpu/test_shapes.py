@@ -39,6 +39,23 @@ CASES = [
 ]
 
 
+RANKS = [
+    *slow(("8b", 24, True)),
+    *long(("405b", 80, True)),
+    pytest.param(
+        *("deepseek-v3", 80, False),
+        marks=[
+            pytest.mark.long,
+            pytest.mark.xfail(strict=True, reason="the run collects all Grams of a block at once"),
+        ],
+    ),
+]
+"""Shape, budget in GB of each of eight ranks, matching."""
+
+OWN_PHASES = ("embed", "load", "grams", "propagate")
+"""Phases in which a rank takes what its plan says, as long as each solves and matches all by itself."""
+
+
 @pytest.fixture(scope="module")
 def block_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BlockRun]:
     """Run a case's block once. The card is larger than the budget, so only the limit holds the run."""
@@ -74,3 +91,18 @@ def test_no_phase_runs_out_of_what_it_may_reserve(
     run = block_of(shape, gigabytes, tokens, expandable)
     assert run.failures == 0
     assert max(peak.reserved for peak in run.peaks.values()) <= gigabytes * 10**9
+
+
+@pytest.mark.parametrize(("shape", "gigabytes", "match"), RANKS)
+def test_a_rank_takes_what_was_planned_for_its_own_windows(
+    tmp_path: Path, shape: str, gigabytes: int, match: bool
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_sparse_checkpoint(folder, SHAPES[shape], 16384, blocks=1)
+    gpu = PretendedGpu(values=False, total=141 * 10**9)
+    budgets = {"gpu_mem": gigabytes * 10**9, "host_mem": 100 * 10**9}
+    run = run_block(folder, gpu, iterations=1, windows=16, world=8, match=match, **budgets)
+    assert run.failures == 0
+    found = {phase: ratio for phase, ratio in ratios(run).items() if phase in OWN_PHASES}
+    assert all(LEAST <= ratio <= MOST for ratio in found.values()), found

@@ -1,5 +1,6 @@
 """The plan: bytes that follow from shapes, what is refused, and the choices a run obeys."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from streamslr.calibration.transfers import host_transfer_bytes, pinned_bytes
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError
 from streamslr.gpu import GpuMemory
+from streamslr.matching_costs import count_masters
 from streamslr.model.shape import BlockShape, ModelShape
+from streamslr.ranks import Ranks
 from streamslr.run.costs import PhaseCost
 from streamslr.run.plan import Pieces, Plan, make_plan
 from streamslr.solvers import find_method
@@ -23,24 +26,53 @@ GB = 10**9
 
 
 def llama_70b() -> ModelShape:
-    h, ffn, kv = 8192, 28672, 1024
+    return llama(8192, 28672)
+
+
+def llama_405b() -> ModelShape:
+    return llama(16384, 53248)
+
+
+def llama(h: int, ffn: int, kv: int = 1024) -> ModelShape:
     linears = {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h), "gate": (ffn, h), "up": (ffn, h), "down": (h, ffn)}
     parameters = sum(o * d for o, d in linears.values()) + 2 * h
-    block = BlockShape(linears, {"q": h, "o": h, "gate": h, "down": ffn}, parameters, 2 * parameters)
+    block = BlockShape(linears, (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)), parameters, 2 * parameters)
     non_block = 2 * 128256 * h + h
     return ModelShape((block,) * 80, h, non_block, 2 * non_block, 2)
 
 
+def deepseek_v3() -> ModelShape:
+    """Return two of its blocks with experts: one shared by all tokens, and 256 of which a token passes 8."""
+    h, ffn = 7168, 2048
+    linears = {"qa": (1536, h), "kva": (576, h), "qb": (24576, 1536), "kvb": (32768, 512), "o": (h, 16384)}
+    groups: list[tuple[str, ...]] = [("qa", "kva"), ("qb",), ("kvb",), ("o",)]
+    routing: dict[str, tuple[int, int]] = {}
+    for name in ("shared", *map(str, range(256))):
+        own = {f"{name}.gate": (ffn, h), f"{name}.up": (ffn, h), f"{name}.down": (h, ffn)}
+        linears |= own
+        groups += [(f"{name}.gate", f"{name}.up"), (f"{name}.down",)]
+        if name != "shared":
+            routing |= dict.fromkeys(own, (8, 256))
+    parameters = sum(o * d for o, d in linears.values()) + 256 * h
+    block = BlockShape(linears, tuple(groups), parameters, 2 * parameters, routing)
+    return ModelShape((block,) * 2, h, 2 * 129280 * h, 4 * 129280 * h, 2)
+
+
 def plan(
-    model: ModelShape, host_mem: int = 10**12, device: str = "cuda", gpu: int | None = None, **settings: Any
+    model: ModelShape,
+    host_mem: int = 10**12,
+    device: str = "cuda",
+    gpu: int | None = None,
+    world: int = 1,
+    **settings: Any,
 ) -> Plan:
     config = RunConfig(model="m", out=Path("out"), **settings)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     allocation = allocate(config, [block.linears for block in model.blocks])
-    solver = find_method(config.method).solver
-    return make_plan(
-        config, model, allocation, solver, torch.device(device), dtype, GB, host_mem, GpuMemory(gpu) if gpu else None
-    )
+    method = replace(find_method(config.method), by_rows=True)
+    memory = GpuMemory(gpu) if gpu else None
+    ranks = Ranks(world=world, local_world=world)
+    return make_plan(config, model, allocation, method, torch.device(device), dtype, GB, host_mem, memory, ranks=ranks)
 
 
 def phase(plan: Plan, name: str) -> PhaseCost:
@@ -147,7 +179,7 @@ def test_what_lies_on_the_disk_already_is_not_asked_for_again(tmp_path: Path, mo
     class Room:
         f_bavail, f_frsize = 1, 600
 
-    block = BlockShape({"a": (16, 16)}, {"a": 16}, 256, 512)
+    block = BlockShape({"a": (16, 16)}, (("a",),), 256, 512)
     made = plan(ModelShape((block,), 16, 0, 0, 2), device="cpu", samples=2, seq_len=4, rank=0)
     assert (made.scratch_bytes, made.output_bytes) == (2048, 288)
     monkeypatch.setattr(os, "statvfs", lambda path: Room)
@@ -240,8 +272,8 @@ def test_matching_is_planned_for_what_may_change_and_not_for_dense_weights() -> 
 def test_a_run_that_goes_on_keeps_the_pieces_it_began_with() -> None:
     config = RunConfig(model="m", out=Path("out"), seq_len=64)
     allocation, device = allocate(config, [llama_70b().blocks[0].linears]), torch.device("cpu")
-    solver = find_method("3basil").solver
-    made = make_plan(config, llama_70b(), allocation, solver, device, torch.float32, GB, 10**12, None, Pieces(4, 10**9))
+    method = find_method("3basil")
+    made = make_plan(config, llama_70b(), allocation, method, device, torch.float32, GB, 10**12, None, Pieces(4, 10**9))
     assert (made.micro_batch, made.solver_workspace) == (4, 10**9)
 
 
@@ -263,3 +295,110 @@ def test_more_memory_never_cuts_smaller(low: int, more: int) -> None:
     assert roomy.solver_workspace is None or (
         tight.solver_workspace is not None and tight.solver_workspace <= roomy.solver_workspace
     )
+
+
+def test_a_rank_passes_and_stores_its_windows_only() -> None:
+    one, eight = plan(llama_70b()), plan(llama_70b(), world=8)
+    assert eight.scratch_bytes == one.scratch_bytes / 8
+    for name in ("grams", "match", "propagate"):
+        assert phase(eight, name).flops == pytest.approx(phase(one, name).flops / 8)
+    uneven = plan(llama_70b(), world=8, samples=130, match_held_out=9)  # 121 fitted ones: 16 for the fullest rank
+    assert uneven.scratch_bytes == one.scratch_bytes * (16 + 2) / 128
+
+
+@pytest.mark.parametrize(("world", "most"), [(2, 0.55), (4, 0.30)])
+def test_the_busiest_rank_does_little_more_than_its_share_of_the_work(world: int, most: float) -> None:
+    one, shared = plan(llama_70b()), plan(llama_70b(), world=world)
+    assert one.flops / world <= shared.flops <= most * one.flops
+
+
+def test_a_rank_keeps_the_moments_of_its_share_and_all_masters() -> None:
+    one, eight = (plan(llama_70b(), world=world, match_batch=1) for world in (1, 8))
+    config = RunConfig(model="m", out=Path("out"))
+    block = llama_70b().blocks[0]
+    masters = count_masters(block, allocate(config, [block.linears]))
+    assert phase(one, "match").gpu_bytes - phase(eight, "match").gpu_bytes == pytest.approx(8 * masters * 7 / 8, abs=8)
+
+
+def test_only_the_grams_of_a_ranks_own_linears_wait_to_be_solved() -> None:
+    one, eight = (plan(deepseek_v3(), world=world, samples=8, gpu=200 * GB, match=False) for world in (1, 8))
+    assert (one.grams_at, one.gram_bytes_at_once) == (eight.grams_at, eight.gram_bytes_at_once) == ("device", None)
+    grams = 4 * sum(d * d for d in deepseek_v3().blocks[0].grams.values())
+    sums = 4 * (7168**2 + 2048**2)  # of experts, which eight ranks blend as they solve
+    kept = grams - (phase(one, "solve").gpu_bytes - phase(eight, "solve").gpu_bytes + sums)
+    assert grams / 8 <= kept <= 1.25 * grams / 8
+
+
+def test_what_a_rank_sends_is_what_the_guide_says() -> None:
+    made = plan(llama_70b(), world=2, match_batch=8)
+    h, ffn = 8192, 28672
+    assert made.deal is not None
+    assert made.deal.by_rows == {"down"}
+    assert made.deal.owners == {"q": 0, "k": 0, "v": 1, "o": 1, "gate": 0, "up": 1}
+    grams = 4 * (h**2 * (2 + 1 + 2) + 2 * ffn**2)  # that of o goes to one rank, all others to both
+    packed = (made.output_bytes - 2 * (2 * 128256 * h + h)) / 80 - 2 * 2 * h
+    block = llama_70b().blocks[0]
+    masters = count_masters(block, allocate(RunConfig(model="m", out=Path("out")), [block.linears]))
+    steps = (RunConfig.match_epochs - 1) * 128 // 8
+    sent = {p.name: p.sent_bytes for p in made.phases if p.sent_bytes}
+    assert sent == pytest.approx(
+        {"grams": grams / 2, "solve": packed / 2, "match": steps * 2 * 4 * masters / 2}, rel=1e-6
+    )
+    assert made.sent_bytes == sum(sent.values())
+
+
+def test_a_process_alone_sends_nothing_and_deals_nothing() -> None:
+    alone = plan(llama_70b())
+    assert (alone.sent_bytes, alone.deal) == (0, None)
+
+
+def test_a_plan_for_ranks_can_be_written_as_json() -> None:
+    made = json.loads(json.dumps(plan(llama_70b(), world=8).as_dict()))
+    assert made["deal"]["owners"].keys() | set(made["deal"]["by_rows"]) == llama_70b().blocks[0].linears.keys()
+    assert len(made["deal"]["loads"]) == made["world"] == 8
+
+
+def test_the_disk_must_hold_the_hidden_states_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    class Full:
+        f_bavail, f_frsize = 1000, 4096
+
+    monkeypatch.setattr(os, "statvfs", lambda path: Full)
+    with pytest.raises(BudgetError, match=r"hidden states 17.2 GB"):
+        plan(llama_70b(), world=8).require_disk(tmp_path / "out", tmp_path / "out" / ".scratch", tmp_path)
+
+
+def test_eight_cards_of_80_gb_fit_a_block_of_405b() -> None:
+    made = plan(llama_405b(), world=8, gpu=80 * GB, host_mem=60 * GB)
+    made.require_memory()
+    assert made.gram_bytes_at_once is None
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_grams_that_do_not_fit_beside_the_block_are_collected_in_groups(world: int) -> None:
+    made = plan(deepseek_v3(), world=world, gpu=80 * GB, host_mem=100 * GB, samples=128, match=False)
+    made.require_memory()
+    assert made.grams_at == "host"
+    assert made.gram_bytes_at_once is not None
+    roomy = plan(deepseek_v3(), world=world, gpu=200 * GB, host_mem=100 * GB, samples=128, match=False)
+    again = phase(made, "grams").flops - phase(roomy, "grams").flops
+    assert again == pytest.approx(phase(made, "propagate").flops)  # a second pass of the block
+    poor = plan(deepseek_v3(), world=world, gpu=80 * GB, host_mem=35 * GB // world, samples=128, match=False)
+    assert poor.grams_at == "disk"
+    assert poor.scratch_bytes > made.scratch_bytes
+
+
+def test_no_more_is_collected_at_once_than_the_budget_leaves() -> None:
+    tight, roomy = (plan(deepseek_v3(), gpu=gpu * GB, samples=8, match=False) for gpu in (40, 60))
+    assert tight.gram_bytes_at_once is not None
+    assert roomy.gram_bytes_at_once is not None
+    assert tight.gram_bytes_at_once < roomy.gram_bytes_at_once
+    for made, gpu in ((tight, 40), (roomy, 60)):
+        assert 0.98 * GpuMemory(gpu * GB).usable < phase(made, "grams").gpu_bytes <= GpuMemory(gpu * GB).usable
+
+
+def test_grams_are_collected_in_groups_on_a_cpu_too() -> None:
+    made = plan(deepseek_v3(), device="cpu", host_mem=80 * GB, samples=8, seq_len=64, match=False)
+    made.require_memory()
+    assert (made.gram_bytes_at_once is not None, made.grams_at) == (True, "disk")

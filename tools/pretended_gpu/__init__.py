@@ -8,6 +8,7 @@
 | allocator.py | model of the caching allocator, with expandable segments |
 | cost.py | what operators cost, rates of a card, costs of a phase |
 | streams.py | streams and events, and the check that work on them is ordered |
+| ranks.py | ranks of which one is there; the bytes that they would send |
 | block.py | one block of a model of any shape through the run's own code, without its weights |
 """
 

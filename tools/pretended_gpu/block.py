@@ -10,9 +10,10 @@ import json
 import struct
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,11 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from pretended_gpu.cost import Cost
 from pretended_gpu.device import PretendedGpu
+from pretended_gpu.ranks import PretendedRanks
 from streamslr.calibration import grams, hidden_states
 from streamslr.config import RunConfig
 from streamslr.gpu import deterministic_libraries
@@ -49,7 +51,7 @@ _ANSWERS = {"_read": [1.0, 0.0], "inverse_error": 0.0}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama."""
+    """Sizes of a Llama, or of a DeepSeek-V3 where it has experts: `ffn` is then the width of one."""
 
     hidden: int
     ffn: int
@@ -57,14 +59,37 @@ class Shape:
     kv_heads: int
     blocks: int
     vocabulary: int = 128256
+    experts: int = 0
+
+    def config(self, positions: int, blocks: int) -> PretrainedConfig:
+        """Return the config of `blocks` blocks. Those of a DeepSeek-V3 all have experts; the rest is as published."""
+        sizes = {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "num_hidden_layers": blocks,
+            "max_position_embeddings": positions,
+            "dtype": "bfloat16",
+        }
+        if self.experts:
+            routing = {"n_routed_experts": self.experts, "moe_intermediate_size": self.ffn, "first_k_dense_replace": 0}
+            return AutoConfig.for_model("deepseek_v3", **sizes, **routing, architectures=["DeepseekV3ForCausalLM"])
+        return AutoConfig.for_model("llama", **sizes, intermediate_size=self.ffn, architectures=["LlamaForCausalLM"])
 
 
 SHAPES = {
     "8b": Shape(4096, 14336, 32, 8, 32),
     "70b": Shape(8192, 28672, 64, 8, 80),
     "405b": Shape(16384, 53248, 128, 8, 126),
+    "small-mixture": Shape(512, 256, 8, 8, 2, vocabulary=512, experts=16),
+    "deepseek-v3": Shape(7168, 2048, 128, 128, 61, vocabulary=129280, experts=256),
     "small": Shape(512, 1792, 8, 2, 2, vocabulary=512),
 }
+
+
+_SHARD_BYTES = 4 * 10**9
+"""Bytes from which on a shard is full: a machine must be able to map it, though it takes no memory."""
 
 
 @dataclass
@@ -95,32 +120,48 @@ class BlockRun:
 
 
 def write_sparse_checkpoint(folder: Path, shape: Shape, positions: int, blocks: int | None = None) -> None:
-    """Write a Llama of zeros that takes no disk: config.json and one shard with the headers of all tensors."""
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        num_hidden_layers=blocks or shape.blocks,
-        max_position_embeddings=positions,
-        dtype="bfloat16",
-    )
-    config.architectures = ["LlamaForCausalLM"]
+    """Write a model of zeros that takes no disk: config.json, and shards with the headers of all tensors."""
+    config = shape.config(positions, blocks or shape.blocks)
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, size in _stored_shapes(model.state_dict().items()):
+        if 2 * sum(map(prod, shards[-1].values())) > _SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = size
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_sparse_shard(folder / file_name, shard)
+        index |= dict.fromkeys(shard, file_name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _write_sparse_shard(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, parameter in model.named_parameters():
-        start, end = end, end + parameter.nbytes
-        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
+    for name, size in shapes.items():
+        start, end = end, end + 2 * prod(size)
+        header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [start, end]}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         file.truncate(8 + len(raw) + end)
+
+
+def _stored_shapes(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of each tensor in the checkpoint, which has the fused weights of experts one by one."""
+    for name, tensor in tensors:
+        module, _, kind = name.rpartition(".")
+        names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ())
+        if not names:
+            yield name, tuple(tensor.shape)
+            continue
+        experts, o, d = tensor.shape
+        for number in range(experts):
+            yield from ((f"{module}.{number}.{own}.weight", (o // len(names), d)) for own in names)
 
 
 @contextmanager
@@ -154,6 +195,7 @@ def run_block(
     iterations: int = 20,
     windows: int | None = None,
     epochs: int = 2,
+    world: int = 1,
     **settings: Any,
 ) -> BlockRun:
     """Compress block 0 of the checkpoint in `folder`, which `write_sparse_checkpoint` wrote.
@@ -162,8 +204,9 @@ def run_block(
         folder: Folder of the checkpoint; the run's own folder is made beside it.
         gpu: Device without values; it must not be entered yet.
         iterations: Iterations of the solver for each linear.
-        windows: Windows that pass; None for all. The plan is that of all.
+        windows: Windows that pass; None for all of the rank. The plan is that of all.
         epochs: Epochs of matching.
+        world: Ranks that share the run; rank 0 is there, the others are pretended (`PretendedRanks`).
         **settings: Settings of the run.
     """
     config = RunConfig(**{"model": str(folder), "out": folder.with_name("out"), "device": "cuda", **settings})
@@ -175,10 +218,10 @@ def run_block(
         gpu.phase = "open"
         for target, name, stand_in in _stand_ins(gpu):
             stack.enter_context(mock.patch.object(target, name, stand_in))
-        context = open_run(config)
+        context = open_run(config, ranks=PretendedRanks(0, world))
         peaks = stack.enter_context(watching_phases(gpu))
         gpu.phase = "between phases"
-        passing = replace(config, samples=windows or config.samples, match_epochs=epochs)
+        passing = replace(config, samples=windows or -(-config.samples // world), match_epochs=epochs)
         _compress_block(replace(context, config=passing), iterations)
     return BlockRun(context.plan, dict(gpu.by_phase), dict(peaks), gpu.allocator.retries, gpu.allocator.failures)
 

@@ -35,7 +35,7 @@ class Answers:
     """Values of scalars where there are none (shapes only): what a sound run gives.
 
     Truth is True, but for `any`: False. Numbers begin near 1 and fall slowly, as losses do. Integers are 0, the largest
-    of integers 4.
+    of integers 4. What is counted is spread evenly.
 
     Attributes:
         by_function: Function of the package that asks -> its answer, where the general one is wrong there.
@@ -60,7 +60,9 @@ class Answers:
 
     def numbers(self, tensor: Tensor, function: str) -> list[Any]:
         """Return the values of a tensor of one dimension that `function` asks for."""
-        answer = self.by_function.get(function)
+        answer, counted = self.by_function.get(function), getattr(tensor.untyped_storage(), "counted", None)
+        if counted is not None:
+            return [counted * (i + 1) // len(tensor) - counted * i // len(tensor) for i in range(len(tensor))]
         return (
             answer
             if isinstance(answer, list)

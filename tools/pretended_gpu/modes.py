@@ -161,9 +161,12 @@ class FunctionMode(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Take the kernel that CUDA would: flash without a mask, else what reads a mask, unless flags forbid them."""
+        """Take the kernel that CUDA would, unless flags forbid it.
+
+        Flash takes no mask, and values only as wide as queries; then it is the kernel that takes both.
+        """
         cuda: Any = torch.backends.cuda
-        if attn_mask is None and cuda.flash_sdp_enabled():
+        if attn_mask is None and query.shape[-1] == value.shape[-1] and cuda.flash_sdp_enabled():
             # grouped heads stay as they are: flash attention reads shared K and V in place
             flash = aten._scaled_dot_product_flash_attention
             return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]  # type: ignore[no-any-return]
@@ -353,6 +356,10 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return True, gpu.answers.scalar(args[0].dtype, origin, gpu.caller())
         if name == "equal":
             return True, True
+        if name == "bincount":
+            counts = torch.empty(args[2], dtype=torch.int64, device="meta")
+            setattr(counts.untyped_storage(), "counted", args[0].numel())  # noqa: B010  # no attribute in torch's stubs
+            return True, counts
         if name == "nonzero":
             return True, torch.empty(gpu.answers.true_in(args[0]), args[0].dim(), dtype=torch.int64, device="meta")
         if name in INDEXING and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]):
