@@ -17,6 +17,7 @@ import torch
 
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, InputError, first_line, says_not_deterministic
+from streamslr.ranks import ALONE, Ranks
 
 _CUBLAS_WORKSPACES = ":4096:8"
 """Workspaces of 8 · 4 MiB for each thread that multiplies: one of the two settings with which cuBLAS gives the same
@@ -99,8 +100,6 @@ def pick_device(name: str | None, gpu_required: bool = True, index: int = 0) -> 
         return device, torch.bfloat16
     if index and index >= torch.cuda.device_count():
         raise InputError(f"GPU {index} is asked for, torch sees {torch.cuda.device_count()}; start a rank for each GPU")
-    if index:
-        torch.cuda.set_device(index)  # for kernels that run on the current device
     return torch.device("cuda", index), torch.bfloat16
 
 
@@ -122,7 +121,7 @@ def _set_environment() -> None:
             set_settings(os.environ[name])
 
 
-def open_gpu(device: torch.device, budget: int | None) -> GpuMemory:
+def open_gpu(device: torch.device, budget: int | None, ranks: Ranks = ALONE) -> GpuMemory:
     """Start CUDA and its libraries, and measure what they take for themselves.
 
     Call `pick_device` first.
@@ -130,13 +129,18 @@ def open_gpu(device: torch.device, budget: int | None) -> GpuMemory:
     Args:
         device: A GPU.
         budget: Bytes that the process may take of the card, all in all; None: what is free.
+        ranks: Ranks that exchange tensors of their GPUs, for which NCCL takes memory; each must call this.
 
     Raises:
         BudgetError: The card has less than the budget, or less is free on it.
     """
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     before = None if started else _free_by_driver()
+    if device.index:
+        torch.cuda.set_device(device)  # for kernels that run on the current device
     expandable = _start_libraries(device)
+    if ranks.world > 1:
+        ranks.sum_(torch.zeros(1, device=device))
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     workspaces, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)

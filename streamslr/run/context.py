@@ -84,7 +84,7 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
     present = device.type == "cpu" or torch.cuda.is_available()
     gpu = None
     if device.type == "cuda" and present:  # before the baseline, which counts what CUDA takes of the host
-        gpu = open_gpu(device, config.gpu_mem if gpu_required else None)
+        gpu = open_gpu(device, config.gpu_mem if gpu_required else None, ranks if gpu_required else ALONE)
     if device.type == "cuda" and config.gpu_mem is not None:  # a plan may be for a larger card than this one
         gpu = replace(gpu or GpuMemory(0), budget=config.gpu_mem)
     baseline = held()
