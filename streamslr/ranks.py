@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -253,6 +254,14 @@ def _reason_key(rank: int) -> str:
     return f"streamslr/ended/{rank}"
 
 
+def _machine() -> str:
+    """Return what is the same for processes that see each other's process ids, and for no others."""
+    names = [socket.gethostname()]
+    with suppress(OSError):  # outside of Linux
+        names += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").stat().st_ino)]
+    return " ".join(names)
+
+
 def _runs(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
@@ -280,7 +289,7 @@ def open_ranks() -> Iterator[Ranks]:
     try:
         dist.init_process_group(backend, timeout=_LONGEST_WAIT)
         processes: list[tuple[str, int]] = [("", 0)] * world
-        dist.all_gather_object(processes, (socket.gethostname(), os.getpid()))
+        dist.all_gather_object(processes, (_machine(), os.getpid()))
     except (RuntimeError, ValueError) as error:
         raise StreamslrError(f"the other ranks cannot be reached: {first_line(error)}") from error
     ranks = Ranks(rank, world, local_rank, local_world, tuple(processes))

@@ -93,6 +93,8 @@ def evaluate(
     """
     checkpoint = open_checkpoint(model, revision)
     where, dtype = pick_device(device, index=ranks.local_rank)
+    if where.index:
+        torch.cuda.set_device(where)  # for kernels that run on the current device
     blockwise = BlockwiseModel(checkpoint, dtype, where)
     digests = read_digests(checkpoint)
     tokenizer = checkpoint.tokenizer()
