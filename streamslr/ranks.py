@@ -38,6 +38,10 @@ class RankEndedError(StreamslrError):
         self.said_already = said_already
 
 
+class MemoryOfRanksError(MemoryError):
+    """Memory ran out on a rank, and every rank raises this."""
+
+
 @dataclass
 class Traffic:
     """Seconds that this rank waited in exchanges, and bytes that it put into them; read and cleared by `take`."""
@@ -157,6 +161,9 @@ class Ranks:
         """Call `work`; where it lacks memory or a deterministic operator on some rank, raise that on every rank.
 
         So all ranks try again together. `work` must exchange the same things whether it fails in this way or not.
+
+        Raises:
+            MemoryOfRanksError: Memory ran out on a rank, which it names.
         """
         if self.world == 1:
             return work()
@@ -172,7 +179,7 @@ class Ranks:
         rank, said = next((rank, text) for rank, text in enumerate(self.gather(said)) if text)
         if says_not_deterministic(RuntimeError(said)):
             raise RuntimeError(said)
-        raise MemoryError(f"rank {rank}: {said}")
+        raise MemoryOfRanksError(f"rank {rank}: {said}")
 
     def wait_for_all(self) -> None:
         """Return once every rank is here."""
@@ -293,6 +300,11 @@ def open_ranks() -> Iterator[Ranks]:
             raise ranks.ended("torchrun ends all") from None  # which it does where one has ended
         with suppress(RuntimeError):
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
-            dist.distributed_c10d._get_default_store().set(_reason_key(rank), reason)
+            store = dist.distributed_c10d._get_default_store()
+            store.set(_reason_key(rank), reason)
+            # Where all end for one reason, the first of each machine says it.
+            ours = f"{rank} {reason}"
+            first = store.compare_set(f"streamslr/first/{socket.gethostname()}", "", ours).decode(errors="replace")
+            error.said_already = first != ours and first.partition(" ")[2] == reason  # type: ignore[attr-defined]
         raise
     dist.destroy_process_group()
