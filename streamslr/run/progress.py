@@ -227,7 +227,7 @@ class BlockProgress:
             matched = f" block loss {record.matching.loss_before:.3g}"
             matched += f" -> {record.matching.loss_after:.3g}," if record.matching.applied else " (not matched),"
         slowest = ""
-        if worked := [sum(of_rank) for of_rank in zip(*record.seconds_by_rank.values(), strict=True)]:
+        if worked := record.seconds_of_ranks:
             mean = sum(worked) / len(worked)
             slowest = (
                 f" rank {worked.index(max(worked))} the slowest (×{max(worked) / max(mean, 1e-9):.2f} of the mean),"
