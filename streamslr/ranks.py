@@ -213,7 +213,7 @@ class Ranks:
 
     def ended(self, how_noticed: str) -> RankEndedError:
         """Return an error that names the rank that ended, and its reason if it left one."""
-        until = time.monotonic() + _SECONDS_TO_END
+        until = time.monotonic() + (_SECONDS_TO_END if len(self._neighbours()) > 1 else 0)
         while not (reasons := self._reasons()) and not (gone := self._gone()) and time.monotonic() < until:
             time.sleep(0.05)
         here = [rank for rank in self._neighbours() if rank not in self._gone()]
@@ -296,8 +296,10 @@ def open_ranks() -> Iterator[Ranks]:
     except RankEndedError:
         raise
     except BaseException as error:  # leaves connections open until the process ends: when they close, it has ended
-        if isinstance(error, KeyboardInterrupt) and (ranks._reasons() or ranks._gone()):
-            raise ranks.ended("torchrun ends all") from None  # which it does where one has ended
+        if isinstance(error, KeyboardInterrupt):
+            broken = error.__context__  # the exchange that this rank waited in, where it broke before torchrun ends all
+            if isinstance(broken, RuntimeError) or ranks._reasons() or ranks._gone():
+                raise ranks.ended(first_line(broken) if broken else "torchrun ends all") from None
         with suppress(RuntimeError):
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
             store = dist.distributed_c10d._get_default_store()

@@ -135,10 +135,10 @@ def test_rank_0_speaks_for_all(run_line: tuple[object, ...], tmp_path: Path, unb
     done = torchrun(2, *run_line, "--log-file", log)
     assert done.code == 0, done.stderr
     assert done.said == []
-    for text, found in (("block 1 of 2, model.layers.0", 1), ("block 2 of 2, model.layers.1", 1)):
-        assert log.read_text().count(text) == found
-        assert " ".join(done.stdout.split()).count(text) == found
-    assert done.stdout.count("pruning\u2026") + done.stdout.count("of 2 blocks") == 1, "one table at the end"
+    stdout = " ".join(done.stdout.split())
+    for block in ("block 1 of 2, model.layers.0", "block 2 of 2, model.layers.1"):
+        assert (log.read_text().count(block), stdout.count(block)) == (1, 1)
+    assert (stdout.count("on each of 2 ranks"), stdout.count("2 of 2 blocks")) == (1, 1), "a plan and a result"
     assert verify(tmp_path / "out").problems == ()
     assert run_contents(tmp_path / "out") == unbroken
 

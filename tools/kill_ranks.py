@@ -27,6 +27,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from streamslr.run.journal import read_journal
 from tests.support.compressed_folders import run_contents
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
@@ -44,7 +45,7 @@ class Kill:
     seconds_to_end: float  # from the kill until torchrun had ended
     exit_code: int
     said: tuple[str, ...]  # lines of streamslr on standard error
-    named: bool  # one line, which names the rank
+    named: bool  # one line, which names the rank; none where the others had done their work
     identical: bool  # the same line ended with the bytes of the unbroken run
 
 
@@ -73,10 +74,10 @@ def wait_for_ranks(torchrun: "subprocess.Popen[bytes]", ranks: int) -> dict[int,
     raise SystemExit(f"torchrun ended with {torchrun.returncode} before its ranks were there")
 
 
-def count_blocks(out: Path) -> int:
-    """Return the finished blocks of the run in a folder."""
-    journal = out / "streamslr.json"
-    return len(json.loads(journal.read_text())["blocks"]) if journal.exists() else 0
+def count_blocks(out: Path) -> tuple[int, int]:
+    """Return how many blocks of the run in a folder are finished, and how many there are."""
+    state = read_journal(out)
+    return (len(state.blocks), state.blocks_total) if state else (0, 1)
 
 
 def kill_once(ranks: int, line: list[str], out: Path, seconds: float, expected: dict[str, bytes]) -> Kill | None:
@@ -99,9 +100,10 @@ def kill_once(ranks: int, line: list[str], out: Path, seconds: float, expected: 
     code = torchrun.wait(120)
     to_end = time.monotonic() - killed
     said = tuple(text for text in errors.read_text().splitlines() if text.startswith("streamslr, rank"))
-    done = count_blocks(out)
-    again = start(ranks, line, errors).wait(600)
+    done, total = count_blocks(out)
     named = len(said) == 1 and bool(re.search(rf"rank {rank} \(process \d+\) ended without a word", said[0]))
+    named = named or (done == total and not said)
+    again = start(ranks, line, errors).wait(600)
     identical = again == 0 and run_contents(out) == expected
     return Kill(rank, round(after, 2), done, round(to_end, 2), code, said, named, identical)
 
