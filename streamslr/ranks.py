@@ -39,6 +39,10 @@ class RankEndedError(StreamslrError):
         self.said_already = said_already
 
 
+class MemoryOfRanksError(MemoryError):
+    """Memory ran out on a rank, and every rank raises this."""
+
+
 @dataclass
 class Traffic:
     """Seconds that this rank waited in exchanges, and bytes that it put into them; read and cleared by `take`."""
@@ -158,6 +162,9 @@ class Ranks:
         """Call `work`; where it lacks memory or a deterministic operator on some rank, raise that on every rank.
 
         So all ranks try again together. `work` must exchange the same things whether it fails in this way or not.
+
+        Raises:
+            MemoryOfRanksError: Memory ran out on a rank, which it names.
         """
         if self.world == 1:
             return work()
@@ -173,7 +180,7 @@ class Ranks:
         rank, said = next((rank, text) for rank, text in enumerate(self.gather(said)) if text)
         if says_not_deterministic(RuntimeError(said)):
             raise RuntimeError(said)
-        raise MemoryError(f"rank {rank}: {said}")
+        raise MemoryOfRanksError(f"rank {rank}: {said}")
 
     def wait_for_all(self) -> None:
         """Return once every rank is here."""
@@ -207,7 +214,7 @@ class Ranks:
 
     def ended(self, how_noticed: str) -> RankEndedError:
         """Return an error that names the rank that ended, and its reason if it left one."""
-        until = time.monotonic() + _SECONDS_TO_END
+        until = time.monotonic() + (_SECONDS_TO_END if len(self._neighbours()) > 1 else 0)
         while not (reasons := self._reasons()) and not (gone := self._gone()) and time.monotonic() < until:
             time.sleep(0.05)
         here = [rank for rank in self._neighbours() if rank not in self._gone()]
@@ -298,10 +305,17 @@ def open_ranks() -> Iterator[Ranks]:
     except RankEndedError:
         raise
     except BaseException as error:  # leaves connections open until the process ends: when they close, it has ended
-        if isinstance(error, KeyboardInterrupt) and (ranks._reasons() or ranks._gone()):
-            raise ranks.ended("torchrun ends all") from None  # which it does where one has ended
+        if isinstance(error, KeyboardInterrupt):
+            broken = error.__context__  # the exchange that this rank waited in, where it broke before torchrun ends all
+            if isinstance(broken, RuntimeError) or ranks._reasons() or ranks._gone():
+                raise ranks.ended(first_line(broken) if broken else "torchrun ends all") from None
         with suppress(RuntimeError):
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
-            dist.distributed_c10d._get_default_store().set(_reason_key(rank), reason)
+            store = dist.distributed_c10d._get_default_store()
+            store.set(_reason_key(rank), reason)
+            # Where all end for one reason, the first of each machine says it.
+            ours = f"{rank} {reason}"
+            first = store.compare_set(f"streamslr/first/{socket.gethostname()}", "", ours).decode(errors="replace")
+            error.said_already = first != ours and first.partition(" ")[2] == reason  # type: ignore[attr-defined]
         raise
     dist.destroy_process_group()

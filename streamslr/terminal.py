@@ -101,29 +101,33 @@ def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Ite
         logging.lastResort.setFormatter(_OneLine())
     number, world = rank_and_world()
     rank = f", rank {number}" if world > 1 else ""
+
+    def tell(error: BaseException, message: str) -> None:
+        if not getattr(error, "said_already", False):  # by another rank
+            say(f"streamslr{rank}: {message}", err=True)
+
     try:
         with _stop_signals():
             yield
     except StreamslrError as error:
-        if not error.said_already:
-            say(f"streamslr{rank}: {error}", err=True)
+        tell(error, str(error))
         sys.exit(error.exit_code)
     except (MemoryError, ImportError, RuntimeError, OSError, SafetensorError) as error:
         if says_out_of_memory(error):
-            say(f"streamslr{rank}: {_explain_lack_of_memory(error)}", err=True)
+            tell(error, _explain_lack_of_memory(error))
             sys.exit(BudgetError.exit_code)
         if says_disk_full(error):
             advice = "free some space or give another folder, then start the same line again"
-            say(f"streamslr{rank}: a file cannot be written: {first_line(error)}; {advice}", err=True)
+            tell(error, f"a file cannot be written: {first_line(error)}; {advice}")
             sys.exit(BudgetError.exit_code)
         if not isinstance(error, OSError) and "Too many open files" not in str(error):
             raise
-        say(f"streamslr{rank}: {error}", err=True)
+        tell(error, str(error))
         sys.exit(StreamslrError.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         message = f"; finished {parts} are kept, and {how_to_go_on}" if how_to_go_on else ""
-        say(f"streamslr{rank}: interrupted{message}", err=True)
+        tell(interruption, f"interrupted{message}")
         sys.exit(_INTERRUPTED)
 
 

@@ -1,10 +1,11 @@
 """The journal of a compressed folder as tables for people and as JSON for programs."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Table
 
@@ -15,6 +16,8 @@ from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, Linea
 from streamslr.run.progress import PHASES, gpu_taken_bytes
 from streamslr.spec.allocation import LinearSpec, in_words
 from streamslr.spec.pattern import parse_pattern
+
+T = TypeVar("T")
 
 REPORT_FILE = "report.html"
 """Name of the report in a compressed folder. `verify` allows it there."""
@@ -89,7 +92,7 @@ def short_name(linear: str, block: BlockRecord) -> str:
     return linear.partition(f".{block.index}.")[2] or linear
 
 
-def sort_phases(measured: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def sort_phases(measured: Mapping[str, T]) -> dict[str, T]:
     """Return what was measured of each phase, in the order of a run; the journal sorts phases by name."""
     order = {name: position for position, name in enumerate(PHASES)}
     return dict(sorted(measured.items(), key=lambda item: order.get(item[0], len(order))))
@@ -168,6 +171,7 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
         "matching": asdict(block.matching) if block.matching else None,
         "warnings": list_warnings(block),
         "phases": sort_phases(block.measured),
+        "seconds_by_rank": dict(sort_phases(block.seconds_by_rank)),
         "linears": [asdict(linear) for linear in block.linears],
         "dense": dict(block.dense),
     }
@@ -193,6 +197,26 @@ def totals(blocks: Sequence[BlockRecord]) -> dict[str, Any]:
         "ratio": sum(linear.nbytes for linear in linears) / dense,
         "bits_per_weight": 8 * sum(linear.nbytes for linear in linears) / sum(prod(linear.shape) for linear in linears),
     }
+
+
+def seconds_by_ranks(blocks: Iterable[BlockRecord]) -> dict[int, list[float]]:
+    """Return, for each number of ranks that shared blocks out, the seconds that each rank worked on these."""
+    found: dict[int, list[float]] = {}
+    for block in blocks:
+        if worked := block.seconds_of_ranks:
+            before = found.get(len(worked), [0.0] * len(worked))
+            found[len(worked)] = [sum(pair) for pair in zip(before, worked, strict=True)]
+    return found
+
+
+def describe_ranks(blocks: Sequence[BlockRecord]) -> list[str]:
+    """Return a line on the work of each rank, for each number of ranks; none for one process."""
+    counts = Counter(len(block.seconds_of_ranks) for block in blocks)
+    return [
+        f"work of {world} ranks on {counts[world]} block{'s' if counts[world] > 1 else ''}, without waiting: "
+        + ", ".join(f"rank {rank} {seconds:.1f} s" for rank, seconds in enumerate(worked))
+        for world, worked in seconds_by_ranks(blocks).items()
+    ]
 
 
 def _seconds(block: BlockRecord) -> float:
@@ -222,6 +246,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
     )
     caption += (f"stay dense: {which}" for which in list_dense(state))
     caption += list_early_retries(state)
+    caption += describe_ranks(state.blocks)
     table = Table(
         title=f"{folder}: {describe_method(state)}, {len(state.blocks)} of {state.blocks_total} blocks"
         + ("" if state.complete else " (unfinished: the same `streamslr run` line continues it)"),
@@ -276,7 +301,9 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
     table = Table(
         title=f"{folder / block.shard.file}: {block.name}, {format_bytes(block.shard.nbytes)}, "
         f"sha256 {block.shard.sha256[:12]}",
-        caption="\n".join([*_ERROR_CAPTIONS, *matching, f"time: {phases}", *_describe_gpu(block), *retries]),
+        caption="\n".join(
+            [*_ERROR_CAPTIONS, *matching, f"time: {phases}", *describe_ranks([block]), *_describe_gpu(block), *retries]
+        ),
         caption_justify="left",
     )
     table.add_column("linear", no_wrap=True)

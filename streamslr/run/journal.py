@@ -106,7 +106,7 @@ class MatchRecord:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """One finished block. `measured` is all that differs between two runs of one line."""
+    """One finished block. `measured` and `seconds_by_rank` are all that differs between two runs of one line."""
 
     index: Count
     name: str
@@ -126,6 +126,13 @@ class BlockRecord:
         if not self.linears:
             raise ValueError("linears is empty")
         _check_phases(self.measured)
+        if len({len(seconds) for seconds in self.seconds_by_rank.values()}) > 1:
+            raise ValueError("seconds_by_rank counts another number of ranks in each phase")
+
+    @property
+    def seconds_of_ranks(self) -> tuple[float, ...]:
+        """Seconds that each rank worked on the block, waiting left out; none of a run by one process."""
+        return tuple(float(sum(phases)) for phases in zip(*self.seconds_by_rank.values(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ from streamslr.model.checkpoint import open_checkpoint
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.context import RunContext, require_fit
 from streamslr.run.dealing import Deal, deal_linears
-from streamslr.run.journal import BlockRecord, JournalState, LinearRecord, MatchRecord, Phases, Retries, Sample
+from streamslr.run.journal import BlockRecord, JournalState, LinearRecord, MatchRecord, Sample
 from streamslr.run.journal_writer import Journal, made_with
 from streamslr.run.passes import (
     Boundary,
@@ -57,7 +57,7 @@ from streamslr.run.passes import (
     median_difference,
     rank_scratch,
 )
-from streamslr.run.progress import BlockProgress, Display, NoDisplay, PhaseTimer, WarningsOfRanks
+from streamslr.run.progress import Agreed, BlockProgress, Display, NoDisplay, PhaseTimer, WarningsOfRanks
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.run.survey import allocation_by_outliers
 from streamslr.spec.allocation import Allocation, as_json, common_pattern
@@ -154,16 +154,16 @@ def warn_of_other_means(before: Mapping[str, str], now: Mapping[str, str]) -> No
 
 
 def _require_same_on_all_ranks(ranks: Ranks, fingerprint: Mapping[str, Any]) -> None:
-    """Raise InputError where another rank was started with other settings, or sees another model or text."""
-    ours = dict(fingerprint)
-    theirs = ranks.tell(ours)
-    if changed := [
-        f"{name}: {theirs.get(name)!r} there, {ours[name]!r} here" for name in ours if theirs.get(name) != ours[name]
-    ]:
-        raise InputError(
-            f"this rank differs from rank 0 ({'; '.join(changed)}); start all ranks with the same line, where they see "
-            "the same model and text"
-        )
+    """Raise InputError, on all ranks, where one was started with other settings or sees another model or text."""
+    first, *others = ranks.gather(dict(fingerprint))
+    for rank, theirs in enumerate(others, 1):
+        if changed := [
+            f"{name}: {theirs.get(name)!r}, not {first[name]!r}" for name in first if theirs.get(name) != first[name]
+        ]:
+            raise InputError(
+                f"rank {rank} differs from rank 0 ({'; '.join(changed)}); start all ranks with the same line, where "
+                "they see the same model and text"
+            )
 
 
 def _made_with(context: RunContext) -> dict[str, str]:
@@ -475,16 +475,13 @@ class Compression:
         others = self.context.blockwise.by_key(weights.other_tensors)
         return write_block(self.context.config.out, block.index, linears, others)
 
-    def agree(self) -> "Agreed":
+    def agree(self) -> Agreed:
         """Take what all ranks measured, and what the tightest of them cut, which holds for all from here on."""
-        passes, compressor = self.passes, self.linear_compressor
-        workspace = math.inf if compressor.workspace is None else compressor.workspace
         self.warnings.share()
-        ours = self.timer.take(), self.timer.take_retries(), passes.micro_batch, workspace
-        measured, retries, micro_batches, workspaces = zip(*self.context.ranks.gather(ours), strict=True)
-        passes.micro_batch = min(micro_batches)
-        compressor.workspace = None if min(workspaces) == math.inf else min(workspaces)
-        return agreed(measured, retries)
+        compressor = self.linear_compressor
+        workspace = min(self.context.ranks.gather(math.inf if compressor.workspace is None else compressor.workspace))
+        compressor.workspace = None if workspace == math.inf else int(workspace)
+        return self.passes.agree()
 
     def release(self, names: Sequence[str]) -> None:
         """With --evict-shards, delete the downloads that nobody on this machine needs any more."""
@@ -549,36 +546,6 @@ def exchange_solved(
             linear.weight.copy_(merge(packed, patterns[name], shape, linear.weight.dtype))
             solved[name] = packed, record
     return solved
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What the ranks measured of a block: the most of each figure, what they cut, and the seconds each worked."""
-
-    measured: Phases
-    retries: Retries
-    seconds_by_rank: Mapping[str, tuple[float, ...]]
-
-
-def agreed(measured: Sequence[Mapping[str, Mapping[str, float]]], retries: Sequence[Retries]) -> Agreed:
-    """Put together what each rank measured, and what its second tries did without."""
-    if len(measured) == 1:
-        return Agreed(measured[0], retries[0], {})
-    most: dict[str, dict[str, float]] = {}
-    for of_rank in measured:
-        for phase, figures in of_rank.items():
-            so_far = most.setdefault(phase, {})
-            so_far.update({name: max(value, so_far.get(name, value)) for name, value in figures.items()})
-    cut: dict[str, tuple[str, ...]] = {}
-    for rank, cut_there in enumerate(retries):
-        for phase, sentences in cut_there.items():
-            cut[phase] = (*cut.get(phase, ()), *(f"rank {rank}: {sentence}" for sentence in sentences))
-    worked = {
-        phase: tuple(round(of_rank[phase]["seconds"] - of_rank[phase]["waited_seconds"], 4) for of_rank in measured)
-        for phase in most
-        if all(phase in of_rank for of_rank in measured)
-    }
-    return Agreed(most, cut, worked)
 
 
 def require_same_but_for_rounding(before: Sample | None, now: Sample, dtype: torch.dtype) -> None:

@@ -32,14 +32,15 @@ from streamslr.calibration.hidden_states import (
 )
 from streamslr.calibration.transfers import Resident, Transfers, pinned_windows
 from streamslr.config import RunConfig
+from streamslr.errors import BudgetError, first_line, says_out_of_memory
 from streamslr.gpu import retry_in_any_order
 from streamslr.matching import BlockWeights, CompressedBlock, LossSums, MatchSettings
 from streamslr.memory import release_memory, retry_on_oom
 from streamslr.model.blockwise import Block, BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint
-from streamslr.ranks import ALONE, Ranks
+from streamslr.ranks import ALONE, MemoryOfRanksError, Ranks
 from streamslr.run.journal import Sample
-from streamslr.run.progress import PhaseTimer
+from streamslr.run.progress import Agreed, PhaseTimer, agreed
 from streamslr.spec.owl import DEFAULT_OUTLIER_FACTOR, outlier_fraction
 
 T = TypeVar("T")
@@ -124,6 +125,13 @@ class Passes:
         of_rank = self.ranks.gather(dict(zip(self.windows, of_windows, strict=True)))
         found = {window: value for of_windows in of_rank for window, value in of_windows.items()}
         return [found[window] for window in range(len(self.all_ids))]
+
+    def agree(self) -> Agreed:
+        """Take what all ranks measured, and the micro-batch of the tightest, which holds for all from here on."""
+        ours = self.timer.take(), self.timer.take_retries(), self.micro_batch
+        measured, retries, micro_batches = zip(*self.ranks.gather(ours), strict=True)
+        self.micro_batch = min(micro_batches)
+        return agreed(measured, retries)
 
     def embed(self, targets: bool) -> Boundary:
         """Write boundary 0, and a copy of it as `targets` where they are wanted."""
@@ -269,8 +277,28 @@ class Passes:
         return self._retry(phase, work, None)
 
     def retry_match(self, work: Callable[[], T]) -> T:
-        """Do the same for `work`, a matching, which passes no more windows at a time than a step has."""
-        return self._retry("match", work, self.config.match_batch)
+        """Do the same for `work`, a matching, which passes no more windows at a time than a step has.
+
+        Ranks try again together. One that lacks memory where the others do not notice ends: they wait in an exchange.
+
+        Raises:
+            BudgetError: Memory ran out there.
+        """
+
+        def noticed() -> T:
+            try:
+                return work()
+            except MemoryOfRanksError:
+                raise
+            except (MemoryError, RuntimeError) as error:
+                if self.ranks.world == 1 or not says_out_of_memory(error):
+                    raise
+                raise BudgetError(
+                    f"memory ran out while {self.ranks.world} ranks matched a block: {first_line(error)}. Free some or "
+                    "raise the budget, then start the same line again; finished blocks are kept"
+                ) from error
+
+        return self._retry("match", noticed, self.config.match_batch)
 
     def _retry(self, phase: str, work: Callable[[], T], at_most: int | None) -> T:
         note = self.timer.note_retry

@@ -3,8 +3,9 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from streamslr.config import format_bytes
 from streamslr.memory import MemoryWatch
 from streamslr.printable import printable
 from streamslr.ranks import Ranks, Traffic
-from streamslr.run.journal import BlockRecord
+from streamslr.run.journal import BlockRecord, Phases, Retries
 
 log = logging.getLogger("streamslr")
 
@@ -141,6 +142,36 @@ class PhaseTimer:
         return retries
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """What the ranks measured of a block: the most of each figure, what they cut, and the seconds each worked."""
+
+    measured: Phases
+    retries: Retries
+    seconds_by_rank: Mapping[str, tuple[float, ...]]
+
+
+def agreed(measured: Sequence[Mapping[str, Mapping[str, float]]], retries: Sequence[Retries]) -> Agreed:
+    """Put together what each rank measured, and what its second tries did without."""
+    if len(measured) == 1:
+        return Agreed(measured[0], retries[0], {})
+    most: dict[str, dict[str, float]] = {}
+    for of_rank in measured:
+        for phase, figures in of_rank.items():
+            so_far = most.setdefault(phase, {})
+            so_far.update({name: max(value, so_far.get(name, value)) for name, value in figures.items()})
+    cut: dict[str, tuple[str, ...]] = {}
+    for rank, cut_there in enumerate(retries):
+        for phase, sentences in cut_there.items():
+            cut[phase] = (*cut.get(phase, ()), *(f"rank {rank}: {sentence}" for sentence in sentences))
+    worked = {
+        phase: tuple(round(of_rank[phase]["seconds"] - of_rank[phase]["waited_seconds"], 4) for of_rank in measured)
+        for phase in most
+        if all(phase in of_rank for of_rank in measured)
+    }
+    return Agreed(most, cut, worked)
+
+
 class WarningsOfRanks(logging.Handler):
     """Warnings that each rank logs; rank 0, which speaks for all, says those of others that it did not log itself."""
 
@@ -196,7 +227,7 @@ class BlockProgress:
             matched = f" block loss {record.matching.loss_before:.3g}"
             matched += f" -> {record.matching.loss_after:.3g}," if record.matching.applied else " (not matched),"
         slowest = ""
-        if worked := [sum(of_rank) for of_rank in zip(*record.seconds_by_rank.values(), strict=True)]:
+        if worked := record.seconds_of_ranks:
             mean = sum(worked) / len(worked)
             slowest = (
                 f" rank {worked.index(max(worked))} the slowest (×{max(worked) / max(mean, 1e-9):.2f} of the mean),"

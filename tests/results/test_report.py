@@ -18,7 +18,7 @@ from click.testing import CliRunner
 import streamslr
 from streamslr.cli import main
 from streamslr.errors import InputError
-from streamslr.results.inspect import read_run
+from streamslr.results.inspect import block_summary, block_table, read_run, run_table
 from streamslr.results.report.figures import draw_figures
 from streamslr.results.report.page import render_page, write_report
 from streamslr.results.verify import verify
@@ -94,6 +94,22 @@ def test_the_figures_hold_what_the_journal_says(state: JournalState) -> None:
     assert [(next(drawn_lines), next(drawn_lines), next(drawn_lines)) for _ in lines] == [
         (*ends, None) for ends in lines
     ]
+
+
+def test_the_work_of_ranks_is_shown_where_ranks_shared_it_out(state: JournalState) -> None:
+    first, *others = state.blocks
+    shared = dataclasses.replace(first, seconds_by_rank={"solve": (5.0, 2.0), "grams": (1.0, 1.5)})
+    state = dataclasses.replace(state, blocks=(shared, *others))
+    drawn = draw_figures(state)["ranks"]["data"]
+    assert [(line["name"], line["y"]) for line in drawn] == [
+        ("rank 0", [6.0, *[None] * len(others)]),
+        ("rank 1", [3.5, *[None] * len(others)]),
+    ]
+    said = "work of 2 ranks on 1 block, without waiting: rank 0 6.0 s, rank 1 3.5 s"
+    for table in (run_table(Path("slr"), state), block_table(Path("slr"), shared)):
+        assert said in str(table.caption).splitlines()
+    by_phase = block_summary(Path("slr"), shared)["seconds_by_rank"]
+    assert list(by_phase.items()) == [("grams", (1.0, 1.5)), ("solve", (5.0, 2.0))]
 
 
 def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: JournalState) -> None:

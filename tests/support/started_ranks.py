@@ -1,6 +1,7 @@
 """Ranks of a test: processes that find each other as torchrun's do, and what each of them returns."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,18 @@ class StartedRanks:
     def results(self, seconds: float = 300) -> list[Any]:
         """Return what each rank returned, in their order; of one that an error ended, the type and text of the error.
 
+        Of one that was killed it is None.
+
         Raises:
             TimeoutError: Some still worked after so many seconds, and were killed.
         """
-        codes = [child.join(seconds) for child in self._children]
+        until = time.monotonic() + seconds
+        codes = [child.join(max(0.0, until - time.monotonic())) for child in self._children]
         if None in codes:
             for child in self._children:
                 child.kill()
             raise TimeoutError(f"exit codes {codes} after {seconds} s")
-        return [torch.load(file, weights_only=False) for file in self._files]
+        return [torch.load(file, weights_only=False) if file.exists() else None for file in self._files]
 
 
 def _work(rank: int, world: int, port: int, file: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -24,6 +24,9 @@ _PART_COLOURS = {"S": BLUE, "U·V": "#e09f3e", "dense linears": GREY, "everythin
 _LEGEND_FRACTION = 0.005
 """Smallest fraction of the time with which a phase is in the legend; shorter phases are named on hover."""
 
+_MOST_RANKS_IN_LEGEND = 16
+"""Most ranks that the legend names; more are named on hover."""
+
 _DRAWN_BUDGET = 4
 """Largest budget that is drawn, in units of the highest peak or plan; a larger one would flatten everything else."""
 
@@ -113,6 +116,29 @@ def draw_time(state: JournalState) -> Figure:
             }
         )
     layout = make_layout(300, "block", unit, xaxis=block_axis(state.blocks), barmode="stack", bargap=0.15)
+    return {"data": traces, "layout": layout}
+
+
+def draw_ranks(state: JournalState) -> Figure:
+    """Draw the seconds that each rank worked on each block that ranks shared out, a line per rank."""
+    worked = [block.seconds_of_ranks for block in state.blocks]
+    world = max(map(len, worked))
+    divisor, unit = (1, "seconds") if max(map(max, filter(None, worked))) < 300 else (60, "minutes")
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": f"rank {rank}",
+            "showlegend": world <= _MOST_RANKS_IN_LEGEND,
+            "x": [block.index for block in state.blocks],
+            "y": [seconds[rank] / divisor if rank < len(seconds) else None for seconds in worked],
+            "line": {"width": 1.5},
+            "hovertemplate": f"block %{{x}}, rank {rank}: %{{y:.3g}} {unit}<extra></extra>",
+        }
+        for rank in range(world)
+    ]
+    layout = make_layout(240, "block", unit, xaxis=block_axis(state.blocks))
+    layout["yaxis"]["rangemode"] = "tozero"
     return {"data": traces, "layout": layout}
 
 

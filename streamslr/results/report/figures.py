@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from streamslr.config import format_bytes
 from streamslr.results.inspect import short_name, totals
-from streamslr.results.report.costs import draw_memory, draw_sizes, draw_time, peak_memory
+from streamslr.results.report.costs import draw_memory, draw_ranks, draw_sizes, draw_time, peak_memory
 from streamslr.results.report.layout import (
     BLUE,
     GREY,
@@ -35,6 +35,7 @@ def draw_figures(state: JournalState) -> dict[str, Figure]:
         "block-errors": _draw_block_errors(state.blocks),
         **({"matching": _draw_matching(matched), "curves": _draw_curves(matched)} if matched else {}),
         "time": draw_time(state),
+        **({"ranks": draw_ranks(state)} if any(block.seconds_of_ranks for block in state.blocks) else {}),
         **{f"{device}-memory": draw_memory(state, device) for device in peak_memory(state)},
         "sizes": draw_sizes(state),
     }
