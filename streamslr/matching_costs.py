@@ -1,6 +1,8 @@
 """Memory and floating point operations that matching takes, from shapes."""
 
-from streamslr.matching import TILE
+import math
+
+from streamslr.matching import EXCHANGED_AT_ONCE, TILE
 from streamslr.model.pass_costs import routed_bytes
 from streamslr.model.shape import BlockShape
 from streamslr.spec.allocation import Allocation
@@ -30,9 +32,10 @@ def refine_bytes(
 ) -> int:
     """Return the bytes that `CompressedBlock.refine` takes beside the live block and the weights before and after.
 
-    Counted are, in float32, master and gradient of each number that is trained (`count_masters`), and this rank's share
-    of two moments each; the int32 position of each kept value; what a micro-batch saves for its gradients; and tiles of
-    a dense weight. The plan of phase match is 1.02 to 1.04 times its measured peak (tools/results/run-llama-8m.json,
+    Counted are, in float32, master, gradient and two moments of this rank's share of the numbers that are trained
+    (`count_masters`); with ranks, U and V for the products, and the buffers through which all numbers of one linear
+    go; the int32 position of each kept value; what a micro-batch saves for its gradients; and tiles of a dense weight.
+    The plan of phase match is 1.02 to 1.04 times its measured peak (tools/results/run-llama-8m.json,
     tools/results/block-small-cpu.json).
 
     Args:
@@ -54,7 +57,12 @@ def refine_bytes(
         saved += (_NORM_COPIES + _LOSS_TENSORS) * hidden_size * 4 // value_bytes
     tiles = _TILE_COPIES * 4 * min(max(o * d for o, d in block.linears.values()), TILE)
     finer = tokens * 2 * hidden_size * (stream_bytes - value_bytes)
-    masters = 8 * trained + 8 * -(-trained // world) + 4 * _count_kept(block, allocation)
+    masters = 16 * -(-trained // world) + 4 * _count_kept(block, allocation)
+    if world > 1:
+        low_rank = {name: min(allocation[name].rank, *shape) * sum(shape) for name, shape in block.linears.items()}
+        kept = {name: round(allocation[name].pattern.density * o * d) for name, (o, d) in block.linears.items()}
+        masters += value_bytes * sum(low_rank.values())
+        masters += EXCHANGED_AT_ONCE * 4 * max(kept[name] + low_rank[name] for name in kept)
     return masters + tokens * saved * value_bytes + finer + routed + tiles
 
 
@@ -72,6 +80,12 @@ def _count_kept(block: BlockShape, allocation: Allocation) -> int:
 def refine_steps(windows: int, batch: int, epochs: int) -> int:
     """Return the steps of `epochs` epochs, the first of which has none, given the windows that are trained on."""
     return (epochs - 1) * -(-windows // batch)
+
+
+def refine_micro_batches(windows: int, batch: int, epochs: int, micro_batch: int, world: int) -> int:
+    """Return the micro-batches of the steps of `epochs` epochs, on the rank that has the most windows of each step."""
+    most = [math.ceil(min(batch, windows - first) / world) for first in range(0, windows, batch)]
+    return (epochs - 1) * sum(math.ceil(own / micro_batch) for own in most)
 
 
 def refine_flops(forward: float, epochs: int) -> float:

@@ -12,7 +12,7 @@ from streamslr.calibration.hidden_states import boundary_bytes, transfer_bytes
 from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes, pinned_bytes
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
-from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, refine_steps
+from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, refine_micro_batches, refine_steps
 from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.run.dealing import Deal, deal_linears
@@ -171,9 +171,11 @@ class Costs:
         on_gpu, host = self._moving(micro_batch, reads=self._streams)
         compute = weights + refining + self._score_bytes(micro_batch) + on_gpu
         epochs = self.config.match_epochs
-        steps = refine_steps(self.config.samples - self.config.match_held_out, self.config.match_batch, epochs)
+        sizes_of_steps = self.config.samples - self.config.match_held_out, self.config.match_batch, epochs
+        steps = refine_steps(*sizes_of_steps)
+        summed = refine_micro_batches(*sizes_of_steps, micro_batch, self.world)
         masters = max(count_masters(block, self.allocation) for block in self.model.blocks)
-        sent = match_traffic(masters, steps, self.world)
+        sent = match_traffic(masters, summed, steps, self.world)
         return self._cost("match", compute, host, refine_flops(self._forward_flops, epochs), sent)
 
     def _propagate(self, micro_batch: int) -> PhaseCost:
