@@ -126,8 +126,9 @@ class CompressedBlock:
     @torch.no_grad()
     def load(self, weights: BlockWeights) -> None:
         """Copy stored weights into the live block."""
-        for name, parts in weights.packed.items():
+        for name, stored in weights.packed.items():
             weight = self._block.linears[name].weight
+            parts = _on(weight.device, stored)
             weight.copy_(merge(parts, self._patterns[name], (weight.shape[0], weight.shape[1]), weight.dtype))
         for name in weights.other_tensors.keys() & self._parameters.keys():
             self._parameters[name].copy_(weights.other_tensors[name])
@@ -153,7 +154,7 @@ class CompressedBlock:
         after each micro-batch.
 
         Args:
-            weights: Weights to start from; they stay as they are.
+            weights: Weights to start from; they stay as they are, and may be in host memory.
             settings: Epochs, steps and learning rates.
             batches: Function of spans of this rank's windows. For each span, in their order, it yields what enters the
                 block and what should leave it, both [b, T, h].
@@ -164,9 +165,9 @@ class CompressedBlock:
             ranks: The ranks, whose windows are dealt as `Ranks.share` does, those held out behind the others.
 
         Returns:
-            The weights to store; the relative loss of each epoch; and that on the held-out windows after each epoch,
-            the last one with the weights to store. The first epoch trains nothing and gives the losses to start from;
-            the loss of each later epoch is the mean over its steps.
+            The weights to store, where those to start from are; the relative loss of each epoch; and that on the
+            held-out windows after each epoch, the last one with the weights to store. The first epoch trains nothing
+            and gives the losses to start from; the loss of each later epoch is the mean over its steps.
         """
         micro_batch = min(ranks.gather(micro_batch))  # a second try may have cut that of one rank alone
         fitted = windows - held_out
@@ -490,8 +491,9 @@ class _Optimizer:
 class _LinearMasters:
     """Float32 masters of one linear [o, d]: its kept values [nnz], U [o, r] and V [r, d]."""
 
-    def __init__(self, linear: nn.Linear, parts: Mapping[str, Tensor], pattern: SparsityPattern, ranks: Ranks) -> None:
-        self.linear, self._parts, self._alone = linear, parts, ranks.world == 1
+    def __init__(self, linear: nn.Linear, stored: Mapping[str, Tensor], pattern: SparsityPattern, ranks: Ranks) -> None:
+        self.linear, self._stored, self._alone = linear, stored, ranks.world == 1
+        parts = _on(linear.weight.device, stored)
         o, d = linear.out_features, linear.in_features
         values = parts["values"].flatten()
         U = parts["U"] if "U" in parts else linear.weight.new_zeros(o, 0)
@@ -565,8 +567,10 @@ class _LinearMasters:
         """Return the linear's parts as `pack` stores them."""
         trained = dict(zip(("values", "U", "V"), masters, strict=True))
         return {
-            name: trained[name].to(part.dtype, copy=not self._alone).view_as(part) if name in trained else part
-            for name, part in self._parts.items()
+            name: trained[name].to(part.device, part.dtype, copy=not self._alone).view_as(part)
+            if name in trained
+            else part
+            for name, part in self._stored.items()
         }
 
 
@@ -640,6 +644,10 @@ class _VectorMasters:
             name: master.to(dtype, copy=not self._alone)
             for name, master, dtype in zip(self._parameters, masters, self._dtypes, strict=True)
         }
+
+
+def _on(device: torch.device, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part.to(device) for name, part in parts.items()}
 
 
 def _energy(tensor: Tensor) -> Tensor:

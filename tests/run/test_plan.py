@@ -313,15 +313,11 @@ def test_the_busiest_rank_does_little_more_than_its_share_of_the_work(world: int
 
 
 def test_a_rank_keeps_masters_gradients_and_moments_of_its_share_alone() -> None:
-    one, eight = (plan(llama_70b(), world=world, match_batch=1) for world in (1, 8))
+    two, eight = (plan(llama_70b(), world=world, match_batch=1) for world in (2, 8))
     block = llama_70b().blocks[0]
-    allocation = allocate(RunConfig(model="m", out=Path("out")), [block.linears])
-    masters = count_masters(block, allocation)
-    low_rank = {name: allocation[name].rank * (o + d) for name, (o, d) in block.linears.items()}
-    for_products = 2 * sum(low_rank.values())  # in bf16
-    largest = max(o * d // 2 + low_rank[name] for name, (o, d) in block.linears.items())
-    saved = 16 * masters * 7 / 8 - for_products - 2 * 4 * largest
-    assert phase(one, "match").gpu_bytes - phase(eight, "match").gpu_bytes == pytest.approx(saved, abs=16)
+    masters = count_masters(block, allocate(RunConfig(model="m", out=Path("out")), [block.linears]))
+    saved = 16 * masters * (1 / 2 - 1 / 8)
+    assert phase(two, "match").gpu_bytes - phase(eight, "match").gpu_bytes == pytest.approx(saved, abs=16)
 
 
 def test_only_the_grams_of_a_ranks_own_linears_wait_to_be_solved() -> None:
