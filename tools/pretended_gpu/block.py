@@ -211,7 +211,7 @@ def run_block(
     Args:
         folder: Folder of the checkpoint; the run's own folder is made beside it.
         gpu: Device without values; it must not be entered yet.
-        iterations: Iterations of the solver for each linear.
+        iterations: Iterations of the solver for each linear, where its method has any.
         windows: Windows that pass, of all ranks; None for all. The plan is that of all.
         epochs: Epochs of matching.
         world: Ranks that share the run; rank 0 is there, the others are pretended (`PretendedRanks`).
@@ -254,7 +254,9 @@ def _compress_block(context: RunContext, iterations: int) -> None:
     ):
         sizes = plan.micro_batch, plan.in_memory, plan.resident_windows
         passes = Passes(config, context.blockwise, ids, timer, *sizes, context.ranks)
-        solver: Any = replace(context.method.solver, max_iterations=iterations)  # type: ignore[type-var]
+        solver: Any = context.method.solver
+        if hasattr(solver, "max_iterations"):
+            solver = replace(solver, max_iterations=iterations)
         compressor = LinearCompressor(solver, context.allocation, config.seed, plan.solver_workspace)
         progress = BlockProgress(NoDisplay(), 0, plan.blocks)
         warnings = WarningsOfRanks(context.ranks)
