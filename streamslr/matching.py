@@ -4,11 +4,12 @@ What was tried, and what it gave: tools/results/matching.md.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, cycle, islice
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ TILE = 1 << 24
 
 _ALIGNED = 128
 """Numbers in float32 that masters are aligned to, 512 bytes: the last bits of a product may depend on the address."""
+
+EXCHANGED_AT_ONCE = 2
+"""Buffers, each for all masters of a linear or their gradients, in a match over ranks: one under way, one in use."""
 
 _FULL_RATE_STEPS = 100
 """Steps from which learning rates are whole; fewer take the root of their share, since Adam's first steps move every
@@ -122,8 +126,9 @@ class CompressedBlock:
     @torch.no_grad()
     def load(self, weights: BlockWeights) -> None:
         """Copy stored weights into the live block."""
-        for name, parts in weights.packed.items():
+        for name, stored in weights.packed.items():
             weight = self._block.linears[name].weight
+            parts = _on(weight.device, stored)
             weight.copy_(merge(parts, self._patterns[name], (weight.shape[0], weight.shape[1]), weight.dtype))
         for name in weights.other_tensors.keys() & self._parameters.keys():
             self._parameters[name].copy_(weights.other_tensors[name])
@@ -144,10 +149,12 @@ class CompressedBlock:
         weight that products read is in the compute dtype.
 
         Ranks train one block together: each passes its share of the windows of a step, gradients are summed over ranks,
-        each rank holds Adam's moments of its share of the numbers and steps these, and all get the result.
+        each rank holds masters, gradients and moments of its share of the numbers and steps these. All numbers of a
+        linear exist on a rank only while they are written into the block, all its gradients only until they are summed,
+        after each micro-batch.
 
         Args:
-            weights: Weights to start from; they stay as they are.
+            weights: Weights to start from; they stay as they are, and may be in host memory.
             settings: Epochs, steps and learning rates.
             batches: Function of spans of this rank's windows. For each span, in their order, it yields what enters the
                 block and what should leave it, both [b, T, h].
@@ -158,10 +165,11 @@ class CompressedBlock:
             ranks: The ranks, whose windows are dealt as `Ranks.share` does, those held out behind the others.
 
         Returns:
-            The weights to store; the relative loss of each epoch; and that on the held-out windows after each epoch,
-            the last one with the weights to store. The first epoch trains nothing and gives the losses to start from;
-            the loss of each later epoch is the mean over its steps.
+            The weights to store, where those to start from are; the relative loss of each epoch; and that on the
+            held-out windows after each epoch, the last one with the weights to store. The first epoch trains nothing
+            and gives the losses to start from; the loss of each later epoch is the mean over its steps.
         """
+        micro_batch = min(ranks.gather(micro_batch))  # a second try may have cut that of one rank alone
         fitted = windows - held_out
         own, own_held_out = (len(range(ranks.rank, count, ranks.world)) for count in (fitted, held_out))
         unseen = spans([(own, own + own_held_out)], micro_batch)
@@ -176,8 +184,8 @@ class CompressedBlock:
         curve = [before.relative]
         held_out_curve = [held_out_sums.over(ranks).relative] if held_out else []
 
-        firsts = range(0, fitted, settings.batch)
-        steps = [ranks.share_of(first, min(first + settings.batch, fitted)) for first in firsts]
+        parts = [range(first, min(first + settings.batch, fitted)) for first in range(0, fitted, settings.batch)]
+        steps = [_Step.of(part, micro_batch, ranks) for part in parts]
         optimizer = _Optimizer(masters, settings, before.relative, (settings.epochs - 1) * len(steps))
         energy = max(before.energy, 1e-30)
         scale = before.numbers / energy  # gradients of order one, whatever the model's scale
@@ -185,27 +193,34 @@ class CompressedBlock:
         with masters.training():
             for _ in range(settings.epochs - 1):
                 order = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
-                passing = iter(batches(spans(order, micro_batch)))
+                passing = iter(batches([span for step in order for span in step.own]))
                 errors: Tensor | float = 0.0  # on the device: read once an epoch, since reading waits for it
                 for step in order:
-                    pieces = len(spans([step], micro_batch))
-                    errors = errors + ranks.together(partial(self._add_step, passing, pieces, scale, masters))
-                    optimizer.step()
-                    masters.write_to_block()
+                    of_step: Tensor | float = 0.0
+                    for number in range(step.micro_batches):
+                        upcoming = islice(passing, int(number < len(step.own)))
+                        of_step = of_step + ranks.together(partial(self._add_gradients, upcoming, scale, masters))
+                    errors = errors + of_step
+                    ranks.together(optimizer.step)
                 next(passing, None)  # ends the reading
                 error = ranks.sum(float(errors))
                 curve.append(error / energy)
                 if not math.isfinite(error):
                     break
                 if held_out:
-                    held_out_curve.append(self._measure(batches, unseen).over(ranks).relative)
+                    held_out_curve.append(self._measure_together(batches, unseen, ranks).relative)
                     if held_out_curve[-1] > held_out_curve[0] and 2 * len(curve) > settings.epochs:
                         break
-        refined = masters.weights(weights)
-        self.load(refined)
+        refined = ranks.together(partial(self._finish, masters, weights))
         if len(held_out_curve) > 1:
-            held_out_curve[-1] = self._measure(batches, unseen).over(ranks).relative
+            held_out_curve[-1] = self._measure_together(batches, unseen, ranks).relative
         return refined, tuple(curve), tuple(held_out_curve)
+
+    def _measure_together(
+        self, batches: Callable[[Sequence[Span]], Iterable[tuple[Tensor, Tensor]]], wanted: Sequence[Span], ranks: Ranks
+    ) -> Loss:
+        """Return the loss of the live block over such windows of all ranks."""
+        return ranks.together(partial(self._measure, batches, wanted)).over(ranks)
 
     def _measure(
         self, batches: Callable[[Sequence[Span]], Iterable[tuple[Tensor, Tensor]]], wanted: Sequence[Span]
@@ -225,12 +240,9 @@ class CompressedBlock:
         others = {n: p for n, p in self._parameters.items() if n.removesuffix(".weight") not in linears}
         # the stored dtype may be finer than the compute dtype
         stored = [weights.other_tensors[name].to(parameter.device) for name, parameter in others.items()]
-        flat = _Flat(stored, ranks) if stored else None
-        vectors = {
-            name: _VectorMaster(parameter, value, self._output_rms(name, linears))
-            for (name, parameter), value in zip(others.items(), flat.tensors if flat else (), strict=True)
-        }
-        return _Masters(linears, vectors, flat)
+        output_rms = [self._output_rms(name, linears) for name in others]
+        vectors = _VectorMasters(others, stored, output_rms, ranks) if stored else None
+        return _Masters(linears, vectors, ranks)
 
     def _output_rms(self, name: str, linears: Mapping[str, "_LinearMasters"]) -> float:
         """Return the rms, for inputs of rms 1, of the output of the norm or linear that parameter `name` belongs to."""
@@ -239,160 +251,216 @@ class CompressedBlock:
             return linears[module].values_rms * math.sqrt(linears[module].kept_per_row)
         return _rms(self._parameters.get(f"{module}.weight", self._parameters[name])) or 1.0
 
-    def _add_step(
-        self, passing: Iterator[tuple[Tensor, Tensor]], pieces: int, scale: float, masters: "_Masters"
+    def _add_gradients(
+        self, upcoming: Iterator[tuple[Tensor, Tensor]], scale: float, masters: "_Masters"
     ) -> Tensor | float:
-        """Add the gradients of the next `pieces` micro-batches; return their squared error, float64.
+        """Add the gradients of a micro-batch, times `scale`, to the masters'; return its squared error, float64.
 
-        Sums over ranks have begun for all masters when it returns or fails, since other ranks wait for them.
+        A rank that lacks the micro-batch, or memory for it, takes part in the sums over ranks nevertheless.
         """
-        errors: Tensor | float = 0.0
+        total: Tensor | float = 0.0
         try:
-            for left in reversed(range(pieces)):
-                x, target = next(passing)
-                masters.sums.may_begin = not left
-                errors = errors + self._add_gradients(x, target, scale)
+            for x, target in upcoming:
+                with torch.enable_grad(), deterministic_operators():
+                    error = (self._block.run(x).float() - target.float()).square().sum()
+                    (error * scale).backward()  # type: ignore[no-untyped-call]
+                total = error.detach().double()
         finally:
-            masters.sums.begin_rest()
-        return errors
+            masters.sum_gradients()
+        return total
 
-    def _add_gradients(self, x: Tensor, target: Tensor, scale: float) -> Tensor:
-        """Add the gradients of one micro-batch, times `scale`, to the masters'; return its squared error, float64."""
-        with torch.enable_grad(), deterministic_operators():
-            error = (self._block.run(x).float() - target.float()).square().sum()
-            (error * scale).backward()  # type: ignore[no-untyped-call]
-        return error.detach().double()
+    def _finish(self, masters: "_Masters", weights: BlockWeights) -> BlockWeights:
+        """Return the masters as they are stored, and load them into the block."""
+        refined = masters.weights(weights)
+        self.load(refined)
+        return refined
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Windows of one step.
+
+    own: spans of this rank's windows, each one micro-batch.
+    micro_batches: number of micro-batches of the rank that has the most.
+    """
+
+    own: Sequence[Span]
+    micro_batches: int
+
+    @staticmethod
+    def of(windows: range, micro_batch: int, ranks: Ranks) -> "_Step":
+        """Return the step of these windows, which are dealt to the ranks."""
+        most = -(-len(windows) // ranks.world)
+        return _Step(spans([ranks.share_of(windows.start, windows.stop)], micro_batch), -(-most // micro_batch))
 
 
 class _Flat:
-    """Float32 masters one behind the other, and their gradients. Rank r steps the r-th share of both.
+    """Float32 masters one behind the other, and their gradients. Rank r holds and steps the r-th share of both.
 
     Attributes:
-        numbers: [world · c], the masters; each begins at a multiple of 512 bytes, as a tensor of its own would.
-        grads: [world · c], their gradients.
-        tensors: The masters in the shapes of what they were made of, with their gradients; views of both.
+        own: [c], this rank's share of the masters, with its gradient; alone, all of them. Each master begins at a
+            multiple of 512 bytes, as a tensor of its own would.
+        length: world · c.
     """
 
     def __init__(self, sources: Sequence[Tensor], ranks: Ranks) -> None:
-        """Copy the sources."""
-        self.ranks = ranks
+        """Lay out masters of the shapes of the sources."""
+        self._ranks, self._shapes = ranks, [source.shape for source in sources]
         self._starts = [0, *accumulate(_round_up(source.numel(), _ALIGNED) for source in sources)]
         self._share = _round_up(-(-self._starts[-1] // ranks.world), _ALIGNED)
-        self.numbers = sources[0].new_zeros(self._share * ranks.world, dtype=torch.float32)
-        self.grads = torch.zeros_like(self.numbers)
-        self.tensors = []
-        for source, start in zip(sources, self._starts, strict=False):
-            master, grad = (
-                flat[start : start + source.numel()].view(source.shape) for flat in (self.numbers, self.grads)
-            )
+        self.length = self._share * ranks.world
+        numbers = sources[0].new_zeros(self.length, dtype=torch.float32)
+        for master, source in zip(self.views(numbers), sources, strict=True):
             master.copy_(source)
-            self.tensors.append(master.detach().requires_grad_())
-            self.tensors[-1].grad = grad
+        self.own = numbers if ranks.world == 1 else self._own(numbers).clone()
+        self.own.grad = torch.zeros_like(self.own)
+        self._adding: list[Callable[[Sequence[Tensor]], None]] = []
 
-    def own_part(self, tensor: Tensor) -> Tensor | None:
-        """Return the numbers of one of the tensors that lie in this rank's share, with their gradients."""
-        start = self._starts[next(i for i, one in enumerate(self.tensors) if one is tensor)]
-        first = self.ranks.rank * self._share
-        part = slice(max(start, first), min(start + tensor.numel(), first + self._share))
+    def views(self, numbers: Tensor) -> list[Tensor]:
+        """Return what of [length] numbers belongs to each master, in the shapes of the masters."""
+        return [
+            numbers[start : start + shape.numel()].view(shape)
+            for start, shape in zip(self._starts, self._shapes, strict=False)
+        ]
+
+    def own_part(self, index: int) -> Tensor | None:
+        """Return the numbers of a master that lie in this rank's share, with their gradients."""
+        first = self._ranks.rank * self._share
+        start, stop = self._starts[index] - first, self._starts[index] + self._shapes[index].numel() - first
+        part = slice(max(0, start), min(stop, self._share))
         if part.start >= part.stop:
             return None
-        own = self.numbers[part]
-        own.grad = self.grads[part]
+        own = self.own[part]
+        own.grad = self._own_gradients[part]
         return own
 
-    def zero_gradients(self) -> None:
-        for tensor in self.tensors:
-            assert tensor.grad is not None
-            tensor.grad.zero_()
+    def add(self, gradients: Callable[[Sequence[Tensor]], None]) -> None:
+        """Call a function that adds to the masters' gradients: at once, or with others when `put_gradients` is."""
+        if self._ranks.world == 1:
+            gradients(self.views(self._own_gradients))
+        else:
+            self._adding.append(gradients)
+
+    def put_gradients(self, numbers: Tensor) -> None:
+        """Put this rank's gradients of a micro-batch into [length] numbers."""
+        adding, self._adding = self._adding, []
+        numbers.zero_()
+        for gradients in adding:
+            gradients(self.views(numbers))
+
+    def add_own_gradients(self, numbers: Tensor) -> None:
+        """Add this rank's share of [length] gradients."""
+        self._own_gradients.add_(self._own(numbers))
+
+    def put_own(self, numbers: Tensor) -> None:
+        """Put this rank's share of the masters into its place in [length] numbers."""
+        self._own(numbers).copy_(self.own)
+
+    @property
+    def _own_gradients(self) -> Tensor:
+        assert self.own.grad is not None
+        return self.own.grad
+
+    def _own(self, numbers: Tensor) -> Tensor:
+        return numbers.view(self._ranks.world, self._share)[self._ranks.rank]
 
 
 def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-class _Sums:
-    """Sums of gradients over ranks, each begun when a backward pass has made the gradients, in one order on all ranks.
-
-    Attributes:
-        may_begin: False while more micro-batches of the step follow.
-    """
-
-    def __init__(self, flats: Sequence[_Flat]) -> None:
-        self.may_begin = False
-        self._flats = flats  # in the order of a backward pass
-        self._made: set[int] = set()
-        self._waiting: list[Callable[[], None]] = []
-
-    def made(self, flat: _Flat) -> None:
-        """Note that the gradients of this micro-batch are made."""
-        if self.may_begin:
-            self._made.add(id(flat))
-            while len(self._waiting) < len(self._flats) and id(self._flats[len(self._waiting)]) in self._made:
-                self._begin_next()
-
-    def begin_rest(self) -> None:
-        """Begin the sums of all gradients that no backward pass has made."""
-        while len(self._waiting) < len(self._flats):
-            self._begin_next()
-
-    def wait(self) -> None:
-        """Wait for the sums that have begun."""
-        while self._waiting:
-            self._waiting.pop(0)()
-        self._made.clear()
-
-    def _begin_next(self) -> None:
-        flat = self._flats[len(self._waiting)]
-        self._waiting.append(flat.ranks.sum_into_shares(flat.grads))
-
-
 class _Masters:
     """Masters of a block in training."""
 
-    def __init__(
-        self, linears: Mapping[str, "_LinearMasters"], vectors: Mapping[str, "_VectorMaster"], flat: _Flat | None
-    ) -> None:
-        """Hold the masters; flat: that of the vectors, if there are any."""
-        self._linears, self._vectors = linears, vectors
-        self.all: list[_LinearMasters | _VectorMaster] = [*linears.values(), *vectors.values()]
-        self.flats = [linear.flat for linear in reversed(list(linears.values()))] + ([flat] if flat else [])
-        self.sums = _Sums(self.flats)
-        for linear in linears.values():
-            linear.made_gradients = partial(self.sums.made, linear.flat)
+    def __init__(self, linears: Mapping[str, "_LinearMasters"], vectors: "_VectorMasters | None", ranks: Ranks) -> None:
+        """Hold the masters of linears, by name, and those of vectors, if there are any."""
+        self._linear_names, self._has_vectors, self._ranks = list(linears), vectors is not None, ranks
+        self._all: list[_LinearMasters | _VectorMasters] = [*linears.values(), *([vectors] if vectors else [])]
+        largest = max((master.flat for master in self._all), key=lambda flat: flat.length)
+        count = EXCHANGED_AT_ONCE if ranks.world > 1 else 0
+        self._buffers = [largest.own.new_empty(largest.length) for _ in range(count)]
 
     def own_rates(self, settings: MatchSettings) -> list[tuple[Tensor, float]]:
         """Return the parts of the masters that this rank steps, with their learning rates at a relative loss of 1."""
-        flat_of = {id(tensor): flat for flat in self.flats for tensor in flat.tensors}
-        rates = [pair for master in self.all for pair in master.learning_rates(settings)]
-        parts = [(flat_of[id(tensor)].own_part(tensor), rate) for tensor, rate in rates]
-        return [(part, rate) for part, rate in parts if part is not None]
+        rated = [(m.flat.own_part(i), rate) for m in self._all for i, rate in enumerate(m.learning_rates(settings))]
+        return [(part, rate) for part, rate in rated if part is not None]
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Make backward passes through the block add to the masters' gradients while entered."""
         with ExitStack() as entered:
-            entered.callback(self.sums.wait)  # which write into the gradients
-            for master in self.all:
+            for master in self._all:
                 entered.enter_context(master.training())
             yield
 
+    def sum_gradients(self) -> None:
+        """Sum the gradients of a micro-batch over ranks; each rank adds its share."""
+        if self._ranks.world > 1:
+            self._exchange(
+                lambda master, numbers: master.flat.put_gradients(numbers),
+                self._ranks.sum_into_shares,
+                lambda master, numbers: master.flat.add_own_gradients(numbers),
+            )
+
     def write_to_block(self) -> None:
-        """Collect what the other ranks stepped, and write the masters into the live block."""
-        collected = [flat.ranks.collect_shares(flat.numbers) for flat in self.flats]
-        for wait in collected:
-            wait()
-        for master in self.all:
-            master.write_to_block()
+        """Write the masters of all ranks into the live block."""
+        self._collect(lambda master, numbers: master.write_to_block(master.flat.views(numbers)))
 
     def weights(self, before: BlockWeights) -> BlockWeights:
-        """Return the masters as they are stored, with what `before` has beside them."""
-        return BlockWeights(
-            {name: linear.parts() for name, linear in self._linears.items()},
-            {
-                **before.other_tensors,
-                **{name: v.value.detach().to(before.other_tensors[name].dtype) for name, v in self._vectors.items()},
-            },
-        )
+        """Return the masters of all ranks as they are stored, with what `before` has beside them."""
+        stored: list[Mapping[str, Tensor]] = []  # of the linears, and then of the vectors
+        self._collect(lambda master, numbers: stored.append(master.stored(master.flat.views(numbers))))
+        vectors = stored[-1] if self._has_vectors else {}
+        packed = dict(zip(self._linear_names, stored, strict=False))
+        return BlockWeights(packed, {**before.other_tensors, **vectors})
+
+    def _collect(self, take: Callable[["_LinearMasters | _VectorMasters", Tensor], None]) -> None:
+        """Call `take` with each linear's masters, and with the vectors', and the [length] numbers of all ranks."""
+        if self._ranks.world == 1:
+            for master in self._all:
+                take(master, master.flat.own)
+            return
+        self._exchange(lambda master, numbers: master.flat.put_own(numbers), self._ranks.collect_shares, take)
+
+    def _exchange(
+        self,
+        put: Callable[["_LinearMasters | _VectorMasters", Tensor], None],
+        begin: Callable[[Tensor], Callable[[], None]],
+        take: Callable[["_LinearMasters | _VectorMasters", Tensor], None],
+    ) -> None:
+        """Exchange [length] numbers of each master: `put` fills them, `begin` exchanges them, `take` uses them.
+
+        One is under way while the next is filled. All are exchanged, in one order, even where `put` or `take` fails,
+        since other ranks wait for them; the first error is raised at the end.
+        """
+        failed: list[Exception] = []
+        under_way: deque[tuple[_LinearMasters | _VectorMasters, Tensor, Callable[[], None]]] = deque()
+
+        def attempt(
+            work: Callable[[_LinearMasters | _VectorMasters, Tensor], None],
+            master: _LinearMasters | _VectorMasters,
+            numbers: Tensor,
+        ) -> None:
+            try:
+                work(master, numbers)
+            except (MemoryError, RuntimeError) as error:
+                failed.append(error)
+
+        def finish() -> None:
+            master, numbers, wait = under_way.popleft()
+            wait()
+            attempt(take, master, numbers)
+
+        for master, buffer in zip(self._all, cycle(self._buffers), strict=False):
+            if len(under_way) == len(self._buffers):
+                finish()
+            numbers = buffer[: master.flat.length]
+            attempt(put, master, numbers)
+            under_way.append((master, numbers, begin(numbers)))
+        while under_way:
+            finish()
+        if failed:
+            raise failed[0]
 
 
 class _Optimizer:
@@ -407,33 +475,39 @@ class _Optimizer:
         self._settings, self._taken, self._steps = settings, 0, steps
 
     def step(self) -> None:
-        """Wait for the sums over ranks, take one step, and zero the gradients."""
+        """Take one step, zero the gradients, and write the masters into the block."""
         factor = self._settings.lr_factor(self._taken / self._steps)
         self._taken += 1
-        self._masters.sums.wait()
-        if self._adam:
-            for group in self._adam.param_groups:
-                group["lr"] = group["first_lr"] * factor
-            self._adam.step()
-        for flat in self._masters.flats:
-            flat.zero_gradients()
+        try:
+            if self._adam:
+                for group in self._adam.param_groups:
+                    group["lr"] = group["first_lr"] * factor
+                self._adam.step()
+                self._adam.zero_grad(set_to_none=False)
+        finally:  # other ranks wait for this one's masters
+            self._masters.write_to_block()
 
 
 class _LinearMasters:
     """Float32 masters of one linear [o, d]: its kept values [nnz], U [o, r] and V [r, d]."""
 
-    def __init__(self, linear: nn.Linear, parts: Mapping[str, Tensor], pattern: SparsityPattern, ranks: Ranks) -> None:
-        self.linear, self._parts = linear, parts
+    def __init__(self, linear: nn.Linear, stored: Mapping[str, Tensor], pattern: SparsityPattern, ranks: Ranks) -> None:
+        self.linear, self._stored, self._alone = linear, stored, ranks.world == 1
+        parts = _on(linear.weight.device, stored)
         o, d = linear.out_features, linear.in_features
+        values = parts["values"].flatten()
         U = parts["U"] if "U" in parts else linear.weight.new_zeros(o, 0)
         V = parts["V"] if "V" in parts else linear.weight.new_zeros(0, d)
-        self.flat = _Flat([parts["values"].flatten(), U, V], ranks)
-        self.values, self.U, self.V = self.flat.tensors
-        self.made_gradients: Callable[[], None]
-        empty = parts["values"].flatten() == 0  # slots of the pattern that the solver left empty stay empty
+        self.flat = _Flat([values, U, V], ranks)
+        if self._alone:
+            _, self._U, self._V = self.flat.views(self.flat.own)
+        else:
+            self._U, self._V = (factor.to(linear.weight.dtype, copy=True) for factor in (U, V))
+        self._trained = self.flat.own.detach().requires_grad_()  # an input of products, so that they require a gradient
+        empty = values == 0  # slots of the pattern that the solver left empty stay empty
         self._empty = empty if bool(empty.any()) else None
-        kept_values = self.values if self._empty is None else self.values[~empty]
-        self.values_rms = _rms(kept_values)
+        kept_values = values if self._empty is None else values[~empty]
+        self.values_rms = _rms(kept_values.float())
         self.kept_per_row = max(1.0, len(kept_values) / o)
         mask = unpack({**parts, "values": torch.ones_like(parts["values"])}, pattern, (o, d))
         self._tiles = []  # (rows of W, their part of `values`, positions of those values in the flat rows)
@@ -443,18 +517,18 @@ class _LinearMasters:
             self._tiles.append((slice(start, start + step), slice(first, first + len(positions)), positions))
             first += len(positions)
 
-    def learning_rates(self, settings: MatchSettings) -> list[tuple[Tensor, float]]:
-        """Return each master with its learning rate at a relative block loss of 1."""
+    def learning_rates(self, settings: MatchSettings) -> list[float]:
+        """Return the learning rate of each master at a relative block loss of 1."""
         rate = settings.lr * self.values_rms / math.sqrt(self.kept_per_row)
         low_rank = settings.low_rank_lr_ratio * rate
-        return [(self.values, rate), *([(self.U, low_rank), (self.V, low_rank)] if len(self.V) else [])]
+        return [rate, *([low_rank, low_rank] if len(self._V) else [])]
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Make backward passes through the linear add to the masters' gradients while entered."""
 
         def forward(x: Tensor) -> Tensor:
-            y: Tensor = _Product.apply(x, self.values, self.linear.bias, self)  # type: ignore[no-untyped-call]
+            y: Tensor = _Product.apply(x, self._trained, self.linear.bias, self)  # type: ignore[no-untyped-call]
             return y
 
         self.linear.forward = forward  # type: ignore[assignment, method-assign]
@@ -463,36 +537,40 @@ class _LinearMasters:
         finally:
             del self.linear.forward
 
-    def add_gradients(self, grad: Tensor, x: Tensor) -> None:
-        """Add the masters' gradients of y = x Wᵀ, for `grad` [n, o] of y and x [n, d]."""
-        assert self.values.grad is not None
-        assert self.U.grad is not None
-        assert self.V.grad is not None
-        V = self.V.detach().to(x.dtype)
+    def add_gradients(self, grad: Tensor, x: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Add to the masters' `gradients` those of y = x Wᵀ, for `grad` [n, o] of y and x [n, d]."""
+        of_values, of_U, of_V = gradients
+        V = self._V.to(x.dtype)
         for rows, span, positions in self._tiles:
             tile = grad[:, rows].t() @ x  # [rows, d], gradient of the dense weight
             values = tile.view(-1).index_select(0, positions)
             if self._empty is not None:
                 values.masked_fill_(self._empty[span], 0)
-            self.values.grad[span] += values
+            of_values[span] += values
             if len(V):
-                self.U.grad[rows] += tile @ V.t()
-                self.V.grad += self.U.detach()[rows].to(x.dtype).t() @ tile
+                of_U[rows] += tile @ V.t()
+                of_V += self._U[rows].to(x.dtype).t() @ tile
 
     @torch.no_grad()
-    def write_to_block(self) -> None:
+    def write_to_block(self, masters: Sequence[Tensor]) -> None:
         """Write S + U·V into the dense weight that products read."""
+        kept, U, V = masters
         for rows, span, positions in self._tiles:
-            tile = self.U[rows] @ self.V  # [rows, d] float32
-            tile.view(-1).index_add_(0, positions, self.values[span])
+            tile = U[rows] @ V  # [rows, d] float32
+            tile.view(-1).index_add_(0, positions, kept[span])
             self.linear.weight[rows].copy_(tile)
+        if not self._alone:
+            self._U.copy_(U)
+            self._V.copy_(V)
 
-    def parts(self) -> dict[str, Tensor]:
+    def stored(self, masters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the linear's parts as `pack` stores them."""
-        trained = {"values": self.values, "U": self.U, "V": self.V}
+        trained = dict(zip(("values", "U", "V"), masters, strict=True))
         return {
-            name: trained[name].detach().to(part.dtype).view_as(part) if name in trained else part
-            for name, part in self._parts.items()
+            name: trained[name].to(part.device, part.dtype, copy=not self._alone).view_as(part)
+            if name in trained
+            else part
+            for name, part in self._stored.items()
         }
 
 
@@ -500,8 +578,8 @@ class _Product(torch.autograd.Function):
     """y = x Wᵀ + b. The backward pass adds to the masters' gradients and never holds a whole gradient of W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, linear: _LinearMasters) -> Tensor:
-        ctx.linear, ctx.has_bias = linear, bias is not None  # `values` is an input so that y requires a gradient
+    def forward(ctx: Any, x: Tensor, trained: Tensor, bias: Tensor | None, linear: _LinearMasters) -> Tensor:
+        ctx.linear, ctx.has_bias = linear, bias is not None
         ctx.save_for_backward(x)
         return nn.functional.linear(x, linear.linear.weight, bias)
 
@@ -509,44 +587,67 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         rows = grad.flatten(0, -2)  # [n, o]
-        ctx.linear.add_gradients(rows, x.flatten(0, -2))
-        ctx.linear.made_gradients()
+        ctx.linear.flat.add(partial(ctx.linear.add_gradients, rows, x.flatten(0, -2)))
         of_x = grad @ ctx.linear.linear.weight if ctx.needs_input_grad[0] else None
         return of_x, None, rows.sum(0) if ctx.has_bias else None, None
 
 
-class _VectorMaster:
-    """Float32 master of a norm's weight or of a bias."""
+class _VectorMasters:
+    """Float32 masters of norms' weights and of biases."""
 
-    def __init__(self, parameter: nn.Parameter, value: Tensor, output_rms: float) -> None:
-        self._parameter, self.value, self._output_rms = parameter, value, output_rms
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        stored: Sequence[Tensor],
+        output_rms: Sequence[float],
+        ranks: Ranks,
+    ) -> None:
+        """Copy the stored tensors of these parameters; output_rms: of the norm or linear that each belongs to."""
+        self._parameters, self._output_rms, self._alone = parameters, output_rms, ranks.world == 1
+        self._dtypes = [tensor.dtype for tensor in stored]
+        self.flat = _Flat(stored, ranks)
 
-    def learning_rates(self, settings: MatchSettings) -> list[tuple[Tensor, float]]:
-        """Return the master with its learning rate at a relative block loss of 1."""
-        return [(self.value, settings.lr * settings.vector_lr_ratio * self._output_rms)]
+    def learning_rates(self, settings: MatchSettings) -> list[float]:
+        """Return the learning rate of each master at a relative block loss of 1."""
+        return [settings.lr * settings.vector_lr_ratio * rms for rms in self._output_rms]
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Make backward passes through the parameter add to the master's gradient while entered."""
+        """Make backward passes through the parameters add to the masters' gradients while entered."""
 
-        def move(parameter: Tensor) -> None:
-            assert self.value.grad is not None
-            assert parameter.grad is not None
-            self.value.grad += parameter.grad
-            parameter.grad = None
+        def move(index: int, parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
 
-        self._parameter.requires_grad_(True)
-        hook = self._parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
-        try:
+            def add(gradients: Sequence[Tensor]) -> None:
+                gradients[index].add_(gradient)
+
+            self.flat.add(add)
+
+        with ExitStack() as entered:
+            for index, parameter in enumerate(self._parameters.values()):
+                parameter.requires_grad_(True)
+                entered.callback(parameter.requires_grad_, False)
+                hook = parameter.register_post_accumulate_grad_hook(partial(move, index))  # type: ignore[no-untyped-call]
+                entered.callback(hook.remove)
             yield
-        finally:
-            hook.remove()
-            self._parameter.requires_grad_(False)
 
     @torch.no_grad()
-    def write_to_block(self) -> None:
-        """Write the master into the parameter."""
-        self._parameter.copy_(self.value)
+    def write_to_block(self, masters: Sequence[Tensor]) -> None:
+        """Write the masters into the parameters."""
+        for parameter, master in zip(self._parameters.values(), masters, strict=True):
+            parameter.copy_(master)
+
+    def stored(self, masters: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the masters as they are stored, by the names of the parameters."""
+        return {
+            name: master.to(dtype, copy=not self._alone)
+            for name, master, dtype in zip(self._parameters, masters, self._dtypes, strict=True)
+        }
+
+
+def _on(device: torch.device, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part.to(device) for name, part in parts.items()}
 
 
 def _energy(tensor: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Memory and floating point operations that matching takes, from shapes."""
 
-from streamslr.matching import TILE
+import math
+
+from streamslr.matching import EXCHANGED_AT_ONCE, TILE
 from streamslr.model.pass_costs import routed_bytes
 from streamslr.model.shape import BlockShape
 from streamslr.spec.allocation import Allocation
@@ -26,14 +28,17 @@ def refine_bytes(
     hidden_size: int,
     value_bytes: int,
     stream_bytes: int,
+    refined: int,
     world: int = 1,
 ) -> int:
-    """Return the bytes that `CompressedBlock.refine` takes beside the live block and the weights before and after.
+    """Return the bytes that `CompressedBlock.refine` takes beside the live block and the weights before.
 
-    Counted are, in float32, master and gradient of each number that is trained (`count_masters`), and this rank's share
-    of two moments each; the int32 position of each kept value; what a micro-batch saves for its gradients; and tiles of
-    a dense weight. The plan of phase match is 1.02 to 1.04 times its measured peak (tools/results/run-llama-8m.json,
-    tools/results/block-small-cpu.json).
+    Counted are, in float32, master, gradient and two moments of this rank's share of the numbers that are trained
+    (`count_masters`); with ranks, U and V for the products, and the buffers through which all numbers of one linear
+    go; the int32 position of each kept value; what a micro-batch saves for its gradients; tiles of a dense weight; and
+    the weights after. Ranks make gradients once a micro-batch has passed, so that they do not need the last three at
+    once. In one process the plan of phase match is 1.02 to 1.04 times its measured peak
+    (tools/results/run-llama-8m.json, tools/results/block-small-cpu.json).
 
     Args:
         block: Shapes of the block.
@@ -42,20 +47,31 @@ def refine_bytes(
         hidden_size: Width h of the residual stream.
         value_bytes: Bytes of one number in the compute dtype.
         stream_bytes: Bytes of one number of the residual stream, which two norms save.
+        refined: Bytes of the weights after; 0 where they go to the host.
         world: Number of ranks that match the block together.
     """
     trained = count_masters(block, allocation)
     inputs = sum(block.token_fraction(name) * d for name, d in block.grams.items())
     outputs = sum(block.token_fraction(name) * o for name, (o, _) in block.linears.items())
     saved = round(inputs + outputs) + _SAVED_HIDDEN * hidden_size  # numbers a token
-    routed = routed_bytes(block, tokens, hidden_size, value_bytes)
     if value_bytes < 4:
         saved += max(o for o, _ in block.linears.values())  # an activation beside what goes into it
         saved += (_NORM_COPIES + _LOSS_TENSORS) * hidden_size * 4 // value_bytes
     tiles = _TILE_COPIES * 4 * min(max(o * d for o, d in block.linears.values()), TILE)
-    finer = tokens * 2 * hidden_size * (stream_bytes - value_bytes)
-    masters = 8 * trained + 8 * -(-trained // world) + 4 * _count_kept(block, allocation)
-    return masters + tokens * saved * value_bytes + finer + routed + tiles
+    passing = tokens * saved * value_bytes + tokens * 2 * hidden_size * (stream_bytes - value_bytes)
+    passing += routed_bytes(block, tokens, hidden_size, value_bytes)
+    masters = 16 * -(-trained // world) + 4 * _count_kept(block, allocation)
+    if world == 1:
+        return masters + refined + passing + tiles
+    low_rank = {name: min(allocation[name].rank, *shape) * sum(shape) for name, shape in block.linears.items()}
+    numbers = {
+        name: round(allocation[name].pattern.density * o * d) + low_rank[name] for name, (o, d) in block.linears.items()
+    }
+    for_products = value_bytes * sum(low_rank.values())
+    buffers = EXCHANGED_AT_ONCE * 4 * max(numbers.values())
+    making = tokens * round(inputs + outputs) * value_bytes + tiles  # inputs, and gradients of outputs
+    merging = max(value_bytes * o * d + 8 * low_rank[name] for name, (o, d) in block.linears.items()) + tiles
+    return masters + for_products + buffers + max(passing, making, refined + merging)
 
 
 def count_masters(block: BlockShape, allocation: Allocation) -> int:
@@ -72,6 +88,12 @@ def _count_kept(block: BlockShape, allocation: Allocation) -> int:
 def refine_steps(windows: int, batch: int, epochs: int) -> int:
     """Return the steps of `epochs` epochs, the first of which has none, given the windows that are trained on."""
     return (epochs - 1) * -(-windows // batch)
+
+
+def refine_micro_batches(windows: int, batch: int, epochs: int, micro_batch: int, world: int) -> int:
+    """Return the micro-batches of the steps of `epochs` epochs, on the rank that has the most windows of each step."""
+    most = [math.ceil(min(batch, windows - first) / world) for first in range(0, windows, batch)]
+    return (epochs - 1) * sum(math.ceil(own / micro_batch) for own in most)
 
 
 def refine_flops(forward: float, epochs: int) -> float:

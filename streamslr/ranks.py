@@ -315,7 +315,7 @@ def open_ranks() -> Iterator[Ranks]:
             store.set(_reason_key(rank), reason)
             # Where all end for one reason, the first of each machine says it.
             ours = f"{rank} {reason}"
-            first = store.compare_set(f"streamslr/first/{socket.gethostname()}", "", ours).decode(errors="replace")
+            first = store.compare_set(f"streamslr/first/{ranks.processes[rank][0]}", "", ours).decode(errors="replace")
             error.said_already = first != ours and first.partition(" ")[2] == reason  # type: ignore[attr-defined]
         raise
     dist.destroy_process_group()

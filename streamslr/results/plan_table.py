@@ -19,6 +19,8 @@ def plan_table(plan: Plan) -> Table:
     choices = "" if plan.grams_at == "device" else f", Gram matrices wait on {plan.grams_at}"
     if plan.resident_windows:
         choices += f", {plan.resident_windows} windows stay on the gpu while a block is matched"
+    if plan.solved_at == "host":
+        choices += ", solved linears wait in host memory while a block is matched"
     choices += "" if plan.solver_workspace is None else ", the solver works in tiles"
     if plan.gram_bytes_at_once is not None:
         choices += f", Gram matrices are collected {format_bytes(plan.gram_bytes_at_once)} at a time"

@@ -12,7 +12,7 @@ from streamslr.calibration.hidden_states import boundary_bytes, transfer_bytes
 from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes, pinned_bytes
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
-from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, refine_steps
+from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, refine_micro_batches, refine_steps
 from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.run.dealing import Deal, deal_linears
@@ -54,6 +54,7 @@ class Costs:
     gpu_workspaces: int = 0  # bytes of libraries in torch's allocator, from the first product on
     world: int = 1  # ranks that share the run
     grams_at_once: int | None = None  # bytes of the Grams that one pass collects; None: one pass collects all
+    solved_on_host: bool = False  # solved and refined linears wait in host memory while a block is matched
 
     def phases(self, micro_batch: int, grams_at: str, workspace: int | None) -> tuple[PhaseCost, ...]:
         """Return the cost of each phase, in the order that a run goes through them.
@@ -69,7 +70,7 @@ class Costs:
             self._load(),
             self.grams(micro_batch, grams_at),
             self.solve(grams_at, workspace),
-            *([self._match(micro_batch)] if self.config.match else []),
+            *([self.match(micro_batch)] if self.config.match else []),
             self._propagate(micro_batch),
         )
 
@@ -163,25 +164,35 @@ class Costs:
         sent = max(gram_traffic(*pair, self.world) for pair in zip(self.model.blocks, self.deals, strict=True))
         return self._cost("grams", self._block_bytes + grams + passing, host, flops, sent)
 
-    def _match(self, micro_batch: int) -> PhaseCost:
+    def match(self, micro_batch: int) -> PhaseCost:
+        """Return the cost of phase match; arguments as of `phases`."""
         micro_batch = min(micro_batch, -(-self.config.match_batch // self.world))
-        sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes, self._stream_bytes, self.world
-        refining = max(refine_bytes(block, self.allocation, *sizes) for block in self.model.blocks)
-        weights = self._block_bytes + 2 * self._packed_bytes  # as solved and as refined
+        sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes, self._stream_bytes
+        refined = 0 if self.solved_on_host else self._packed_bytes
+        refining = max(refine_bytes(block, self.allocation, *sizes, refined, self.world) for block in self.model.blocks)
         on_gpu, host = self._moving(micro_batch, reads=self._streams)
-        compute = weights + refining + self._score_bytes(micro_batch) + on_gpu
+        compute = self._block_bytes + refining + self._score_bytes(micro_batch) + on_gpu
+        if self.solved_on_host:
+            host += self._stored_bytes
+        else:
+            compute += self._packed_bytes  # as solved
         epochs = self.config.match_epochs
-        steps = refine_steps(self.config.samples - self.config.match_held_out, self.config.match_batch, epochs)
+        sizes_of_steps = self.config.samples - self.config.match_held_out, self.config.match_batch, epochs
+        steps = refine_steps(*sizes_of_steps)
+        summed = refine_micro_batches(*sizes_of_steps, micro_batch, self.world)
         masters = max(count_masters(block, self.allocation) for block in self.model.blocks)
-        sent = match_traffic(masters, steps, self.world)
+        sent = match_traffic(masters, summed, steps, self.world)
         return self._cost("match", compute, host, refine_flops(self._forward_flops, epochs), sent)
 
     def _propagate(self, micro_batch: int) -> PhaseCost:
-        stored = (2 if self.config.match else 1) * self._packed_bytes  # as solved and as refined
-        copy = 0 if self.device.type == "cpu" else self._packed_bytes  # on its way to the shard
         on_gpu, host = self._moving(micro_batch, reads=self._streams, writes=("hidden",))
-        compute = self._block_bytes + stored + self._pass_bytes(micro_batch) + on_gpu
-        return self._cost("propagate", compute, host + copy, self._forward_flops)
+        compute = self._block_bytes + self._pass_bytes(micro_batch) + on_gpu
+        if self.solved_on_host:
+            host += self._stored_bytes
+        else:
+            compute += self._stored_bytes
+            host += 0 if self.device.type == "cpu" else self._packed_bytes  # on its way to the shard
+        return self._cost("propagate", compute, host, self._forward_flops)
 
     def boundary_bytes(self, stream: str) -> int:
         """Return the bytes of one boundary of a stream, "hidden" or "targets"; 0 where the run has no such stream."""
@@ -303,6 +314,11 @@ class Costs:
     @cached_property
     def _packed_bytes(self) -> int:
         return max(self.packed_bytes(block) for block in self.model.blocks)
+
+    @property
+    def _stored_bytes(self) -> int:
+        """Bytes of a block's packed linears, with matching as solved and as refined."""
+        return (2 if self.config.match else 1) * self._packed_bytes
 
     @cached_property
     def widest(self) -> int:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
+from streamslr.solvers.base import SolverByRows
 from streamslr.solvers.methods import Method
 from streamslr.spec.allocation import Allocation
 
@@ -70,7 +72,9 @@ def deal_linears(
 
     def flops(name: str, ranks: int = 1) -> float:
         (o, d), spec = shapes[name], allocation[name]
-        return method.solver.flops(-(-o // ranks), d, spec.rank, gpu=gpu)
+        if ranks == 1:
+            return method.solver.flops(o, d, spec.rank, gpu=gpu)
+        return cast(SolverByRows, method.solver).flops(o, d, spec.rank, gpu=gpu, ranks=ranks)
 
     work = {name: flops(name) for group in groups for name in group}
     fair = sum(work.values()) / world

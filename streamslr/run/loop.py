@@ -302,6 +302,8 @@ class Compression:
         # Solve each linear: S + U·V takes the place of its weight.
         with timer.phase("solve", steps=len(block.linears), block=i) as step:
             packed, records = self.solve_block(block, grams, step)
+            if self.context.plan.solved_at == "host":
+                packed = {name: {part: t.cpu() for part, t in parts.items()} for name, parts in packed.items()}
         solved = BlockWeights(packed, blockwise.as_stored(i))
         # Match the block to its targets; pass the windows through it; write its shard.
         if targets:

@@ -42,6 +42,7 @@ class Plan:
     resident_windows: int  # windows of a boundary that stay on the GPU while a block is matched and passed
     gram_bytes_at_once: int | None  # bytes of the Grams that one pass of a block collects; None: one pass collects all
     grams_at: str  # tier where Gram matrices wait to be solved: "device", "host" or "disk"
+    solved_at: str  # tier where solved and refined linears wait while their block is matched: "device" or "host"
     solver_workspace: int | None  # bytes that one solve may take, which then works in tiles; None: as many as it likes
     phases: tuple[PhaseCost, ...]
     scratch_bytes: int  # of one rank
@@ -184,6 +185,9 @@ def make_plan(
     in_groups = room is not None and room < 0
     if in_groups:
         costs = replace(costs, grams_at_once=grams_bytes([costs.widest]))
+    if config.match and device.type != "cpu":
+        room = budgets.left_on_device(costs, costs.match(1))
+        costs = replace(costs, solved_on_host=room is not None and room < 0)
     micro_batch = pieces.micro_batch if pieces else _choose_micro_batch(costs, budgets)
     if in_groups:
         costs = replace(costs, grams_at_once=_choose_grams_at_once(costs, budgets, micro_batch))
@@ -212,6 +216,7 @@ def make_plan(
         resident_windows=resident_windows,
         gram_bytes_at_once=costs.grams_at_once,
         grams_at=grams_at,
+        solved_at="host" if costs.solved_on_host else "device",
         solver_workspace=workspace,
         phases=phases,
         scratch_bytes=scratch + (costs.kept_gram_bytes if grams_at == "disk" else 0),

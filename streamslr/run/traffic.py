@@ -28,12 +28,16 @@ def gram_traffic(block: BlockShape, deal: Deal, world: int) -> int:
     return ring_bytes(once + 2 * (twice + block.expert_sum_bytes), world)
 
 
-def match_traffic(masters: int, steps: int, world: int) -> int:
-    """Return the bytes that a rank sends while a block is matched: each step, gradients and then masters in float32.
+def match_traffic(masters: int, micro_batches: int, steps: int, world: int) -> int:
+    """Return the bytes that a rank sends while a block is matched, all in float32.
+
+    Gradients are sent after each micro-batch, since all of a block would not fit; masters after each step, and once
+    more for what is stored.
 
     Args:
         masters: Numbers that are trained.
+        micro_batches: Micro-batches of all epochs with steps, on the rank that has the most.
         steps: Steps of all epochs.
         world: Number of ranks.
     """
-    return steps * 2 * ring_bytes(4 * masters, world)
+    return (micro_batches + steps + 1) * ring_bytes(4 * masters, world)

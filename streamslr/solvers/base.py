@@ -128,6 +128,14 @@ class Solver(Protocol):
         ...
 
 
+class SolverByRows(Solver, Protocol):
+    """Solver that solves a linear whose rows lie on several ranks (`LinearProblem.ranks`)."""
+
+    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False, ranks: int = 1) -> float:
+        """Return the operations of each of `ranks` ranks that solve o rows together; else as of `Solver`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Damping:
     """Addition to the diagonal of a Gram matrix H [d, d] that makes it positive definite.

@@ -74,5 +74,5 @@ class Pruned:
     ) -> int:
         return pruning_bytes(self.pruner, o, d, 0, full_gram=self.pruner.full_gram, pattern=pattern, gpu=gpu)
 
-    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False) -> float:
-        return self.pruner.prune_flops(o, d, gpu=gpu)
+    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False, ranks: int = 1) -> float:
+        return self.pruner.prune_flops(-(-o // ranks), d, gpu=gpu)

@@ -168,11 +168,11 @@ class ThreeBasil:
         tile_rows = self._tile_rows(o, d, rank, workspace, pattern, gpu)
         return solve_bytes(o, d, rank, tile_rows, by_row=pattern.by_row, gpu=gpu, fused=self._fuses(pattern, gpu))
 
-    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False) -> float:
-        """Return the floating point operations of a typical linear at the default pace."""
+    def flops(self, o: int, d: int, rank: int, *, gpu: bool = False, ranks: int = 1) -> float:
+        """Return the floating point operations of a typical linear at the default pace, of each of `ranks` ranks."""
         grown = _TYPICAL_STAGES - 1 if self._by_series(_DEVICES[gpu]) else 0
         factored = _TYPICAL_STAGES + 1 - grown  # with that of the metric
-        return float(solve_flops(o, d, rank, _TYPICAL_ITERATIONS, factored, grown, gpu=gpu))
+        return float(solve_flops(o, d, rank, _TYPICAL_ITERATIONS, factored, grown, gpu=gpu, ranks=ranks))
 
     def check_kernels(self, device: torch.device, patterns: Iterable[SparsityPattern]) -> None:
         """Compile and check the kernels of these patterns on a device, so that `peak_bytes` knows which are used."""

@@ -83,7 +83,9 @@ def tile_rows_for(
     return low * SMALLEST_TILE
 
 
-def solve_flops(o: int, d: int, rank: int, iterations: int, factored: int, grown: int = 0, *, gpu: bool = False) -> int:
+def solve_flops(
+    o: int, d: int, rank: int, iterations: int, factored: int, grown: int = 0, *, gpu: bool = False, ranks: int = 1
+) -> int:
     """Return the floating point operations of one solve: products, inverses, and the elementwise work.
 
     Args:
@@ -95,8 +97,11 @@ def solve_flops(o: int, d: int, rank: int, iterations: int, factored: int, grown
             inverse (potri), on a GPU 2 d³ (two triangular solves).
         grown: Inverses that grow from the last (`grow_`): 0.56 of two products, 2.25 d³.
         gpu: True for a solve on a GPU.
+        ranks: Ranks of one machine that solve the linear by rows and share the series of `grown` inverses. The
+            operations are those of one of them.
     """
+    o = -(-o // ranks)
     product = 2 * o * d * d
     low_rank = 6 * o * d * rank + 2 * d * d * rank + 8 * o * rank * rank
-    inverses = factored * d**3 * (7 if gpu else 3) // 3 + grown * 9 * d**3 // 4
+    inverses = factored * d**3 * (7 if gpu else 3) // 3 + grown * 9 * d**3 // (4 * ranks)
     return iterations * (product + low_rank + 20 * o * d) + inverses

@@ -51,6 +51,14 @@ def test_a_linear_that_dwarfs_the_rest_is_split_where_method_and_pattern_can() -
     assert not deal(*llama_70b(), world=1).by_rows
 
 
+def test_a_series_of_inverses_that_ranks_share_is_each_ones_part() -> None:
+    groups: Groups = [("down",)]
+    shapes: Shapes = {"down": (8192, 28672)}
+    one, four = (deal(groups, shapes, world).loads[0] for world in (1, 4))
+    factored = 2 * 7 / 3 * 28672**3  # the metric's and the first stage's, which each rank does whole
+    assert four - factored == pytest.approx((one - factored) / 4, rel=0.02)
+
+
 def test_experts_are_dealt_evenly_and_not_split() -> None:
     dealt = deal(*mixture(64), world=8)
     assert not dealt.by_rows

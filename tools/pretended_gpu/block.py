@@ -10,9 +10,10 @@ import json
 import struct
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,18 +33,23 @@ from streamslr.config import RunConfig
 from streamslr.gpu import deterministic_libraries
 from streamslr.io import folder as shard_folder
 from streamslr.io import packing
+from streamslr.io.packed_layout import part_dtype, part_shapes
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.matching import Loss
 from streamslr.memory import held_to_gpu_limit
-from streamslr.ranks import ALONE
+from streamslr.model.blockwise import Block
+from streamslr.ranks import Ranks
 from streamslr.run import loop
 from streamslr.run.context import RunContext, open_run
+from streamslr.run.dealing import Deal
 from streamslr.run.passes import Passes
 from streamslr.run.plan import Plan
 from streamslr.run.progress import BlockProgress, NoDisplay, PhaseTimer, WarningsOfRanks
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.solvers import threebasil_fused
 from streamslr.solvers.threebasil_fused import FusedState
+from streamslr.spec.allocation import Allocation
+from streamslr.spec.pattern import SparsityPattern
 
 _ANSWERS = {"_read": [1.0, 0.0], "inverse_error": 0.0}
 """Function of the solver -> what it reads: a support that moves, no failure of CholeskyQR2, inverses that are near."""
@@ -112,6 +118,8 @@ class BlockRun:
     """Times that the allocator gave back its cached memory because the limit was hit."""
     failures: int
     """Times that memory ran out."""
+    sent: Mapping[str, int]
+    """Bytes that a rank sent on average over ranks, by the name of the exchange."""
 
     def plan_over_peak(self, phase: str) -> float:
         """Return planned over allocated bytes of a phase."""
@@ -203,8 +211,8 @@ def run_block(
     Args:
         folder: Folder of the checkpoint; the run's own folder is made beside it.
         gpu: Device without values; it must not be entered yet.
-        iterations: Iterations of the solver for each linear.
-        windows: Windows that pass; None for all of the rank. The plan is that of all.
+        iterations: Iterations of the solver for each linear, where its method has any.
+        windows: Windows that pass, of all ranks; None for all. The plan is that of all.
         epochs: Epochs of matching.
         world: Ranks that share the run; rank 0 is there, the others are pretended (`PretendedRanks`).
         **settings: Settings of the run.
@@ -218,12 +226,16 @@ def run_block(
         gpu.phase = "open"
         for target, name, stand_in in _stand_ins(gpu):
             stack.enter_context(mock.patch.object(target, name, stand_in))
-        context = open_run(config, ranks=PretendedRanks(0, world))
+        ranks = PretendedRanks(0, world)
+        context = open_run(config, ranks=ranks)
         peaks = stack.enter_context(watching_phases(gpu))
         gpu.phase = "between phases"
-        passing = replace(config, samples=windows or -(-config.samples // world), match_epochs=epochs)
+        passing = replace(config, samples=windows or config.samples, match_epochs=epochs)
         _compress_block(replace(context, config=passing), iterations)
-    return BlockRun(context.plan, dict(gpu.by_phase), dict(peaks), gpu.allocator.retries, gpu.allocator.failures)
+    allocator = gpu.allocator
+    return BlockRun(
+        context.plan, dict(gpu.by_phase), dict(peaks), allocator.retries, allocator.failures, dict(ranks.sent)
+    )
 
 
 def _compress_block(context: RunContext, iterations: int) -> None:
@@ -232,21 +244,50 @@ def _compress_block(context: RunContext, iterations: int) -> None:
     ids = torch.zeros(config.samples, config.seq_len, dtype=torch.int64)
     journal: Any = SimpleNamespace(state=SimpleNamespace(shards=[], blocks=[]), commit_block=lambda *_, **__: None)
     assert context.allocation is not None
+    traffic = context.ranks.traffic if context.ranks.world > 1 else None
     with (
-        PhaseTimer(context.device, NoDisplay(), None, plan.memory()) as timer,
+        PhaseTimer(context.device, NoDisplay(), None, plan.memory(), traffic=traffic) as timer,
         held_to_gpu_limit(context.device, context.gpu.limit if context.gpu else None),
         deterministic_libraries(context.device),
         torch.no_grad(),
+        ExitStack() as stack,
     ):
-        passes = Passes(config, context.blockwise, ids, timer, plan.micro_batch, plan.in_memory, plan.resident_windows)
-        solver: Any = replace(context.method.solver, max_iterations=iterations)  # type: ignore[type-var]
+        sizes = plan.micro_batch, plan.in_memory, plan.resident_windows
+        passes = Passes(config, context.blockwise, ids, timer, *sizes, context.ranks)
+        solver: Any = context.method.solver
+        if hasattr(solver, "max_iterations"):
+            solver = replace(solver, max_iterations=iterations)
         compressor = LinearCompressor(solver, context.allocation, config.seed, plan.solver_workspace)
         progress = BlockProgress(NoDisplay(), 0, plan.blocks)
-        warnings = WarningsOfRanks(ALONE)
+        warnings = WarningsOfRanks(context.ranks)
         compression = loop.Compression(
             context, context.allocation, journal, timer, progress, passes, compressor, warnings
         )
+        exchange = partial(_exchange_with_others, loop.exchange_solved, context.allocation)
+        if context.ranks.world > 1:
+            stack.enter_context(mock.patch.object(loop, "exchange_solved", exchange))
         compression.compress_block(0, passes.embed(targets=config.match)).drop()
+
+
+def _exchange_with_others(
+    exchange: Callable[..., dict[str, Any]],
+    allocation: Allocation,
+    block: Block,
+    own: dict[str, Any],
+    deal: Deal,
+    patterns: Mapping[str, SparsityPattern],
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Exchange linears as if other ranks had solved theirs, of the shapes that their parts have in bf16."""
+    _, record = next(iter(own.values()))
+    others = {}
+    for name, owner in deal.owners.items():
+        if owner != ranks.rank:
+            shape = (block.linears[name].out_features, block.linears[name].in_features)
+            sizes = part_shapes(patterns[name], shape, min(allocation[name].rank, *shape))
+            others[name] = record, {part: (size, part_dtype(part, torch.bfloat16)) for part, size in sizes.items()}
+    with mock.patch.object(PretendedRanks, "gather", lambda _, described: [described, others]):
+        return exchange(block, own, deal, patterns, ranks)
 
 
 def _stand_ins(gpu: PretendedGpu) -> list[tuple[Any, str, Any]]:
@@ -312,6 +353,8 @@ def _stand_ins(gpu: PretendedGpu) -> list[tuple[Any, str, Any]]:
     counting = SimpleNamespace(sha256=Digest)
     return [
         (Passes, "propagate", propagate_below),
+        (Passes, "_in_order", lambda _, of_windows: list(of_windows)),  # other ranks have none to put between
+        (Passes, "sample", lambda *_: ()),
         (shard_folder, "write_shard", write_shard),
         (loop, "write_index", lambda *_: None),
         (hidden_states, "zarr", SimpleNamespace(create_array=create_array)),
