@@ -3,28 +3,15 @@
 import logging
 import math
 import shutil
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from streamslr.calibration.grams import (
-    ExpertSum,
-    Gram,
-    add_experts,
-    blend_expert,
-    count_rows,
-    gram_groups,
-    offload_grams,
-    sum_grams,
-    warn_of_few_tokens,
-)
 from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows, window_prefix
 from streamslr.config import base_name, default_out
@@ -38,16 +25,15 @@ from streamslr.io.folder import (
     write_index,
     write_non_block,
 )
-from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.matching import BlockWeights, CompressedBlock
 from streamslr.memory import held_to_gpu_limit
 from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
-from streamslr.ranks import ALONE, Ranks
+from streamslr.ranks import Ranks
+from streamslr.run.block_solver import BlockSolver
 from streamslr.run.context import RunContext, require_fit
-from streamslr.run.dealing import Deal, deal_linears
-from streamslr.run.journal import BlockRecord, JournalState, LinearRecord, MatchRecord, Sample
+from streamslr.run.journal import BlockRecord, JournalState, MatchRecord, Sample
 from streamslr.run.journal_writer import Journal, made_with
 from streamslr.run.passes import (
     Boundary,
@@ -55,7 +41,6 @@ from streamslr.run.passes import (
     drop_scratch_of_others,
     load_block,
     median_difference,
-    rank_scratch,
 )
 from streamslr.run.progress import Agreed, BlockProgress, Display, NoDisplay, PhaseTimer, WarningsOfRanks
 from streamslr.run.solve_linear import LinearCompressor
@@ -133,7 +118,8 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 compressor = LinearCompressor(
                     context.method.solver, allocation, config.seed, state.solver_workspace, timer.note_retry
                 )
-                Compression(context, allocation, journal, timer, progress, passes, compressor, warnings).run()
+                solver = BlockSolver(context, allocation, passes, compressor)
+                Compression(context, allocation, journal, timer, progress, passes, solver, warnings).run()
             except (MemoryError, RuntimeError) as error:
                 if not says_out_of_memory(error):
                     raise
@@ -196,7 +182,7 @@ class Compression:
     timer: PhaseTimer
     progress: BlockProgress
     passes: Passes
-    linear_compressor: LinearCompressor
+    solver: BlockSolver
     warnings: WarningsOfRanks
 
     def run(self) -> None:
@@ -211,7 +197,7 @@ class Compression:
             boundary = self.begin() if state.non_block is None else self.resume()
             ranks.wait_for_all()  # who may read shards that others would delete
             for done in (blockwise.non_block_tensors, *blockwise.block_tensors[: len(state.blocks)]):
-                self.release(done)
+                self.passes.release(done)
             for i in range(len(state.blocks), state.blocks_total):
                 boundary = self.compress_block(i, boundary)
             ranks.on_first(self.journal.require_sound_shards)
@@ -298,10 +284,10 @@ class Compression:
         with timer.phase("load", steps=1, block=i):
             block = load_block(blockwise, i)
         # Collect Gram matrices and targets in one pass of the dense block, on each rank those of its linears.
-        grams, targets = self.collect(block, boundary)
+        grams, targets = self.solver.collect(block, boundary)
         # Solve each linear: S + U·V takes the place of its weight.
         with timer.phase("solve", steps=len(block.linears), block=i) as step:
-            packed, records = self.solve_block(block, grams, step)
+            packed, records = self.solver.solve(block, grams, step)
             if self.context.plan.solved_at == "host":
                 packed = {name: {part: t.cpu() for part, t in parts.items()} for name, parts in packed.items()}
         solved = BlockWeights(packed, blockwise.as_stored(i))
@@ -332,94 +318,13 @@ class Compression:
             agreed.retries,
             agreed.seconds_by_rank,
         )
-        self.journal.commit_block(record, passes.micro_batch, self.linear_compressor.workspace)
+        self.journal.commit_block(record, passes.micro_batch, self.solver.linear_compressor.workspace)
         self.context.ranks.on_first(self.write_index)
         # Drop what only this block needed.
         boundary.drop()
-        self.release(blockwise.block_tensors[i])
-        blockwise.evict_block(i)
+        passes.drop_block(i)
         self.progress.committed(record)
         return upcoming
-
-    def collect(self, block: Block, boundary: Boundary) -> tuple["WaitingGrams", HiddenStates | None]:
-        """Collect the Grams of the dense block and its targets; each Gram goes to the ranks that need it.
-
-        Where not all Grams fit at once, the windows pass the block once for each group of them.
-        """
-        context, passes, ranks = self.context, self.passes, self.context.ranks
-        at_once, folder = context.plan.gram_bytes_at_once, rank_scratch(context.config, ranks)
-        if ranks.world == 1 and at_once is None:
-            grams, targets = passes.retry("grams", partial(passes.collect, block, boundary))
-            deal = self.deal(block, [gram.linears for gram in grams])
-            linears = [gram.linears for gram in grams]
-            takes = offload_grams(grams, context.plan.grams_at, folder)
-            return WaitingGrams(deal, {}, deque(zip(linears, takes, strict=True))), targets
-        shape = context.shape.blocks[block.index]
-        waiting = WaitingGrams(self.deal(block, shape.groups), {}, deque())
-        targets, entering, seen = None, boundary, []
-        for owners in gram_groups(shape.grams, at_once):
-            collect = partial(passes.collect, block, entering, owners, blend=False)
-            grams, of_block = passes.retry("grams", collect)
-            targets, entering = targets or of_block, Boundary(boundary.hidden, None)
-            with self.timer.phase("grams", steps=0, block=block.index):
-                grams = count_rows(grams, ranks)
-                seen += [replace(gram, matrix=gram.matrix.to("meta")) for gram in grams]
-                add_experts(waiting.expert_sums, grams, block.experts)
-                grams = sum_grams(grams, lambda gram: waiting.deal.needs(gram.linears, ranks.world), ranks)
-                linears = [gram.linears for gram in grams]
-                takes = offload_grams(grams, context.plan.grams_at, folder, first=len(waiting.grams))
-                waiting.grams.extend(zip(linears, takes, strict=True))
-        if [gram.linears for gram in seen] != list(shape.groups):
-            raise InputError(
-                f"{block.name}: its linears share their inputs in another way for these windows than its shapes say; "
-                "start without torchrun, with more memory"
-            )
-        for of_kind in waiting.expert_sums.values():
-            ranks.sum_(of_kind.matrix)
-        warn_of_few_tokens(block, seen)
-        return waiting, targets
-
-    def deal(self, block: Block, groups: Sequence[tuple[str, ...]]) -> Deal:
-        """Deal the block's linears to ranks; groups: those that share a Gram."""
-        context, shapes = self.context, self.context.blockwise.linears[block.index]
-        on_gpu = context.device.type == "cuda"
-        return deal_linears(groups, shapes, self.allocation, context.method, context.ranks.world, on_gpu)
-
-    def solve_block(
-        self, block: Block, waiting: "WaitingGrams", step: Callable[[int], None]
-    ) -> tuple[dict[str, Mapping[str, Tensor]], tuple[LinearRecord, ...]]:
-        """Compress every linear of the live block; return them packed, and their records. Empties `waiting`.
-
-        Each rank solves its own linears, after those that all solve together, and then gets those of the others.
-        """
-        context, ranks, deal = self.context, self.context.ranks, waiting.deal
-        solved: dict[str, Solved] = {}
-        # Linears that all ranks solve together come first, so that no rank waits for another's own.
-        order = deque(sorted(waiting.grams, key=lambda entry: deal.by_rows.isdisjoint(entry[0])))
-        waiting.grams.clear()
-        while order:
-            gram = order.popleft()[1]()  # freed once its linears are solved
-            gram = replace(gram, matrix=gram.matrix.to(context.device))
-            if waiting.expert_sums and not gram.shared_fraction:
-                gram = blend_expert(gram, waiting.expert_sums, block.experts)
-            own = [name for name in gram.linears if deal.owners.get(name) == ranks.rank]
-            together = [name for name in gram.linears if name in deal.by_rows and name not in solved]
-            if together and own:
-                order.append((gram.linears, partial(replace, gram)))
-            cache = self.linear_compressor.gram_cache(block.linears, together or own)
-            for name in together or own:
-                dtype = context.blockwise.stored_dtype(f"{name}.weight")
-                weight = partial(context.blockwise.stored_weight, name)
-                packed, record = self.linear_compressor.compress(
-                    name, block.linears[name], weight, gram.matrix, dtype, cache, ranks if together else ALONE
-                )
-                warnings = (*gram.warnings(name), *record.warnings)
-                solved[name] = packed, replace(record, rows=gram.rows, warnings=warnings)
-                step(1)
-            del gram, cache
-        step(len(block.linears) - len(solved))
-        solved |= exchange_solved(block, solved, deal, self.patterns(block), ranks)
-        return {name: solved[name][0] for name in deal.linears}, tuple(solved[name][1] for name in deal.linears)
 
     def match_and_propagate(
         self, block: Block, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
@@ -480,74 +385,13 @@ class Compression:
     def agree(self) -> Agreed:
         """Take what all ranks measured, and what the tightest of them cut, which holds for all from here on."""
         self.warnings.share()
-        compressor = self.linear_compressor
+        compressor = self.solver.linear_compressor
         workspace = min(self.context.ranks.gather(math.inf if compressor.workspace is None else compressor.workspace))
         compressor.workspace = None if workspace == math.inf else int(workspace)
         return self.passes.agree()
 
-    def release(self, names: Sequence[str]) -> None:
-        """With --evict-shards, delete the downloads that nobody on this machine needs any more."""
-        if self.context.ranks.local_rank == 0:
-            self.context.checkpoint.release(names)
-
     def patterns(self, block: Block) -> dict[str, SparsityPattern]:
         return {name: self.allocation[name].pattern for name in block.linears}
-
-
-@dataclass(frozen=True)
-class WaitingGrams:
-    """Grams of a block that wait to be solved on this rank.
-
-    deal: Who solves which linear.
-    expert_sums: For each kind of experts, the sum of their Grams, to blend rare ones with; empty where that is done.
-    grams: Linears that share a Gram, and a function that returns it once.
-    """
-
-    deal: Deal
-    expert_sums: dict[str, ExpertSum]
-    grams: deque[tuple[tuple[str, ...], Callable[[], Gram]]]
-
-
-Solved = tuple[Mapping[str, Tensor], LinearRecord]
-"""A packed linear and its record."""
-
-
-def exchange_solved(
-    block: Block, own: Mapping[str, Solved], deal: Deal, patterns: Mapping[str, SparsityPattern], ranks: Ranks
-) -> dict[str, Solved]:
-    """Return the linears that other ranks solved, and put them into the live block.
-
-    Args:
-        block: The live block.
-        own: What this rank has solved.
-        deal: Who solved which linear.
-        patterns: Pattern of each linear.
-        ranks: The ranks.
-    """
-    described = {
-        name: (record, {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in packed.items()})
-        for name, (packed, record) in own.items()
-        if name in deal.owners
-    }
-    solved: dict[str, Solved] = {}
-    descriptions = [entry for of_rank in ranks.gather(described) for entry in of_rank.items()]
-    for name, (record, parts) in descriptions:
-        owner, linear = deal.owners[name], block.linears[name]
-        packed = (
-            own[name][0]
-            if owner == ranks.rank
-            else {
-                part: torch.empty(shape, dtype=dtype, device=linear.weight.device)
-                for part, (shape, dtype) in parts.items()
-            }
-        )
-        for tensor in packed.values():
-            ranks.broadcast_(tensor, owner)
-        if owner != ranks.rank:
-            shape = (linear.weight.shape[0], linear.weight.shape[1])
-            linear.weight.copy_(merge(packed, patterns[name], shape, linear.weight.dtype))
-            solved[name] = packed, record
-    return solved
 
 
 def require_same_but_for_rounding(before: Sample | None, now: Sample, dtype: torch.dtype) -> None:

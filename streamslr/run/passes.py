@@ -269,6 +269,16 @@ class Passes:
                         loss.add(output, target)
         return leaving, loss
 
+    def drop_block(self, i: int) -> None:
+        """Free block i's memory, and with --evict-shards each downloaded shard whose tensors are all done."""
+        self.blockwise.evict_block(i)
+        self.release(self.blockwise.block_tensors[i])
+
+    def release(self, names: Sequence[str]) -> None:
+        """With --evict-shards, delete downloads that no rank of this machine reads any more: all must be past them."""
+        if self.ranks.local_rank == 0:
+            self.blockwise.checkpoint.release(names)
+
     def retry(self, phase: str, work: Callable[[], T]) -> T:
         """Call `work`, a pass; where memory runs out in it, call it once more with half the micro-batch.
 
@@ -491,9 +501,3 @@ def load_block(blockwise: BlockwiseModel, i: int) -> Block:
     for names in blockwise.block_tensors[i + 1 : i + 2]:
         blockwise.checkpoint.prefetch(names)
     return block
-
-
-def drop_block(blockwise: BlockwiseModel, i: int) -> None:
-    """Free block i's memory, and with --evict-shards each downloaded shard whose tensors are all done."""
-    blockwise.evict_block(i)
-    blockwise.checkpoint.release(blockwise.block_tensors[i])

@@ -6,7 +6,7 @@ from functools import partial
 from streamslr.config import RunConfig
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.run.journal_writer import Journal
-from streamslr.run.passes import Passes, drop_block
+from streamslr.run.passes import Passes
 from streamslr.spec.allocation import Allocation, allocate, as_json, from_json, in_words
 
 log = logging.getLogger("streamslr")
@@ -40,6 +40,6 @@ def _count_outliers(blockwise: BlockwiseModel, passes: Passes) -> list[float]:
         outliers.append(passes.count_outliers(block, diagonals))
         hidden.drop()
         hidden = leaving
-        drop_block(blockwise, i)
+        passes.drop_block(i)
     hidden.drop()
     return outliers

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import streamslr
 from streamslr.config import RunConfig
+from streamslr.run.block_solver import BlockSolver
 from streamslr.run.context import open_run
-from streamslr.run.loop import Compression
 from streamslr.run.solve_linear import LinearCompressor
 from tests.support.compressed_folders import run_contents
 from tests.support.tiny_models import tiny_checkpoint
@@ -30,14 +30,14 @@ def settings(monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path) -> dic
 
 
 def interrupt_at(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    solve_block = Compression.solve_block
+    original = BlockSolver.solve
 
-    def solve(self: Compression, live: Any, *arguments: Any) -> Any:
+    def solve(self: BlockSolver, live: Any, *arguments: Any) -> Any:
         if live.index == block:
             raise KeyboardInterrupt
-        return solve_block(self, live, *arguments)
+        return original(self, live, *arguments)
 
-    monkeypatch.setattr(Compression, "solve_block", solve)
+    monkeypatch.setattr(BlockSolver, "solve", solve)
 
 
 @pytest.mark.parametrize("block", [0, 1])

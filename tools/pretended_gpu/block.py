@@ -39,7 +39,7 @@ from streamslr.matching import Loss
 from streamslr.memory import held_to_gpu_limit
 from streamslr.model.blockwise import Block
 from streamslr.ranks import Ranks
-from streamslr.run import loop
+from streamslr.run import block_solver, loop
 from streamslr.run.context import RunContext, open_run
 from streamslr.run.dealing import Deal
 from streamslr.run.passes import Passes
@@ -254,18 +254,17 @@ def _compress_block(context: RunContext, iterations: int) -> None:
     ):
         sizes = plan.micro_batch, plan.in_memory, plan.resident_windows
         passes = Passes(config, context.blockwise, ids, timer, *sizes, context.ranks)
-        solver: Any = context.method.solver
-        if hasattr(solver, "max_iterations"):
-            solver = replace(solver, max_iterations=iterations)
-        compressor = LinearCompressor(solver, context.allocation, config.seed, plan.solver_workspace)
+        method: Any = context.method.solver
+        if hasattr(method, "max_iterations"):
+            method = replace(method, max_iterations=iterations)
+        compressor = LinearCompressor(method, context.allocation, config.seed, plan.solver_workspace)
+        solver = block_solver.BlockSolver(context, context.allocation, passes, compressor)
         progress = BlockProgress(NoDisplay(), 0, plan.blocks)
         warnings = WarningsOfRanks(context.ranks)
-        compression = loop.Compression(
-            context, context.allocation, journal, timer, progress, passes, compressor, warnings
-        )
-        exchange = partial(_exchange_with_others, loop.exchange_solved, context.allocation)
+        compression = loop.Compression(context, context.allocation, journal, timer, progress, passes, solver, warnings)
+        exchange = partial(_exchange_with_others, block_solver.exchange_solved, context.allocation)
         if context.ranks.world > 1:
-            stack.enter_context(mock.patch.object(loop, "exchange_solved", exchange))
+            stack.enter_context(mock.patch.object(block_solver, "exchange_solved", exchange))
         compression.compress_block(0, passes.embed(targets=config.match)).drop()
 
 
