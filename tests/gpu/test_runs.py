@@ -41,11 +41,12 @@ def finished(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     [
         {"grams_at": "device", "in_memory": True},
         {"grams_at": "host", "in_memory": False},
+        {"solved_at": "host"},
         *slow({"grams_at": "disk", "in_memory": True}),
     ],
     ids=str,
 )
-def test_where_grams_and_hidden_states_wait_does_not_change_a_byte(
+def test_where_grams_solved_linears_and_hidden_states_wait_does_not_change_a_byte(
     model: Path, text: Path, tmp_path: Path, finished: tuple[Path, list[str]], plan: dict[str, Any]
 ) -> None:
     assert digests(run_on_gpu(model, text, tmp_path / "out", plan)[0]) == finished[1]

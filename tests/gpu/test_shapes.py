@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pretended_gpu import PretendedGpu
@@ -39,21 +40,8 @@ CASES = [
 ]
 
 
-RANKS = [
-    *slow(("8b", 24, True)),
-    *long(("405b", 80, True)),
-    pytest.param(
-        *("deepseek-v3", 80, False),
-        marks=[
-            pytest.mark.long,
-            pytest.mark.xfail(strict=True, reason="the run collects all Grams of a block at once"),
-        ],
-    ),
-]
-"""Shape, budget in GB of each of eight ranks, matching."""
-
-OWN_PHASES = ("embed", "load", "grams", "propagate")
-"""Phases in which a rank takes what its plan says, as long as each solves and matches all by itself."""
+RANKS = [*slow(("8b", 24, 64)), *long(("405b", 80, 16), ("deepseek-v3", 80, 16))]
+"""Shape, budget in GB of each of eight ranks, windows of all."""
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +81,26 @@ def test_no_phase_runs_out_of_what_it_may_reserve(
     assert max(peak.reserved for peak in run.peaks.values()) <= gigabytes * 10**9
 
 
-@pytest.mark.parametrize(("shape", "gigabytes", "match"), RANKS)
-def test_a_rank_takes_what_was_planned_for_its_own_windows(
-    tmp_path: Path, shape: str, gigabytes: int, match: bool
-) -> None:
-    folder = tmp_path / "model"
+def run_of_ranks(folder: Path, shape: str, gigabytes: int, windows: int, world: int, **settings: Any) -> BlockRun:
+    """Run a block on rank 0 of `world`; the plan is that of the same windows and epochs."""
     folder.mkdir()
     write_sparse_checkpoint(folder, SHAPES[shape], 16384, blocks=1)
     gpu = PretendedGpu(values=False, total=141 * 10**9)
-    budgets = {"gpu_mem": gigabytes * 10**9, "host_mem": 100 * 10**9}
-    run = run_block(folder, gpu, iterations=1, windows=16, world=8, match=match, **budgets)
+    sizes = {"gpu_mem": gigabytes * 10**9, "host_mem": 100 * 10**9, "samples": windows, "match_epochs": 2}
+    return run_block(folder, gpu, **{"iterations": 1, "world": world, **sizes, **settings})
+
+
+@pytest.mark.parametrize(("shape", "gigabytes", "windows"), RANKS)
+def test_a_rank_takes_and_sends_what_was_planned(tmp_path: Path, shape: str, gigabytes: int, windows: int) -> None:
+    run = run_of_ranks(tmp_path / "model", shape, gigabytes, windows, world=8)
     assert run.failures == 0
-    found = {phase: ratio for phase, ratio in ratios(run).items() if phase in OWN_PHASES}
+    found = ratios(run)
     assert all(LEAST <= ratio <= MOST for ratio in found.values()), found
+    assert max(phase.gpu_bytes for phase in run.plan.phases) + run.plan.gpu_context <= gigabytes * 10**9
+    assert sum(run.sent.values()) == pytest.approx(run.plan.sent_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("world", long(2, 4, 8))
+def test_ranks_send_what_the_formula_says(tmp_path: Path, world: int) -> None:
+    run = run_of_ranks(tmp_path / "model", "70b", 80, 32, world, match_batch=8)
+    assert sum(run.sent.values()) == pytest.approx(run.plan.sent_bytes, rel=0.1)

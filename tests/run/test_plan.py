@@ -320,6 +320,15 @@ def test_a_rank_keeps_masters_gradients_and_moments_of_its_share_alone() -> None
     assert phase(two, "match").gpu_bytes - phase(eight, "match").gpu_bytes == pytest.approx(saved, abs=16)
 
 
+def test_solved_linears_go_to_the_host_where_a_block_could_not_be_matched_beside_them() -> None:
+    roomy, tight = (plan(deepseek_v3(), host_mem=100 * GB, gpu=gpu * GB, world=8) for gpu in (140, 80))
+    assert (roomy.solved_at, tight.solved_at) == ("device", "host")
+    assert phase(tight, "match").gpu_bytes < 80 * GB < phase(roomy, "match").gpu_bytes
+    packed = (tight.output_bytes - 4 * 129280 * 7168) / 2
+    more = phase(tight, "match").host_bytes - phase(roomy, "match").host_bytes
+    assert more == pytest.approx(2 * packed, rel=0.01)
+
+
 def test_only_the_grams_of_a_ranks_own_linears_wait_to_be_solved() -> None:
     one, eight = (plan(deepseek_v3(), world=world, samples=8, gpu=200 * GB, match=False) for world in (1, 8))
     assert (one.grams_at, one.gram_bytes_at_once) == (eight.grams_at, eight.gram_bytes_at_once) == ("device", None)

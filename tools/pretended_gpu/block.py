@@ -226,7 +226,7 @@ def run_block(
         gpu.phase = "open"
         for target, name, stand_in in _stand_ins(gpu):
             stack.enter_context(mock.patch.object(target, name, stand_in))
-        ranks = PretendedRanks(0, world)
+        ranks = PretendedRanks(0, world, local_world=world)
         context = open_run(config, ranks=ranks)
         peaks = stack.enter_context(watching_phases(gpu))
         gpu.phase = "between phases"
