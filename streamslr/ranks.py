@@ -213,13 +213,13 @@ class Ranks:
 
     def ended(self, how_noticed: str) -> RankEndedError:
         """Return an error that names the rank that ended, and its reason if it left one."""
-        until = time.monotonic() + (_SECONDS_TO_END if len(self._neighbours()) > 1 else 0)
+        until = time.monotonic() + (_SECONDS_TO_END if len(self.neighbours()) > 1 else 0)
         while not (reasons := self._reasons()) and not (gone := self._gone()) and time.monotonic() < until:
             time.sleep(0.05)
-        here = [rank for rank in self._neighbours() if rank not in self._gone()]
+        here = [rank for rank in self.neighbours() if rank not in self._gone()]
         said_already = bool(here) and here[0] != self.rank
         for rank, reason in reasons.items():
-            told_here = rank in self._neighbours()
+            told_here = rank in self.neighbours()
             return RankEndedError(f"rank {rank} ended: {reason}", said_already or told_here)
         if gone:
             process = f"rank {gone[0]} (process {self.processes[gone[0]][1]})"
@@ -228,7 +228,7 @@ class Ranks:
             message = f"a rank on another machine ended ({how_noticed})"
         return RankEndedError(f"{message}. Finished blocks are kept; start the same line again", said_already)
 
-    def _neighbours(self) -> list[int]:
+    def neighbours(self) -> list[int]:
         """Return the ranks of this machine."""
         if not self.processes:
             return [self.rank]
@@ -237,7 +237,7 @@ class Ranks:
 
     def _gone(self) -> list[int]:
         """Return the ranks of this machine whose process has ended."""
-        return [rank for rank in self._neighbours() if self.processes and not _runs(self.processes[rank][1])]
+        return [rank for rank in self.neighbours() if self.processes and not _runs(self.processes[rank][1])]
 
     def _reasons(self) -> dict[int, str]:
         """Return why ranks ended that could say so, by rank."""

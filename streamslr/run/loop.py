@@ -56,6 +56,7 @@ from streamslr.run.passes import (
     load_block,
     median_difference,
     rank_scratch,
+    release,
 )
 from streamslr.run.progress import Agreed, BlockProgress, Display, NoDisplay, PhaseTimer, WarningsOfRanks
 from streamslr.run.solve_linear import LinearCompressor
@@ -484,9 +485,7 @@ class Compression:
         return self.passes.agree()
 
     def release(self, names: Sequence[str]) -> None:
-        """With --evict-shards, delete the downloads that nobody on this machine needs any more."""
-        if self.context.ranks.local_rank == 0:
-            self.context.checkpoint.release(names)
+        release(self.context.checkpoint, names, self.context.ranks)
 
     def patterns(self, block: Block) -> dict[str, SparsityPattern]:
         return {name: self.allocation[name].pattern for name in block.linears}

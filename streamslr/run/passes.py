@@ -493,7 +493,21 @@ def load_block(blockwise: BlockwiseModel, i: int) -> Block:
     return block
 
 
-def drop_block(blockwise: BlockwiseModel, i: int) -> None:
-    """Free block i's memory, and with --evict-shards each downloaded shard whose tensors are all done."""
+def drop_block(blockwise: BlockwiseModel, i: int, ranks: Ranks) -> None:
+    """Free block i's memory, and release its shards."""
     blockwise.evict_block(i)
-    blockwise.checkpoint.release(blockwise.block_tensors[i])
+    release(blockwise.checkpoint, blockwise.block_tensors[i], ranks)
+
+
+def release(checkpoint: Checkpoint, names: Sequence[str], ranks: Ranks) -> None:
+    """With --evict-shards, delete the downloads that no rank needs any more; all ranks must call it.
+
+    One rank of a machine deletes what any of them has downloaded.
+    """
+    handed_over = frozenset(checkpoint.downloaded)
+    downloads = ranks.gather(handed_over)
+    if ranks.local_rank:
+        checkpoint.downloaded.difference_update(handed_over)
+    else:
+        checkpoint.downloaded.update(*(downloads[rank] for rank in ranks.neighbours()))
+        checkpoint.release(names)

@@ -40,6 +40,6 @@ def _count_outliers(blockwise: BlockwiseModel, passes: Passes) -> list[float]:
         outliers.append(passes.count_outliers(block, diagonals))
         hidden.drop()
         hidden = leaving
-        drop_block(blockwise, i)
+        drop_block(blockwise, i, passes.ranks)
     hidden.drop()
     return outliers
