@@ -38,7 +38,7 @@ from tests.support.tiny_models import TEXT, starved_checkpoint, tiny_checkpoint
 BLOCKS = 2
 BASICS: dict[str, Any] = {"samples": 7, "seq_len": 16, "rank": 4, "device": "cpu", "method": "eora-wanda"}
 BASICS |= {"match_epochs": 2, "match_batch": 4, "match_held_out": 2}  # 5 windows are fitted, 2 held out
-MAIN: dict[str, Any] = {"method": "3basil", "match_epochs": 4, "samples": 26}
+MAIN: dict[str, Any] = {"method": "3basil", "match_epochs": 4, "samples": 24, "match_held_out": 0}
 ROUNDING_AMPLIFIED = {"error": 0.1, "loss": 0.15}
 
 
