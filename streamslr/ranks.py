@@ -226,7 +226,12 @@ class Ranks:
             message = f"{process} ended without a word: killed, perhaps for memory"
         else:
             message = f"a rank on another machine ended ({how_noticed})"
-        return RankEndedError(f"{message}. Finished blocks are kept; start the same line again", said_already)
+        message = f"{message}. Finished blocks are kept; start the same line again"
+        # A rank that ends for this is gone too, so the first to notice is right, and says it for its machine.
+        with suppress(RuntimeError):  # the store may have ended too
+            first, _, message = _first_said("gone", f"{self.rank} {message}").partition(" ")
+            said_already = first != str(self.rank)
+        return RankEndedError(message, said_already)
 
     def neighbours(self) -> list[int]:
         """Return the ranks of this machine."""
@@ -258,6 +263,12 @@ ALONE = Ranks()
 
 def _reason_key(rank: int) -> str:
     return f"streamslr/ended/{rank}"
+
+
+def _first_said(what: str, text: str) -> str:
+    """Return what the first rank of this machine to call this has given as text."""
+    store = dist.distributed_c10d._get_default_store()
+    return str(store.compare_set(f"streamslr/{what}/{socket.gethostname()}", "", text).decode(errors="replace"))
 
 
 def _runs(pid: int) -> bool:
@@ -302,11 +313,9 @@ def open_ranks() -> Iterator[Ranks]:
                 raise ranks.ended(first_line(broken) if broken else "torchrun ends all") from None
         with suppress(RuntimeError):
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
-            store = dist.distributed_c10d._get_default_store()
-            store.set(_reason_key(rank), reason)
+            dist.distributed_c10d._get_default_store().set(_reason_key(rank), reason)
             # Where all end for one reason, the first of each machine says it.
-            ours = f"{rank} {reason}"
-            first = store.compare_set(f"streamslr/first/{socket.gethostname()}", "", ours).decode(errors="replace")
-            error.said_already = first != ours and first.partition(" ")[2] == reason  # type: ignore[attr-defined]
+            first, _, its_reason = _first_said("reason", f"{rank} {reason}").partition(" ")
+            error.said_already = first != str(rank) and its_reason == reason  # type: ignore[attr-defined]
         raise
     dist.destroy_process_group()
