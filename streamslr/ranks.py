@@ -214,22 +214,27 @@ class Ranks:
 
     def ended(self, how_noticed: str) -> RankEndedError:
         """Return an error that names the rank that ended, and its reason if it left one."""
-        until = time.monotonic() + (_SECONDS_TO_END if len(self._neighbours()) > 1 else 0)
+        until = time.monotonic() + (_SECONDS_TO_END if len(self.neighbours()) > 1 else 0)
         while not (reasons := self._reasons()) and not (gone := self._gone()) and time.monotonic() < until:
             time.sleep(0.05)
-        here = [rank for rank in self._neighbours() if rank not in self._gone()]
+        here = [rank for rank in self.neighbours() if rank not in self._gone()]
         said_already = bool(here) and here[0] != self.rank
         for rank, reason in reasons.items():
-            told_here = rank in self._neighbours()
+            told_here = rank in self.neighbours()
             return RankEndedError(f"rank {rank} ended: {reason}", said_already or told_here)
         if gone:
             process = f"rank {gone[0]} (process {self.processes[gone[0]][1]})"
             message = f"{process} ended without a word: killed, perhaps for memory"
         else:
             message = f"a rank on another machine ended ({how_noticed})"
-        return RankEndedError(f"{message}. Finished blocks are kept; start the same line again", said_already)
+        message = f"{message}. Finished blocks are kept; start the same line again"
+        # A rank that ends for this is gone too, so the first to notice is right, and says it for its machine.
+        with suppress(RuntimeError):  # the store may have ended too
+            first, _, message = _first_said("gone", f"{self.rank} {message}").partition(" ")
+            said_already = first != str(self.rank)
+        return RankEndedError(message, said_already)
 
-    def _neighbours(self) -> list[int]:
+    def neighbours(self) -> list[int]:
         """Return the ranks of this machine."""
         if not self.processes:
             return [self.rank]
@@ -238,7 +243,7 @@ class Ranks:
 
     def _gone(self) -> list[int]:
         """Return the ranks of this machine whose process has ended."""
-        return [rank for rank in self._neighbours() if self.processes and not _runs(self.processes[rank][1])]
+        return [rank for rank in self.neighbours() if self.processes and not _runs(self.processes[rank][1])]
 
     def _reasons(self) -> dict[int, str]:
         """Return why ranks ended that could say so, by rank."""
@@ -267,6 +272,12 @@ def _machine() -> str:
     with suppress(OSError):  # outside of Linux
         names += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").stat().st_ino)]
     return " ".join(names)
+
+
+def _first_said(what: str, text: str) -> str:
+    """Return what the first rank of this machine to call this has given as text."""
+    store = dist.distributed_c10d._get_default_store()
+    return str(store.compare_set(f"streamslr/{what}/{_machine()}", "", text).decode(errors="replace"))
 
 
 def _runs(pid: int) -> bool:
@@ -311,11 +322,9 @@ def open_ranks() -> Iterator[Ranks]:
                 raise ranks.ended(first_line(broken) if broken else "torchrun ends all") from None
         with suppress(RuntimeError):
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
-            store = dist.distributed_c10d._get_default_store()
-            store.set(_reason_key(rank), reason)
+            dist.distributed_c10d._get_default_store().set(_reason_key(rank), reason)
             # Where all end for one reason, the first of each machine says it.
-            ours = f"{rank} {reason}"
-            first = store.compare_set(f"streamslr/first/{ranks.processes[rank][0]}", "", ours).decode(errors="replace")
-            error.said_already = first != ours and first.partition(" ")[2] == reason  # type: ignore[attr-defined]
+            first, _, its_reason = _first_said("reason", f"{rank} {reason}").partition(" ")
+            error.said_already = first != str(rank) and its_reason == reason  # type: ignore[attr-defined]
         raise
     dist.destroy_process_group()

@@ -19,6 +19,7 @@ from streamslr.ranks import Ranks, open_ranks
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from tests.support.compressed_folders import run_contents
+from tests.support.markers import long, slow
 
 
 @given(world=st.integers(1, 40), count=st.integers(0, 500))
@@ -143,8 +144,7 @@ def test_rank_0_speaks_for_all(run_line: tuple[object, ...], tmp_path: Path, unb
     assert run_contents(tmp_path / "out") == unbroken
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", [*long("0"), *slow("1")])
 def test_a_killed_rank_ends_all_with_one_line_and_the_same_line_goes_on(
     run_line: tuple[object, ...], tmp_path: Path, unbroken: dict[str, bytes], rank: str
 ) -> None:
@@ -184,8 +184,7 @@ def test_two_nodes_share_a_run_out(run_line: tuple[object, ...], tmp_path: Path,
     assert run_contents(tmp_path / "out") == unbroken
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "rank"), [(1, "1"), (1, "0"), (2, "3")])
+@pytest.mark.parametrize(("ranks", "rank"), [*slow((1, "1")), *long((1, "0"), (2, "3"))])
 def test_a_killed_node_ends_the_other_which_says_so(
     run_line: tuple[object, ...], tmp_path: Path, unbroken: dict[str, bytes], ranks: int, rank: str
 ) -> None:

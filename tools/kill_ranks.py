@@ -126,6 +126,8 @@ def main(
     out: Path | None,
 ) -> None:
     random.seed(seed)
+    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    commit, command = told.stdout.strip(), f"python tools/kill_ranks.py {' '.join(sys.argv[1:])}"
     folder = Path(tempfile.mkdtemp(prefix="streamslr-kill-ranks-"))
     model = model or tiny_checkpoint(folder / "model", blocks=4, shards=3)
     if calibration is None:
@@ -148,14 +150,10 @@ def main(
         if kill := kill_once(ranks, line, work / "out", seconds, expected):
             done.append(kill)
             click.echo(kill)
-    result = _summary(done, seconds)
-    click.echo(json.dumps({name: value for name, value in result.items() if name != "kills"}, indent=2))
-    if out:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        command = f"python tools/kill_ranks.py {' '.join(sys.argv[1:])}"
-        before = json.loads(out.read_text()) if out.exists() else {}
-        ours = {"command": command, "commit": commit.stdout.strip(), **result}
-        out.write_text(json.dumps(before | {f"{ranks} ranks": ours}, indent=1) + "\n")
+            if out:  # after each, since all take a quarter of an hour
+                before = json.loads(out.read_text()) if out.exists() else {}
+                ours = {"command": command, "commit": commit, **_summary(done, seconds)}
+                out.write_text(json.dumps(before | {f"{ranks} ranks": ours}, indent=1) + "\n")
     shutil.rmtree(folder)
 
 

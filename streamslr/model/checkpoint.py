@@ -168,11 +168,16 @@ class Checkpoint:
             # A daemon: Ctrl-C must not wait for a download; the hub's client goes on with a partial file.
             threading.Thread(target=self._fetch_ahead, args=(missing,), daemon=True).start()
 
+    @property
+    def downloaded(self) -> set[str]:
+        """Shards that `release` may delete: those that this process downloaded, and any that are added."""
+        return self._source.downloaded
+
     def release(self, names: Iterable[str]) -> None:
         """Note that these tensors are done.
 
-        With `evict`, a shard whose tensors are all done is deleted from the hub's cache if this process downloaded
-        it; a later `read` downloads it again.
+        With `evict`, a shard whose tensors are all done is deleted from the hub's cache if it is one of `downloaded`; a
+        later `read` downloads it again.
         """
         shards = self._by_shard(names, done=True)
         if not self._evict:

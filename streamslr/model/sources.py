@@ -31,10 +31,12 @@ class ModelSource(Protocol):
     Attributes:
         label: name of the source in error messages.
         identity: name of the files' content, "hub:ID@commit"; None where the files may change.
+        downloaded: files that this process downloaded, and may delete.
     """
 
     label: str
     identity: str | None
+    downloaded: set[str]
 
     @property
     def files(self) -> Collection[str]:
@@ -54,7 +56,7 @@ class ModelSource(Protocol):
         ...
 
     def evict(self, name: str) -> None:
-        """Delete the file if this process downloaded it."""
+        """Delete the file if it is one of `downloaded`."""
         ...
 
     def outer_target(self, name: str) -> Path | None:
@@ -92,6 +94,7 @@ class LocalFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.label = str(path)
+        self.downloaded: set[str] = set()
         self.identity: str | None = None
         try:
             self.files = frozenset(entry.name for entry in path.iterdir() if entry.is_file())
@@ -134,7 +137,7 @@ class HubRepo:
         self.repo = repo
         self._api = HfApi()
         self._fetching: dict[str, threading.Lock] = {}  # by file, so that none is downloaded twice at once
-        self._downloaded: set[str] = set()
+        self.downloaded: set[str] = set()
         self.label = f"{repo} on the hub"
         with self._errors(revision=revision):
             if constants.is_offline_mode():
@@ -184,15 +187,15 @@ class HubRepo:
             if path is None:
                 with self._errors(name):
                     path = Path(self._api.hf_hub_download(self.repo, name, revision=self.commit))
-                self._downloaded.add(name)
+                self.downloaded.add(name)
             return path
 
     def evict(self, name: str) -> None:
         with self._fetching.setdefault(name, threading.Lock()):
             path = self.local_path(name)
-            if name not in self._downloaded or path is None:
+            if name not in self.downloaded or path is None:
                 return
-            self._downloaded.discard(name)
+            self.downloaded.discard(name)
             cache = scan_cache_dir(constants.HF_HUB_CACHE)
             entries = [
                 file

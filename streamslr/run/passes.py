@@ -270,14 +270,23 @@ class Passes:
         return leaving, loss
 
     def drop_block(self, i: int) -> None:
-        """Free block i's memory, and with --evict-shards each downloaded shard whose tensors are all done."""
+        """Free block i's memory, and release its shards."""
         self.blockwise.evict_block(i)
         self.release(self.blockwise.block_tensors[i])
 
     def release(self, names: Sequence[str]) -> None:
-        """With --evict-shards, delete downloads that no rank of this machine reads any more: all must be past them."""
-        if self.ranks.local_rank == 0:
-            self.blockwise.checkpoint.release(names)
+        """With --evict-shards, delete the downloads that no rank needs any more; all ranks must call it.
+
+        One rank of a machine deletes what any of them has downloaded.
+        """
+        ranks, checkpoint = self.ranks, self.blockwise.checkpoint
+        handed_over = frozenset(checkpoint.downloaded)
+        downloads = ranks.gather(handed_over)
+        if ranks.local_rank:
+            checkpoint.downloaded.difference_update(handed_over)
+        else:
+            checkpoint.downloaded.update(*(downloads[rank] for rank in ranks.neighbours()))
+            checkpoint.release(names)
 
     def retry(self, phase: str, work: Callable[[], T]) -> T:
         """Call `work`, a pass; where memory runs out in it, call it once more with half the micro-batch.

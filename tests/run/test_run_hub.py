@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import pytest
 
 import streamslr
 from streamslr.errors import HubError, InputError
+from streamslr.ranks import Ranks
 from streamslr.results.verify import verify
 from tests.support.hub_server import Hub, serve_hub
+from tests.support.killing import compress_as_rank
+from tests.support.started_ranks import StartedRanks
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 BLOCKS = 4
@@ -62,6 +66,30 @@ def test_evicted_shards_are_fetched_once_and_gone_at_the_end(hub: Hub, text: Pat
     fetched = hub.downloads(".safetensors")
     assert len(fetched) == len(set(fetched)) >= 3
     assert weights(tmp_path / "cache") == []
+    assert verify(tmp_path / "out").problems == ()
+
+
+def run_as_rank(ranks: Ranks, url: str, cache: Path, settings: dict[str, Any]) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        Hub(url).use(patch, cache)
+        return compress_as_rank(ranks, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"owl": 0.1, "pattern": "50%", "match": False}])
+@pytest.mark.parametrize("evict", [False, True])
+def test_ranks_of_a_machine_fetch_a_shard_once(
+    hub: Hub, text: Path, tmp_path: Path, evict: bool, settings: dict[str, Any]
+) -> None:
+    settings = RUN | {"model": "org/model", "calibration": text, "evict_shards": evict} | settings
+    line = (hub.url, tmp_path / "cache", settings | {"out": tmp_path / "out"})
+    results = StartedRanks(2, tmp_path, run_as_rank, *line).results()
+    assert all(isinstance(result, list) for result in results), results
+    fetched = hub.downloads(".safetensors")
+    most = 2 if evict and settings.get("owl") else 1  # a survey reads all before block 0
+    assert max(Counter(fetched).values()) == most
+    assert len(set(fetched)) >= 3
+    assert bool(weights(tmp_path / "cache")) is not evict
     assert verify(tmp_path / "out").problems == ()
 
 
