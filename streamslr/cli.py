@@ -4,11 +4,11 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import click
 
@@ -28,6 +28,9 @@ from streamslr.terminal import (
     show_bar,
     silence_libraries,
 )
+
+if TYPE_CHECKING:
+    from streamslr.ranks import Ranks
 
 # The libraries behind the commands take seconds to import, so each command imports its own: --help stays instant.
 
@@ -78,6 +81,18 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
             settings["type"] = _Path() if kinds[0] is Path else kinds[0]
         command = click.option(flag, field.name, **settings)(command)
     return command
+
+
+@contextmanager
+def _joined_ranks() -> "Iterator[Ranks | None]":
+    """Join the ranks that torchrun started, before anything can fail on one of them alone; None without others."""
+    if rank_and_world()[1] == 1:
+        yield None
+        return
+    from streamslr.ranks import open_ranks
+
+    with open_ranks() as ranks:
+        yield ranks
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else, for programs.")
@@ -139,25 +154,24 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
     out = settings["out"] or default_out(settings["model"])
     rank, _ = rank_and_world()
     quiet = quiet or rank > 0
-    with report_errors(f"the same line goes on in {out}"):
+    with report_errors(f"the same line goes on in {out}"), _joined_ranks() as joined:
         config = RunConfig(**settings)
         require_own_file(log_file, config)
         with send_log(quiet, log_file) as console:
             silence_libraries()
-            from streamslr.ranks import open_ranks
+            from streamslr.ranks import ALONE
             from streamslr.results.inspect import run_table
             from streamslr.results.plan_table import plan_table
             from streamslr.run.context import open_run
             from streamslr.run.loop import run as compress
             from streamslr.run.progress import LiveDisplay
 
-            with open_ranks() as ranks:
-                context = open_run(config, ranks=ranks)
-                if not quiet:
-                    print_table(plan_table(context.plan), full_width=False)
-                live = not quiet and console.is_terminal
-                with LiveDisplay(console, context.host_mem, context.plan.gpu_mem) if live else nullcontext() as display:
-                    state = compress(context, display)
+            context = open_run(config, ranks=joined or ALONE)
+            if not quiet:
+                print_table(plan_table(context.plan), full_width=False)
+            live = not quiet and console.is_terminal
+            with LiveDisplay(console, context.host_mem, context.plan.gpu_mem) if live else nullcontext() as display:
+                state = compress(context, display)
             if not quiet:
                 print_table(run_table(config.out, state))
 

@@ -8,7 +8,7 @@ class StreamslrError(Exception):
 
     exit_code = 1
     said_already = False
-    """Another process tells people of it."""
+    """Another rank tells people of it."""
 
 
 class InputError(StreamslrError):

@@ -202,7 +202,7 @@ class CompressedBlock:
                         of_step = of_step + ranks.together(partial(self._add_gradients, upcoming, scale, masters))
                     errors = errors + of_step
                     ranks.together(optimizer.step)
-                next(passing, None)  # ends the reading
+                ranks.together(partial(next, passing, None))  # ends the reading
                 error = ranks.sum(float(errors))
                 curve.append(error / energy)
                 if not math.isfinite(error):

@@ -98,6 +98,10 @@ def refine_micro_batches(windows: int, batch: int, epochs: int, micro_batch: int
     return (epochs - 1) * sum(math.ceil(own / micro_batch) for own in most)
 
 
-def refine_flops(forward: float, epochs: int) -> float:
-    """Return the FLOPs of `epochs` epochs, given those of one forward pass: backward costs two, the first has none."""
-    return forward * (3 * epochs - 2)
+def refine_flops(forward: float, windows: int, batch: int, epochs: int, world: int) -> float:
+    """Return the FLOPs of `epochs` epochs on the busiest rank, given those of one forward pass of one window.
+
+    Backward costs two; the first epoch has none. In a step each rank waits for the one with the most windows of it.
+    """
+    own = refine_micro_batches(windows, batch, epochs, 1, world)
+    return forward * (3 * own + math.ceil(windows / world))

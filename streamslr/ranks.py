@@ -14,6 +14,8 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from streamslr.errors import InputError, StreamslrError, first_line, says_not_deterministic, says_out_of_memory
 
@@ -22,6 +24,8 @@ T = TypeVar("T")
 _LONGEST_WAIT = timedelta(days=7)
 """Longest wait for another rank, which may solve a large linear for hours. A rank that ends is noticed at once, by its
 closed connections."""
+_LONGEST_START = timedelta(minutes=5)
+"""Longest wait for another rank to start."""
 _SECONDS_TO_END = 5.0
 """Seconds in which a rank whose connections closed is expected to end, so that it can be named."""
 
@@ -266,6 +270,17 @@ def _reason_key(rank: int) -> str:
     return f"streamslr/ended/{rank}"
 
 
+def _wait_for_start(store: Store, rank: int, world: int) -> None:
+    """Return once all ranks are here. Raise StreamslrError, with those that are not, where that takes too long."""
+    keys = [f"streamslr/started/{rank}" for rank in range(world)]
+    store.set(keys[rank], "")
+    try:
+        store.wait(keys, _LONGEST_START)
+    except RuntimeError as error:
+        missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+        raise StreamslrError(f"rank {missing} has not started in {_LONGEST_START}; its own messages say why") from error
+
+
 def _machine() -> str:
     """Return what is the same for processes that see each other's process ids, and for no others."""
     names = [socket.gethostname()]
@@ -305,6 +320,8 @@ def open_ranks() -> Iterator[Ranks]:
     )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
+        store, *_ = next(rendezvous("env://"))
+        _wait_for_start(store, rank, world)
         dist.init_process_group(backend, timeout=_LONGEST_WAIT)
         processes: list[tuple[str, int]] = [("", 0)] * world
         dist.all_gather_object(processes, (_machine(), os.getpid()))

@@ -134,12 +134,18 @@ def report_errors(how_to_go_on: str | None = None, parts: str = "blocks") -> Ite
 @contextmanager
 def _stop_signals() -> Iterator[None]:
     """Let SIGTERM, which batch systems send, and SIGHUP, which a closed terminal sends, do what Ctrl-C does."""
+    _, world = rank_and_world()
+    numbers = (signal.SIGTERM, signal.SIGHUP, *([signal.SIGINT] if world > 1 else []))
 
     def interrupt(*_: object) -> None:
+        if world > 1:  # torchrun sends more of them until its ranks have ended, and this one has a line to say
+            restored.pop_all()
+            for number in numbers:
+                signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     with ExitStack() as restored:
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 restored.callback(signal.signal, number, signal.signal(number, interrupt))
         yield

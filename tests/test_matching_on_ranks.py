@@ -12,7 +12,7 @@ from streamslr import matching
 from streamslr.calibration.hidden_states import Span
 from streamslr.matching import MatchSettings
 from streamslr.ranks import ALONE, Ranks
-from tests.support.markers import slow
+from tests.support.markers import long
 from tests.support.started_ranks import StartedRanks
 from tests.test_matching import SETTINGS, WIDTH, WINDOWS, Case, GatedBlock, every_tensor, made_case
 
@@ -117,7 +117,7 @@ def work_of_a_rank(ranks: Ranks) -> tuple[dict[str, Refined], dict[str, tuple[st
     return refined, {where: refine_after_a_failure(ranks, where) for where in FAILURES}
 
 
-@pytest.fixture(scope="module", params=[2, *slow(3)])
+@pytest.fixture(scope="module", params=[2, *long(3)])
 def of_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return StartedRanks(request.param, tmp_path_factory.mktemp("matching"), work_of_a_rank).results()
 

@@ -385,6 +385,11 @@ def blend_experts(grams: Iterable[Gram], experts: Mapping[str, str]) -> list[Gra
     return blended
 
 
+def kinds_to_blend(grams: Iterable[Gram], experts: Mapping[str, str]) -> set[str]:
+    """Return the kinds of experts of which one saw too few tokens; matrices may be on meta."""
+    return {experts[gram.linears[0]] for gram in grams if gram.linears[0] in experts and _lacking(gram)}
+
+
 def warn_of_few_tokens(block: Block, grams: Iterable[Gram]) -> None:
     """Log how many experts' Grams saw too few tokens, of all Grams of a block; their matrices may be on meta."""
     rows = [(gram.rows, _lacking(gram)) for gram in grams if gram.linears[0] in block.experts]

@@ -1,5 +1,6 @@
 """Perplexity of a compressed folder or a dense checkpoint, streamed block by block."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -101,6 +102,9 @@ def evaluate(
     prefix = window_prefix(tokenizer, bos)
     ids = text_windows(tokenizer, text, seq_len, windows, prefix)  # [n, T]
     blockwise.require_windows(seq_len, ids)
+    seen = checkpoint.identity, hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    if len(set(ranks.gather(seen))) > 1:
+        raise InputError("ranks see different models or texts; give all of them the same")
     total = len(ids)
     ids = ids[list(ranks.share(total, "windows"))]
     batches = spans([(0, len(ids))], max(1, BATCH_TOKENS // seq_len))

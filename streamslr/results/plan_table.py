@@ -48,7 +48,8 @@ def who_solves(plan: Plan) -> list[str]:
     """Return a line for each rank, or for ranks that solve alike: its linears of the block that takes most work."""
     if plan.deal is None:
         return []
-    owners, by_rows = plan.deal.owners, plan.deal.by_rows
+    owners = plan.deal.owners
+    by_rows = [name for name in plan.deal.linears if name in plan.deal.by_rows]
     block = _common_start([*owners, *by_rows])
     shares = []
     for rank in range(plan.world):

@@ -15,6 +15,7 @@ from streamslr.calibration.grams import (
     blend_expert,
     count_rows,
     gram_groups,
+    kinds_to_blend,
     offload_grams,
     sum_grams,
     warn_of_few_tokens,
@@ -91,8 +92,10 @@ class BlockSolver:
         if [gram.linears for gram in seen] != list(shape.groups):
             raise InputError(
                 f"{block.name}: its linears share their inputs in another way for these windows than its shapes say; "
-                "start without torchrun, with more memory"
+                "start without torchrun, with memory for all Gram matrices at once"
             )
+        for kind in waiting.expert_sums.keys() - kinds_to_blend(seen, block.experts):
+            del waiting.expert_sums[kind]
         for of_kind in waiting.expert_sums.values():
             ranks.sum_(of_kind.matrix)
         warn_of_few_tokens(block, seen)

@@ -81,6 +81,9 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
     device, dtype = pick_device(config.device, gpu_required, index=ranks.local_rank)
     for sentence in idle_settings(config, device.type):
         log.warning("%s", sentence)
+    if config.match and config.match_batch % ranks.world:
+        message = "--match-batch %d is no multiple of the %d ranks: some wait in each step of matching"
+        log.warning(message, config.match_batch, ranks.world)
     present = device.type == "cpu" or torch.cuda.is_available()
     gpu = None
     if device.type == "cuda" and present:  # before the baseline, which counts what CUDA takes of the host

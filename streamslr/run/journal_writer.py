@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import transformers
 
-from streamslr.errors import ResumeError, StreamslrError
+from streamslr.errors import InputError, ResumeError, StreamslrError
 from streamslr.gpu import GpuMemory
 from streamslr.io.durable import PARTIAL_SUFFIX, is_as_written, lock_folder
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.checkpoint import Checkpoint
-from streamslr.model.pinned_shards import PinnedShards
+from streamslr.model.pinned_shards import PinnedShards, ShardDigest
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.journal import (
     JOURNAL_FILE,
@@ -94,15 +94,16 @@ class Journal:
         Raises:
             ResumeError: A shard has changed since an earlier start.
         """
-        if self._ranks.on_first(partial(self._pin, checkpoint)):
+        if self._ranks.local_rank == 0:  # the ranks of one machine read the same files
+            self._dense = checkpoint.pin(self.state.dense_shards, self.state.dense_times)
+        if self._ranks.on_first(self._has_new_times):
             # so that the next start need not read these shards again
             self._commit(self.state)
 
-    def _pin(self, checkpoint: Checkpoint) -> bool:
-        """Do so on rank 0; return whether the journal does not say yet when a shard was written."""
-        self._dense = checkpoint.pin(self.state.dense_shards, self.state.dense_times)
-        known = self.state.dense_times
-        return any(self._dense.times.get(shard) != known.get(shard) for shard in self._dense.digests)
+    def _has_new_times(self) -> bool:
+        """Tell if the journal does not say yet when a shard was written."""
+        known, dense = self.state.dense_times, self._dense
+        return dense is not None and any(dense.times.get(shard) != known.get(shard) for shard in dense.digests)
 
     def commit_survey(
         self,
@@ -202,11 +203,24 @@ class Journal:
         return path.is_file() and path.stat().st_size == shard.nbytes and is_as_written(path, shard.sha256)
 
     def _commit(self, state: JournalState) -> None:
+        if self._dense:
+            self._dense.check()
+        self._require_same_weights(self._ranks.gather(dict(self._dense.digests) if self._dense else {}))
         self.state = self._ranks.on_first(partial(self._write, state))
+
+    @staticmethod
+    def _require_same_weights(digests: Sequence[Mapping[str, ShardDigest]]) -> None:
+        """Raise InputError where a machine has read other shards of these names than rank 0's."""
+        first, *others = digests
+        for rank, found in enumerate(others, 1):
+            if differing := sorted(shard for shard in found.keys() & first.keys() if found[shard] != first[shard]):
+                raise InputError(
+                    f"the machine of rank {rank} has another {differing[0]} than that of rank 0; give all ranks the "
+                    "same model, and start anew in another --out"
+                )
 
     def _write(self, state: JournalState) -> JournalState:
         if self._dense:
-            self._dense.check()
             state = replace(state, dense_shards=dict(self._dense.digests), dense_times=dict(self._dense.times))
         write_journal(self.folder, state)
         return state

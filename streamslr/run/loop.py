@@ -3,7 +3,7 @@
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -79,10 +79,11 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
     planned = context.plan.memory()
     first_state = _first_state(context, calibration, bos=bool(prefix))
     _require_same_on_all_ranks(ranks, first_state.fingerprint)
-    with Journal(config.out, first_state, ranks) as journal:
+    with WarningsOfRanks(ranks) as warnings, Journal(config.out, first_state, ranks) as journal:
         journal.pin(context.checkpoint)
         state = journal.state
         warn_of_other_means(state.made_with, _made_with(context))
+        warn_of_unlike_ranks(ranks.gather(_made_with(context)))
         if state.blocks:
             log.info("%s: %d of %d blocks are done, going on", config.out, len(state.blocks), state.blocks_total)
         progress = BlockProgress(display, len(state.blocks), state.blocks_total)
@@ -95,7 +96,6 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 context.gpu.context if context.gpu else 0,
                 ranks.traffic if ranks.world > 1 else None,
             ) as timer,
-            WarningsOfRanks(ranks) as warnings,
             held_to_gpu_limit(context.device, context.gpu.limit if context.gpu else None),
             deterministic_libraries(context.device),
             torch.no_grad(),
@@ -137,6 +137,15 @@ def warn_of_other_means(before: Mapping[str, str], now: Mapping[str, str]) -> No
             log.warning(
                 "%s: %s, where the run began with %s; last bits may differ from here on", what, now[what], before[what]
             )
+
+
+def warn_of_unlike_ranks(made_with_of_ranks: Sequence[Mapping[str, str]]) -> None:
+    """Warn where ranks compute with other means than rank 0, since their last bits may then differ."""
+    first, *others = made_with_of_ranks
+    for rank, now in enumerate(others, 1):
+        for what in sorted(first.keys() & now.keys() - {"gpu memory of CUDA itself"}):
+            if first[what] != now[what]:
+                log.warning("rank %d has %s: %s, rank 0 has %s", rank, what, now[what], first[what])
 
 
 def _require_same_on_all_ranks(ranks: Ranks, fingerprint: Mapping[str, Any]) -> None:

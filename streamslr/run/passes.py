@@ -74,7 +74,7 @@ class Boundary:
 class Passes:
     """Passes of this rank's windows through a live block, `micro_batch` windows at a time.
 
-    Every second window is rank 0's where there are two ranks; those that are held out are dealt in the same way.
+    Windows are dealt to ranks in turn, and so are those that are held out.
     """
 
     config: RunConfig
@@ -240,7 +240,7 @@ class Passes:
                 for _, x in self._batches(hidden, step, wanted):
                     yield x, next(outputs)[1]
 
-            micro_batch = min(self.micro_batch, settings.batch)
+            micro_batch = min(self.micro_batch, self._most_of_step)
             windows, held_out = len(self.all_ids), config.match_held_out
             refined = block.refine(solved, settings, batches, windows, micro_batch, held_out, self.ranks)
         release_memory(self.blockwise.device)  # Adam's first step in a process leaves masters and moments in a cycle
@@ -317,7 +317,12 @@ class Passes:
                     "raise the budget, then start the same line again; finished blocks are kept"
                 ) from error
 
-        return self._retry("match", noticed, self.config.match_batch)
+        return self._retry("match", noticed, self._most_of_step)
+
+    @property
+    def _most_of_step(self) -> int:
+        """The most windows that a rank has of a step of matching."""
+        return -(-self.config.match_batch // self.ranks.world)
 
     def _retry(self, phase: str, work: Callable[[], T], at_most: int | None) -> T:
         note = self.timer.note_retry
@@ -476,9 +481,13 @@ def drop_scratch_of_others(config: RunConfig, ranks: Ranks) -> None:
         stale = [
             *config.scratch_folder.glob("rank-*-of-*"),
             *(config.scratch_folder.glob("*.zarr") if ranks.world > 1 else ()),
+            *(config.scratch_folder.glob("gram-*.bin") if ranks.world > 1 else ()),
         ]
-        for folder in set(stale) - own:
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in set(stale) - own:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _sample(states: HiddenStates, window: int, number: int) -> tuple[float | None, ...]:

@@ -128,7 +128,8 @@ class Plan:
             cache: Folder of downloads.
         """
         in_out = self.output_bytes - _size(out, "*.safetensors")
-        in_scratch = self.local_world * self.scratch_bytes - _size(scratch, "**/*")
+        shared = scratch.absolute().is_relative_to(out.absolute())  # by the ranks of all machines, as the output is
+        in_scratch = (self.world if shared else self.local_world) * self.scratch_bytes - _size(scratch, "**/*")
         require_disk_space(
             DiskNeed(out, "output", in_out, "give --out on another disk"),
             DiskNeed(scratch, "hidden states", in_scratch, "give --scratch on another disk"),

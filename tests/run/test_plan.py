@@ -298,10 +298,12 @@ def test_more_memory_never_cuts_smaller(low: int, more: int) -> None:
 
 
 def test_a_rank_passes_and_stores_its_windows_only() -> None:
-    one, eight = plan(llama_70b()), plan(llama_70b(), world=8)
-    assert eight.scratch_bytes == one.scratch_bytes / 8
+    one, four = plan(llama_70b()), plan(llama_70b(), world=4)
+    assert four.scratch_bytes == one.scratch_bytes / 4
     for name in ("grams", "match", "propagate"):
-        assert phase(eight, name).flops == pytest.approx(phase(one, name).flops / 8)
+        assert phase(four, name).flops == pytest.approx(phase(one, name).flops / 4)
+    eight = phase(plan(llama_70b(), world=8), "match")
+    assert eight.flops > 0.9 * phase(four, "match").flops, "a step has 4 windows, so 4 of 8 ranks wait"
     uneven = plan(llama_70b(), world=8, samples=130, match_held_out=9)  # 121 fitted ones: 16 for the fullest rank
     assert uneven.scratch_bytes == one.scratch_bytes * (16 + 2) / 128
 

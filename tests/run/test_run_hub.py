@@ -15,6 +15,7 @@ from streamslr.ranks import Ranks
 from streamslr.results.verify import verify
 from tests.support.hub_server import Hub, serve_hub
 from tests.support.killing import compress_as_rank
+from tests.support.markers import long, slow
 from tests.support.started_ranks import StartedRanks
 from tests.support.tiny_models import TEXT, tiny_checkpoint
 
@@ -75,9 +76,8 @@ def run_as_rank(ranks: Ranks, url: str, cache: Path, settings: dict[str, Any]) -
         return compress_as_rank(ranks, settings)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"owl": 0.1, "pattern": "50%", "match": False}])
-@pytest.mark.parametrize("evict", [False, True])
+@pytest.mark.parametrize("settings", [*slow({}), *long({"owl": 0.1, "pattern": "50%", "match": False})])
+@pytest.mark.parametrize("evict", [True, *long(False)])
 def test_ranks_of_a_machine_fetch_a_shard_once(
     hub: Hub, text: Path, tmp_path: Path, evict: bool, settings: dict[str, Any]
 ) -> None:

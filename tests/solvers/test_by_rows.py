@@ -25,7 +25,7 @@ from streamslr.solvers.threebasil_metric import grow_
 from streamslr.solvers.threebasil_state import AdmmState
 from streamslr.spec.allocation import LinearSpec
 from tests.support.fused_step import StepInTorch
-from tests.support.markers import slow
+from tests.support.markers import long, slow
 from tests.support.problems import assert_valid, error, made_problem
 from tests.support.started_ranks import StartedRanks
 
@@ -218,7 +218,7 @@ Found = list[dict[str, Any]]
 """What each rank found."""
 
 
-@pytest.fixture(scope="module", params=slow(2, 3))
+@pytest.fixture(scope="module", params=[*slow(2), *long(3)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     return StartedRanks(request.param, tmp_path_factory.mktemp("by_rows"), work_of_a_rank).results()
 
