@@ -84,7 +84,7 @@ def torchrun(ranks: int, *line: object, fault: tuple[str, str] | None = None) ->
     return wait(start(ranks, *line, fault=fault))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_perplexity_does_not_depend_on_the_number_of_ranks(compressed: Path, text: Path) -> None:
     line = ("eval", compressed, "--text", text, "--seq-len", 16, "--windows", 7, "--device", "cpu", "--json")
     found = []
@@ -159,7 +159,7 @@ def test_a_killed_rank_ends_all_with_one_line_and_the_same_line_goes_on(
     assert run_contents(tmp_path / "out") == unbroken
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_ends_all_with_one_line(run_line: tuple[object, ...], tmp_path: Path) -> None:
     done = wait(start(2, *run_line, fault=("1", "interrupt")), seconds=60)
     assert done.code != 0
@@ -177,7 +177,7 @@ def start_nodes(*line: object, ranks: int = 1, fault: tuple[str, str]) -> list[A
     return [start(ranks, *line, fault=fault, where=(*meet, "--local-addr", "127.0.0.1")) for _ in range(2)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_nodes_share_a_run_out(run_line: tuple[object, ...], tmp_path: Path, unbroken: dict[str, bytes]) -> None:
     done = [wait(node) for node in start_nodes(*run_line, "--quiet", fault=("none", ""))]
     assert [(node.code, node.stdout, node.said) for node in done] == [(0, "", [])] * 2, done

@@ -40,7 +40,7 @@ CASES = [
 ]
 
 
-RANKS = [*slow(("8b", 24, 64)), *long(("405b", 80, 16), ("deepseek-v3", 80, 16))]
+RANKS = long(("8b", 24, 64), ("405b", 80, 16), ("deepseek-v3", 80, 16))
 """Shape, budget in GB of each of eight ranks, windows of all."""
 
 

@@ -25,7 +25,7 @@ from streamslr.solvers.threebasil_metric import grow_
 from streamslr.solvers.threebasil_state import AdmmState
 from streamslr.spec.allocation import LinearSpec
 from tests.support.fused_step import StepInTorch
-from tests.support.markers import long, slow
+from tests.support.markers import long
 from tests.support.problems import assert_valid, error, made_problem
 from tests.support.started_ranks import StartedRanks
 
@@ -218,7 +218,7 @@ Found = list[dict[str, Any]]
 """What each rank found."""
 
 
-@pytest.fixture(scope="module", params=[*slow(2), *long(3)])
+@pytest.fixture(scope="module", params=long(2, 3))
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     return StartedRanks(request.param, tmp_path_factory.mktemp("by_rows"), work_of_a_rank).results()
 
@@ -338,7 +338,7 @@ def compress_one(ranks: Ranks) -> Compressed:
 
 
 def test_two_ranks_compress_one_linear(tmp_path: Path) -> None:
-    """The tests above in brief, for those who leave out the slow ones."""
+    """The tests above in brief, for those who leave out the long ones."""
     first, second = StartedRanks(2, tmp_path, compress_one).results()
     assert first.record == second.record
     assert torch.equal(first.live, second.live)
