@@ -94,8 +94,9 @@ def refine_steps(windows: int, batch: int, epochs: int) -> int:
 
 def refine_micro_batches(windows: int, batch: int, epochs: int, micro_batch: int, world: int) -> int:
     """Return the micro-batches of the steps of `epochs` epochs, on the rank that has the most windows of each step."""
-    most = [math.ceil(min(batch, windows - first) / world) for first in range(0, windows, batch)]
-    return (epochs - 1) * sum(math.ceil(own / micro_batch) for own in most)
+    whole, rest = divmod(windows, batch)
+    of_whole, of_rest = (math.ceil(math.ceil(count / world) / micro_batch) for count in (batch, rest))
+    return (epochs - 1) * (whole * of_whole + of_rest)
 
 
 def refine_flops(forward: float, windows: int, batch: int, epochs: int, world: int) -> float:
