@@ -2,7 +2,7 @@
 
 import math
 
-from streamslr.matching import EXCHANGED_AT_ONCE, TILE
+from streamslr.masters import EXCHANGED_AT_ONCE, TILE
 from streamslr.model.pass_costs import routed_bytes
 from streamslr.model.shape import BlockShape
 from streamslr.spec.allocation import Allocation

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from streamslr import matching
+from streamslr import masters
 from streamslr.calibration.hidden_states import Span
 from streamslr.io.packing import merge, pack, unpack
-from streamslr.matching import BlockWeights, CompressedBlock, MatchSettings
+from streamslr.masters import BlockWeights, MatchSettings
+from streamslr.matching import CompressedBlock
 from streamslr.model.blockwise import Block
 from streamslr.solvers import parse_pattern
 from tests import reference
@@ -218,7 +219,7 @@ def test_refining_is_the_documented_optimisation(pattern: str, rank: int) -> Non
 def test_what_was_pruned_stays_zero_and_everything_else_moves(
     monkeypatch: pytest.MonkeyPatch, pattern: str, rank: int, tile: int
 ) -> None:
-    monkeypatch.setattr(matching, "TILE", tile)
+    monkeypatch.setattr(masters, "TILE", tile)
     case = made_case(pattern, rank)
     weights, _ = case.refine()
     for name in case.linears:
@@ -362,7 +363,7 @@ def test_training_stops_at_half_its_epochs_where_it_harms_held_out_windows() -> 
 
 def test_rows_in_tiles_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = made_case().refine()
-    monkeypatch.setattr(matching, "TILE", 5 * WIDTH)  # 5 rows of 24, then 3 of 16
+    monkeypatch.setattr(masters, "TILE", 5 * WIDTH)  # 5 rows of 24, then 3 of 16
     tiled, _ = made_case().refine()
     assert_same(tiled, whole, tolerance=1e-4)
 
@@ -386,7 +387,7 @@ def test_dense_weights_never_have_a_gradient() -> None:
 
 def test_no_tensor_of_a_dense_weights_size_is_made_by_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients, moments and master copies exist for the kept values, U and V alone."""
-    monkeypatch.setattr(matching, "TILE", 4 * WIDTH)
+    monkeypatch.setattr(masters, "TILE", 4 * WIDTH)
     case = made_case()
     weights = [linear.weight for linear in case.linears.values()]
     largest = 0

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamslr import matching
+from streamslr import masters
 from streamslr.calibration.hidden_states import Span
-from streamslr.matching import MatchSettings
+from streamslr.masters import MatchSettings
 from streamslr.ranks import ALONE, Ranks
 from tests.support.markers import long
 from tests.support.started_ranks import StartedRanks
@@ -106,7 +106,7 @@ def refine_after_a_failure(ranks: Ranks, where: str) -> tuple[str, Refined]:
     failing = {"while gradients are made": "add_gradients", "in a step": "write_to_block"}
     with pytest.MonkeyPatch.context() as patch:
         if last and where in failing:
-            patch.setattr(matching._LinearMasters, failing[where], fail)
+            patch.setattr(masters.LinearMasters, failing[where], fail)
         with pytest.raises(MemoryError) as raised:
             refine(way, ranks, case, run)
     return str(raised.value), refine(way, ranks, case)

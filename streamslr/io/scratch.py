@@ -1,4 +1,4 @@
-"""Temporary folders; those that killed processes left are removed by the next one."""
+"""Scratch folders: temporary ones, and the parts of a run's that its ranks have; what killed processes left goes."""
 
 import fcntl
 import os
@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from streamslr.config import RunConfig
+from streamslr.ranks import Ranks
 
 
 @contextmanager
@@ -46,3 +49,26 @@ def _locked(folder: Path, how: int) -> Iterator[bool]:
         yield os.fstat(descriptor).st_uid == os.geteuid()
     finally:
         os.close(descriptor)
+
+
+def rank_scratch(config: RunConfig, ranks: Ranks) -> Path:
+    """Return the folder of a rank's hidden states and Grams: the run's own without torchrun."""
+    if ranks.world == 1:
+        return config.scratch_folder
+    return config.scratch_folder / f"rank-{ranks.rank}-of-{ranks.world}"
+
+
+def drop_scratch_of_others(config: RunConfig, ranks: Ranks) -> None:
+    """Remove what an earlier start with another number of ranks left in this machine's scratch folder."""
+    if ranks.local_rank == 0:
+        own = {rank_scratch(config, Ranks(rank, ranks.world)) for rank in range(ranks.world)}
+        stale = [
+            *config.scratch_folder.glob("rank-*-of-*"),
+            *(config.scratch_folder.glob("*.zarr") if ranks.world > 1 else ()),
+            *(config.scratch_folder.glob("gram-*.bin") if ranks.world > 1 else ()),
+        ]
+        for path in set(stale) - own:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -8,27 +8,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from streamslr.calibration.expert_grams import ExpertSum, add_experts, blend_expert, kinds_to_blend, warn_of_few_tokens
 from streamslr.calibration.grams import (
-    ExpertSum,
     Gram,
-    add_experts,
-    blend_expert,
     count_rows,
     gram_groups,
-    kinds_to_blend,
     offload_grams,
     sum_grams,
-    warn_of_few_tokens,
 )
 from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.errors import InputError
 from streamslr.io.packing import merge
+from streamslr.io.scratch import rank_scratch
 from streamslr.model.blockwise import Block
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.context import RunContext
 from streamslr.run.dealing import Deal, deal_linears
 from streamslr.run.journal import LinearRecord
-from streamslr.run.passes import Boundary, Passes, rank_scratch
+from streamslr.run.passes import Boundary, Passes
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.spec.allocation import Allocation
 from streamslr.spec.pattern import SparsityPattern

@@ -6,8 +6,9 @@ from functools import cached_property
 
 import torch
 
+from streamslr.calibration.expert_grams import blend_bytes
 from streamslr.calibration.gram_products import product_bytes
-from streamslr.calibration.grams import blend_bytes, gram_groups, grams_bytes
+from streamslr.calibration.grams import gram_groups, grams_bytes
 from streamslr.calibration.hidden_states import boundary_bytes, transfer_bytes
 from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes, pinned_bytes
 from streamslr.config import RunConfig
@@ -270,7 +271,7 @@ class Costs:
 
     @cached_property
     def deals(self) -> list[Deal]:
-        """Who solves the linears of each block."""
+        """Deal of the linears of each block."""
         who = self.allocation, self.method, self.world, self._on_gpu
         return [deal_linears(block.groups, block.linears, *who) for block in self.model.blocks]
 

@@ -17,7 +17,7 @@ _WORTH_SPLITTING = 1.05
 
 @dataclass(frozen=True)
 class Deal:
-    """Who solves the linears of one block.
+    """Deal of the linears of one block to ranks.
 
     groups: linears that share a Gram matrix.
     owners: linear -> the rank that solves it alone.

@@ -15,7 +15,7 @@ import torch
 from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows, window_prefix
 from streamslr.config import base_name, default_out
-from streamslr.errors import BudgetError, InputError, StreamslrError, first_line, says_out_of_memory
+from streamslr.errors import BudgetError, InputError, first_line, says_out_of_memory
 from streamslr.gpu import deterministic_libraries
 from streamslr.io.durable import is_as_written
 from streamslr.io.folder import (
@@ -26,23 +26,24 @@ from streamslr.io.folder import (
     write_non_block,
 )
 from streamslr.io.safetensors_file import WrittenShard
-from streamslr.matching import BlockWeights, CompressedBlock
+from streamslr.io.scratch import drop_scratch_of_others
+from streamslr.masters import BlockWeights
+from streamslr.matching import CompressedBlock
 from streamslr.memory import held_to_gpu_limit
 from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.ranks import Ranks
 from streamslr.run.block_solver import BlockSolver
 from streamslr.run.context import RunContext, require_fit
-from streamslr.run.journal import BlockRecord, JournalState, MatchRecord, Sample
+from streamslr.run.journal import BlockRecord, JournalState, MatchRecord
 from streamslr.run.journal_writer import Journal, made_with
 from streamslr.run.passes import (
     Boundary,
     Passes,
-    drop_scratch_of_others,
     load_block,
-    median_difference,
 )
 from streamslr.run.progress import Agreed, BlockProgress, Display, NoDisplay, PhaseTimer, WarningsOfRanks
+from streamslr.run.samples import require_same_but_for_rounding
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.run.survey import allocation_by_outliers
 from streamslr.spec.allocation import Allocation, as_json, common_pattern
@@ -401,31 +402,6 @@ class Compression:
 
     def patterns(self, block: Block) -> dict[str, SparsityPattern]:
         return {name: self.allocation[name].pattern for name in block.linears}
-
-
-def require_same_but_for_rounding(before: Sample | None, now: Sample, dtype: torch.dtype) -> None:
-    """Warn that replayed hidden states are not bit for bit what they were; refuse what rounding cannot explain.
-
-    Where a block chooses experts, rounding may send a token to another one and change it wholly, hence the median over
-    the sample. It is held against sqrt(eps) of the dtype, for rounding grows from block to block.
-
-    Args:
-        before: Sample of the boundary when it was committed; None where the journal has none.
-        now: Sample of the same boundary, replayed.
-        dtype: Dtype that hidden states are computed in.
-
-    Raises:
-        StreamslrError: They differ by more than rounding.
-    """
-    difference = max(map(median_difference, before, now), default=0.0) if before else 0.0
-    if difference > torch.finfo(dtype).eps ** 0.5:
-        raise StreamslrError(
-            f"replayed hidden states differ from those of the first pass by {difference:.2g} of their size, more than "
-            f"rounding in {dtype}: transformers, torch or the machine compute another model than before. Go on where "
-            f"the run began (streamslr.json says which versions under made_with), or give another --out"
-        )
-    message = "replayed hidden states differ in their last bits%s: another machine, torch build or micro-batch"
-    log.warning(message, f" (by {difference:.1g} of their size)" if before else "")
 
 
 def _finite_or_none(loss: float) -> float | None:

@@ -1,25 +1,19 @@
 """Passes of the calibration windows through the blocks: embed, survey, dense pass, matching, compressed, replay."""
 
-import math
-import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import zip_longest
-from pathlib import Path
-from statistics import median
 from typing import TypeVar
 
 from torch import Tensor
 
+from streamslr.calibration.expert_grams import blend_experts, warn_of_few_tokens
 from streamslr.calibration.grams import (
     Gram,
     GramCollector,
-    blend_experts,
     count_rows,
     sum_grams,
-    warn_of_few_tokens,
 )
 from streamslr.calibration.hidden_states import (
     HiddenStates,
@@ -34,19 +28,19 @@ from streamslr.calibration.transfers import Resident, Transfers, pinned_windows
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError, first_line, says_out_of_memory
 from streamslr.gpu import retry_in_any_order
-from streamslr.matching import BlockWeights, CompressedBlock, LossSums, MatchSettings
+from streamslr.io.scratch import rank_scratch
+from streamslr.masters import BlockWeights, MatchSettings
+from streamslr.matching import CompressedBlock, LossSums
 from streamslr.memory import release_memory, retry_on_oom
 from streamslr.model.blockwise import Block, BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.ranks import ALONE, MemoryOfRanksError, Ranks
 from streamslr.run.journal import Sample
 from streamslr.run.progress import Agreed, PhaseTimer, agreed
+from streamslr.run.samples import SAMPLED_WINDOWS, take_sample
 from streamslr.spec.owl import DEFAULT_OUTLIER_FACTOR, outlier_fraction
 
 T = TypeVar("T")
-
-_SAMPLED_WINDOWS, _SAMPLED_VALUES = 8, 4
-"""Windows of a boundary that its sample is taken from, and values of each."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +100,15 @@ class Passes:
 
     def sample(self, boundary: Boundary) -> Sample:
         """Return values at fixed places of both streams, once sealed, so that a replay can be compared with them."""
-        count = min(len(self.all_ids), _SAMPLED_WINDOWS)
+        count = min(len(self.all_ids), SAMPLED_WINDOWS)
         sampled = [number * len(self.all_ids) // count for number in range(count)]
         own = {window: place for place, window in enumerate(self.windows)}
         streams = []
         for states in boundary.streams:
             values = {
-                window: _sample(states, own[window], number) for number, window in enumerate(sampled) if window in own
+                window: take_sample(states, own[window], number)
+                for number, window in enumerate(sampled)
+                if window in own
             }
             found = {window: v for of_rank in self.ranks.gather(values) for window, v in of_rank.items()}
             streams.append(tuple(value for window in sampled for value in found[window]))
@@ -185,7 +181,7 @@ class Passes:
             with GramCollector(block, diagonal=True) as collector:
                 for first, x in self._batches(hidden, step):
                     write(first, collector.run(self._numbers(first, x), x))
-            return leaving, block, collector.grams(blend=False)
+            return leaving, block, collector.grams()
 
     def count_outliers(self, block: Block, diagonals: list[Gram]) -> float:
         """Return the fraction of outliers of a dense block, given the diagonals of its Grams on this rank."""
@@ -220,7 +216,11 @@ class Passes:
                 return collector.pass_by(x)
 
             targets = self._dense_pass(block, boundary, run, step)
-            return collector.grams(blend), targets
+            grams = collector.grams()
+            if blend:
+                warn_of_few_tokens(block, grams)
+                grams = blend_experts(grams, block.experts)
+            return grams, targets
 
     def match(
         self, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
@@ -465,52 +465,6 @@ class Passes:
             yield start, x
             if step:
                 step(len(x))
-
-
-def rank_scratch(config: RunConfig, ranks: Ranks) -> Path:
-    """Return the folder of a rank's hidden states and Grams: the run's own without torchrun."""
-    if ranks.world == 1:
-        return config.scratch_folder
-    return config.scratch_folder / f"rank-{ranks.rank}-of-{ranks.world}"
-
-
-def drop_scratch_of_others(config: RunConfig, ranks: Ranks) -> None:
-    """Remove what an earlier start with another number of ranks left in this machine's scratch folder."""
-    if ranks.local_rank == 0:
-        own = {rank_scratch(config, Ranks(rank, ranks.world)) for rank in range(ranks.world)}
-        stale = [
-            *config.scratch_folder.glob("rank-*-of-*"),
-            *(config.scratch_folder.glob("*.zarr") if ranks.world > 1 else ()),
-            *(config.scratch_folder.glob("gram-*.bin") if ranks.world > 1 else ()),
-        ]
-        for path in set(stale) - own:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def _sample(states: HiddenStates, window: int, number: int) -> tuple[float | None, ...]:
-    """Return values of a window's last tokens, which all earlier tokens act on; `number` of the sampled windows."""
-    values: list[float | None] = []
-    (hidden,) = states.read(window, window + 1).float()  # [T, h]
-    tokens, width = hidden.shape
-    for k in range(_SAMPLED_VALUES):
-        # multiples of the golden ratio spread evenly over the width, however many there are
-        column = int((number * _SAMPLED_VALUES + k) * 0.618034 % 1 * width)
-        value = float(hidden[max(0, tokens - 1 - k), column])
-        values.append(value if math.isfinite(value) else None)
-    return tuple(values)
-
-
-def median_difference(before: Sequence[float | None], now: Sequence[float | None]) -> float:
-    """Return the median difference between two samples of a stream, relative to the median size of a value."""
-    pairs = [pair for pair in zip_longest(before, now) if pair != (None, None)]
-    if not pairs:
-        return 0.0
-    difference = median(math.inf if a is None or b is None else abs(a - b) for a, b in pairs)
-    size = median(abs(a or 0.0) for a, _ in pairs)
-    return difference / size if size else (math.inf if difference else 0.0)
 
 
 def load_block(blockwise: BlockwiseModel, i: int) -> Block:

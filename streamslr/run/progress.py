@@ -144,7 +144,7 @@ class PhaseTimer:
 
 @dataclass(frozen=True)
 class Agreed:
-    """What the ranks measured of a block: the most of each figure, what they cut, and the seconds each worked."""
+    """Figures of a block over all ranks: the most of each that was measured, what was cut, seconds that each worked."""
 
     measured: Phases
     retries: Retries

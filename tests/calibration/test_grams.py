@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from streamslr.calibration.expert_grams import ExpertSum, add_experts, blend_expert, blend_experts, warn_of_few_tokens
 from streamslr.calibration.grams import (
-    ExpertSum,
     Gram,
     GramCollector,
-    add_experts,
-    blend_expert,
-    blend_experts,
     gram_groups,
     input_groups,
     offload_grams,
@@ -52,7 +49,9 @@ def collect_grams(
     with GramCollector(block) as collector:
         for first, hidden in batches:
             collector.run(range(first, first + len(hidden)), hidden)
-    return collector.grams()
+    grams = collector.grams()
+    warn_of_few_tokens(block, grams)
+    return blend_experts(grams, block.experts)
 
 
 def batches(hidden: Tensor, size: int) -> list[tuple[int, Tensor]]:
@@ -216,7 +215,7 @@ def collect_in_groups(block: nn.Module, hidden: Tensor, groups: list[list[str]])
         with GramCollector(live, only=group) as collector:
             for first, x in batches(hidden, 4):
                 collector.run(range(first, first + len(x)), x)
-        found = collector.grams(blend=False)
+        found = collector.grams()
         assert [gram.linears[0] for gram in found] == group
         add_experts(sums, found, KINDS)
         waiting += found
@@ -244,7 +243,7 @@ def test_experts_of_two_ranks_are_blended_with_what_both_saw() -> None:
     for rank in range(2):
         with GramCollector(live) as collector:
             collector.run(range(rank * 3, rank * 3 + 3), hidden[rank * 3 : rank * 3 + 3])
-        parts.append(collector.grams(blend=False))
+        parts.append(collector.grams())
         add_experts(sums, parts[-1], KINDS)
     for one, other, wanted in zip(*parts, whole, strict=True):
         summed = Gram(one.linears, one.matrix + other.matrix, one.rows + other.rows)
@@ -267,11 +266,11 @@ def test_every_group_still_checks_what_reached_the_linears() -> None:
     with GramCollector(live, only=["block.a"]) as collector:
         collector.run([0, 1], hidden)
     with pytest.raises(InputError, match=r"the input of block.a is NaN"):
-        collector.grams(blend=False)
+        collector.grams()
     with GramCollector(live, only=["block.b"]) as collector:
         collector.run([0, 1], torch.randn(2, 3, 4))
     with pytest.raises(InputError, match=r"block.b was to have a Gram matrix of its own, but shares its input"):
-        collector.grams(blend=False)
+        collector.grams()
 
 
 def test_grams_of_a_later_group_do_not_take_the_files_of_an_earlier_one(tmp_path: Path) -> None:

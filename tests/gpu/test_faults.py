@@ -9,7 +9,7 @@ import torch
 from pretended_gpu import DeviceMixError, PretendedGpu, StreamRaceError
 from torch import Tensor
 
-from streamslr import matching
+from streamslr import masters
 from streamslr.calibration.grams import GramCollector
 from streamslr.calibration.hidden_states import WriteThrough, read_batches
 from streamslr.calibration.transfers import Transfers
@@ -68,8 +68,8 @@ def packed_parts_are_on_the_host(patch: pytest.MonkeyPatch) -> None:
 
 
 def masters_are_on_the_host(patch: pytest.MonkeyPatch) -> None:
-    flat = matching._Flat
-    patch.setattr(matching, "_Flat", lambda sources, ranks: flat([source.cpu() for source in sources], ranks))
+    flat = masters.Flat
+    patch.setattr(masters, "Flat", lambda sources, ranks: flat([source.cpu() for source in sources], ranks))
 
 
 def device_memory_is_read_by_numpy(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from streamslr.errors import ResumeError, StreamslrError
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.results.inspect import read_run
 from streamslr.run.loop import Compression
-from streamslr.run.passes import median_difference
+from streamslr.run.samples import median_difference
 from tests.support.compressed_folders import edit_journal, run_contents
 from tests.support.tiny_models import tiny_checkpoint
 

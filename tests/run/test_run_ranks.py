@@ -3,12 +3,10 @@
 import itertools
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 import streamslr
@@ -36,6 +34,8 @@ from tests.support.markers import long, slow
 from tests.support.started_ranks import StartedRanks
 from tests.support.tiny_models import TEXT, starved_checkpoint, tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BLOCKS = 2
 BASICS: dict[str, Any] = {"samples": 7, "seq_len": 16, "rank": 4, "device": "cpu", "method": "eora-wanda"}
 BASICS |= {"match_epochs": 2, "match_batch": 4, "match_held_out": 2}  # 5 windows are fitted, 2 held out
@@ -46,15 +46,6 @@ ROUNDING_AMPLIFIED = {"error": 0.1, "loss": 0.15}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", blocks=BLOCKS, shards=3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Compute here as the ranks do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

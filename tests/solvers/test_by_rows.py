@@ -1,7 +1,7 @@
 """One linear solved by rows on two and three ranks, against the solve of one process."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ from tests.support.fused_step import StepInTorch
 from tests.support.markers import long
 from tests.support.problems import assert_valid, error, made_problem
 from tests.support.started_ranks import StartedRanks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLOAT32 = ThreeBasil(precision="float32", max_iterations=20)
 BFLOAT16 = ThreeBasil(precision="bfloat16")
@@ -227,15 +229,6 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def alone() -> dict[str, SparseLowRank]:
     """What one process finds."""
     return {name: solve(case) for name, case in CASES.items()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Compute here as the ranks do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", CASES)
