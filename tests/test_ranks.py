@@ -7,19 +7,24 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in torch's stubs
 
-from streamslr.errors import InputError
+from streamslr import ranks as ranks_module
+from streamslr.errors import InputError, StreamslrError
 from streamslr.ranks import Ranks, open_ranks
+from streamslr.results.evaluate import evaluate
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from tests.support.compressed_folders import run_contents
 from tests.support.markers import long, slow
+from tests.support.started_ranks import StartedRanks
 
 
 @given(world=st.integers(1, 40), count=st.integers(0, 500))
@@ -38,6 +43,25 @@ def test_without_torchrun_a_process_is_alone() -> None:
     with open_ranks() as ranks:
         assert ranks == Ranks()
         assert ranks.sum(1 / 3) == 1 / 3
+
+
+def test_a_rank_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "_LONGEST_START", timedelta(milliseconds=10))
+    with pytest.raises(StreamslrError, match=r"rank 1, 2 has not started in .*; its own messages say why"):
+        ranks_module._wait_for_start(HashStore(), 0, 3)
+
+
+def evaluate_own_text(ranks: Ranks, folder: Path, texts: list[Path]) -> float:
+    return evaluate(
+        str(folder), texts[ranks.rank], seq_len=16, windows=4, device="cpu", free_memory=10**9, ranks=ranks
+    ).nll
+
+
+def test_ranks_that_see_other_texts_are_refused(compressed: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Something else. " + text.read_text())
+    results = StartedRanks(2, tmp_path, evaluate_own_text, compressed, [text, other]).results()
+    assert results == ["InputError: ranks see different models or texts; give all of them the same"] * 2
 
 
 STANDALONE = ("--standalone",)

@@ -3,6 +3,7 @@
 import itertools
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -463,6 +464,25 @@ def test_a_rank_started_otherwise_is_refused_by_name(
     assert all(result.startswith("InputError: rank 1 differs from rank 0 (") for result in results)
     assert all(named[what] in result for result in results)
     assert not settings["out"].exists()
+
+
+def compress_on_own_machine(ranks: Ranks, settings: dict[str, Any], models: list[Path]) -> list[str]:
+    """Be a rank on a machine of its own, which has a copy of the model of its own."""
+    return compress_as_rank(replace(ranks, local_rank=0), settings | {"model": models[ranks.rank]})
+
+
+def test_a_machine_with_other_weights_is_refused_before_a_block_of_them_is_committed(
+    settings: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "copy")
+    shard = copy / "model-00002-of-00004.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    results = StartedRanks(2, tmp_path, compress_on_own_machine, settings, [model, copy]).results()
+    message = f"InputError: the machine of rank 1 has another {shard.name} than that of rank 0; give all ranks the same"
+    assert all(result.startswith(message) for result in results), results
+    assert len(blocks_of(settings["out"])) < BLOCKS
 
 
 def test_fewer_windows_than_ranks_are_refused_before_any_work(settings: dict[str, Any]) -> None:
