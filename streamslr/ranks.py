@@ -186,10 +186,6 @@ class Ranks:
             raise RuntimeError(said)
         raise MemoryOfRanksError(f"rank {rank}: {said}")
 
-    def wait_for_all(self) -> None:
-        """Return once every rank is here."""
-        self.gather(None)
-
     def _begin(self, tensor: Tensor, start: Callable[[], dist.Work | None]) -> Callable[[], None]:
         if self.world == 1:
             return lambda: None

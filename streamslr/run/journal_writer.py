@@ -17,7 +17,7 @@ from streamslr.gpu import GpuMemory
 from streamslr.io.durable import PARTIAL_SUFFIX, is_as_written, lock_folder
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.checkpoint import Checkpoint
-from streamslr.model.pinned_shards import PinnedShards, ShardDigest
+from streamslr.model.pinned_shards import PinnedShards, ShardDigest, Times
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.journal import (
     JOURNAL_FILE,
@@ -206,7 +206,8 @@ class Journal:
         if self._dense:
             self._dense.check()
         self._require_same_weights(self._ranks.gather(dict(self._dense.digests) if self._dense else {}))
-        self.state = self._ranks.on_first(partial(self._write, state))
+        digests, times = self._ranks.on_first(partial(self._write, state))
+        self.state = replace(state, dense_shards=digests, dense_times=times)
 
     @staticmethod
     def _require_same_weights(digests: Sequence[Mapping[str, ShardDigest]]) -> None:
@@ -219,11 +220,12 @@ class Journal:
                     "same model, and start anew in another --out"
                 )
 
-    def _write(self, state: JournalState) -> JournalState:
+    def _write(self, state: JournalState) -> tuple[Mapping[str, ShardDigest], Mapping[str, Times]]:
+        """Write the state; return what it says of the dense model's shards, all that only rank 0 knows."""
         if self._dense:
             state = replace(state, dense_shards=dict(self._dense.digests), dense_times=dict(self._dense.times))
         write_journal(self.folder, state)
-        return state
+        return state.dense_shards, state.dense_times
 
     def _refuse_foreign_files(self) -> None:
         unfinished = JOURNAL_FILE + PARTIAL_SUFFIX

@@ -205,7 +205,6 @@ class Compression:
         ranks.on_first(self.tidy_up)
         if not state.complete:
             boundary = self.begin() if state.non_block is None else self.resume()
-            ranks.wait_for_all()  # who may read shards that others would delete
             for done in (blockwise.non_block_tensors, *blockwise.block_tensors[: len(state.blocks)]):
                 self.passes.release(done)
             for i in range(len(state.blocks), state.blocks_total):
