@@ -212,7 +212,8 @@ def test_plan_json_needs_no_output_folder(model: Path) -> None:
 
 
 def test_plan_for_ranks_says_what_each_sends_and_who_solves_what(model: Path) -> None:
-    line = ("plan", "--model", model, "--device", "cpu", "--samples", "8", "--seq-len", "16", "--world", "3")
+    of_ranks = ("--world", "3", "--match-batch", "3")
+    line = ("plan", "--model", model, "--device", "cpu", "--samples", "8", "--seq-len", "16", *of_ranks)
     shown = call(*line)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "on each of 3 ranks" in " ".join(shown.stdout.split())
@@ -221,6 +222,13 @@ def test_plan_for_ranks_says_what_each_sends_and_who_solves_what(model: Path) ->
     plan = json.loads(call(*line, "--json").stdout)
     assert (plan["world"], len(plan["deal"]["loads"])) == (3, 3)
     assert plan["sent_bytes"] == sum(phase["sent_bytes"] for phase in plan["phases"]) > 0
+
+
+def test_plan_warns_of_a_match_batch_that_the_ranks_do_not_divide(model: Path) -> None:
+    line = ("plan", "--model", model, "--device", "cpu", "--samples", "8", "--seq-len", "16", "--world", "3")
+    done = call(*line, "--match-batch", "4")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert "--match-batch 4 is no multiple of the 3 ranks" in done.stderr
 
 
 def test_plan_for_more_ranks_than_windows_is_refused(model: Path) -> None:
