@@ -93,8 +93,20 @@ class RunConfig:
     )
     pattern: str | None = _setting(
         None,
-        "Sparsity pattern of S: n:m keeps n of every m weights, 50% zeroes half, 50%/row half of each row "
-        "[default: 2:4].",
+        "Sparsity pattern of S: n:m keeps n of every m weights, 50% zeroes half, 50%/row half of each row, "
+        "dense none, for --values [default: 2:4].",
+        fixed=True,
+    )
+    values: str = _setting(
+        "stored",
+        "Numbers that S may hold: stored, as the checkpoint has them, or codes with a scale a group: int8, int4, fp8.",
+        fixed=True,
+    )
+    group: int = _setting(128, "Columns of a row that share a scale, with --values int8, int4 or fp8.", fixed=True)
+    rounding: str = _setting(
+        "solved",
+        "How S comes onto the grid of --values: solved, with scales and U·V in the metric of the inputs, or nearest, "
+        "after the solve.",
         fixed=True,
     )
     rank: int | None = _setting(None, "Rank of U·V; 0 for pure sparsity [default: 64].", fixed=True)
@@ -122,8 +134,8 @@ class RunConfig:
     )
     allocation: Path | None = _setting(
         None,
-        'JSON file with pattern and rank by name of the linear, {"q_proj": {"pattern": "2:4", "rank": 32}}; the others '
-        "have --pattern and --rank.",
+        "JSON file with pattern, rank and values by name of the linear, "
+        '{"q_proj": {"pattern": "2:4", "rank": 32, "values": "int4"}}; the others have --pattern, --rank and --values.',
     )
     seed: int = _setting(
         0, "Seed of the choice of windows, of the solver, and of the order of windows in matching.", fixed=True
@@ -169,6 +181,7 @@ class RunConfig:
             ("match_epochs", 2),
             ("match_batch", 1),
             ("match_held_out", 0),
+            ("group", 1),
         ):
             if (value := getattr(self, name)) is not None and not least <= value <= LARGEST:
                 bound = f"at least {least}" if value < least else f"at most {LARGEST:,}"
@@ -192,6 +205,8 @@ class RunConfig:
             raise InputError(f"--match-recover is {self.match_recover}; it must be from 0 to 1")
         if self.device not in (None, "cpu", "cuda"):
             raise InputError(f"--device is {self.device!r}; it must be cpu or cuda")
+        if self.rounding not in ("solved", "nearest"):
+            raise InputError(f"--rounding is {self.rounding!r}; it must be solved or nearest")
         if self.bos not in ("auto", "yes", "no"):
             raise InputError(f"--bos is {self.bos!r}; it must be auto, yes or no")
         if self.rank_ratio is not None and not 0 <= self.rank_ratio < 1:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamslr.io.packing import unpack
+from streamslr.io.packed_layout import value_format
+from streamslr.io.packing import stored_columns, unpack, unpack_codes
 from streamslr.ranks import Ranks
 from streamslr.spec.pattern import SparsityPattern
+from streamslr.spec.values import group_columns
 
 TILE = 1 << 24
 """Elements of a dense weight's gradient that exist at once: 64 MB in float32, and enough rows for a fast product."""
@@ -40,6 +42,8 @@ class MatchSettings:
         row). One Adam step then changes a linear's output by about lr · sqrt(relative block loss) of its size, at any
         width (muP, arXiv 2203.03466). Fewer than 100 steps take less (`_FULL_RATE_STEPS`).
     low_rank_lr_ratio: learning rate of U and V, relative to that of the linear's kept values.
+    scale_lr_ratio: learning rate of the scales of values on a grid, relative to `lr` · sqrt(relative block loss) ·
+        rms(scales) / sqrt(scales per row).
     vector_lr_ratio: learning rate of norms and biases, relative to `lr` and multiplied by sqrt(relative block loss) ·
         rms(output of the norm or linear for inputs of rms 1).
     final_lr_ratio: fraction of each learning rate that is left at the end of a cosine, as in the paper's code.
@@ -50,6 +54,7 @@ class MatchSettings:
     batch: int
     lr: float
     low_rank_lr_ratio: float = 0.3
+    scale_lr_ratio: float = 0.1
     vector_lr_ratio: float = 1 / 120
     final_lr_ratio: float = 0.2
     seed: int = 0
@@ -262,27 +267,37 @@ class Optimizer:
 
 
 class LinearMasters:
-    """Float32 masters of one linear [o, d]: its kept values [nnz], U [o, r] and V [r, d]."""
+    """Float32 masters of one linear [o, d]: its kept values [nnz], U [o, r], V [r, d], and scales where S has a grid.
+
+    Values on a grid are trained straight through (Bengio et al., arXiv 1308.3432). A master is a code times the scale
+    that its group began with; products take the nearest code times the scale as it is now, and the gradient of that is
+    the master's. A scale's gradient is the sum over its group of code times gradient.
+    """
 
     def __init__(self, linear: nn.Linear, stored: Mapping[str, Tensor], pattern: SparsityPattern, ranks: Ranks) -> None:
         self.linear, self._stored, self._alone = linear, stored, ranks.world == 1
         parts = on_device(linear.weight.device, stored)
         o, d = linear.out_features, linear.in_features
-        values = parts["values"].flatten()
+        mask = stored_columns(parts["meta"], pattern, d)
+        self._format = value_format(parts, d)
+        values = parts["values"].flatten() if self._format is None else unpack(parts, pattern, (o, d))[mask]
         U = parts["U"] if "U" in parts else linear.weight.new_zeros(o, 0)
         V = parts["V"] if "V" in parts else linear.weight.new_zeros(0, d)
-        self.flat = Flat([values, U, V], ranks)
+        self._first_scales = parts["scales"].float() if self._format else None
+        self.flat = Flat([values, U, V, *([parts["scales"]] if self._format else [])], ranks)
         if self._alone:
-            _, self._U, self._V = self.flat.views(self.flat.own)
+            _, self._U, self._V, *_ = self.flat.views(self.flat.own)
         else:
             self._U, self._V = (factor.to(linear.weight.dtype, copy=True) for factor in (U, V))
         self._trained = self.flat.own.detach().requires_grad_()  # an input of products, so that they require a gradient
-        empty = values == 0  # slots of the pattern that the solver left empty stay empty
-        self._empty = empty if bool(empty.any()) else None
+        empty = values == 0  # slots that the solver left empty stay so; on a grid they cannot be told from a zero code
+        self._empty = empty if self._format is None and bool(empty.any()) else None
         kept_values = values if self._empty is None else values[~empty]
         self.values_rms = rms_of(kept_values.float())
         self.kept_per_row = max(1.0, len(kept_values) / o)
-        mask = unpack({**parts, "values": torch.ones_like(parts["values"])}, pattern, (o, d))
+        self._codes: Tensor | None = None  # as products take them
+        if self._format:
+            self._codes = unpack_codes(parts, pattern, (o, d))[mask].to(self._format.code_dtype)
         self._tiles = []  # (rows of W, their part of `values`, positions of those values in the flat rows)
         first = 0
         for start in range(0, o, step := max(1, TILE // d)):
@@ -294,7 +309,11 @@ class LinearMasters:
         """Return the learning rate of each master at a relative block loss of 1."""
         rate = settings.lr * self.values_rms / math.sqrt(self.kept_per_row)
         low_rank = settings.low_rank_lr_ratio * rate
-        return [rate, *([low_rank, low_rank] if len(self._V) else [])]
+        rates = [rate, low_rank, low_rank]
+        if self._first_scales is not None:
+            rms, groups = rms_of(self._first_scales), self._first_scales.shape[1]
+            rates.append(settings.scale_lr_ratio * settings.lr * rms / math.sqrt(groups))
+        return rates
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -312,7 +331,7 @@ class LinearMasters:
 
     def add_gradients(self, grad: Tensor, x: Tensor, gradients: Sequence[Tensor]) -> None:
         """Add to the masters' `gradients` those of y = x Wᵀ, for `grad` [n, o] of y and x [n, d]."""
-        of_values, of_U, of_V = gradients
+        of_values, of_U, of_V, *of_scales = gradients
         V = self._V.to(x.dtype)
         for rows, span, positions in self._tiles:
             tile = grad[:, rows].t() @ x  # [rows, d], gradient of the dense weight
@@ -320,6 +339,8 @@ class LinearMasters:
             if self._empty is not None:
                 values.masked_fill_(self._empty[span], 0)
             of_values[span] += values
+            if self._codes is not None:
+                of_scales[0][rows] += self._sum_groups(values * self._codes[span].float(), positions, len(tile))
             if len(V):
                 of_U[rows] += tile @ V.t()
                 of_V += self._U[rows].to(x.dtype).t() @ tile
@@ -327,10 +348,17 @@ class LinearMasters:
     @torch.no_grad()
     def write_to_block(self, masters: Sequence[Tensor]) -> None:
         """Write S + U·V into the dense weight that products read."""
-        kept, U, V = masters
+        kept, U, V, *scales = masters
         for rows, span, positions in self._tiles:
             tile = U[rows] @ V  # [rows, d] float32
-            tile.view(-1).index_add_(0, positions, kept[span])
+            values = kept[span]
+            if self._codes is not None:
+                codes = self._nearest(values, rows, positions)
+                self._codes[span] = codes.to(self._codes.dtype)
+                values = codes.mul_(
+                    self._scales_of(scales[0][rows].to(self._stored["scales"].dtype).float(), positions)
+                )
+            tile.view(-1).index_add_(0, positions, values)
             self.linear.weight[rows].copy_(tile)
         if not self._alone:
             self._U.copy_(U)
@@ -338,13 +366,37 @@ class LinearMasters:
 
     def stored(self, masters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the linear's parts as `pack` stores them."""
-        trained = dict(zip(("values", "U", "V"), masters, strict=True))
+        trained = dict(zip(("values", "U", "V", "scales"), masters, strict=False))
+        if self._format:
+            nearest = [self._nearest(trained["values"][span], rows, positions) for rows, span, positions in self._tiles]
+            codes = torch.cat(nearest)
+            per_row = self._stored["values"].dim() == 2
+            trained["values"] = self._format.encode(codes.view(len(self._stored["values"]), -1) if per_row else codes)
         return {
             name: trained[name].to(part.device, part.dtype, copy=not self._alone).view_as(part)
             if name in trained
             else part
             for name, part in self._stored.items()
         }
+
+    def _nearest(self, values: Tensor, rows: slice, positions: Tensor) -> Tensor:
+        """Return the nearest code of each of a tile's masters, in the scales that their groups began with."""
+        assert self._format is not None
+        assert self._first_scales is not None
+        return self._format.nearest(values / self._scales_of(self._first_scales[rows], positions))
+
+    def _scales_of(self, scales: Tensor, positions: Tensor) -> Tensor:
+        """Return of scales [rows, groups] that of each position in the flat rows."""
+        d, groups = self.linear.in_features, scales.shape[1]
+        return scales.flatten()[positions // d * groups + positions % d // group_columns(d, groups)]
+
+    def _sum_groups(self, numbers: Tensor, positions: Tensor, rows: int) -> Tensor:
+        """Return the sums of a tile's numbers over the groups of each row, [rows, groups]."""
+        assert self._first_scales is not None
+        d, groups = self.linear.in_features, self._first_scales.shape[1]
+        dense = numbers.new_zeros(rows, groups * group_columns(d, groups))
+        dense[:, :d] = numbers.new_zeros(rows * d).index_copy_(0, positions.long(), numbers).view(rows, d)
+        return dense.view(rows, groups, -1).sum(2)
 
 
 class _Product(torch.autograd.Function):

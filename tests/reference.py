@@ -102,6 +102,34 @@ def solve(weight: Tensor, gram: Tensor, pattern: str, rank: int, rho: float = 0.
     return Reference(D / scale, UV / scale, iterations)
 
 
+# S on a grid
+
+
+def grid_step(Z: Tensor, scales: Tensor, support: Tensor, largest: float) -> Tensor:
+    """Return the nearest of Z [o, d] whose values are whole numbers up to `largest` times scales [o, d]."""
+    return (Z / scales).round().clamp(-largest, largest) * scales * support
+
+
+def on_grid(W: Tensor, H: Tensor, support: Tensor, scales: Tensor, largest: float, rank: int) -> tuple[Tensor, Tensor]:
+    """Solve by ADMM for S on a support and a grid with fixed scales [o, d], as `grid_step` has it, and U·V.
+
+    W and the damped H in float64; the fit of U·V is exact in each iteration.
+    """
+    s = torch.linalg.inv(H).diagonal().rsqrt()
+    G, T, grid = H / s[:, None] / s, W * s, scales * s
+    UV = best_low_rank(T - T * support, G, rank)
+    D = grid_step(T - UV, grid, support, largest)
+    Y, rho = torch.zeros_like(D), 1.0
+    for i in range(120):
+        if i and i % 8 == 0:
+            rho, Y = 1.25 * rho, Y / 1.25
+        S = sparse_step(T, UV, D, Y, G, rho)
+        D = grid_step(S + Y, grid, support, largest)
+        Y = S + Y - D
+        UV = best_low_rank(T - S, G, rank)
+    return D / s, best_low_rank(T - D, G, rank) / s
+
+
 # Pure sparsity: W and the damped H -> S [o, d] float64
 
 

@@ -12,11 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from streamslr import masters
 from streamslr.calibration.hidden_states import Span
-from streamslr.io.packing import merge, pack, unpack
-from streamslr.masters import BlockWeights, MatchSettings
+from streamslr.io.packed_check import check_packed
+from streamslr.io.packing import merge, pack, pack_on_grid, stored_columns, unpack, unpack_codes
+from streamslr.masters import BlockWeights, LinearMasters, MatchSettings
 from streamslr.matching import CompressedBlock
 from streamslr.model.blockwise import Block
+from streamslr.ranks import ALONE
 from streamslr.solvers import parse_pattern
+from streamslr.spec.values import group_columns, group_count, parse_values, spread
 from tests import reference
 
 SETTINGS = MatchSettings(epochs=4, batch=3, lr=0.1)
@@ -465,3 +468,83 @@ def test_values_of_dead_inputs_stay() -> None:
     assert torch.equal(case.sparse(weights, "0")[:, 3], case.sparse(case.weights, "0")[:, 3])
     assert torch.equal(after["V"][:, 3], before["V"][:, 3])
     assert not torch.equal(after["V"], before["V"])
+
+
+def on_grid(case: Case, values: str, scales: torch.dtype = torch.bfloat16) -> Case:
+    """Return a case whose linears have values on a grid, each group with its largest value as the largest code."""
+    form, pattern = parse_values(values), parse_pattern(case.pattern)
+    assert form is not None
+    packed = {}
+    for name, linear in case.linears.items():
+        S, d = case.sparse(case.weights, name).float(), linear.in_features
+        size = group_columns(d, group_count(d, form.group))
+        largest = torch.stack([part.abs().amax(1) for part in S.split(size, 1)], 1)
+        fitted = (largest / form.largest).clamp_min(1e-3).to(scales).float()
+        parts = pack_on_grid(form.nearest(S / spread(fitted, d)), fitted, pattern, scales, form)
+        factors = {part: case.weights.packed[name][part].to(scales) for part in ("U", "V")}
+        packed[name] = parts | factors
+    return replace(case, weights=replace(case.weights, packed=packed))
+
+
+def densely(case: Case, name: str) -> dict[str, Tensor]:
+    """Return a linear of the case with S packed as a dense pattern."""
+    S, parts = case.sparse(case.weights, name), case.weights.packed[name]
+    return pack(S, parse_pattern("dense"), S.dtype) | {part: parts[part] for part in ("U", "V")}
+
+
+@pytest.mark.parametrize("tile", [1 << 24, 40])
+@pytest.mark.parametrize("values", ["int4/8", "int8/16", "fp8/5"])
+@pytest.mark.parametrize("pattern", ["2:4", "50%", "dense"])
+def test_values_on_a_grid_move_with_their_scales_and_stay_on_it(
+    monkeypatch: pytest.MonkeyPatch, pattern: str, values: str, tile: int
+) -> None:
+    monkeypatch.setattr(masters, "TILE", tile)
+    if pattern == "dense":
+        case = made_case("50%", off=1.0)
+        case.weights = replace(case.weights, packed={name: densely(case, name) for name in case.linears})
+        case = on_grid(replace(case, pattern="dense"), values)
+    else:
+        case = on_grid(made_case(pattern), values)
+    weights, curve = case.refine(replace(SETTINGS, epochs=20, lr=0.3))
+    assert curve[-1] < 0.6 * curve[0]
+    for name, linear in case.linears.items():
+        before, after, shape = case.weights.packed[name], weights.packed[name], linear.weight.shape
+        assert check_packed(after, parse_pattern(case.pattern), (shape[0], shape[1])) == []
+        assert {part: tensor.dtype for part, tensor in after.items()} == {p: t.dtype for p, t in before.items()}
+        assert torch.equal(after["meta"], before["meta"])
+        for part in ("values", "scales", "U", "V"):
+            assert not torch.equal(after[part].float(), before[part].float()), part
+        merged = merge(after, parse_pattern(case.pattern), (shape[0], shape[1]), torch.float32)
+        assert torch.equal(linear.weight, merged)
+
+
+def test_without_steps_values_on_a_grid_come_back() -> None:
+    case = on_grid(made_case(), "int4/8")
+    weights, _ = case.refine(replace(SETTINGS, epochs=1))
+    assert_same(weights, case.weights)
+
+
+def test_gradients_of_values_and_scales_on_a_grid_are_those_of_autograd() -> None:
+    """One step of Adam moves a number by its rate, whatever its gradient: so compare the gradients themselves."""
+    case = on_grid(made_case(), "int4/8", torch.float32)
+    name, linear = "down", case.linears["down"]
+    shape = (linear.out_features, linear.in_features)
+    parts = case.weights.packed[name]
+    codes = unpack_codes(parts, parse_pattern("2:4"), shape).double()
+    trained = LinearMasters(linear, parts, parse_pattern("2:4"), ALONE)
+    own, gradients = trained.flat.own, trained.flat.own.grad
+    assert gradients is not None
+    trained.write_to_block(trained.flat.views(own))
+    x, grad = torch.randn(9, shape[1]), torch.randn(9, shape[0])
+    with torch.no_grad():
+        trained.add_gradients(grad, x, trained.flat.views(gradients))
+    scales = parts["scales"].double().requires_grad_()
+    S = codes.requires_grad_() * spread(scales, shape[1])
+    (x.double() @ S.t() * grad.double()).sum().backward()
+    of_values, _, _, of_scales = trained.flat.views(gradients)
+    assert scales.grad is not None
+    assert codes.grad is not None
+    torch.testing.assert_close(of_scales.double(), scales.grad, rtol=1e-4, atol=1e-5)
+    kept = stored_columns(parts["meta"], parse_pattern("2:4"), shape[1])
+    expected = (codes.grad / spread(scales.detach(), shape[1]))[kept]  # of S, where the pattern keeps it
+    torch.testing.assert_close(of_values.double(), expected, rtol=1e-4, atol=1e-5)

@@ -22,6 +22,7 @@ from streamslr.io.packed_layout import (
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, WrittenShard, shard_header, write_shard
 from streamslr.outside import LARGEST_JSON, parse_json, read_bounded
 from streamslr.spec.pattern import SparsityPattern
+from streamslr.spec.values import STORED
 
 PackedLinear = tuple[Mapping[str, Tensor], SparsityPattern, tuple[int, int]]
 """Parts of a packed linear, its pattern, and the shape (o, d) of its dense weight."""
@@ -35,7 +36,12 @@ def is_file_name(name: object) -> bool:
 
 
 def write_auxiliary_files(
-    folder: Path, config: Mapping[str, Any], files: Iterable[Path], pattern: SparsityPattern | None, rank: int
+    folder: Path,
+    config: Mapping[str, Any],
+    files: Iterable[Path],
+    pattern: SparsityPattern | None,
+    rank: int,
+    values: str = STORED,
 ) -> dict[str, str]:
     """Write config.json, which names the format, and copy the files that travel with a model.
 
@@ -45,11 +51,12 @@ def write_auxiliary_files(
         files: the files to copy: tokenizer, generation config, licence.
         pattern: pattern of all linears, None where they differ.
         rank: the largest rank.
+        values: format of the values of all linears, "mixed" where they differ.
 
     Returns:
         The sha256 of each file by its name.
     """
-    entry = {"quantization_config": quantization_config(pattern, rank)}
+    entry = {"quantization_config": quantization_config(pattern, rank, values)}
     digests = {"config.json": write_file(folder / "config.json", config_bytes({**config, **entry}))}
     for path in files:
         digests[path.name] = copy_auxiliary_file(path, folder)

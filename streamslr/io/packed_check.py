@@ -12,8 +12,9 @@ from streamslr.io.packed_layout import (
     meta_code,
     pattern_misfit,
     sparse_misfits,
+    value_format,
 )
-from streamslr.io.packing import decode_mask, describes_more, row_chunks
+from streamslr.io.packing import describes_more, row_chunks, stored_columns
 from streamslr.spec.pattern import SparsityPattern
 from streamslr.tensors import count_not_finite, is_finite
 
@@ -22,14 +23,15 @@ def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape:
     """Return what is wrong with one packed linear, a sentence each; [] when it is sound.
 
     Args:
-        tensors: all that is stored of the linear, by part (values, meta, row_offsets, U, V).
+        tensors: all that is stored of the linear, by part (values, meta, scales, row_offsets, U, V).
         pattern: pattern of S.
         shape: (o, d) of the dense weight.
     """
     problems = check_layout(tensors, pattern, shape)
-    for name in ("values", "U", "V"):
+    for name in ("values", "scales", "U", "V"):
         if name in tensors and tensors[name].is_floating_point():
-            problems += _non_finite(name, tensors[name])
+            wide = tensors[name].bfloat16() if tensors[name].dtype.itemsize == 1 else tensors[name]
+            problems += _non_finite(name, wide)
     if pattern_misfit(pattern, shape) or sparse_misfits(tensors, pattern, shape):
         return problems
     return problems + check_positions(tensors, pattern, shape)
@@ -54,7 +56,7 @@ def check_positions(tensors: Mapping[str, Tensor], pattern: SparsityPattern, sha
     """Return what is wrong with the columns that `meta` and `row_offsets` name, of parts without a wrong layout.
 
     Args:
-        tensors: the parts; of `values` only the shape is looked at, so they may be on meta.
+        tensors: the parts; of `values` and `scales` only shapes and dtypes are looked at, so they may be on meta.
         pattern: pattern of S.
         shape: (o, d) of the dense weight.
     """
@@ -86,7 +88,7 @@ def _group_problems(meta: Tensor, pattern: SparsityPattern, groups: tuple[int, i
         return []
     first, count = "", 0
     for rows in row_chunks(len(meta), d):
-        mask = decode_mask(meta[rows], pattern)[:, :d].reshape(-1, d // m, m)
+        mask = stored_columns(meta[rows], pattern, d).reshape(-1, d // m, m)
         found = mask.sum(dim=2, dtype=torch.int32)  # [rows, groups]
         wrong = (found != n).nonzero()
         if len(wrong) and not count:
@@ -129,7 +131,8 @@ def _offset_problems(tensors: Mapping[str, Tensor], pattern: SparsityPattern, sh
     problems = []
     if total > allowed:
         problems.append(f"meta keeps {total} of {o * d} columns, {pattern} allows {allowed}")
-    if len(values) != total:
+    form = value_format(tensors, d)
+    if len(values) != (total if form is None else form.stored_width(total)):
         problems.append(f"values has {len(values)} entries, but meta keeps {total} columns")
     if offsets[0] != 0:
         problems.append(f"row_offsets starts at {int(offsets[0])}, not at 0")

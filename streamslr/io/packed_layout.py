@@ -1,7 +1,7 @@
 """The stored layout of a packed linear, and what headers and config.json say of it.
 
-A linear P of o outputs and d inputs, W ≈ S + U·V, is stored as tensors `P.values`, `P.meta` … Whatever the dtype of
-its values:
+A linear P of o outputs and d inputs, W ≈ S + U·V, is stored as tensors `P.values`, `P.meta` … Where the values are
+numbers as the checkpoint has them:
 
     pattern   values         meta (uint8)                                                   row_offsets
     2:4       [o, d/2]       [o, ceil(d/12)]: three groups a byte, c0 + 6·c1 + 36·c2        -
@@ -9,8 +9,14 @@ its values:
     4:8 …     [o, d·n/m]     [o, ceil(d/8)]: a bitmask, a bit a column, 1 for a stored one  -
     50%/row   [o, k]         [o, ceil(d/8)]: a bitmask                                      -
     50%       [nnz]          [o, ceil(d/8)]: a bitmask                                      int64 [o + 1]
+    dense     [o, d]         [o, 0]                                                         -
 
 and at rank r > 0 also U [o, r] and V [r, d], in the dtype of the values.
+
+Where the values lie on a grid, they are codes, and `P.scales` [o, groups] has the scale of each group of ceil(d /
+groups) columns of a row, in the dtype of U and V: a value is its code times the scale of its column. Codes are int8
+(int8), float8_e4m3fn (fp8), or two a byte in uint8 (int4): of each row's k codes, or of all nnz for 50%, the first in
+the low half of a byte, as two's complement. The rest is as above.
 
 Values run row by row, columns ascending. A group's digit is C(p1, 1) + … + C(pn, n) for its stored columns
 p1 < … < pn, counted from 0: the combinatorial number system. For 2:4, digits 0 to 5 are columns 01 02 12 03 13 23.
@@ -30,24 +36,24 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError
-from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows, parse_pattern
+from streamslr.spec.pattern import MIXED, Dense, NofM, SparsityPattern, Unstructured, UnstructuredRows, parse_pattern
+from streamslr.spec.values import STORED, ValueFormat, format_of, group_count
 
-FORMAT_VERSION = 3
-"""Version that is written. 3: new names in the journal (`linears`, `wanda_error`, `non_block` …); 2: metadata of n:m
-in digits, the same bytes of shards as in 3; 1: a nibble for a group of 2:4."""
-READABLE_VERSIONS = (2, 3)
+FORMAT_VERSION = 4
+"""Version that is written. 4: values on a grid, with scales; without them, the same bytes of shards as in 3; 3: new
+names in the journal (`linears`, `wanda_error`, `non_block` …); 2: metadata of n:m in digits, the same bytes of shards
+as in 3; 1: a nibble for a group of 2:4."""
+READABLE_VERSIONS = (2, 3, 4)
 QUANT_METHOD = "streamslr"
-MIXED = "mixed"
-"""Name of the pattern in config.json, for a model whose linears differ in it."""
 
 BLOCK_FILE = "model-block-{:05d}.safetensors"
 NON_BLOCK_FILE = "model-outside.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-PACKED_PARTS = ("values", "meta", "row_offsets", "U", "V")
-"""Names of the tensors of a packed linear. Not every linear has the last three."""
+PACKED_PARTS = ("values", "meta", "scales", "row_offsets", "U", "V")
+"""Names of the tensors of a packed linear. Not every linear has the last four."""
 _PART_DTYPES: Mapping[str, torch.dtype] = {"meta": torch.uint8, "row_offsets": torch.int64}
-"""Dtypes of parts; all others have the dtype of the linear's values."""
+"""Dtypes of parts; all others have the dtype that the linear's factors have, but for values on a grid."""
 
 Linears = dict[str, tuple[SparsityPattern, tuple[int, int]]]
 """Module path of a packed linear -> its pattern and dense shape (o, d)."""
@@ -57,7 +63,11 @@ Linears = dict[str, tuple[SparsityPattern, tuple[int, int]]]
 
 
 def part_shapes(
-    pattern: SparsityPattern, shape: tuple[int, int], rank: int = 0, num_values: int | None = None
+    pattern: SparsityPattern,
+    shape: tuple[int, int],
+    rank: int = 0,
+    num_values: int | None = None,
+    values: ValueFormat | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of each part that a packed linear has.
 
@@ -65,15 +75,20 @@ def part_shapes(
         pattern: sparsity pattern of S.
         shape: (o, d) of the dense weight.
         rank: rank of U·V.
-        num_values: entries of `values` where rows differ in their number; None for the most that there can be.
+        num_values: values where rows differ in their number; None for the most that there can be.
+        values: format of the values; None for numbers as the checkpoint has them.
     """
     o, d = shape
     groups = pattern.groups(d)
     most = max_values(pattern, shape) if num_values is None else num_values
+    in_run = d // groups[1] * groups[0] if groups else most
+    stored = in_run if values is None else values.stored_width(in_run)
     shapes: dict[str, tuple[int, ...]] = {
-        "values": (o, d // groups[1] * groups[0]) if groups else (most,),
+        "values": (o, stored) if groups else (stored,),
         "meta": (o, meta_width(pattern, d)),
     }
+    if values is not None:
+        shapes["scales"] = (o, group_count(d, values.group))
     if not groups:
         shapes["row_offsets"] = (o + 1,)  # int64: a linear may hold more than 2^31 values
     if rank:
@@ -81,9 +96,21 @@ def part_shapes(
     return shapes
 
 
-def part_dtype(part: str, values: torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype of a part of a linear whose values have the dtype `values`, None for torch's default."""
-    return _PART_DTYPES.get(part, values)
+def part_dtype(part: str, dtype: torch.dtype | None, values: ValueFormat | None = None) -> torch.dtype | None:
+    """Return the dtype of a part of a linear whose factors have this dtype, None for torch's default."""
+    if part == "values" and values is not None:
+        return values.dtype
+    return _PART_DTYPES.get(part, dtype)
+
+
+def number_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype of a linear's numbers: scales where values lie on a grid, else values; U and V have it too."""
+    return tensors["scales" if "scales" in tensors else "values"].dtype
+
+
+def value_format(tensors: Mapping[str, Tensor], d: int) -> ValueFormat | None:
+    """Return the format of a linear's values; None for numbers as the checkpoint has them, or an unknown format."""
+    return format_of(tensors["values"], tensors["scales"], d) if "scales" in tensors else None
 
 
 def max_values(pattern: SparsityPattern, shape: tuple[int, int]) -> int:
@@ -95,12 +122,15 @@ def max_values(pattern: SparsityPattern, shape: tuple[int, int]) -> int:
     return pattern.num_kept(o, d) if isinstance(pattern, Unstructured) else o * d
 
 
-def packed_bytes(pattern: SparsityPattern, shape: tuple[int, int], rank: int, value_bytes: int) -> int:
-    """Return the most bytes that a packed linear takes in a shard, where a value takes `value_bytes`."""
-    sizes = {part: prod(size) for part, size in part_shapes(pattern, shape, rank).items()}
-    return sum(
-        size * (_PART_DTYPES[part].itemsize if part in _PART_DTYPES else value_bytes) for part, size in sizes.items()
-    )
+def packed_bytes(
+    pattern: SparsityPattern, shape: tuple[int, int], rank: int, number_bytes: int, values: ValueFormat | None = None
+) -> int:
+    """Return the most bytes that a packed linear takes in a shard; number_bytes: of one of its numbers."""
+    bytes_of = {part: dtype.itemsize for part, dtype in _PART_DTYPES.items()}
+    if values is not None:
+        bytes_of["values"] = values.dtype.itemsize
+    shapes = part_shapes(pattern, shape, rank, values=values)
+    return sum(prod(size) * bytes_of.get(part, number_bytes) for part, size in shapes.items())
 
 
 def low_rank_bytes(shape: tuple[int, int], rank: int, value_bytes: int) -> int:
@@ -166,6 +196,8 @@ def of_same_code(pattern: SparsityPattern) -> NofM | UnstructuredRows | Unstruct
 
 def meta_width(pattern: SparsityPattern, d: int) -> int:
     """Return the bytes of `meta` that describe a row of d columns."""
+    if isinstance(pattern, Dense):
+        return 0
     code = meta_code(pattern)
     return -(-d // (code.count * code.columns))
 
@@ -182,15 +214,18 @@ def pattern_misfit(pattern: SparsityPattern, shape: tuple[int, int]) -> str | No
 
 
 def sparse_misfits(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> list[str]:
-    """Return what is missing of values, meta and row_offsets, or has the wrong dtype or shape; a sentence each."""
+    """Return what is missing of values, meta, scales, row_offsets, or has a wrong dtype or shape; a sentence each."""
     o, d = shape
-    expected = part_shapes(pattern, shape)
+    form = value_format(tensors, d) if "values" in tensors else None
+    if form is None and "scales" in tensors and "values" in tensors:
+        return [f"values are {tensors['values'].dtype}, with scales {list(tensors['scales'].shape)}: no known format"]
+    expected = part_shapes(pattern, shape, values=form)
     problems = []
     for part, size in expected.items():
         if part not in tensors:
             problems.append(f"{part} is missing")
             continue
-        tensor, dtype = tensors[part], _PART_DTYPES.get(part)
+        tensor, dtype = tensors[part], part_dtype(part, None, form)
         if part == "values" and "row_offsets" in expected:
             if tensor.dim() != 1:
                 problems.append(f"{part} has shape {list(tensor.shape)}, a {pattern} linear needs one dimension")
@@ -198,8 +233,8 @@ def sparse_misfits(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shap
             problems.append(f"{part} has shape {list(tensor.shape)}, a {o}x{d} {pattern} linear needs {list(size)}")
         if dtype is not None and tensor.dtype != dtype:
             problems.append(f"{part} is {tensor.dtype}, not {dtype}")
-        elif dtype is None and not tensor.is_floating_point():
-            problems.append(f"{part} is {tensor.dtype}, not a floating-point type")
+        elif dtype is None and not (tensor.is_floating_point() and tensor.dtype.itemsize > 1):
+            problems.append(f"{part} is {tensor.dtype}, not a floating-point type of 16 bits or more")
     return problems
 
 
@@ -216,10 +251,11 @@ def low_rank_misfits(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> l
         problems.append(
             f"U {list(U.shape)} and V {list(V.shape)} are not the [{o}, r] and [r, {d}] of a {o}x{d} linear"
         )
-    values = tensors.get("values", U)
+    numbers = "scales" if "scales" in tensors else "values"
+    expected = tensors.get(numbers, U).dtype
     for part, tensor in (("U", U), ("V", V)):
-        if not tensor.is_floating_point() or tensor.dtype != values.dtype:
-            problems.append(f"{part} is {tensor.dtype}, but values are {values.dtype}")
+        if not tensor.is_floating_point() or tensor.dtype != expected:
+            problems.append(f"{part} is {tensor.dtype}, but {numbers} are {expected}")
     return problems
 
 
@@ -258,19 +294,21 @@ class PackedFormat:
     format_version: int
 
 
-def quantization_config(pattern: SparsityPattern | None, rank: int) -> dict[str, Any]:
+def quantization_config(pattern: SparsityPattern | None, rank: int, values: str = STORED) -> dict[str, Any]:
     """Return the entry of config.json that marks a compressed model. `read_quantization_config` reads it.
 
     Args:
         pattern: pattern of all linears, None where they differ.
         rank: the largest rank.
+        values: format of the values of all linears, `MIXED` where they differ; for people, since shards tell it too.
     """
-    return {
+    entry = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "pattern": MIXED if pattern is None else str(pattern),
         "rank": rank,
     }
+    return entry if values == STORED else entry | {"values": values}
 
 
 def read_quantization_config(config: object) -> PackedFormat | None:
@@ -302,8 +340,8 @@ def read_quantization_config(config: object) -> PackedFormat | None:
     version = entry.get("format_version")
     if version not in READABLE_VERSIONS:
         raise InputError(
-            f"config.json says streamslr format_version {version!r}, this version reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}: use the streamslr that wrote it, or compress the model again"
+            f"config.json says streamslr format_version {version!r}, this version reads {READABLE_VERSIONS[0]} to "
+            f"{READABLE_VERSIONS[-1]}: use the streamslr that wrote it, or compress the model again"
         )
     pattern, rank = entry.get("pattern"), entry.get("rank")
     if not isinstance(pattern, str) or not isinstance(rank, int) or rank < 0:

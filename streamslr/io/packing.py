@@ -18,12 +18,37 @@ from streamslr.io.packed_layout import (
     meta_width,
     pattern_misfit,
     sparse_misfits,
+    value_format,
 )
-from streamslr.spec.pattern import NofM, SparsityPattern
+from streamslr.spec.pattern import Dense, NofM, SparsityPattern
+from streamslr.spec.values import ValueFormat, spread
 from streamslr.tensors import is_finite
 
 _CHUNK = 1 << 22
 """Elements of S worked on at once. Bounds the temporaries at about 100 MB, for a linear of any size."""
+
+
+def pack_on_grid(
+    codes: Tensor, scales: Tensor, pattern: SparsityPattern, dtype: torch.dtype, values: ValueFormat
+) -> dict[str, Tensor]:
+    """Pack S whose values lie on a grid; `unpack` returns each code times the scale of its column, in float32.
+
+    Args:
+        codes: [o, d] codes of S, zero where nothing is kept.
+        scales: [o, groups] scale of each group.
+        pattern: pattern that the codes obey.
+        dtype: dtype to store scales in, which U and V have too.
+        values: format of the values.
+
+    Returns:
+        values, meta, scales and, where rows differ in their number of values, row_offsets, on the device of the codes.
+
+    Raises:
+        ValueError: the codes break the pattern or are not finite.
+        InputError: a scale overflows `dtype`.
+    """
+    packed = pack(codes.bfloat16(), pattern, torch.bfloat16)  # which holds every code
+    return packed | {"values": values.encode(packed["values"]), "scales": _cast(scales, slice(0, len(scales)), dtype)}
 
 
 def pack(S: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -73,10 +98,10 @@ def pack(S: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> dict[str, T
 
 
 def unpack(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> Tensor:
-    """Unpack S [o, d] in the dtype of the values, with exact zeros elsewhere.
+    """Unpack S [o, d] in the dtype of the values, of a grid in float32, with exact zeros elsewhere.
 
     Args:
-        tensors: values, meta and, where rows differ, row_offsets.
+        tensors: values, meta, of a grid scales and, where rows differ, row_offsets.
         pattern: pattern of S.
         shape: (o, d).
 
@@ -84,21 +109,34 @@ def unpack(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple
         InputError: the tensors do not fit together; `check_packed` says how.
     """
     _require_layout(tensors, pattern, shape)
-    S = torch.empty(shape, dtype=tensors["values"].dtype, device=tensors["values"].device)
+    dtype = torch.float32 if "scales" in tensors else tensors["values"].dtype
+    S = torch.empty(shape, dtype=dtype, device=tensors["values"].device)
     for rows in row_chunks(*shape):
         S[rows] = _unpack_rows_checked(tensors, pattern, shape, rows)
     return S
 
 
+def unpack_codes(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> Tensor:
+    """Unpack the codes [o, d] of values on a grid, in bfloat16, which holds all exactly; arguments as of `unpack`."""
+    form = value_format(tensors, shape[1])
+    if form is None:
+        raise ValueError("the values are numbers as they are, not codes")
+    groups = pattern.groups(shape[1])
+    count = shape[1] // groups[1] * groups[0] if groups else int(tensors["row_offsets"][-1])
+    positions = {part: tensor for part, tensor in tensors.items() if part in ("meta", "row_offsets")}
+    return unpack({**positions, "values": form.decode(tensors["values"], count)}, pattern, shape)
+
+
 def unpack_rows(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int], rows: slice) -> Tensor:
     """Unpack S[rows] of a linear that `check_packed` found sound: no checks, and for 2:4 much faster than `unpack`."""
     d = shape[1]
-    values, meta = _values_of(tensors, rows), tensors["meta"][rows]
+    values, meta = _values_of(tensors, pattern, d, rows), tensors["meta"][rows]
     if pattern == NofM(2, 4):
-        return _expand_pairs(values, meta, d)
-    mask = decode_mask(meta, pattern)[:, :d]
-    S = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
-    return S.masked_scatter_(mask, values)
+        S = _expand_pairs(values, meta, d)
+    else:
+        mask = stored_columns(meta, pattern, d)
+        S = torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
+    return _scaled(S, tensors, rows)
 
 
 @torch.no_grad()
@@ -150,8 +188,17 @@ def decode_mask(meta: Tensor, pattern: SparsityPattern) -> Tensor:
     return flags[meta.int()].view(meta.shape[0], -1)
 
 
+def stored_columns(meta: Tensor, pattern: SparsityPattern, d: int) -> Tensor:
+    """Return the mask of stored columns, bool [rows, d]; bytes of `meta` past column d are left out."""
+    if isinstance(pattern, Dense):
+        return torch.ones(len(meta), d, dtype=torch.bool, device=meta.device)
+    return decode_mask(meta, pattern)[:, :d]
+
+
 def describes_more(meta: Tensor, pattern: SparsityPattern, d: int) -> Tensor:
     """Return which rows of meta [rows, width] have bits or digits past column d, bool [rows]."""
+    if isinstance(pattern, Dense):
+        return meta.any(dim=1)
     code = meta_code(pattern)
     used = (d // code.columns - 1) % code.count + 1  # digits of the last byte
     return meta[:, -1].int() >= code.base**used if used < code.count else meta[:, :0].any(dim=1)
@@ -190,6 +237,8 @@ def _fill_groups(nonzero: Tensor, n: int, pattern: SparsityPattern, first_row: i
 
 def _encode(mask: Tensor, pattern: SparsityPattern) -> Tensor:
     """Encode the mask of stored columns [rows, d] bool as meta [rows, width] uint8."""
+    if isinstance(pattern, Dense):
+        return mask[:, :0].byte()
     code = meta_code(pattern)
     if code.group is None:
         bits = _bytes_of_columns(mask.byte(), 8)
@@ -251,9 +300,8 @@ def _unpack_rows_checked(
     tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int], rows: slice
 ) -> Tensor:
     """Unpack S[rows] of tensors that fit the layout; check the bytes of meta."""
-    mask = decode_mask(tensors["meta"][rows], pattern)
-    mask = mask[:, : shape[1]]
-    values = _values_of(tensors, rows)
+    mask = stored_columns(tensors["meta"][rows], pattern, shape[1])
+    values = _values_of(tensors, pattern, shape[1], rows)
     if groups := pattern.groups(shape[1]):
         n, m = groups
         sound = (mask.reshape(-1, shape[1] // m, m).sum(dim=2, dtype=torch.int32) == n).all()
@@ -266,15 +314,30 @@ def _unpack_rows_checked(
             f"does not describe {pattern}; `streamslr verify` names the file to copy or to make again"
         )
     S = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
-    return S.masked_scatter_(mask, values)
+    return _scaled(S.masked_scatter_(mask, values), tensors, rows)
 
 
-def _values_of(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
-    """Return the values of these rows, one after another."""
-    if tensors["values"].dim() == 2:  # as many in each row
-        return tensors["values"][rows].reshape(-1)
+def _values_of(tensors: Mapping[str, Tensor], pattern: SparsityPattern, d: int, rows: slice) -> Tensor:
+    """Return the values of these rows, or their codes, one after another."""
+    values, form = tensors["values"], value_format(tensors, d)
+    if groups := pattern.groups(d):  # as many in each row
+        n, m = groups
+        values = values[rows]
+        return (values if form is None else form.decode(values, d // m * n)).reshape(-1)
     start, stop = (int(tensors["row_offsets"][i]) for i in (rows.start, rows.stop))
-    return tensors["values"][start:stop] if 0 <= start <= stop else tensors["values"][:0]
+    if not 0 <= start <= stop:
+        return values[:0] if form is None else form.decode(values[:0], 0)
+    if form is None:
+        return values[start:stop]
+    first = start // (codes_an_entry := 8 * values.element_size() // form.bits)
+    return form.decode(values[first : form.stored_width(stop)], stop - first * codes_an_entry)[
+        start - first * codes_an_entry :
+    ]
+
+
+def _scaled(S: Tensor, tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
+    """Return S [rows, d] of values as they are; of codes, times their scales, in float32."""
+    return S.float().mul_(spread(tensors["scales"][rows], S.shape[1])) if "scales" in tensors else S
 
 
 def _expand_pairs(values: Tensor, meta: Tensor, d: int) -> Tensor:

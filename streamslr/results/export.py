@@ -225,7 +225,7 @@ class _Source:
         sources: list[TensorSource] = []
         for linear, (pattern, shape) in self._linears[file].items():
             parts = {part: rest.pop(name) for part, name in stored_parts(linear, rest).items()}
-            stored = dtype or parts["values"].dtype
+            stored = dtype or parts["scales" if "scales" in parts else "values"].dtype
             if not low_rank:
                 parts = {part: info for part, info in parts.items() if part not in ("U", "V")}
             dense = partial(self._dense, parts, pattern, shape, stored)

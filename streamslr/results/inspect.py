@@ -16,6 +16,7 @@ from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, Linea
 from streamslr.run.progress import PHASES, gpu_taken_bytes
 from streamslr.spec.allocation import LinearSpec, in_words
 from streamslr.spec.pattern import parse_pattern
+from streamslr.spec.values import STORED, parse_values
 
 T = TypeVar("T")
 
@@ -104,6 +105,10 @@ def describe_method(state: JournalState) -> str:
     sparse = settings["pattern"] or f"compression {settings['compression']}"
     ratio = settings.get("rank_ratio")
     low_rank = f"rank {settings['rank']}" if ratio is None else f"rank ratio {ratio:g}"
+    values = settings.get("values", STORED)
+    if values != STORED:
+        values = parse_values(values, settings["group"])
+        sparse += f" {values}" + (" rounded to the nearest" if settings["rounding"] == "nearest" else "")
     parts = [f"{settings['method']} at {sparse} + {low_rank}"]
     if settings.get("owl") is not None:
         parts.append(f"OWL ±{settings['owl']:g}")
@@ -116,7 +121,9 @@ def describe_method(state: JournalState) -> str:
 
 def describe_specs(linears: Iterable[LinearRecord]) -> str:
     """Return patterns and ranks of some linears: "2:4 + rank 64", "52%–68% + rank 4–17"."""
-    return in_words(LinearSpec(parse_pattern(linear.pattern), linear.rank) for linear in linears)
+    return in_words(
+        LinearSpec(parse_pattern(linear.pattern), linear.rank, parse_values(linear.values)) for linear in linears
+    )
 
 
 def _describe_matching(block: BlockRecord) -> str:
@@ -230,12 +237,13 @@ _ERROR_CAPTIONS = (
     "pruning alone: the same error for the pattern without U·V, chosen by Wanda's score",
     "of dense: bytes of the packed linears, relative to the dense ones",
 )
+_ROUNDING_CAPTION = "before rounding: the same error with numbers of S as they were before they came onto their grid"
 _MATCHING_CAPTION = "matching: error of the block's output, ‖f̂(X) − T‖² / ‖T‖², before → after"
 
 
 def run_table(folder: Path, state: JournalState) -> Table:
     """Return the table of `inspect`: a row per block."""
-    mixed = len({(linear.pattern, linear.rank) for linear in list_linears(state.blocks)}) > 1
+    mixed = len({(linear.pattern, linear.rank, linear.values) for linear in list_linears(state.blocks)}) > 1
     caption = [*_ERROR_CAPTIONS, "error and pruning alone are means over the linears of the block"]
     if any(block.matching for block in state.blocks):
         caption.append(_MATCHING_CAPTION)
@@ -298,16 +306,19 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
     phases = ", ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in sort_phases(block.measured).items())
     matching = [f"{_MATCHING_CAPTION}: {_describe_matching(block)}"] if block.matching else []
     retries = _list_retries(block.name, block.retries)
+    rounded = any(linear.unrounded_error is not None for linear in block.linears)
+    captions = [*_ERROR_CAPTIONS[:1], *([_ROUNDING_CAPTION] if rounded else []), *_ERROR_CAPTIONS[1:], *matching]
+    captions += [f"time: {phases}", *describe_ranks([block]), *_describe_gpu(block), *retries]
     table = Table(
         title=f"{folder / block.shard.file}: {block.name}, {format_bytes(block.shard.nbytes)}, "
         f"sha256 {block.shard.sha256[:12]}",
-        caption="\n".join(
-            [*_ERROR_CAPTIONS, *matching, f"time: {phases}", *describe_ranks([block]), *_describe_gpu(block), *retries]
-        ),
+        caption="\n".join(captions),
         caption_justify="left",
     )
     table.add_column("linear", no_wrap=True)
-    columns = ("shape", "pattern", "density", "rank", "error", "pruning\nalone", "iterations", "bytes", "of\ndense")
+    columns = ["shape", "pattern", "density", "rank", "error", "pruning\nalone", "iterations", "bytes", "of\ndense"]
+    if rounded:
+        columns.insert(5, "before\nrounding")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("warnings")
@@ -315,10 +326,11 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
         table.add_row(
             short_name(linear.name, block),
             f"{linear.shape[0]}×{linear.shape[1]}",
-            linear.pattern,
+            linear.pattern if linear.values == STORED else f"{linear.pattern} {linear.values}",
             f"{linear.density:.4f}",
             str(linear.rank),
             f"{linear.error:.3g}",
+            *([f"{linear.unrounded_error or 0:.3g}"] if rounded else []),
             f"{linear.wanda_error:.3g}",
             str(linear.iterations),
             format_bytes(linear.nbytes),
@@ -326,5 +338,5 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
             "; ".join(linear.warnings),
         )
     for name, why in block.dense.items():
-        table.add_row(short_name(name, block), "", "dense", *[""] * 6, why)
+        table.add_row(short_name(name, block), "", "dense", *[""] * (len(columns) - 2), why)
     return table

@@ -15,11 +15,11 @@ from streamslr.io.folder import list_uncommitted, parse_index
 from streamslr.io.packed_check import check_packed
 from streamslr.io.packed_layout import (
     INDEX_FILE,
-    MIXED,
     NON_BLOCK_FILE,
     packed_linears,
     read_quantization_config,
     stored_parts,
+    value_format,
 )
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.blockwise import BlockwiseModel
@@ -31,7 +31,8 @@ from streamslr.outside import parse_loose_json, read_bounded
 from streamslr.results.inspect import REPORT_FILE, read_run
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord
 from streamslr.runtime.loader import pack_on_meta
-from streamslr.spec.pattern import SparsityPattern, parse_pattern
+from streamslr.spec.pattern import MIXED, SparsityPattern, parse_pattern
+from streamslr.spec.values import same_values, values_text
 from streamslr.tensors import is_finite
 
 log = logging.getLogger("streamslr")
@@ -168,6 +169,9 @@ def _check_linear(
         yield f"{linear.name} is not there as {linear.pattern} of {linear.shape[0]}×{linear.shape[1]}"
         return
     parts = {part: read(name) for part, name in stored_parts(linear.name, names).items()}
+    form = value_format(parts, linear.shape[1]) if "values" in parts else None
+    if not same_values(form, linear.values, linear.shape[1]):
+        yield f"{linear.name} has values as {values_text(form)}, the journal says {linear.values}"
     yield from (f"{linear.name}: {problem}" for problem in check_packed(parts, pattern, linear.shape))
     o, d = linear.shape
     for part, shape in (("U", (o, linear.rank)), ("V", (linear.rank, d))):

@@ -19,6 +19,7 @@ from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.run.dealing import Deal, deal_linears
 from streamslr.run.traffic import gram_traffic, match_traffic, ring_bytes
 from streamslr.solvers.methods import Method
+from streamslr.solvers.rounding import peak_bytes
 from streamslr.spec.allocation import Allocation
 from streamslr.spec.owl import scoring_bytes
 
@@ -89,8 +90,7 @@ class Costs:
         for block, deal in zip(self.model.blocks, self.deals, strict=True):
             for name, (o, d) in block.linears.items():
                 spec, rows = self.allocation[name], -(-o // self.world) if name in deal.by_rows else o
-                solve = solver.peak_bytes(rows, d, spec.rank, workspace, pattern=spec.pattern, gpu=gpu)
-                most = max(most, solve, 8 * o * d)
+                most = max(most, peak_bytes(solver, spec, rows, d, workspace, gpu), 8 * o * d)
         return most
 
     def beside_solver(self, grams_at: str) -> int:
@@ -118,7 +118,7 @@ class Costs:
         packed = 0
         for name, (o, d) in block.linears.items():
             spec = self.allocation[name]
-            packed += packed_bytes(spec.pattern, (o, d), min(spec.rank, o, d), self.model.value_bytes)
+            packed += packed_bytes(spec.pattern, (o, d), min(spec.rank, o, d), self.model.value_bytes, spec.values)
         return packed
 
     def _survey(self, micro_batch: int) -> PhaseCost:

@@ -34,6 +34,7 @@ from streamslr.model.pinned_shards import ShardDigest, Times
 from streamslr.outside import parse_json, read_bounded
 from streamslr.spec.allocation import SpecEntry
 from streamslr.spec.pattern import parse_pattern
+from streamslr.spec.values import STORED, parse_values
 from streamslr.version import __version__
 
 JOURNAL_FILE = "streamslr.json"
@@ -76,9 +77,12 @@ class LinearRecord:
     dense_nbytes: Positive
     warnings: tuple[str, ...] = ()
     rows: Count | None = None  # calibration tokens that reached it; None in folders of versions that did not count them
+    values: str = STORED  # format of the values of S
+    unrounded_error: Number | None = None  # before S came onto the grid of its format; None without one
 
     def __post_init__(self) -> None:
         weights = prod(self.shape)
+        _check_values(self.values)
         _check_pattern(self.pattern, self.name, self.shape)
         if self.dense_nbytes % weights or self.dense_nbytes // weights not in (1, 2, 4, 8):
             raise ValueError(f"dense_nbytes is {self.dense_nbytes}, for a weight of shape {list(self.shape)}")
@@ -201,6 +205,7 @@ class JournalState:
             raise ValueError(f"there are {len(self.blocks)} blocks, blocks_total is {self.blocks_total}")
         for name, entry in (self.allocation or {}).items():
             _check_pattern(entry["pattern"], name)
+            _check_values(entry.get("values", STORED))
 
     @property
     def complete(self) -> bool:
@@ -355,6 +360,13 @@ def _check_shard(shard: WrittenShard, file: str) -> None:
 def _check_file_name(name: str) -> None:
     if not is_file_name(name):
         raise ValueError(f"{name[:80]!r} is no file name")
+
+
+def _check_values(text: str) -> None:
+    try:
+        parse_values(text)
+    except InputError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_pattern(pattern: str, linear: str, shape: tuple[int, int] | None = None) -> None:

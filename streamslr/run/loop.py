@@ -46,7 +46,7 @@ from streamslr.run.progress import Agreed, BlockProgress, Display, NoDisplay, Ph
 from streamslr.run.samples import require_same_but_for_rounding
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.run.survey import allocation_by_outliers
-from streamslr.spec.allocation import Allocation, as_json, common_pattern
+from streamslr.spec.allocation import Allocation, as_json, common_pattern, common_values
 from streamslr.spec.pattern import SparsityPattern
 
 log = logging.getLogger("streamslr")
@@ -117,7 +117,12 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 if allocation is None:
                     allocation = allocation_by_outliers(config, context.blockwise, journal, passes)
                 compressor = LinearCompressor(
-                    context.method.solver, allocation, config.seed, state.solver_workspace, timer.note_retry
+                    context.method.solver,
+                    allocation,
+                    config.seed,
+                    state.solver_workspace,
+                    config.rounding,
+                    timer.note_retry,
                 )
                 solver = BlockSolver(context, allocation, passes, compressor)
                 Compression(context, allocation, journal, timer, progress, passes, solver, warnings).run()
@@ -258,6 +263,7 @@ class Compression:
             checkpoint.auxiliary_files(),
             common_pattern(self.allocation),
             rank,
+            common_values(self.allocation),
         )
 
     def restore_auxiliary_files(self) -> None:

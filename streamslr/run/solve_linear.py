@@ -10,13 +10,24 @@ from torch import Tensor, nn
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError, first_line
-from streamslr.io.packing import merge, pack
+from streamslr.io.packing import merge, pack, pack_on_grid
 from streamslr.memory import note_nothing, retry_on_oom
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.dealing import rows_of_ranks
 from streamslr.run.journal import LinearRecord
-from streamslr.solvers.base import GramCache, LinearProblem, RelativeError, Solver, SparseLowRank
+from streamslr.solvers.base import (
+    GramCache,
+    LinearProblem,
+    RelativeError,
+    Solver,
+    SparseLowRank,
+    keep_weight,
+    validate,
+)
+from streamslr.solvers.rounding import nearest_on_grid, peak_bytes, solved_on_grid
 from streamslr.spec.allocation import Allocation, LinearSpec
+from streamslr.spec.pattern import Dense
+from streamslr.spec.values import ValueFormat, values_text
 from streamslr.tensors import is_finite
 
 _CHECK_MODEL = "check the model's weights, or download it again"
@@ -32,6 +43,7 @@ class LinearCompressor:
     allocation: Allocation
     seed: int
     workspace: int | None  # bytes that one solve may take; None: as many as it likes
+    rounding: str = "solved"  # how S comes onto the grid of its values (`RunConfig.rounding`)
     note: Callable[[str, str], None] = note_nothing  # of a retry: phase, and what it does without
 
     def gram_cache(self, linears: Mapping[str, nn.Linear], sharing: Sequence[str]) -> GramCache:
@@ -81,7 +93,7 @@ class LinearCompressor:
             if ranks.world > 1:
                 W = W[rows_of_ranks(len(W), ranks.world)[ranks.rank]].clone()  # and the other rows are freed
             problem = LinearProblem(name, W, gram, spec.pattern, spec.rank, self.seed, self.workspace, cache, ranks)
-            return compress_linear(problem, linear, self.solver, dtype)
+            return compress_linear(problem, linear, self.solver, dtype, spec.values, self.rounding)
 
         if ranks.world > 1:
             return work()
@@ -106,15 +118,19 @@ def smaller_workspace(solver: Solver, spec: LinearSpec, linear: nn.Linear, works
 
 
 def solve_bytes(solver: Solver, spec: LinearSpec, linear: nn.Linear, workspace: int | None) -> int:
-    """Return the most bytes that the solve of a live linear takes in a workspace (`Solver.peak_bytes`)."""
+    """Return the most bytes that the solve of a live linear takes in a workspace."""
     gpu = linear.weight.device.type == "cuda"
-    o, d = linear.out_features, linear.in_features
-    return solver.peak_bytes(o, d, spec.rank, workspace, pattern=spec.pattern, gpu=gpu)
+    return peak_bytes(solver, spec, linear.out_features, linear.in_features, workspace, gpu)
 
 
 @torch.no_grad()
 def compress_linear(
-    problem: LinearProblem, linear: nn.Linear, solver: Solver, dtype: torch.dtype
+    problem: LinearProblem,
+    linear: nn.Linear,
+    solver: Solver,
+    dtype: torch.dtype,
+    values: ValueFormat | None = None,
+    rounding: str = "solved",
 ) -> tuple[Mapping[str, Tensor], LinearRecord]:
     """Solve `problem` and put the solution, as it is stored, into the weight of `linear`.
 
@@ -122,7 +138,9 @@ def compress_linear(
         problem: The linear as the solver takes it; on each of several ranks, the rows that `rows_of_ranks` gives it.
         linear: The live linear, its weight [o, d] on the problem's device.
         solver: The method.
-        dtype: Dtype to store values and factors in.
+        dtype: Dtype to store values, or their scales, and factors in.
+        values: Format of the values; None to store them as they are.
+        rounding: How S comes onto the grid of the format, "solved" or "nearest".
 
     Returns:
         The packed linear, and its record; the same on all of the problem's ranks, of all rows. Errors in the record
@@ -139,23 +157,33 @@ def compress_linear(
     pruned = errors.of_wanda(pattern)
     extreme = f"{problem.name}: its weights or inputs are so large or small that"
     try:
-        solution = solver.solve(problem)
+        solution = _keep_weight(problem) if isinstance(pattern, Dense) else solver.solve(problem)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in torch's stubs
         raise InputError(f"{extreme} the solver fails ({first_line(error)}); {_CHECK_MODEL}") from error
     try:
         _require_shapes(problem, solution)
-        tensors = pack(solution.S, pattern, dtype)
+        unrounded = None
+        if values is None:
+            tensors, (U, V) = pack(solution.S, pattern, dtype), (solution.U, solution.V)
+            kept = solution.S.count_nonzero()
+        else:
+            unrounded = errors.of(solution.dense())
+            round_onto = {"solved": solved_on_grid, "nearest": nearest_on_grid}[rounding]
+            on_grid = round_onto(problem, solution, values, dtype)
+            U, V, kept = on_grid.U, on_grid.V, on_grid.codes.bfloat16().count_nonzero()
+            tensors = pack_on_grid(on_grid.codes, on_grid.scales, pattern, dtype, values)
+            del on_grid
     except ValueError as error:
         raise StreamslrError(
             f"{problem.name}: {type(solver).__name__} returned no valid solution: {error}; tell the method's author"
         ) from error
-    if rank := solution.U.shape[1]:
-        tensors |= {"U": solution.U.to(dtype), "V": solution.V.to(dtype)}
-    if not all(is_finite(part) for part in tensors.values()):
+    if rank := U.shape[1]:
+        tensors |= {"U": U.to(dtype), "V": V.to(dtype)}
+    if not all(is_finite(part) for part in tensors.values() if part.dtype == dtype):
         raise InputError(f"{problem.name}: its factors overflow {dtype}; give the model in bf16 or fp32")
-    density = int(ranks.sum(int(solution.S.count_nonzero()))) / linear.weight.numel()
+    density = int(ranks.sum(int(kept))) / linear.weight.numel()
     iterations, damping, warnings = solution.iterations, solution.damping, solution.warnings
-    del solution  # S is as large as the weight, and so is `merged`
+    del solution, U, V  # S is as large as the weight, and so is `merged`
     if ranks.world > 1:
         tensors = {part: _collect(part, tensor, parts, ranks) for part, tensor in tensors.items()}
     merged = merge(tensors, pattern, shape, linear.weight.dtype)
@@ -168,6 +196,8 @@ def compress_linear(
         name=problem.name,
         shape=shape,
         pattern=str(pattern),
+        values=values_text(values),
+        unrounded_error=unrounded,
         density=density,
         rank=rank,
         wanda_error=pruned,
@@ -202,6 +232,12 @@ def _collect(part: str, tensor: Tensor, rows: Sequence[slice], ranks: Ranks) -> 
     for source, own in enumerate(rows):
         ranks.broadcast_(whole[own], source)
     return whole
+
+
+def _keep_weight(problem: LinearProblem) -> SparseLowRank:
+    """Return S = W and U·V = 0, what every method has to begin with where the pattern keeps every weight."""
+    rank, warnings = validate(problem)
+    return keep_weight(problem, rank, warnings)
 
 
 def _require_shapes(problem: LinearProblem, solution: SparseLowRank) -> None:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError
-from streamslr.io.packed_layout import PACKED_PARTS, part_dtype, part_shapes
+from streamslr.io.packed_layout import PACKED_PARTS, number_dtype, part_dtype, part_shapes
 from streamslr.io.packing import unpack, unpack_rows
 from streamslr.model.weight_reads import AbsentWeight
 from streamslr.runtime import triton_product
 from streamslr.runtime.packed_rows import MOST_TOKENS, multiply_native, unpack_native, why_not_native
 from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
+from streamslr.spec.values import ValueFormat, values_text
 
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 24
 """Weights that are unpacked at once. On a CPU a tile and its parts should fit the cache: unpacking 4096x4096 at once
@@ -35,6 +36,7 @@ class SparseLowRankLinear(nn.Module):
     Attributes:
         values: buffer; values of S, frozen.
         meta: buffer; positions of the values, frozen.
+        scales: buffer; scale of each group of columns of a row, only for values on a grid; frozen.
         row_offsets: buffer; where each row's values begin, only for patterns whose rows differ in number; frozen.
         S: buffer; dense S [o, d] after `keep_dense`, not in the state dict.
         U: parameter [o, r]; None at rank 0.
@@ -44,6 +46,7 @@ class SparseLowRankLinear(nn.Module):
 
     values: Tensor
     meta: Tensor
+    scales: Tensor | None
     row_offsets: Tensor | None
     S: Tensor | None
     U: nn.Parameter | None
@@ -60,6 +63,7 @@ class SparseLowRankLinear(nn.Module):
         nonzeros: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        values: ValueFormat | None = None,
     ) -> None:
         """Allocate the tensors; `load_state_dict` or `streamslr.load` fills them.
 
@@ -70,21 +74,24 @@ class SparseLowRankLinear(nn.Module):
             rank: columns r of U; 0 for none.
             bias: True for a linear with bias.
             nonzeros: number of values, for patterns whose rows differ in it.
-            dtype: dtype of values, U, V and bias [default: torch's].
+            dtype: dtype of values or their scales, U, V and bias [default: torch's].
             device: device of all tensors [default: torch's].
+            values: format of the values; None for numbers in `dtype`.
 
         Raises:
             InputError: no weight [o, d] can have the pattern.
         """
         super().__init__()
         self.in_features, self.out_features, self.pattern, self.rank = in_features, out_features, pattern, rank
+        self.value_format = values
         o, d = out_features, in_features
         pattern.require_fits("SparseLowRankLinear", (o, d))
-        shapes = part_shapes(pattern, (o, d), rank, nonzeros or 0)
+        shapes = part_shapes(pattern, (o, d), rank, nonzeros or 0, values)
         parts = {
-            part: torch.empty(shape, dtype=part_dtype(part, dtype), device=device) for part, shape in shapes.items()
+            part: torch.empty(shape, dtype=part_dtype(part, dtype, values), device=device)
+            for part, shape in shapes.items()
         }
-        for part in ("values", "meta", "row_offsets"):
+        for part in ("values", "meta", "scales", "row_offsets"):
             self.register_buffer(part, parts.get(part))
         # Registered as saved until keep_dense() fills it: accelerate fails on a None that is not saved.
         self.register_buffer("S", None)
@@ -106,10 +113,12 @@ class SparseLowRankLinear(nn.Module):
     def weight(self) -> AbsentWeight:
         """Dtype, device and shape [o, d] of the dense weight, which some models' code asks for; it has no numbers."""
         shape = (self.out_features, self.in_features)
-        return AbsentWeight.of(f"a linear {shape[0]}x{shape[1]}", shape, self.values.dtype, self.values.device)
+        return AbsentWeight.of(
+            f"a linear {shape[0]}x{shape[1]}", shape, number_dtype(self.packed()), self.values.device
+        )
 
     def packed(self) -> dict[str, Tensor]:
-        """Return the parts that the folder stores, without the bias: values, meta[, row_offsets][, U, V]."""
+        """Return the parts that the folder stores, without the bias: values, meta[, scales][, row_offsets][, U, V]."""
         parts = {part: getattr(self, part) for part in PACKED_PARTS}
         return {part: tensor.detach() for part, tensor in parts.items() if tensor is not None}
 
@@ -123,7 +132,7 @@ class SparseLowRankLinear(nn.Module):
         if self.values.is_meta:
             raise InputError("S cannot be kept dense of weights that are offloaded: leave keep_dense or device_map out")
         S = unpack(self.packed(), self.pattern, (self.out_features, self.in_features))
-        self.register_buffer("S", S, persistent=False)
+        self.register_buffer("S", S.to(number_dtype(self.packed())), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., o] for x [..., d]."""
@@ -141,16 +150,18 @@ class SparseLowRankLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        bias = self.bias is not None
-        return f"{self.in_features}, {self.out_features}, pattern={self.pattern}, rank={self.rank}, bias={bias}"
+        bias, values = self.bias is not None, values_text(self.value_format)
+        kind = f"pattern={self.pattern}, values={values}, rank={self.rank}"
+        return f"{self.in_features}, {self.out_features}, {kind}, bias={bias}"
 
     def _may_take_tensor_cores(self) -> bool:
         kernel = self._gpu_kernel
-        return self.pattern == _TENSOR_CORE_PATTERN and (kernel is None or kernel.on_tensor_cores)
+        may = self.pattern == _TENSOR_CORE_PATTERN and self.scales is None
+        return may and (kernel is None or kernel.on_tensor_cores)
 
     def _by_operator(self, x: Tensor) -> Tensor:
-        pattern = str(self.pattern)
-        y: Tensor = packed_product(x, self.values, self.meta, self.row_offsets, pattern, self.in_features, False)
+        packed = self.values, self.meta, self.row_offsets
+        y: Tensor = packed_product(x, *packed, str(self.pattern), self.in_features, False, self.scales)
         return y
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -181,6 +192,8 @@ class SparseLowRankLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLowRankLinear":
         self._gpu_kernel = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.value_format is not None and self.values.dtype != self.value_format.dtype:  # to(dtype) meant numbers
+            self.values = self.values.to(self.value_format.dtype)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -194,10 +207,18 @@ class SparseLowRankLinear(nn.Module):
 @torch.library.custom_op(
     "streamslr::packed_product",
     mutates_args=(),
-    schema="(Tensor x, Tensor values, Tensor meta, Tensor? row_offsets, str pattern, int d, bool by_columns) -> Tensor",
+    schema="(Tensor x, Tensor values, Tensor meta, Tensor? row_offsets, str pattern, int d, bool by_columns, "
+    "Tensor? scales=None) -> Tensor",
 )
 def packed_product(
-    x: Tensor, values: Tensor, meta: Tensor, row_offsets: Tensor | None, pattern: str, d: int, by_columns: bool
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    row_offsets: Tensor | None,
+    pattern: str,
+    d: int,
+    by_columns: bool,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Return x Sᵀ [n, o] for x [n, d], or by_columns x S [n, d] for x [n, o]; at most one tile of S is dense at a time.
 
@@ -209,7 +230,8 @@ def packed_product(
     parsed, o = _parse(pattern), len(meta)
     if not by_columns and triton_product.fault(parsed, x.device, x.dtype, values.dtype) is None:
         return triton_product.multiply(x, values, meta, row_offsets, parsed, d)
-    tensors = {"values": values, "meta": meta} | ({} if row_offsets is None else {"row_offsets": row_offsets})
+    parts = {"values": values, "meta": meta, "row_offsets": row_offsets, "scales": scales}
+    tensors = {part: tensor for part, tensor in parts.items() if tensor is not None}
     on_cpu = x.device.type == values.device.type == meta.device.type == "cpu"
     native = on_cpu and why_not_native(parsed, values.dtype) is None
     if native and not by_columns and x.dtype == values.dtype and 0 < len(x) <= MOST_TOKENS:
@@ -231,31 +253,42 @@ def packed_product(
 
 @packed_product.register_fake
 def _(
-    x: Tensor, values: Tensor, meta: Tensor, row_offsets: Tensor | None, pattern: str, d: int, by_columns: bool
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    row_offsets: Tensor | None,
+    pattern: str,
+    d: int,
+    by_columns: bool,
+    scales: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], d if by_columns else meta.shape[0])
 
 
 def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, values, meta, row_offsets, *ctx.rest = inputs
-    ctx.save_for_backward(values, meta, row_offsets)
+    _, values, meta, row_offsets, *ctx.rest, scales = inputs
+    ctx.save_for_backward(values, meta, row_offsets, scales)
 
 
 def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *packed, scales = ctx.saved_tensors
     pattern, d, by_columns = ctx.rest
-    dx = packed_product(grad, *ctx.saved_tensors, pattern, d, not by_columns) if ctx.needs_input_grad[0] else None
-    return dx, None, None, None, None, None, None
+    dx = packed_product(grad, *packed, pattern, d, not by_columns, scales) if ctx.needs_input_grad[0] else None
+    return dx, *[None] * 7
 
 
 packed_product.register_autograd(_packed_backward, setup_context=_keep_packed)
 _parse = cache(parse_pattern)
 
 
-def way_of_product(pattern: SparsityPattern, device: torch.device, dtype: torch.dtype) -> str:
+def way_of_product(
+    pattern: SparsityPattern, device: torch.device, dtype: torch.dtype, values: ValueFormat | None = None
+) -> str:
     """Return how `packed_product` multiplies on a device, with the reason where S is unpacked; check it if need be."""
+    values_dtype = dtype if values is None else values.dtype
     if device.type == "cpu":
-        return _cpu_kernel(pattern, dtype)
-    reason = triton_product.fault(pattern, device, dtype, dtype)
+        return _cpu_kernel(pattern, values_dtype)
+    reason = triton_product.fault(pattern, device, dtype, values_dtype)
     return f"unpacked in tiles: {reason}" if reason else "multiplied by the Triton kernel"
 
 

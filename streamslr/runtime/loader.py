@@ -11,7 +11,7 @@ from torch import nn
 
 from streamslr.errors import BudgetError, InputError, first_line, says_out_of_memory
 from streamslr.io.folder import require_as_written
-from streamslr.io.packed_layout import MIXED, QUANT_METHOD, read_quantization_config, shard_metadata
+from streamslr.io.packed_layout import QUANT_METHOD, read_quantization_config, shard_metadata
 from streamslr.model.border import refusing
 from streamslr.model.transformers_compat import (
     HfQuantizer,
@@ -32,6 +32,7 @@ from streamslr.runtime.stored_model import (
     require_same_kinds_packed,
     require_sound_positions,
 )
+from streamslr.spec.pattern import MIXED
 
 # This file is imported while transformers is being imported (runtime/register.py), when AutoModelForCausalLM and
 # PreTrainedModel are not there yet. What needs them is imported inside functions, streamslr's own files included.
@@ -235,7 +236,7 @@ def pack_on_meta(model: "PreTrainedModel", files: list[str] | None, entry: objec
             "config.json is of another model, or another version of transformers wrote the folder"
         )
     for path, name in names.items():
-        linear, (pattern, shape) = linears.pop(name), stored.linears[path]
+        linear, (pattern, shape), values = linears.pop(name), stored.linears[path], stored.value_format(path)
         if shape != (linear.out_features, linear.in_features):
             raise stored.refuse(
                 f"{path} is {shape[0]}x{shape[1]}, config.json asks for {linear.out_features}x{linear.in_features}"
@@ -248,9 +249,10 @@ def pack_on_meta(model: "PreTrainedModel", files: list[str] | None, entry: objec
                 pattern,
                 stored.rank(path),
                 bias=linear.bias is not None,
-                nonzeros=stored.parts(path)["values"].shape[0],
+                nonzeros=stored.parts(path)["values"].shape[0] * (1 if values is None else 8 // values.bits),
                 dtype=linear.weight.dtype,
                 device="meta",
+                values=values,
             ),
         )
     require_same_kinds_packed(set(packed_modules(model)), set(linears))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamslr.io.packed_layout import meta_code, of_same_code
 from streamslr.io.packing import decode_mask, pack, unpack_rows
-from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows
+from streamslr.spec.pattern import Dense, NofM, SparsityPattern, Unstructured, UnstructuredRows
 
 MOST_TOKENS = 4
 """Tokens up to which rows are multiplied without a tile. The C file has the same number."""
@@ -59,6 +59,8 @@ def why_not_native(pattern: SparsityPattern, dtype: torch.dtype) -> str | None:
 
     A small S is unpacked and multiplied by both paths, and compared, before the library is used.
     """
+    if dtype.itemsize == 1 or isinstance(pattern, Dense):
+        return "the library unpacks no values on a grid"
     return _verdict(of_same_code(pattern), dtype)
 
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
 
 from streamslr.errors import InputError
-from streamslr.io.packing import pack, unpack
-from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured
+from streamslr.io.packed_layout import number_dtype, value_format
+from streamslr.io.packing import pack, pack_on_grid, unpack, unpack_codes
+from streamslr.spec.pattern import Dense, NofM, SparsityPattern, Unstructured
+from streamslr.spec.values import ValueFormat, group_columns, spread
 
 _ANY_NUMBER = Unstructured(1e-6)
 """Pattern of columns of S whose rows differ in their number of values: a slice may have more than the whole's share.
@@ -20,7 +23,7 @@ class StoredLinear:
     """A linear of o outputs and d inputs as the folder stores it, or some of its rows or columns."""
 
     parts: Mapping[str, Tensor]
-    """values, meta[, row_offsets][, U, V]; of a dense linear, weight [o, d]."""
+    """values, meta[, scales][, row_offsets][, U, V]; of a dense linear, weight [o, d]."""
     pattern: SparsityPattern | None
     """Pattern of S; None for a dense linear."""
     shape: tuple[int, int]
@@ -31,7 +34,24 @@ class StoredLinear:
         if self.pattern is None:
             return self
         low_rank = {part: tensor for part, tensor in self.parts.items() if part in ("U", "V")}
-        return StoredLinear({"weight": unpack(self.parts, self.pattern, self.shape)} | low_rank, None, self.shape)
+        S = unpack(self.parts, self.pattern, self.shape).to(number_dtype(self.parts))
+        return StoredLinear({"weight": S} | low_rank, None, self.shape)
+
+    @property
+    def values(self) -> ValueFormat | None:
+        """Format of the values; None for numbers as they are, and for a dense linear."""
+        return None if self.pattern is None else value_format(self.parts, self.shape[1])
+
+    def codes(self) -> Tensor:
+        """Return the codes of values on a grid, [o, d]."""
+        assert self.pattern is not None
+        return unpack_codes(self.parts, self.pattern, self.shape)
+
+    @property
+    def stacks_with(self) -> object:
+        """What linears have in common that `stack` takes together."""
+        halves = "row_offsets" in self.parts and self.values is not None and self.values.bits < 8
+        return self.pattern, str(self.values), id(self) if halves else None
 
 
 def take_rows(linear: StoredLinear, rows: Sequence[slice]) -> StoredLinear:
@@ -41,7 +61,12 @@ def take_rows(linear: StoredLinear, rows: Sequence[slice]) -> StoredLinear:
     if rows == [slice(0, o, 1)]:
         return linear
     parts = dict(linear.parts)
-    for name in ("weight", "meta", "U"):
+    if "row_offsets" in parts and linear.pattern is not None and (form := linear.values):
+        codes, scales = (torch.cat([part[r] for r in rows]) for part in (linear.codes(), parts["scales"]))
+        packed = pack_on_grid(codes, scales, _ANY_NUMBER, scales.dtype, form)
+        low_rank = {"U": torch.cat([parts["U"][r] for r in rows]), "V": parts["V"]} if "U" in parts else {}
+        return StoredLinear(packed | low_rank, linear.pattern, (len(codes), d))
+    for name in ("weight", "meta", "scales", "U"):
         if name in parts:
             parts[name] = torch.cat([parts[name][part] for part in rows])
     if "row_offsets" in parts:
@@ -77,25 +102,35 @@ def take_columns(linear: StoredLinear, columns: slice, name: str) -> StoredLinea
             parts[part] = parts[part][:, columns].contiguous()
     if linear.pattern is None:
         return StoredLinear(parts, None, (o, width))
-    pattern = linear.pattern if isinstance(linear.pattern, NofM) else _ANY_NUMBER
+    pattern = linear.pattern if isinstance(linear.pattern, NofM | Dense) else _ANY_NUMBER
     if isinstance(pattern, NofM) and (columns.start % pattern.m or width % pattern.m):
         raise InputError(
             f"{name}: columns {columns.start} to {columns.stop - 1} of its {d} cut a group of {pattern.m} that "
             f"{pattern} prunes together; choose another number of tensor parallel ranks"
         )
+    if form := linear.values:
+        scales = linear.parts["scales"]
+        group = gcd(group_columns(d, scales.shape[1]), columns.start, width)  # of which the cut leaves whole ones
+        fine = spread(scales, d)[:, columns][:, ::group].contiguous()
+        packed = pack_on_grid(linear.codes()[:, columns], fine, pattern, scales.dtype, form)
+        return StoredLinear(parts | packed, pattern, (o, width))
     S = unpack(linear.parts, linear.pattern, linear.shape)[:, columns]
     return StoredLinear(parts | pack(S, pattern, S.dtype), pattern, (o, width))
 
 
 def stack(linears: Sequence[StoredLinear]) -> dict[str, Tensor]:
-    """Return S of linears of one pattern, one below the other: weight, or values, meta[, row_offsets]."""
+    """Return S of linears that stack, one below the other: weight, or values, meta[, scales][, row_offsets]."""
     parts = [linear.parts for linear in linears]
-    stacked = {
-        name: torch.cat([each[name] for each in parts]) for name in ("weight", "values", "meta") if name in parts[0]
-    }
+    names = [name for name in ("weight", "values", "meta", "scales") if name in parts[0]]
+    stacked = {name: torch.cat([_bytes_of(each[name]) for each in parts]).view(parts[0][name].dtype) for name in names}
     if "row_offsets" in parts[0]:
         stacked["row_offsets"] = _offsets_of(torch.cat([each["row_offsets"].diff() for each in parts]))
     return stacked
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return a tensor, or of one in a byte an entry the bytes: torch joins no float8."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def _offsets_of(counts: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from streamslr.tensors import is_finite
 class StackedLinear(nn.Module):
     """Outputs of several linears side by side, y = x [S₁; S₂ …]ᵀ + [(x V₁ᵀ) U₁ᵀ, (x V₂ᵀ) U₂ᵀ …], for x [n, d].
 
-    Neighbours of one pattern share a product by S, and all share the product by V.
+    Neighbours of one pattern and value format share a product by S, and all share the product by V.
     """
 
     def __init__(self, linears: Sequence[StoredLinear], dtype: torch.dtype, device: torch.device) -> None:
@@ -24,8 +24,8 @@ class StackedLinear(nn.Module):
         super().__init__()
         d = linears[0].shape[1]
         self.sparse = nn.ModuleList(
-            _Sparse(stack(list(group)), pattern, d, dtype, device)
-            for pattern, group in groupby(linears, key=lambda linear: linear.pattern)
+            _Sparse(stack(group), group[0].pattern, d, dtype, device)
+            for group in (list(found) for _, found in groupby(linears, key=lambda linear: linear.stacks_with))
         )
         ranks = [linear.parts["V"].shape[0] if "V" in linear.parts else 0 for linear in linears]
         self.rows = [linear.shape[0] for linear in linears]
@@ -59,6 +59,7 @@ class _Sparse(nn.Module):
     weight: nn.Parameter | None
     values: nn.Parameter
     meta: nn.Parameter
+    scales: nn.Parameter | None
     row_offsets: nn.Parameter | None
 
     def __init__(
@@ -71,21 +72,23 @@ class _Sparse(nn.Module):
     ) -> None:
         super().__init__()
         self.pattern, self.d = str(pattern), d
-        for name in ("weight", "values", "meta", "row_offsets"):
+        for name in ("weight", "values", "meta", "scales", "row_offsets"):
             tensor = parts.get(name)
             self.register_parameter(name, None if tensor is None else _frozen(tensor, dtype, device))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is not None:
             return nn.functional.linear(x, self.weight)
-        y: Tensor = packed_product(x, self.values, self.meta, self.row_offsets, self.pattern, self.d, False)
+        packed = self.values, self.meta, self.row_offsets
+        y: Tensor = packed_product(x, *packed, self.pattern, self.d, False, self.scales)
         return y
 
 
 def _frozen(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """Return a parameter without gradient, of its own memory; only floating-point tensors change their dtype."""
-    copy = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device)
+    """Return a parameter without gradient, of its own memory; only tensors of numbers change their dtype."""
+    number = tensor.is_floating_point() and tensor.dtype.itemsize > 1  # no code of a grid
+    copy = torch.empty(tensor.shape, dtype=dtype if number else tensor.dtype, device=device)
     copy.copy_(tensor)
-    if dtype == torch.float16 and tensor.dtype != dtype and not is_finite(copy):
+    if number and dtype == torch.float16 and tensor.dtype != dtype and not is_finite(copy):
         raise InputError("a weight does not fit float16, which ends at 65504; serve in bfloat16 or float32")
     return nn.Parameter(copy, requires_grad=False)

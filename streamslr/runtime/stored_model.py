@@ -27,6 +27,7 @@ from streamslr.io.packed_layout import (
     packed_linears,
     part_name,
     stored_parts,
+    value_format,
     without_numbers,
 )
 from streamslr.io.safetensors_file import WEIGHT_DTYPES, TensorInfo, shard_header
@@ -35,6 +36,7 @@ from streamslr.model.transformers_compat import get_model_conversion_mapping
 from streamslr.outside import read_bounded
 from streamslr.run.journal import JOURNAL_FILE, JournalState, read_journal
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
+from streamslr.spec.values import ValueFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +62,15 @@ class StoredModel:
     def rank(self, linear: str) -> int:
         """Return the rank of a packed linear whose layout is checked."""
         return self.tensors[part_name(linear, "V")].shape[0] if part_name(linear, "V") in self.tensors else 0
+
+    def value_format(self, linear: str) -> ValueFormat | None:
+        """Return the format of the values of a packed linear whose layout is checked; None without a grid."""
+        return value_format(self.on_meta(linear), self.linears[linear][1][1])
+
+    def on_meta(self, linear: str) -> dict[str, Tensor]:
+        """Return the parts of a packed linear on the meta device."""
+        parts = self.parts(linear).items()
+        return {part: torch.empty(info.shape, dtype=info.dtype, device="meta") for part, info in parts}
 
     def refuse(self, problem: str) -> InputError:
         """Return the error for a folder whose shards are not what they should be."""
@@ -133,10 +144,7 @@ def _compare_index(stored: StoredModel) -> None:
 def _check_layout(stored: StoredModel, linear: str) -> None:
     """Check names, shapes and dtypes of the parts of a packed linear against its pattern and shape."""
     pattern, shape = stored.linears[linear]
-    on_meta = {
-        part: torch.empty(info.shape, dtype=info.dtype, device="meta") for part, info in stored.parts(linear).items()
-    }
-    if problems := check_layout(on_meta, pattern, shape):
+    if problems := check_layout(stored.on_meta(linear), pattern, shape):
         raise stored.refuse(f"{linear}: {problems[0]}")
 
 
@@ -209,8 +217,9 @@ def require_complete(model: "PreTrainedModel", stored: StoredModel) -> None:
             raise stored.refuse(
                 f"{info.name} in {info.shard} is {list(info.shape)}, {expected} needs {list(wanted.shape)}"
             )
-        if not (info.dtype in WEIGHT_DTYPES if wanted.is_floating_point() else info.dtype == wanted.dtype):
-            needed = "a floating-point dtype of 16 bits or more" if wanted.is_floating_point() else wanted.dtype
+        number = wanted.is_floating_point() and wanted.dtype.itemsize > 1  # no code of a grid
+        if not (info.dtype in WEIGHT_DTYPES if number else info.dtype == wanted.dtype):
+            needed = "a floating-point dtype of 16 bits or more" if number else wanted.dtype
             raise stored.refuse(f"{info.name} in {info.shard} is {info.dtype}, {expected} needs {needed}")
 
 
@@ -274,8 +283,7 @@ def require_sound_positions(stored: StoredModel) -> None:
             read = {part: info.name for part, info in parts.items() if part in ("meta", "row_offsets")}
             if not all(name in waiting for name in read.values()):
                 continue
-            tensors = {part: waiting.pop(name) for part, name in read.items()}
-            tensors["values"] = torch.empty(parts["values"].shape, device="meta")
+            tensors = stored.on_meta(linear) | {part: waiting.pop(name) for part, name in read.items()}
             pattern, shape = stored.linears[linear]
             if problems := check_positions(tensors, pattern, shape):
                 raise stored.refuse(f"{linear} in {file}: {problems[0]}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamslr.io.packed_layout import meta_code, of_same_code
 from streamslr.io.packing import decode_mask, pack
-from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows
+from streamslr.spec.pattern import Dense, NofM, SparsityPattern, Unstructured, UnstructuredRows
 
 log = logging.getLogger("streamslr")
 
@@ -64,6 +64,8 @@ def fault(pattern: SparsityPattern, device: torch.device, dtype: torch.dtype, va
     """
     if device.type not in DEVICES:
         return f"no Triton kernel on {device.type}"
+    if values_dtype.itemsize == 1 or isinstance(pattern, Dense):
+        return "the kernel multiplies no values on a grid"
     key = KernelKey(device, of_same_code(pattern), dtype, values_dtype)
     if key not in _verdicts:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -29,6 +29,7 @@ from streamslr.runtime.partition import StoredLinear, take_columns, take_rows
 from streamslr.runtime.stacked import StackedLinear
 from streamslr.runtime.stored_model import StoredModel
 from streamslr.spec.pattern import SparsityPattern
+from streamslr.spec.values import ValueFormat, values_text
 
 DENSE_VARIABLE = "STREAMSLR_DENSE"
 """Environment variable: "1" has S dense in memory instead of packed."""
@@ -53,6 +54,7 @@ class PackedHeader:
     parts: frozenset[str]
     pattern: SparsityPattern
     shape: tuple[int, int]
+    values: ValueFormat | None = None
 
 
 class StreamslrQuantization(QuantizationConfig):
@@ -112,7 +114,8 @@ class StreamslrQuantization(QuantizationConfig):
                 f"vLLM yet; load it with streamslr.load, or serve `streamslr export --to dense` of it"
             )
         self.linears = {
-            path: PackedHeader(path, frozenset(stored.parts(path)), *stored.linears[path]) for path in stored.linears
+            path: PackedHeader(path, frozenset(stored.parts(path)), *stored.linears[path], stored.value_format(path))
+            for path in stored.linears
         }
         if hf_config is not None:  # a part of the name of vLLM's cache of compiled graphs, which hold what is hashed
             hf_config.quantization_config["linears"] = _digest(stored, self.dense)
@@ -201,7 +204,7 @@ class PackedLinearMethod(LinearMethodBase):
             parameter = nn.Parameter(torch.empty(0, dtype=part_dtype(name, params_dtype)), requires_grad=False)
             # Falcon's q, k and v are stored in rows of another order: vLLM rearranges what has an output_dim. Parts
             # without rows cannot follow, and check_positions then finds that meta does not fit them.
-            by_row = {"output_dim": 0} if name in ("weight", "meta", "U") or self._values_by_row(name) else {}
+            by_row = {"output_dim": 0} if name in ("weight", "meta", "scales", "U") or self._values_by_row(name) else {}
             set_weight_attrs(parameter, {"weight_loader": partial(self._receive, layer, name)} | by_row)
             layer.register_parameter(name, parameter)
 
@@ -214,8 +217,10 @@ class PackedLinearMethod(LinearMethodBase):
         for name in self._names:
             delattr(layer, name)
         self._linears.clear()
-        for pattern in dict.fromkeys(header.pattern for header in self.sources if header and not self.config.dense):
-            log.info_once("S of %s: %s", pattern, way_of_product(pattern, self._device, self._dtype))
+        packed = [header for header in self.sources if header and not self.config.dense]
+        for pattern, values in dict.fromkeys((header.pattern, header.values) for header in packed):
+            way = way_of_product(pattern, self._device, self._dtype, values)
+            log.info_once("S of %s in %s: %s", pattern, values_text(values), way)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = layer.packed(x.reshape(-1, x.shape[-1]))
@@ -258,7 +263,8 @@ class PackedLinearMethod(LinearMethodBase):
         eager = vllm_config is None or vllm_config.model_config.enforce_eager
         if eager or self._device.type != "cuda" or linear.pattern is None or "row_offsets" not in linear.parts:
             return
-        if reason := triton_product.fault(linear.pattern, self._device, self._dtype, self._dtype):
+        values_dtype = self._dtype if linear.values is None else linear.values.dtype
+        if reason := triton_product.fault(linear.pattern, self._device, self._dtype, values_dtype):
             raise InputError(
                 f"packed linears of {linear.pattern} can only be unpacked in tiles here ({reason}), which CUDA graphs "
                 f"cannot hold; start with {DENSE_VARIABLE}=1, or with --enforce-eager"
@@ -322,9 +328,10 @@ def _unknown_outputs(layer: Any, partition_sizes: Sequence[int], sources: int) -
 
 
 def _digest(stored: StoredModel, dense: bool) -> str:
-    """Return a digest of pattern, shape and rank of every packed linear, and of whether S is held dense."""
+    """Return a digest of pattern, shape, rank, values of every packed linear, and of whether S is held dense."""
     linears: Mapping[str, object] = {
-        path: (*map(str, stored.linears[path]), stored.rank(path)) for path in stored.linears
+        path: (*map(str, stored.linears[path]), stored.rank(path), values_text(stored.value_format(path)))
+        for path in stored.linears
     }
     return hashlib.sha256(repr((dense, sorted(linears.items()))).encode()).hexdigest()
 

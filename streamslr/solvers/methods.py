@@ -17,10 +17,10 @@ from streamslr.solvers.oats import Oats
 from streamslr.solvers.pruning import Magnitude, Pruned, Wanda
 from streamslr.solvers.sparsegpt import SparseGPT
 from streamslr.solvers.threebasil import ThreeBasil
-from streamslr.spec.pattern import NofM, SparsityPattern, Unstructured, UnstructuredRows
+from streamslr.spec.pattern import Dense, NofM, SparsityPattern, Unstructured, UnstructuredRows
 
 ENTRY_POINTS = "streamslr.solvers"
-_PATTERN_TEXTS: Mapping[type[Any], str] = {NofM: "n:m", Unstructured: "p%", UnstructuredRows: "p%/row"}
+_PATTERN_TEXTS: Mapping[type[Any], str] = {NofM: "n:m", Unstructured: "p%", UnstructuredRows: "p%/row", Dense: "dense"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Method:
     paper: str
     diagonal_only: bool = False
     low_rank: bool = True
-    patterns: tuple[type[Any], ...] = (NofM, Unstructured, UnstructuredRows)
+    patterns: tuple[type[Any], ...] = (NofM, Unstructured, UnstructuredRows, Dense)
     package: str = ""
     by_rows: bool = False
 
@@ -142,7 +142,7 @@ def methods_table(methods: list[Method]) -> Table:
     """Return a table with one row a method."""
     table = Table(
         caption="Gram: the method reads the full Gram matrix of a linear's inputs, or its diagonal. Patterns: n:m "
-        "keeps n of every m weights, p% zeroes p% of a linear, p%/row p% of each row."
+        "keeps n of every m weights, p% zeroes p% of a linear, p%/row p% of each row; dense keeps all, for --values."
     )
     rows = [method.as_dict() for method in methods]
     for key, title in zip(rows[0], ("--method", "paper", "Gram", "--pattern", "--rank", "from"), strict=True):

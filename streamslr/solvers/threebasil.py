@@ -135,7 +135,7 @@ class ThreeBasil:
         device, pace = problem.gram.device, Pace(self.rho_start, self.rho_growth)
         keep_bytes = min(ranks.gather(0 if cache is None else cache.keep_bytes))
         metric = build_metric(problem, [])
-        inverses = StageInverses(metric, pace, self._product_dtype(device), self._by_series(device), keep_bytes, ranks)
+        inverses = StageInverses(metric, pace, self.product_dtype(device), self.by_series(device), keep_bytes, ranks)
         if cache is not None:
             cache.kept = metric, inverses
         return metric, inverses
@@ -170,13 +170,13 @@ class ThreeBasil:
 
     def flops(self, o: int, d: int, rank: int, *, gpu: bool = False, ranks: int = 1) -> float:
         """Return the floating point operations of a typical linear at the default pace, of each of `ranks` ranks."""
-        grown = _TYPICAL_STAGES - 1 if self._by_series(_DEVICES[gpu]) else 0
+        grown = _TYPICAL_STAGES - 1 if self.by_series(_DEVICES[gpu]) else 0
         factored = _TYPICAL_STAGES + 1 - grown  # with that of the metric
         return float(solve_flops(o, d, rank, _TYPICAL_ITERATIONS, factored, grown, gpu=gpu, ranks=ranks))
 
     def check_kernels(self, device: torch.device, patterns: Iterable[SparsityPattern]) -> None:
         """Compile and check the kernels of these patterns on a device, so that `peak_bytes` knows which are used."""
-        if self._product_dtype(device) == torch.bfloat16:
+        if self.product_dtype(device) == torch.bfloat16:
             check_kernels(device, patterns)
 
     def _tile_rows(
@@ -188,14 +188,16 @@ class ThreeBasil:
         return tile_rows_for(o, d, rank, workspace, by_row=pattern.by_row, gpu=gpu, fused=fused)
 
     def _fuses(self, pattern: SparsityPattern, gpu: bool) -> bool:
-        return gpu and self._product_dtype(_DEVICES[gpu]) == torch.bfloat16 and may_fuse(pattern)
+        return gpu and self.product_dtype(_DEVICES[gpu]) == torch.bfloat16 and may_fuse(pattern)
 
-    def _by_series(self, device: torch.device) -> bool:
+    def by_series(self, device: torch.device) -> bool:
+        """Return True where M comes from that of the stage before."""
         if self.inverses not in ("auto", "series", "factor"):
             raise InputError(f'inverses {self.inverses!r} is not known; use "auto", "series" or "factor"')
         return self.inverses == "series" or (self.inverses == "auto" and device.type == "cuda")
 
-    def _product_dtype(self, device: torch.device) -> torch.dtype:
+    def product_dtype(self, device: torch.device) -> torch.dtype:
+        """Return the precision of the products with the weight's size on a device."""
         if self.precision not in ("auto", "bfloat16", "float32"):
             raise InputError(f'precision {self.precision!r} is not known; use "auto", "bfloat16" or "float32"')
         low = self.precision == "bfloat16" or (self.precision == "auto" and _multiplies_bfloat16_faster(device))

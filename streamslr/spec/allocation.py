@@ -1,4 +1,4 @@
-"""Allocation: the pattern and the rank of each linear, for all, by fraction of parameters, by outliers or by name."""
+"""Allocation: pattern, rank and value format of each linear: for all, by parameters, by outliers or by name."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import floor
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
@@ -15,33 +15,46 @@ from streamslr.config import LARGEST, RunConfig
 from streamslr.errors import InputError
 from streamslr.outside import parse_json, read_bounded
 from streamslr.spec.owl import vary_by_outliers
-from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
+from streamslr.spec.pattern import MIXED, Dense, NofM, SparsityPattern, parse_pattern
+from streamslr.spec.values import STORED, ValueFormat, parse_values, values_text
 
 DEFAULT_PATTERN, DEFAULT_RANK = "2:4", 64
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """The pattern and the rank that a linear gets.
+    """The pattern, the rank and the value format that a linear gets.
 
     Attributes:
         pattern: Sparsity pattern of S.
         rank: Rank of U·V; 0 for none.
+        values: Format of the values of S; None for numbers as the checkpoint stores them.
     """
 
     pattern: SparsityPattern
     rank: int
+    values: ValueFormat | None = None
 
     def num_parameters(self, shape: tuple[int, int]) -> int:
         """Return the parameters of S, U and V together, for a weight of `shape` (o, d)."""
         o, d = shape
         return round(self.pattern.density * o * d) + min(self.rank, o, d) * (o + d)
 
+    def require_fits(self, name: str, shape: tuple[int, int]) -> None:
+        """Raise InputError, naming the linear, when a weight of `shape` (o, d) cannot have this spec."""
+        self.pattern.require_fits(name, shape)
+        if isinstance(self.pattern, Dense) and self.values is None:
+            raise InputError(
+                f"{name}: pattern dense with values as stored would change nothing; give --values int4 or the like, or "
+                f"another --pattern"
+            )
+
 
 class SpecEntry(TypedDict):
     """A `LinearSpec` in JSON."""
 
     pattern: str
+    values: NotRequired[str]
     rank: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
@@ -87,7 +100,7 @@ def allocate(
         specs |= {name: replace(specs[name], **entry) for name in named}
     for linears in blocks:
         for name, shape in linears.items():
-            specs[name].pattern.require_fits(name, shape)
+            specs[name].require_fits(name, shape)
     return specs
 
 
@@ -99,7 +112,7 @@ def parse_mean_pattern(config: RunConfig) -> SparsityPattern:
     """
     text = DEFAULT_PATTERN if config.pattern is None else config.pattern
     pattern = parse_pattern(text if config.compression is None else config.compression)
-    if config.compression and isinstance(pattern, NofM):
+    if config.compression and isinstance(pattern, NofM | Dense):
         raise InputError(
             f"--compression is {config.compression}; give the percentage to leave out, like 50%, or {pattern} as "
             f"--pattern"
@@ -111,7 +124,12 @@ def as_json(allocation: Allocation) -> dict[str, SpecEntry]:
     """Return what --allocation reads and the journal keeps: an entry a linear, or one for all where they are alike."""
     if len(alike := set(allocation.values())) == 1:
         allocation = {"*": alike.pop()}
-    return {name: {"pattern": str(spec.pattern), "rank": spec.rank} for name, spec in allocation.items()}
+    entries: dict[str, SpecEntry] = {}
+    for name, spec in allocation.items():
+        entries[name] = {"pattern": str(spec.pattern), "rank": spec.rank}
+        if spec.values is not None:
+            entries[name]["values"] = str(spec.values)
+    return entries
 
 
 def from_json(entries: Mapping[str, SpecEntry], blocks: Iterable[Linears]) -> dict[str, LinearSpec]:
@@ -120,13 +138,16 @@ def from_json(entries: Mapping[str, SpecEntry], blocks: Iterable[Linears]) -> di
     Raises:
         InputError: A linear has no entry, or cannot have its pattern.
     """
-    specs = {name: LinearSpec(parse_pattern(entry["pattern"]), entry["rank"]) for name, entry in entries.items()}
+    specs = {
+        name: LinearSpec(parse_pattern(entry["pattern"]), entry["rank"], parse_values(entry.get("values", STORED)))
+        for name, entry in entries.items()
+    }
     shapes = {name: shape for linears in blocks for name, shape in linears.items()}
     if missing := [name for name in shapes if name not in specs and "*" not in specs]:
         raise InputError(f"the journal's allocation has no entry for {missing[0]}: it is of another model")
     allocation = {name: specs.get(name) or specs["*"] for name in shapes}
     for name, spec in allocation.items():
-        spec.pattern.require_fits(name, shapes[name])
+        spec.require_fits(name, shapes[name])
     return allocation
 
 
@@ -136,6 +157,12 @@ def common_pattern(allocation: Allocation) -> SparsityPattern | None:
     return next(iter(patterns)) if len(patterns) == 1 else None
 
 
+def common_values(allocation: Allocation) -> str:
+    """Return the value format of all linears as text, "mixed" where they differ."""
+    texts = {values_text(spec.values) for spec in allocation.values()}
+    return next(iter(texts)) if len(texts) == 1 else MIXED
+
+
 def parameter_fraction(allocation: Allocation, blocks: Iterable[Linears]) -> float:
     """Return the fraction of all linears' parameters that S, U and V have."""
     shapes = [(allocation[name], shape) for linears in blocks for name, shape in linears.items()]
@@ -143,12 +170,16 @@ def parameter_fraction(allocation: Allocation, blocks: Iterable[Linears]) -> flo
 
 
 def in_words(specs: Iterable[LinearSpec]) -> str:
-    """Return patterns and ranks for a table: "2:4 + rank 64", "52%–68% + rank 4–17"."""
+    """Return patterns, values and ranks for a table: "2:4 + rank 64", "50% int4/128 + rank 4", "52%–68% + rank 4–9"."""
     chosen = set(specs)
     by_density = sorted({spec.pattern for spec in chosen}, key=lambda pattern: (-pattern.density, str(pattern)))
     patterns = [pattern.short_text() for pattern in by_density]
     ranks = [str(rank) for rank in sorted({spec.rank for spec in chosen})]
-    return " + rank ".join("–".join(dict.fromkeys((some[0], some[-1]))) for some in (patterns, ranks))
+    formats = sorted({str(spec.values) for spec in chosen if spec.values is not None})
+    some_stored = [STORED] if formats and any(spec.values is None for spec in chosen) else []
+    shown = "–".join(dict.fromkeys((patterns[0], patterns[-1])))
+    shown = " ".join([shown, *([", ".join([*formats, *some_stored])] if formats else [])])
+    return f"{shown} + rank {'–'.join(dict.fromkeys((ranks[0], ranks[-1])))}"
 
 
 def file_digest(path: Path | None) -> str | None:
@@ -163,15 +194,17 @@ def _linear_spec(config: RunConfig, pattern: SparsityPattern, shape: tuple[int, 
     (--rank-ratio), so r = ⌊κ(1 - ρ)·od/(o + d)⌋, and S the rest, so its sparsity is ρ + κ - ρκ. Without --compression
     the pattern is that of S alone.
     """
+    values = parse_values(config.values, config.group)
     if config.rank_ratio is None:
-        return LinearSpec(pattern, DEFAULT_RANK if config.rank is None else config.rank)
+        return LinearSpec(pattern, DEFAULT_RANK if config.rank is None else config.rank, values)
     ratio, density = config.rank_ratio, pattern.density  # density: of S, U and V together
     if config.compression:
         pattern = pattern.with_density((1 - ratio) * density)
     else:
         density /= 1 - ratio
     o, d = shape
-    return LinearSpec(pattern, floor(ratio * density * o * d / (o + d) + 1e-9))  # 16 may come out as 15.999…
+    rank = floor(ratio * density * o * d / (o + d) + 1e-9)  # 16 may come out as 15.999…
+    return LinearSpec(pattern, rank, values)
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
@@ -179,6 +212,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
     pattern: str | msgspec.UnsetType = msgspec.UNSET
     rank: Annotated[int, msgspec.Meta(ge=0, le=LARGEST)] | msgspec.UnsetType = msgspec.UNSET
+    values: str | msgspec.UnsetType = msgspec.UNSET
 
 
 def _read_entries(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -186,7 +220,11 @@ def _read_entries(config: RunConfig) -> dict[str, dict[str, Any]]:
     entries = _read_file(config.allocation) if config.allocation else {}
     found: dict[str, dict[str, Any]] = {}
     for glob, entry in entries.items():
-        found[glob] = entry | ({"pattern": parse_pattern(entry["pattern"])} if "pattern" in entry else {})
+        found[glob] = dict(entry)
+        if "pattern" in entry:
+            found[glob]["pattern"] = parse_pattern(entry["pattern"])
+        if "values" in entry:
+            found[glob]["values"] = parse_values(entry["values"], config.group)
     for part in [] if config.ranks is None else config.ranks.split(","):
         glob, equals, rank = part.strip().rpartition("=")
         if not (glob and equals and rank.isdecimal() and len(rank) <= 10 and int(rank) <= LARGEST):
@@ -197,7 +235,7 @@ def _read_entries(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 def _read_file(path: Path) -> dict[str, dict[str, Any]]:
     """Return the entries of an allocation file. Raise InputError, naming the entry that is wrong."""
-    form = 'like {"q_proj": {"pattern": "2:4", "rank": 32}}, with pattern, rank or both'
+    form = 'like {"q_proj": {"pattern": "2:4", "rank": 32, "values": "int4"}}, with one of the three or more'
     try:
         entries = parse_json(read_bounded(path), dict[str, Any])
     except InputError as error:
@@ -208,7 +246,7 @@ def _read_file(path: Path) -> dict[str, dict[str, Any]]:
         try:
             msgspec.convert(entry, _Entry)
             if not entry:
-                raise ValueError("neither pattern nor rank")
+                raise ValueError("neither pattern nor rank nor values")
         except (ValueError, msgspec.MsgspecError) as error:
             raise InputError(
                 f"--allocation {path} says {str(entry)[:100]} of {glob} ({error}); write it {form}"

@@ -18,6 +18,9 @@ from streamslr.spec.selection import (
     row_slices,
 )
 
+MIXED = "mixed"
+"""Name of the pattern, and of the values, in config.json for a model whose linears differ in them."""
+
 
 class SparsityPattern(Protocol):
     """The sparsity that S may have; solver, matching, packing and results ask it, so that they agree.
@@ -268,11 +271,49 @@ class UnstructuredRows(_FractionPattern):
         return self.num_kept(d), d
 
 
+@dataclass(frozen=True)
+class Dense:
+    """Keep every weight: S is dense, for values on a grid."""
+
+    @property
+    def density(self) -> float:
+        return 1.0
+
+    @property
+    def by_row(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return "dense"
+
+    def short_text(self) -> str:
+        return str(self)
+
+    def with_density(self, density: float) -> "Dense":
+        raise InputError(f"pattern dense keeps every weight, not {density:.0%} of them; give 50% or the like")
+
+    def project(self, scores: Tensor) -> Tensor:
+        return torch.ones_like(scores, dtype=torch.bool)
+
+    def marker(self, scores: Tensor) -> Marker:
+        return GroupMarker(1, 1)
+
+    def check(self, support: Tensor) -> str | None:
+        return None
+
+    def require_fits(self, name: str, shape: tuple[int, int]) -> None:
+        return None
+
+    def groups(self, d: int) -> tuple[int, int] | None:
+        return 1, 1
+
+
 def parse_pattern(text: str) -> SparsityPattern:
     """Return the pattern that a text names.
 
     Args:
-        text: "2:4" keeps 2 of every 4 neighbours, "50%" zeroes half of each linear, "50%/row" half of each row.
+        text: "2:4" keeps 2 of every 4 neighbours, "50%" zeroes half of each linear, "50%/row" half of each row, and
+            "dense" keeps all.
 
     Raises:
         InputError: The text names no pattern, or an impossible one.
@@ -281,7 +322,9 @@ def parse_pattern(text: str) -> SparsityPattern:
         return NofM(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,30})?)\s*%\s*(/\s*row\s*)?", text):
         return (UnstructuredRows if match[2] else Unstructured)(float(match[1]) / 100)
+    if text.strip() == "dense":
+        return Dense()
     raise InputError(
         f'pattern {text!r} is not known; write n:m to keep n of every m weights ("2:4"), or the sparsity in percent, '
-        f'of a linear ("50%") or of each of its rows ("50%/row")'
+        f'of a linear ("50%") or of each of its rows ("50%/row"), or "dense" to keep all'
     )

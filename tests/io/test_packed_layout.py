@@ -116,7 +116,7 @@ def test_a_folder_of_the_version_before_is_read() -> None:
 def test_an_unknown_format_version_is_refused() -> None:
     entry = quantization_config(NofM(2, 4), 64)
     with pytest.raises(
-        InputError, match="format_version 1, this version reads 2 and 3: use the streamslr that wrote it"
+        InputError, match="format_version 1, this version reads 2 to 4: use the streamslr that wrote it"
     ):
         read_quantization_config({"quantization_config": entry | {"format_version": 1}})
     with pytest.raises(InputError, match="format_version None"):

@@ -167,7 +167,7 @@ def test_a_journal_that_is_no_file_is_refused(tmp_path: Path) -> None:
         (("auxiliary_files", "model-outside.safetensors"), "f" * 64, r"which is no auxiliary file"),
         (("auxiliary_files", "streamslr.json"), "f" * 64, r"which is no auxiliary file"),
         (("dense_shards", "../x"), {"sha256": "f" * 64, "nbytes": 1}, r"'\.\./x' is no file name"),
-        (("blocks", 0, "linears", 0, "colour"), "red", r"blocks\.0\.linears\.0\.'colour' is no field of version 3"),
+        (("blocks", 0, "linears", 0, "colour"), "red", r"blocks\.0\.linears\.0\.'colour' is no field of version 4"),
         (("notes",), "mine", r"'notes' is no field"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_run_writes_a_sound_model_folder(settings: dict[str, Any]) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"] == {
         "quant_method": "streamslr",
-        "format_version": 3,
+        "format_version": 4,
         "pattern": "2:4",
         "rank": 4,
     }

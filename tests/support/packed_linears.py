@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from streamslr.io.packing import pack
+from streamslr.io.packing import pack, pack_on_grid
 from streamslr.spec.pattern import SparsityPattern
+from streamslr.spec.values import ValueFormat, group_count
 
 
 def random_sparse(pattern: SparsityPattern, o: int, d: int, seed: int, zeros: float = 0.3) -> Tensor:
@@ -27,3 +28,21 @@ def low_rank_linear(
     U = torch.randn(o, r, generator=generator).to(dtype)
     V = torch.randn(r, d, generator=generator).to(dtype)
     return packed | {"U": U, "V": V}
+
+
+def random_codes(pattern: SparsityPattern, values: ValueFormat, o: int, d: int, seed: int) -> Tensor:
+    """Return codes [o, d] float32 in the pattern: some the largest, some zero where it keeps them, some rows zero."""
+    S = random_sparse(pattern, o, d, seed)
+    return values.nearest(S * values.largest / 2) + 0.0
+
+
+def grid_linear(
+    pattern: SparsityPattern, values: ValueFormat, o: int, d: int, r: int, dtype: torch.dtype, seed: int = 0
+) -> dict[str, Tensor]:
+    """Return the parts of a random packed linear [o, d] of rank r whose values lie on a grid."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.rand(o, group_count(d, values.group), generator=generator) + 0.1
+    packed = pack_on_grid(random_codes(pattern, values, o, d, seed), scales, pattern, dtype, values)
+    U = torch.randn(o, r, generator=generator).to(dtype)
+    V = torch.randn(r, d, generator=generator).to(dtype)
+    return packed | ({"U": U, "V": V} if r else {})

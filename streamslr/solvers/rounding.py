@@ -1,0 +1,220 @@
+"""S on a grid: the solution of any method rounded to the nearest, or solved again on its support by ADMM."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, damping_diagonal
+from streamslr.solvers.low_rank import balance_factors, orthonormal_rows
+from streamslr.solvers.threebasil import ThreeBasil
+from streamslr.solvers.threebasil_metric import Metric, Pace, StageInverses, build_metric
+from streamslr.spec.allocation import LinearSpec
+from streamslr.spec.pattern import Dense
+from streamslr.spec.values import ValueFormat, group_columns, group_count, spread
+
+# Pace of ADMM on a grid, its stages, and iterations of each (tools/results/rounding.md, "Pace").
+_PACE, _STAGES, _ITERATIONS = Pace(1.0, 1.25), 15, 8
+# Stages after which scales stay: codes settle only while their grid does.
+_FITTED_STAGES = 10
+# Steps of the last fit of U·V.
+_CAREFUL_STEPS = 4
+# Factors tried on the scale that makes the largest value of a group the largest code, from the least on.
+_FACTORS, _LEAST_FACTOR = 26, 0.5
+# Elements of the tiles of rows.
+_TILE, _TILE_ON_GPU = 1 << 20, 1 << 24
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A solution whose S is codes times scales.
+
+    Attributes:
+        codes: [o, d] in a dtype that holds them, zero where S keeps nothing.
+        scales: [o, groups] float32, each a number of the dtype that it is stored in.
+        U: [o, r].
+        V: [r, d].
+    """
+
+    codes: Tensor
+    scales: Tensor
+    U: Tensor
+    V: Tensor
+
+
+@torch.no_grad()
+def nearest_on_grid(problem: LinearProblem, solution: SparseLowRank, values: ValueFormat, dtype: torch.dtype) -> OnGrid:
+    """Return the solution with each value of S rounded to the nearest of its grid: rounding after the fact.
+
+    The scale of a group is the one of some that changes its values least, weighted by the energy of their inputs.
+
+    Args:
+        problem: The linear.
+        solution: Its solution.
+        values: Format of the values of S.
+        dtype: Dtype of the stored scales.
+    """
+    added, _ = damping_diagonal(problem.gram, solution.damping)
+    scales = _searched_scales(solution.S, problem.gram.diagonal() + added, values, dtype)
+    codes = torch.empty_like(solution.S, dtype=values.code_dtype)
+    for rows in _tiles(solution.S):
+        codes[rows] = values.nearest(solution.S[rows] / spread(scales[rows], codes.shape[1])).to(codes.dtype)
+    return OnGrid(codes, scales, solution.U, solution.V)
+
+
+@torch.no_grad()
+def solved_on_grid(problem: LinearProblem, solution: SparseLowRank, values: ValueFormat, dtype: torch.dtype) -> OnGrid:
+    """Return S on the grid and U·V fitted to it, from a solution with float S: ADMM as in `ThreeBasil`, support fixed.
+
+    The step of D is the nearest point of the grid on the support of the solution, so that S + Y says which way each
+    value should be rounded, given all the others and U·V. At the end of each of the first stages a scale becomes the
+    best for the codes of its group (least squares).
+
+    Args:
+        problem: The linear.
+        solution: Its solution; S is overwritten.
+        values: Format of the values of S.
+        dtype: Dtype of the stored scales.
+    """
+    W, ranks = problem.weight, problem.ranks
+    admm = ThreeBasil()
+    metric = build_metric(problem, [])
+    inverses = StageInverses(metric, _PACE, admm.product_dtype(W.device), admm.by_series(W.device), ranks=ranks)
+    support = torch.ones_like(W, dtype=torch.bool) if isinstance(problem.pattern, Dense) else solution.S != 0
+    support[:, metric.dead] = False
+    solution.S[:, metric.dead] = 0
+    start = nearest_on_grid(problem, solution, values, dtype)
+    codes, scales, (o, d) = start.codes, start.scales, W.shape
+    counts = ranks.gather(o)
+    basis = orthonormal_rows(_first_basis(problem, solution, counts), ranks, counts)  # [r, o]
+    held = solution.S  # D − Y, scaled as all is
+    for rows in _tiles(W):
+        torch.mul(_numbers(codes, scales, rows), metric.scale, out=held[rows])
+    B = _best_factor(W, held, basis, metric, problem)
+    for stage in range(_STAGES):
+        M = inverses.at(stage, problem.name)
+        for iteration in range(1, _ITERATIONS + 1):
+            if len(basis):  # one subspace step towards the best fit of T = W − (D − Y)
+                y = B - (B.to(M.dtype) @ M).float()
+                basis = orthonormal_rows((y * metric.scale) @ W.t() - y @ held.t(), ranks, counts)
+                B = _best_factor(W, held, basis, metric, problem)
+            stage_ends = iteration == _ITERATIONS
+            for rows in _tiles(W):
+                D = _numbers(codes, scales, rows).mul_(metric.scale)
+                X = torch.mul(W[rows], metric.scale).sub_(held[rows]).addmm_(basis[:, rows].t(), B, alpha=-1)
+                Z = D.add_(X).sub_((X.to(M.dtype) @ M).float())  # S + Y
+                del X
+                if stage_ends and stage < _FITTED_STAGES:
+                    scales[rows] = _fitted_scales(Z, codes[rows], scales[rows], metric, dtype)
+                grid = spread(scales[rows], d) * metric.scale
+                new = values.nearest(Z / grid).mul_(support[rows])
+                codes[rows] = new.to(codes.dtype)
+                D = new.mul_(grid)
+                Y = Z.sub_(D).mul_(1 / _PACE.growth if stage_ends else 1.0)
+                torch.sub(D, Y, out=held[rows])
+    inverses.end_solve()
+    del M, inverses
+    for rows in _tiles(W):
+        held[rows] = _numbers(codes, scales, rows)
+    U, V = _fit(problem, held, basis, metric, counts)
+    return OnGrid(codes, scales, U, V)
+
+
+def peak_bytes(solver: Solver, spec: LinearSpec, o: int, d: int, workspace: int | None, gpu: bool) -> int:
+    """Return the most bytes that a solve takes (`Solver.peak_bytes`), coming onto a grid included."""
+    solve = solver.peak_bytes(o, d, spec.rank, workspace, pattern=spec.pattern, gpu=gpu)
+    if spec.values is None:
+        return solve
+    tile = 4 * 7 * min(o * d, _TILE_ON_GPU if gpu else max(_TILE, d))
+    factors = 4 * 8 * (o + d) * max(1, min(spec.rank, o, d))
+    state = 4 * o * d + (1 + spec.values.code_dtype.itemsize) * o * d
+    return max(solve, state + tile + factors + 4 * d * d * (3 if gpu else 1))
+
+
+def _tiles(W: Tensor) -> list[slice]:
+    """Return slices of the rows of a matrix [o, d]."""
+    step = max(1, (_TILE_ON_GPU if W.is_cuda else _TILE) // W.shape[1])
+    return [slice(first, min(first + step, len(W))) for first in range(0, len(W), step)]
+
+
+def _numbers(codes: Tensor, scales: Tensor, rows: slice) -> Tensor:
+    """Return codes times scales of these rows, float32."""
+    return codes[rows].float().mul_(spread(scales[rows], codes.shape[1]))
+
+
+def _first_basis(problem: LinearProblem, solution: SparseLowRank, counts: list[int]) -> Tensor:
+    """Return the columns of U as rows [r, o], or random ones where the solution has no U·V yet."""
+    ranks = problem.ranks
+    if ranks.sum(bool(solution.U.any())):
+        return solution.U.t()
+    generator = torch.Generator().manual_seed(problem.seed)
+    drawn = torch.randn(sum(counts), solution.U.shape[1], generator=generator)
+    first = sum(counts[: ranks.rank])
+    return drawn[first : first + len(solution.U)].to(solution.U).t()
+
+
+def _best_factor(W: Tensor, held: Tensor, basis: Tensor, metric: Metric, problem: LinearProblem) -> Tensor:
+    """Return B [r, d], the best for T − basisᵀ B, T = W − held in the scale of the metric."""
+    return problem.ranks.sum_((basis @ W).mul_(metric.scale) - basis @ held)
+
+
+def _fit(problem: LinearProblem, S: Tensor, basis: Tensor, metric: Metric, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the best U [o, r] and V [r, d] for W − S, by subspace steps from a basis [r, o]."""
+    W, ranks = problem.weight, problem.ranks
+    for _ in range(_CAREFUL_STEPS if len(basis) else 0):
+        y = ranks.sum_((basis @ W - basis @ S).mul_(metric.scale))
+        y = metric.times(y).mul_(metric.scale)
+        basis = orthonormal_rows(y @ W.t() - y @ S.t(), ranks, counts)
+    V = ranks.sum_(basis @ W - basis @ S)
+    V[:, metric.dead] = 0
+    return balance_factors(basis.t(), V, ranks)
+
+
+def _searched_scales(S: Tensor, energy: Tensor, values: ValueFormat, dtype: torch.dtype) -> Tensor:
+    """Return for each group the scale of the least weighted error, [o, groups].
+
+    Args:
+        S: [o, d].
+        energy: [d], weight of the squared error of a column.
+        values: Format of the values.
+        dtype: Dtype of the stored scales.
+    """
+    o, d = S.shape
+    groups = group_count(d, values.group)
+    size = group_columns(d, groups)
+    scales = S.new_empty(o, groups)
+    for rows in _tiles(S):
+        for group in range(groups):
+            columns = slice(group * size, min((group + 1) * size, d))
+            part, weights = S[rows, columns], energy[columns]
+            whole = part.abs().amax(1) / values.largest
+            least, best = torch.full_like(whole, math.inf), _as_stored(whole, dtype)
+            for factor in torch.linspace(_LEAST_FACTOR, 1.0, _FACTORS).tolist():
+                scale = _as_stored(whole * factor, dtype)
+                error = (values.nearest(part / scale[:, None]) * scale[:, None] - part).square() @ weights
+                best = torch.where(error < least, scale, best)
+                least = torch.minimum(error, least)
+            scales[rows, group] = best
+    return scales
+
+
+def _fitted_scales(Z: Tensor, codes: Tensor, scales: Tensor, metric: Metric, dtype: torch.dtype) -> Tensor:
+    """Return the scales [t, groups] with which these codes [t, d] come nearest to Z [t, d] in the scale of the metric.
+
+    A group without codes, or whose best scale is not positive, keeps its scale.
+    """
+    d, groups = codes.shape[1], scales.shape[1]
+    size = group_columns(d, groups)
+    grid = codes.float() * metric.scale
+
+    def sums(numbers: Tensor) -> Tensor:
+        return torch.nn.functional.pad(numbers, (0, groups * size - d)).view(len(codes), groups, size).sum(2)
+
+    best = sums(grid * Z) / sums(grid.square())
+    return torch.where(best > 0, _as_stored(best, dtype), scales)  # NaN is not
+
+
+def _as_stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scales rounded to their stored dtype, none of them zero."""
+    return scales.to(dtype).clamp_min(torch.finfo(dtype).tiny).to(scales.dtype)
