@@ -5,9 +5,11 @@ import math
 from streamslr.masters import EXCHANGED_AT_ONCE, TILE
 from streamslr.model.pass_costs import routed_bytes
 from streamslr.model.shape import BlockShape
-from streamslr.spec.allocation import Allocation
+from streamslr.spec.allocation import Allocation, LinearSpec
+from streamslr.spec.values import group_count
 
 _TILE_COPIES = 4
+_GRID_TILE_COPIES = 3  # more where values lie on a grid: codes, their scales, and gradients of scales
 """Tiles of a dense weight that a refinement is planned to hold at once: two are made (a gradient, a product), and the
 products take temporaries of their own. With 4 the plan is 1.02 to 1.04 of the measured peak (in
 tools/results/run-llama-8m.json)."""
@@ -58,16 +60,22 @@ def refine_bytes(
     if value_bytes < 4:
         saved += max(o for o, _ in block.linears.values())  # an activation beside what goes into it
         saved += (_NORM_COPIES + _LOSS_TENSORS) * hidden_size * 4 // value_bytes
-    tiles = _TILE_COPIES * 4 * min(max(o * d for o, d in block.linears.values()), TILE)
+    on_grid = [name for name in block.linears if allocation[name].values is not None]
+    copies = _TILE_COPIES + (_GRID_TILE_COPIES if on_grid else 0)
+    tiles = copies * 4 * min(max(o * d for o, d in block.linears.values()), TILE)
     passing = tokens * saved * value_bytes + tokens * 2 * hidden_size * (stream_bytes - value_bytes)
     passing += routed_bytes(block, tokens, hidden_size, value_bytes)
     passing += 4 * tokens * max((k for k, _ in block.routing.values()), default=0) * hidden_size
     masters = 16 * -(-trained // world) + 4 * _count_kept(block, allocation)
+    for name in on_grid:  # codes as products take them, and the scales that groups began with
+        o, d = block.linears[name]
+        masters += round(allocation[name].pattern.density * o * d) + 4 * _count_scales(allocation[name], o, d)
     if world == 1:
         return masters + refined + passing + tiles
     low_rank = {name: min(allocation[name].rank, *shape) * sum(shape) for name, shape in block.linears.items()}
     numbers = {
-        name: round(allocation[name].pattern.density * o * d) + low_rank[name] for name, (o, d) in block.linears.items()
+        name: round(allocation[name].pattern.density * o * d) + low_rank[name] + _count_scales(allocation[name], o, d)
+        for name, (o, d) in block.linears.items()
     }
     for_products = value_bytes * sum(low_rank.values())
     buffers = EXCHANGED_AT_ONCE * 4 * max(numbers.values())
@@ -77,10 +85,15 @@ def refine_bytes(
 
 
 def count_masters(block: BlockShape, allocation: Allocation) -> int:
-    """Return how many numbers are trained: kept values, U, V and every parameter that is no linear's weight."""
+    """Return how many numbers are trained: kept values, U, V, scales, every parameter that is no linear's weight."""
     low_rank = sum(min(allocation[name].rank, o, d) * (o + d) for name, (o, d) in block.linears.items())
+    scales = sum(_count_scales(allocation[name], o, d) for name, (o, d) in block.linears.items())
     vectors = block.parameters - sum(o * d for o, d in block.linears.values())
-    return _count_kept(block, allocation) + low_rank + vectors
+    return _count_kept(block, allocation) + low_rank + scales + vectors
+
+
+def _count_scales(spec: LinearSpec, o: int, d: int) -> int:
+    return 0 if spec.values is None else o * group_count(d, spec.values.group)
 
 
 def _count_kept(block: BlockShape, allocation: Allocation) -> int:

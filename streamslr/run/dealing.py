@@ -6,6 +6,7 @@ from typing import cast
 
 from streamslr.solvers.base import SolverByRows
 from streamslr.solvers.methods import Method
+from streamslr.solvers.rounding import flops as rounding_flops
 from streamslr.spec.allocation import Allocation
 
 _SMALL_GROUP = 0.1
@@ -72,9 +73,10 @@ def deal_linears(
 
     def flops(name: str, ranks: int = 1) -> float:
         (o, d), spec = shapes[name], allocation[name]
+        rounding = 0.0 if spec.values is None else rounding_flops(o, d, spec.rank, gpu=gpu, ranks=ranks)
         if ranks == 1:
-            return method.solver.flops(o, d, spec.rank, gpu=gpu)
-        return cast(SolverByRows, method.solver).flops(o, d, spec.rank, gpu=gpu, ranks=ranks)
+            return method.solver.flops(o, d, spec.rank, gpu=gpu) + rounding
+        return cast(SolverByRows, method.solver).flops(o, d, spec.rank, gpu=gpu, ranks=ranks) + rounding
 
     work = {name: flops(name) for group in groups for name in group}
     fair = sum(work.values()) / world

@@ -9,6 +9,7 @@ from torch import Tensor
 from streamslr.solvers.base import LinearProblem, Solver, SparseLowRank, damping_diagonal
 from streamslr.solvers.low_rank import balance_factors, orthonormal_rows
 from streamslr.solvers.threebasil import ThreeBasil
+from streamslr.solvers.threebasil_costs import solve_flops
 from streamslr.solvers.threebasil_metric import Metric, Pace, StageInverses, build_metric
 from streamslr.spec.allocation import LinearSpec
 from streamslr.spec.pattern import Dense
@@ -130,6 +131,13 @@ def peak_bytes(solver: Solver, spec: LinearSpec, o: int, d: int, workspace: int 
     factors = 4 * 8 * (o + d) * max(1, min(spec.rank, o, d))
     state = 4 * o * d + (1 + spec.values.code_dtype.itemsize) * o * d
     return max(solve, state + tile + factors + 4 * d * d * (3 if gpu else 1))
+
+
+def flops(o: int, d: int, rank: int, *, gpu: bool = False, ranks: int = 1) -> float:
+    """Return the floating point operations of coming onto a grid, of each of `ranks` ranks; as of `Solver.flops`."""
+    grown = _STAGES - 1 if ThreeBasil().by_series(torch.device("cuda" if gpu else "cpu")) else 0
+    factored = _STAGES + 1 - grown  # with that of the metric
+    return float(solve_flops(o, d, rank, _STAGES * _ITERATIONS, factored, grown, gpu=gpu, ranks=ranks))
 
 
 def _tiles(W: Tensor) -> list[slice]:
