@@ -185,8 +185,13 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
     show_default=True,
     help="Plan for so many ranks of torchrun, all on this machine; budgets and figures are those of one rank.",
 )
+@click.option(
+    "--fit",
+    type=_Size(),
+    help="List the settings whose result runs on a card of this size, like 48GB, with a context of 8,192 tokens.",
+)
 @_json_option
-def plan(world: int, as_json: bool, **settings: Any) -> None:
+def plan(world: int, fit: int | None, as_json: bool, **settings: Any) -> None:
     """Show what a run would need, phase by phase, from headers alone; exit code 3 where it does not fit.
 
     With --device cuda it plans for a GPU that this machine may lack; give --gpu-mem to hold the plan to a budget.
@@ -199,6 +204,18 @@ def plan(world: int, as_json: bool, **settings: Any) -> None:
         from streamslr.run.context import open_run, require_fit
 
         context = open_run(config, gpu_required=False, ranks=Ranks(world=world, local_world=world))
+        if fit is not None:
+            from streamslr.results.fit import context_bytes, fit_table, settings_that_fit
+            from streamslr.spec.allocation import DEFAULT_RANK
+
+            shape, rank = context.shape, DEFAULT_RANK if config.rank is None else config.rank
+            cache = context_bytes(context.checkpoint.config.get_text_config(), shape.value_bytes)
+            found = settings_that_fit(shape, rank, config.group, cache, fit)
+            if as_json:
+                print_json([dataclasses.asdict(setting) for setting in found])
+            else:
+                print_table(fit_table(found, fit, cache))
+            return
         if as_json:
             print_json(context.plan.as_dict())
         else:
