@@ -17,6 +17,7 @@ from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, 
 from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.run.dealing import Deal, deal_linears
+from streamslr.run.quality import logits_bytes
 from streamslr.run.traffic import gram_traffic, match_traffic, ring_bytes
 from streamslr.solvers.methods import Method
 from streamslr.spec.allocation import Allocation
@@ -73,6 +74,7 @@ class Costs:
             self.solve(grams_at, workspace),
             *([self.match(micro_batch)] if self.config.match else []),
             self._propagate(micro_batch),
+            *([self._check()] if self.config.check_windows else []),
         )
 
     def solve(self, grams_at: str, workspace: int | None) -> PhaseCost:
@@ -195,6 +197,27 @@ class Costs:
             compute += self._stored_bytes
             host += 0 if self.device.type == "cpu" else self._packed_bytes  # on its way to the shard
         return self._cost("propagate", compute, host, self._forward_flops)
+
+    def _check(self) -> PhaseCost:
+        """Check windows pass the block one at a time; after the last block, logits are compared."""
+        windows = -(-self.config.check_windows // self.world)
+        on_gpu, host = self._moving(1, reads=("hidden",), writes=("hidden",))
+        states = 4 * self._tokens(1) * self.model.hidden_size * 4  # two windows in float32, and their product twice
+        passing = self._block_bytes + max(self._pass_bytes(1) + on_gpu, states)
+        if self.solved_on_host:
+            host += self._stored_bytes
+        else:
+            passing += self._stored_bytes
+        # The vocabulary is no larger than if the non-block tensors were one embedding.
+        logits = logits_bytes(self.config.seq_len, self.model.non_block_parameters // self.model.hidden_size)
+        predicting = self.model.non_block_parameters * self._value_bytes + logits + states
+        flops = 2 * windows * self._forward_flops / self.windows
+        return self._cost("check", max(passing, predicting), host, flops)
+
+    @property
+    def check_bytes(self) -> int:
+        """Bytes of one boundary of the check windows, of one of their two streams."""
+        return self.window_bytes("hidden") * -(-self.config.check_windows // self.world)
 
     def boundary_bytes(self, stream: str) -> int:
         """Return the bytes of one boundary of a stream, "hidden" or "targets"; 0 where the run has no such stream."""
