@@ -4,6 +4,7 @@ They pass one at a time, whatever the micro-batch, and no calibration window pas
 bytes with and without them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from streamslr.model.blockwise import Block, BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.journal import BlockCheck, Quality
+from streamslr.run.passes import load_block
 from streamslr.run.quality import WindowFigures, compare_window, judge, mean_cosine
 
 T = TypeVar("T")
@@ -87,14 +89,17 @@ class Check:
         if not self.windows:
             return None
         dense, compressed = (self._digest(self._leaving[name]) for name in _STREAMS)
-        cosine = sum(self._in_order(self._cosines)) / self.windows
-        return BlockCheck(max(-1.0, min(1.0, cosine)) if cosine == cosine else None, dense, compressed)
+        return BlockCheck(self._cosine(), dense, compressed)
 
     def go_on(self) -> None:
         """Drop what entered the block, once what leaves it is committed."""
+        self.drop()
+        self._entering, self._leaving = self._leaving, {}
+
+    def drop(self) -> None:
+        """Free the memory and the disk space of what enters the next block."""
         for states in self._entering.values():
             states.drop()
-        self._entering, self._leaving = self._leaving, {}
 
     def reopen(self, index: int, record: BlockCheck | None) -> bool:
         """Open boundary `index` as an earlier process sealed it; return False where any of it is lost.
@@ -109,22 +114,29 @@ class Check:
             return False
         return [self._digest(self._entering[name]) for name in _STREAMS] == [record.dense, record.compressed]
 
-    def replay(self, blocks: int, finished: Checkpoint, step: Callable[[int, int], None] | None = None) -> None:
+    def replay(
+        self, blocks: int, finished: Checkpoint, step: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[float | None]:
         """Make boundary `blocks` again, through the dense blocks and the finished ones.
 
         Args:
             blocks: Number of blocks to pass.
             finished: Checkpoint that has the compressed blocks, and the non-block tensors.
             step: Called with (blocks passed, blocks in all).
+
+        Returns:
+            The cosine behind each block, as `BlockCheck` has it.
         """
         self.embed(finished)
+        cosines = []
         for i in range(blocks):
-            self.pass_dense(self.blockwise.load_block(i))
+            self.pass_dense(load_block(self.blockwise, i))
             self.pass_compressed(self.blockwise.load_block(i, finished))
+            cosines.append(self._cosine())
             self.blockwise.evict_block(i)
             self.go_on()
-            if step:
-                step(i + 1, blocks)
+            step(i + 1, blocks)
+        return cosines
 
     def compare(self, finished: Checkpoint) -> Quality:
         """Compare the predictions of both models, once the windows have passed all blocks.
@@ -141,6 +153,11 @@ class Check:
         finally:
             self.blockwise.evict_non_block()
         return judge(self._in_order(own), self.all_ids.shape[1] - 1)
+
+    def _cosine(self) -> float | None:
+        """Return the mean cosine behind the block over all windows; None where it is not finite."""
+        cosine = sum(self._in_order(self._cosines)) / self.windows
+        return max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else None
 
     def _pass(self, name: str, block: Block) -> None:
         leaving = self._leaving[name] = self._new(name, block.index + 1)
