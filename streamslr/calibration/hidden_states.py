@@ -39,6 +39,7 @@ _BOUNDARIES: Mapping[str, tuple[int, int, int]] = {
     "match": (1, 2, 3),
     "propagate": (2, 2, 3),
     "check": (2, 2, 4),
+    "compare": (1, 1, 2),
 }
 """Phase -> boundaries of hidden states, of targets and of check windows that exist in it."""
 

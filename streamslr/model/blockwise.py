@@ -221,6 +221,12 @@ class BlockwiseModel:
                 self._recorder.record(torch.zeros(1, enough, dtype=torch.int64, device=self.device))
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the head ranks; 0 where config.json has none."""
+        size = getattr(self._model.config.get_text_config(), "vocab_size", None)
+        return size if isinstance(size, int) else 0
+
+    @property
     def eager_heads(self) -> int:
         """Attention heads where attention writes its weights [b, heads, T, T] out; 0 where it is one fused kernel."""
         config = self._model.config.get_text_config()

@@ -91,7 +91,7 @@ def check(
             in_memory = scratch_bytes(0, 0, boundary) <= MEMORY_FRACTION * free_memory
             side_by_side = Check(blockwise, ids, scratch, in_memory)
             cosines = side_by_side.replay(len(blockwise.block_names), finished, step)
-            quality = side_by_side.compare(finished)
+            quality = side_by_side.compare(cosines, finished)
             side_by_side.drop()
     if quality.verdict == "suspect":
         log.warning("%s", warn_of(quality))

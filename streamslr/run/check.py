@@ -138,21 +138,22 @@ class Check:
             step(i + 1, blocks)
         return cosines
 
-    def compare(self, finished: Checkpoint) -> Quality:
-        """Compare the predictions of both models, once the windows have passed all blocks.
+    def compare(self, cosines: Sequence[float | None], source: Checkpoint | None = None) -> Quality:
+        """Compare the predictions of both models, once the windows have passed all blocks, and judge the result.
 
         Args:
-            finished: Checkpoint that has the non-block tensors.
+            cosines: Cosine behind each block.
+            source: Checkpoint that has the non-block tensors; None: that of the model.
         """
         device, own = self.blockwise.device, list[WindowFigures]()
-        self.blockwise.load_non_block(finished)
+        self.blockwise.load_non_block(source)
         try:
             for window, ids in enumerate(self.ids):
                 dense, compressed = (self._entering[name].read(window, window + 1)[0].to(device) for name in _STREAMS)
                 own.append(compare_window(self.blockwise.logits, ids, dense, compressed))
         finally:
             self.blockwise.evict_non_block()
-        return judge(self._in_order(own), self.all_ids.shape[1] - 1)
+        return judge(self._in_order(own), self.all_ids.shape[1] - 1, cosines)
 
     def _cosine(self) -> float | None:
         """Return the mean cosine behind the block over all windows; None where it is not finite."""

@@ -237,5 +237,6 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
         value_bytes=max(blockwise.stored_dtype(f"{name}.weight").itemsize for name in blockwise.linears[0]),
         download_bytes=blockwise.checkpoint.download_bytes,
         largest_shard_bytes=max(per_shard.values()),
+        vocabulary=blockwise.vocabulary,
         float32_stream=blockwise.stream_dtype == torch.float32,
     )

@@ -74,7 +74,7 @@ class Costs:
             self.solve(grams_at, workspace),
             *([self.match(micro_batch)] if self.config.match else []),
             self._propagate(micro_batch),
-            *([self._check()] if self.config.check_windows else []),
+            *([self._check(), self._compare()] if self.config.check_windows else []),
         )
 
     def solve(self, grams_at: str, workspace: int | None) -> PhaseCost:
@@ -199,20 +199,30 @@ class Costs:
         return self._cost("propagate", compute, host, self._forward_flops)
 
     def _check(self) -> PhaseCost:
-        """Check windows pass the block one at a time; after the last block, logits are compared."""
+        """Check windows pass the block one at a time, and their hidden states are compared in float32."""
         windows = -(-self.config.check_windows // self.world)
-        on_gpu, host = self._moving(1, reads=("hidden",), writes=("hidden",))
-        states = 4 * self._tokens(1) * self.model.hidden_size * 4  # two windows in float32, and their product twice
-        passing = self._block_bytes + max(self._pass_bytes(1) + on_gpu, states)
+        host = self._waiting_for_check(reads=1, writes=1)
+        compute = self._block_bytes + max(self._pass_bytes(1), self._compared_bytes)
         if self.solved_on_host:
-            host += self._stored_bytes
+            host += self._packed_bytes
         else:
-            passing += self._stored_bytes
-        # The vocabulary is no larger than if the non-block tensors were one embedding.
-        logits = logits_bytes(self.config.seq_len, self.model.non_block_parameters // self.model.hidden_size)
-        predicting = self.model.non_block_parameters * self._value_bytes + logits + states
-        flops = 2 * windows * self._forward_flops / self.windows
-        return self._cost("check", max(passing, predicting), host, flops)
+            compute += self._packed_bytes
+        return self._cost("check", compute, host, 2 * windows * self._forward_flops / self.windows)
+
+    def _compare(self) -> PhaseCost:
+        """The non-block tensors predict the check windows; all count as embeddings where the vocabulary is not known."""
+        vocabulary = self.model.vocabulary or self.model.non_block_parameters // self.model.hidden_size
+        logits = logits_bytes(self.config.seq_len, vocabulary)
+        compute = self.model.non_block_parameters * self._value_bytes + 2 * self._hidden_bytes(1) + logits
+        return self._cost("compare", compute, self._waiting_for_check(reads=2), 0.0)
+
+    def _waiting_for_check(self, reads: int = 0, writes: int = 0) -> int:
+        return transfer_bytes(self._hidden_bytes(1), reads, writes)
+
+    @property
+    def _compared_bytes(self) -> int:
+        """Two windows of hidden states as stored and in float32, and their products."""
+        return 2 * self._hidden_bytes(1) + 4 * 4 * self._tokens(1) * self.model.hidden_size
 
     @property
     def check_bytes(self) -> int:

@@ -333,9 +333,10 @@ class Compression:
     def compare_with_dense(self) -> None:
         """Commit how the finished model predicts the check windows, beside the dense one; warn where it is far off."""
         self.timer.take()  # drop what a replay measured
-        with self.timer.phase("check", steps=0):
-            compare = partial(self.check.compare, open_checkpoint(str(self.context.config.out)))
-            quality = retry_in_any_order(compare, "check", self.timer.note_retry)
+        with self.timer.phase("compare", steps=0):
+            cosines = [block.check.cosine if block.check else None for block in self.journal.state.blocks]
+            compare = partial(self.check.compare, cosines, open_checkpoint(str(self.context.config.out)))
+            quality = retry_in_any_order(compare, "compare", self.timer.note_retry)
         agreed = self.agree()
         self.journal.commit_quality(quality, agreed.measured, agreed.retries)
         log.info("on %d check windows: %s", quality.windows, describe_quality(quality))

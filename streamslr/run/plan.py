@@ -114,7 +114,9 @@ class Plan:
                 batch = f" (windows pass {self.micro_batch} at a time)" if phase.name in _BATCH_PHASES else ""
                 own = f", {format_bytes(beside)} of it for CUDA itself" if beside else ""
                 shorter = " or, in a new --out, shorten --seq-len" if batch else ""
-                shorter = " or, in a new --out, give --check-windows 0" if phase.name == "check" else shorter
+                shorter = (
+                    " or, in a new --out, give --check-windows 0" if phase.name in ("check", "compare") else shorter
+                )
                 raise BudgetError(
                     f"phase {phase.name}{batch} needs {format_bytes(need)} of {kind} memory{own}, the budget is "
                     f"{format_bytes(budget)}; raise --{kind}-mem{shorter}"

@@ -379,7 +379,9 @@ def test_the_disk_must_hold_the_hidden_states_of_all_ranks(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "statvfs", lambda path: Full)
     with pytest.raises(BudgetError, match=r"hidden states 17.2 GB"):
-        plan(llama_70b(), world=8, check_windows=0).require_disk(tmp_path / "out", tmp_path / "out" / ".scratch", tmp_path)
+        plan(llama_70b(), world=8, check_windows=0).require_disk(
+            tmp_path / "out", tmp_path / "out" / ".scratch", tmp_path
+        )
 
 
 def test_eight_cards_of_80_gb_fit_a_block_of_405b() -> None:

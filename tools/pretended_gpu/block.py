@@ -274,6 +274,9 @@ def _compress_block(context: RunContext, iterations: int) -> None:
         boundary = passes.embed(targets=config.match)
         check.embed()
         compression.compress_block(0, boundary).drop()
+        if check.windows:
+            with timer.phase("compare", steps=0):
+                check.compare([])
 
 
 def _exchange_with_others(

@@ -15,7 +15,19 @@ from streamslr.run.progress import PHASES, gpu_taken_bytes
 _PHASE_COLOURS = dict(
     zip(
         PHASES,
-        ("#5f9ea0", "#7d8790", "#a0a8b0", "#c3c9ce", "#4fa3d1", "#e09f3e", "#8e6bbf", "#3fa17a", "#b0c4b1", "#7d8790"),
+        (
+            "#5f9ea0",
+            "#7d8790",
+            "#a0a8b0",
+            "#c3c9ce",
+            "#4fa3d1",
+            "#e09f3e",
+            "#8e6bbf",
+            "#3fa17a",
+            "#b0c4b1",
+            "#7d8790",
+            "#a0a8b0",
+        ),
         strict=True,
     )
 )
