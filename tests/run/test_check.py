@@ -168,7 +168,7 @@ def test_a_resumed_run_keeps_its_check_windows(settings: dict[str, Any], finishe
 
 def test_a_text_with_other_check_windows_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     assert compress_in_child(settings, die_at=13) == -9
-    with pytest.raises(ResumeError, match="other check windows|tokens"):
+    with pytest.raises(ResumeError, match=r"other check windows|tokens"):
         streamslr.compress(**settings | {"calibration": _written(tmp_path / "b.txt", "other words again " * 400)})
 
 
@@ -242,7 +242,7 @@ def test_the_command_gives_the_figures_of_the_run(model: Path, finished: Path, t
 
 def test_model_and_text_are_found_beside_the_folder(model: Path, finished: Path, text: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "out")
-    with pytest.raises(InputError, match="was made with the text text.txt; give it with --text"):
+    with pytest.raises(InputError, match=r"was made with the text text\.txt; give it with --text"):
         checked(tmp_path / "out")
     shutil.copy(text, tmp_path / text.name)
     with pytest.raises(InputError, match=f"was made with the model {model.name}; give it with --model"):
