@@ -210,7 +210,7 @@ class Costs:
         return self._cost("check", compute, host, 2 * windows * self._forward_flops / self.windows)
 
     def _compare(self) -> PhaseCost:
-        """Logits of the check windows. Without a vocabulary in config.json all non-block tensors count as embeddings."""
+        """Logits of the check windows; where the vocabulary is unknown, all non-block tensors count as embeddings."""
         vocabulary = self.model.vocabulary or self.model.non_block_parameters // self.model.hidden_size
         logits = logits_bytes(self.config.seq_len, vocabulary)
         compute = self.model.non_block_parameters * self._value_bytes + 2 * self._hidden_bytes(1) + logits

@@ -23,7 +23,8 @@ from streamslr.run.journal import BlockRecord, Phases, Retries
 log = logging.getLogger("streamslr")
 
 PHASES = ("survey", "non_block", "embed", "load", "grams", "solve", "match", "propagate", "check", "commit", "compare")
-"""Phases in the order that a run goes through them; the first three come before block 0, the last after all blocks."""
+"""Phases in the order that a run goes through them; the first three come before block 0, LATE behind the last."""
+LATE = ("compare",)
 
 
 class Display(Protocol):
