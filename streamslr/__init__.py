@@ -51,6 +51,7 @@ def compress(
     match_lr: float = 1.2,
     match_held_out: int = 0,
     match_recover: float = 1.0,
+    check_windows: int = 4,
     device: str | None = None,
     scratch: str | Path | None = None,
     host_mem: int | str | None = None,

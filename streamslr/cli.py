@@ -310,6 +310,41 @@ def report(folder: Path, out: Path | None) -> None:
 
 @main.command()
 @_folder_argument
+@click.option("--model", help="Dense model, a folder or hub id [default: that of the run, where it is found].")
+@click.option(
+    "--text",
+    type=_Path(exists=True),
+    help="Text to check on: .txt, .jsonl with a `text` field, or .gz of either [default: the calibration text, where "
+    "it is found].",
+)
+@click.option(
+    "--windows", type=click.IntRange(1, LARGEST), help="Number of windows [default: as many as the run checked, or 4]."
+)
+@_device_option
+@_json_option
+@_quiet_option
+def check(folder: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
+    """Compare a finished FOLDER with its dense model: predictions, and hidden states behind each block.
+
+    Both are streamed block by block over a few windows. The calibration text gives the windows, and so the figures, of
+    the run's own check. A result that is far off is a warning; the exit code is 0 all the same.
+    """
+    with report_errors():
+        silence_libraries()
+        from streamslr.memory import free_host_memory
+        from streamslr.results.check import check as compare
+        from streamslr.results.check import check_table
+
+        with show_bar("check", shown=not (quiet or as_json)) as step:
+            checked = compare(folder, free_memory=free_host_memory(), step=step, **settings)
+        if as_json:
+            print_json(dataclasses.asdict(checked))
+        else:
+            print_table(check_table(checked))
+
+
+@main.command()
+@_folder_argument
 @click.argument("out", type=_Path(file_okay=False))
 @click.option(
     "--to",

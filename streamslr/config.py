@@ -157,6 +157,11 @@ class RunConfig:
     match_recover: float = _setting(
         1.0, "Fraction of the earlier blocks' error that matching corrects in a block; 0 in the paper.", fixed=True
     )
+    check_windows: int = _setting(
+        4,
+        "Windows of the calibration text, apart from --samples, on which the result is compared with the dense model; "
+        "0 for none. A resumed run keeps its first number.",
+    )
     device: str | None = _setting(
         None, "Device to compute on, cpu or cuda [default: cuda where there is one].", fixed=True
     )
@@ -182,6 +187,7 @@ class RunConfig:
             ("match_batch", 1),
             ("match_held_out", 0),
             ("group", 1),
+            ("check_windows", 0),
         ):
             if (value := getattr(self, name)) is not None and not least <= value <= LARGEST:
                 bound = f"at least {least}" if value < least else f"at most {LARGEST:,}"

@@ -445,6 +445,10 @@ def _write(
         copy_auxiliary_file(folder / name, out)
     assert state.non_block is not None
     non_block = rewritten(state.non_block.file)
-    blocks = tuple(replace(block, shard=rewritten(block.shard.file)) for block in state.blocks)
+    # What the run's check found is not true of the trained model.
+    blocks = tuple(replace(block, shard=rewritten(block.shard.file), check=None) for block in state.blocks)
     write_index(out, (non_block, *(block.shard for block in blocks)))
-    write_journal(out, replace(state, non_block=non_block, blocks=blocks, finetuned=(*state.finetuned, record)))
+    finetuned = (*state.finetuned, record)
+    write_journal(
+        out, replace(state, non_block=non_block, blocks=blocks, finetuned=finetuned, check=None, quality=None)
+    )

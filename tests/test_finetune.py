@@ -41,6 +41,7 @@ def perplexity(folder: Path, text: Path) -> float:
 
 def test_the_loss_falls_on_windows_held_out_and_the_journal_says_so(compressed: Path, tuned: Path, text: Path) -> None:
     (record,) = read_run(tuned).finetuned
+    assert read_run(tuned).quality is None, "the run's check was of the weights before"
     assert record.loss_after < record.loss_before
     assert (record.data, record.steps, record.lr, record.batch) == ("text.txt", 10, 0.05, 8)
     assert perplexity(tuned, text) < perplexity(compressed, text)

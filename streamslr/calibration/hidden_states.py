@@ -31,15 +31,17 @@ written."""
 _HASH_THREADS = min(8, os.cpu_count() or 1)
 """Threads that take digests of windows where nothing else is to be done meanwhile."""
 
-_BOUNDARIES: Mapping[str, tuple[int, int]] = {
-    "embed": (1, 1),
-    "load": (1, 1),
-    "grams": (1, 2),
-    "solve": (1, 2),
-    "match": (1, 2),
-    "propagate": (2, 2),
+_BOUNDARIES: Mapping[str, tuple[int, int, int]] = {
+    "embed": (1, 1, 2),
+    "load": (1, 1, 2),
+    "grams": (1, 2, 3),
+    "solve": (1, 2, 3),
+    "match": (1, 2, 3),
+    "propagate": (2, 2, 3),
+    "check": (2, 2, 4),
+    "compare": (1, 1, 2),
 }
-"""Phase -> boundaries of hidden states and of targets that exist in it."""
+"""Phase -> boundaries of hidden states, of targets and of check windows that exist in it."""
 
 
 class HiddenStates(Protocol):
@@ -94,17 +96,18 @@ def digest_of(windows: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(windows)).hexdigest()
 
 
-def scratch_bytes(hidden: int, targets: int) -> int:
-    """Return the bytes of the most boundaries that exist at a time: two of each stream.
+def scratch_bytes(hidden: int, targets: int, check: int = 0) -> int:
+    """Return the bytes of the most boundaries that exist at a time: two of each stream; check windows have two streams.
 
     Args:
         hidden: Bytes of one boundary of hidden states.
         targets: Bytes of one boundary of targets; 0 without matching.
+        check: Bytes of one boundary of check windows.
     """
-    return 2 * (hidden + targets)
+    return 2 * (hidden + targets + 2 * check)
 
 
-def held_bytes(phase: str, hidden: int, targets: int) -> int:
+def held_bytes(phase: str, hidden: int, targets: int, check: int = 0) -> int:
     """Return the bytes of all boundaries that exist in a phase: host memory, where the plan keeps them in memory.
 
     Without matching, half the boundaries of both streams are counted. The survey has two boundaries of one stream.
@@ -113,11 +116,13 @@ def held_bytes(phase: str, hidden: int, targets: int) -> int:
         phase: Name of the phase.
         hidden: Bytes of one boundary of hidden states.
         targets: Bytes of one boundary of targets; 0 without matching.
+        check: Bytes of one boundary of check windows.
     """
     if phase == "survey":
         return 2 * hidden
-    of_hidden, of_targets = _BOUNDARIES[phase]
-    return of_hidden * hidden + of_targets * targets if targets else (of_hidden + of_targets) * hidden // 2
+    of_hidden, of_targets, of_check = _BOUNDARIES[phase]
+    held = of_hidden * hidden + of_targets * targets if targets else (of_hidden + of_targets) * hidden // 2
+    return held + of_check * check
 
 
 def transfer_bytes(micro_batch: int, reads: int = 0, writes: int = 0) -> int:

@@ -23,6 +23,9 @@ _PIECE = 2**22
 C4_REPO, C4_FILE = "allenai/c4", "en/c4-train.00000-of-01024.json.gz"
 """Default calibration text: what SparseGPT and 3BASiL calibrate on."""
 
+Place = tuple[int, int]
+"""Number of the document that a window is of, and its first token there."""
+
 _CHECK_TOKENIZER = "check the tokenizer's files, or download them again"
 
 
@@ -33,6 +36,8 @@ class Calibration:
     ids: Tensor  # [windows, T] int64
     digest: str  # sha256 of the ids
     source: str  # name of the text for people
+    check: Tensor  # check windows [n, T] int64, of the same text
+    overlapping: int = 0  # check windows that share text with others, because the text is too short
 
 
 def window_prefix(tokenizer: PreTrainedTokenizerBase, bos: str) -> list[int]:
@@ -64,12 +69,14 @@ def calibration_windows(
     seq_len: int,
     seed: int,
     prefix: Sequence[int] = (),
+    check: int = 0,
 ) -> Calibration:
     """Draw random windows of a text; none has special tokens but those of `prefix`.
 
     A .jsonl file gives one window from each of its documents of more than `seq_len` tokens, in random order, as in the
     papers (SparseGPT, section 4), and more than one where there are too few documents. Any other text is one document,
-    in which windows start anywhere.
+    in which windows start anywhere. Check windows are drawn after these, by random numbers of their own: how many there
+    are does not change a calibration window.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -78,6 +85,7 @@ def calibration_windows(
         seq_len: Tokens T of a window.
         seed: Seed of documents and starts.
         prefix: First tokens of every window; the text gives the other T − len(prefix).
+        check: Number of check windows, which share no text with other windows where there is enough of it.
 
     Raises:
         InputError: The text cannot be read, or holds too few tokens in documents that are long enough.
@@ -90,18 +98,25 @@ def calibration_windows(
         source = path.name
     length = seq_len - len(prefix)  # of the text in a window
     if is_jsonl(path):
-        documents = _draw_long_documents(tokenizer, path, num_windows, length, draw)
+        documents = _draw_long_documents(tokenizer, path, num_windows + check, length, draw)
     else:
         documents = [_tokenize(tokenizer, text) for text in read_documents(path)]
-    _require_enough(path, documents, num_windows, length)
-    windows = []
+    _require_enough(path, documents[:num_windows], num_windows, length)
+    places = []
     for i in range(num_windows):
-        document = documents[i % len(documents)]
-        start = draw.randint(0, len(document) - length - 1)
-        windows.append(document[start : start + length])
+        number = i % min(num_windows, len(documents))
+        places.append((number, draw.randint(0, len(documents[number]) - length - 1)))
+    apart, overlapping = _draw_apart(documents, places, check, length, random.Random(f"check windows of seed {seed}"))
+    windows = [documents[number][start : start + length] for number, start in (*places, *apart)]
     ids = _prepend(prefix, torch.stack(windows).long())
     return_freed_memory()
-    return Calibration(ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), source)
+    calibrating, checking = ids[:num_windows].clone(), ids[num_windows:].clone()
+    return Calibration(calibrating, ids_digest(calibrating), source, checking, overlapping)
+
+
+def ids_digest(ids: Tensor) -> str:
+    """Return the sha256 of windows of token ids, int64 [n, T]."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def text_windows(
@@ -129,6 +144,40 @@ def text_windows(
             f"{path} holds {len(ids)} tokens, less than one window of {length}; give more text or a smaller --seq-len"
         )
     return _prepend(prefix, ids[: count * length].long().view(count, length))
+
+
+def _draw_apart(
+    documents: Sequence[Tensor], taken: Sequence[Place], count: int, length: int, draw: random.Random
+) -> tuple[list[Place], int]:
+    """Draw `count` more windows, apart from those taken and from each other; where no room is left, anywhere.
+
+    Returns:
+        The windows, and how many of them share text with others.
+    """
+    drawn: list[Place] = []
+    overlapping = 0
+    for _ in range(count):
+        spaces = _free_starts(documents, [*taken, *drawn], length)
+        overlapping += not spaces
+        spaces = spaces or [(number, range(len(ids) - length + 1)) for number, ids in enumerate(documents)]
+        ((number, starts),) = draw.choices(spaces, [len(starts) for _, starts in spaces])
+        drawn.append((number, draw.choice(starts)))
+    return drawn, overlapping
+
+
+def _free_starts(documents: Sequence[Tensor], taken: Sequence[Place], length: int) -> list[tuple[int, range]]:
+    """Return where a window can start without sharing text with one that is taken: documents and ranges in them."""
+    starts: list[list[int]] = [[] for _ in documents]
+    for number, start in taken:
+        starts[number].append(start)
+    spaces = []
+    for number, document in enumerate(documents):
+        end = 0
+        for start in (*sorted(starts[number]), len(document)):
+            if start - end >= length:
+                spaces.append((number, range(end, start - length + 1)))
+            end = max(end, start + length)
+    return spaces
 
 
 def _prepend(prefix: Sequence[int], windows: Tensor) -> Tensor:

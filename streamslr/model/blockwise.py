@@ -39,8 +39,9 @@ from streamslr.model.weight_loading import check_loaded, load_keys
 from streamslr.model.weight_reads import find_dense
 from streamslr.model.windows import CheckedLookups, refusing_windows, require_ids
 
-_CACHED_CALLS = 4
-"""Batch shapes whose calls (masks, positions) are cached: whole and last micro-batch, in a pass and in matching."""
+_CACHED_CALLS = 5
+"""Batch shapes whose calls (masks, positions) are cached: whole and last micro-batch, in a pass and in matching; and
+one window."""
 
 _CHECK_CONFIG = "check config.json, or download it again"
 
@@ -220,6 +221,12 @@ class BlockwiseModel:
                 self._recorder.record(torch.zeros(1, enough, dtype=torch.int64, device=self.device))
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the head ranks; 0 where config.json has none."""
+        size = getattr(self._model.config.get_text_config(), "vocab_size", None)
+        return size if isinstance(size, int) else 0
+
+    @property
     def eager_heads(self) -> int:
         """Attention heads where attention writes its weights [b, heads, T, T] out; 0 where it is one fused kernel."""
         config = self._model.config.get_text_config()
@@ -310,9 +317,15 @@ class BlockwiseModel:
         if self._live == i:
             self._live = None
 
-    def load_non_block(self) -> None:
-        """Load embeddings, norms and head, and tie the weights that the model ties. Errors as in `load_block`."""
-        self._load(self.checkpoint, self.non_block_tensors, None)
+    def load_non_block(self, checkpoint: Checkpoint | None = None) -> None:
+        """Load embeddings, norms and head, and tie the weights that the model ties.
+
+        Args:
+            checkpoint: another checkpoint of the same model to take them from. Errors as in `load_block`.
+        """
+        source = checkpoint or self.checkpoint
+        keys = self._names.keys_by_block(source.tensors)[None] if checkpoint else self.non_block_tensors
+        self._load(source, keys, None)
         for name in self._names.in_block(None):
             get_tensor(self._model, name).requires_grad_(False)
         self._non_block_loaded = True

@@ -54,4 +54,5 @@ class ModelShape:
     eager_heads: int = 0  # attention heads where attention writes its scores out; 0 where it is fused
     download_bytes: int = 0
     largest_shard_bytes: int = 0
+    vocabulary: int = 0  # tokens that the head ranks; 0 where config.json does not say
     float32_stream: bool = False  # hidden states inside blocks, and targets, are float32 whatever the compute dtype

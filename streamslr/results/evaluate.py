@@ -28,7 +28,7 @@ from streamslr.runtime.stored_model import find_difference
 
 log = logging.getLogger("streamslr")
 
-_MEMORY_FRACTION = 0.25
+MEMORY_FRACTION = 0.25
 """Fraction of the free host memory that the two boundaries alive at a time may take; larger ones go to disk."""
 
 _LARGEST_LOSS = 700.0
@@ -110,7 +110,7 @@ def evaluate(
     batches = spans([(0, len(ids))], max(1, BATCH_TOKENS // seq_len))
     hidden_size = blockwise.hidden_size
     boundary_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize
-    in_memory = 2 * boundary_bytes <= _MEMORY_FRACTION * free_memory / ranks.local_world
+    in_memory = 2 * boundary_bytes <= MEMORY_FRACTION * free_memory / ranks.local_world
 
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from streamslr.errors import InputError
 from streamslr.io.durable import PARTIAL_SUFFIX
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord, Retries, in_kinds, read_journal
 from streamslr.run.progress import PHASES, gpu_taken_bytes
+from streamslr.run.quality import describe_quality
 from streamslr.spec.allocation import LinearSpec, in_words
 from streamslr.spec.pattern import parse_pattern
 from streamslr.spec.values import STORED, parse_values
@@ -74,9 +75,15 @@ def list_warnings(block: BlockRecord) -> list[str]:
     return found
 
 
+def list_suspicions(state: JournalState) -> list[str]:
+    """Return the reason why the result is suspect, if it is."""
+    suspect = state.quality is not None and state.quality.verdict == "suspect"
+    return [f"the result is suspect: {state.quality.reason}"] if state.quality and suspect else []
+
+
 def list_early_retries(state: JournalState) -> list[str]:
-    """Return the phases before block 0 that were tried again, and with what."""
-    return _list_retries("before block 0", state.retries)
+    """Return the phases before block 0 and behind the last block that were tried again, and with what."""
+    return _list_retries("beside the blocks", state.retries)
 
 
 def _list_retries(where: str, retries: Retries) -> list[str]:
@@ -135,6 +142,22 @@ def _describe_matching(block: BlockRecord) -> str:
     return f"{matching.loss_before:.3g} → {after}"
 
 
+def describe_cosine(block: BlockRecord) -> str:
+    """Return the cosine of the check windows behind a block: "0.9962"."""
+    if block.check is None:
+        return "–"
+    return "not finite" if block.check.cosine is None else f"{block.check.cosine:.4f}"
+
+
+def describe_check(state: JournalState) -> list[str]:
+    """Return lines on the check of a run: its windows and figures, and why it is suspect; none without a check."""
+    if state.check is None or state.quality is None:
+        return []
+    apart = f", {state.check.overlapping} of them not apart from others" if state.check.overlapping else ""
+    figures = f"{state.quality.windows} check windows{apart}: {describe_quality(state.quality)}"
+    return [figures, *(f"WARNING: {sentence}" for sentence in list_suspicions(state))]
+
+
 def _describe_gpu(block: BlockRecord) -> list[str]:
     """Return a line with what each phase took of a GPU, and the peak of its tensors; none for a CPU."""
     on_gpu = {name: reading for name, reading in sort_phases(block.measured).items() if "gpu_peak_bytes" in reading}
@@ -160,6 +183,8 @@ def summary(folder: Path, state: JournalState) -> dict[str, Any]:
         "outliers": state.outliers,
         "finetuned": [asdict(record) for record in state.finetuned],
         "retries": list_early_retries(state),
+        "check": asdict(state.check) if state.check else None,
+        "quality": asdict(state.quality) if state.quality else None,
         "totals": totals(state.blocks),
         "blocks": [block_summary(folder, block) for block in state.blocks],
     }
@@ -176,6 +201,7 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
         "bytes": block.shard.nbytes,
         **totals((block,)),
         "matching": asdict(block.matching) if block.matching else None,
+        "cosine": block.check.cosine if block.check else None,
         "warnings": list_warnings(block),
         "phases": sort_phases(block.measured),
         "seconds_by_rank": dict(sort_phases(block.seconds_by_rank)),
@@ -239,6 +265,7 @@ _ERROR_CAPTIONS = (
 )
 _ROUNDING_CAPTION = "before rounding: the same error with numbers of S as they were before they came onto their grid"
 _MATCHING_CAPTION = "matching: error of the block's output, ‖f̂(X) − T‖² / ‖T‖², before → after"
+_COSINE_CAPTION = "cosine: between the hidden states behind the block and the dense model's, mean over check tokens"
 
 
 def run_table(folder: Path, state: JournalState) -> Table:
@@ -247,6 +274,9 @@ def run_table(folder: Path, state: JournalState) -> Table:
     caption = [*_ERROR_CAPTIONS, "error and pruning alone are means over the linears of the block"]
     if any(block.matching for block in state.blocks):
         caption.append(_MATCHING_CAPTION)
+    if any(block.check for block in state.blocks):
+        caption.append(_COSINE_CAPTION)
+    caption += describe_check(state)
     caption += (
         f"fine-tuned on {record.data}, {record.steps} steps: "
         f"held-out loss {record.loss_before:.4f} → {record.loss_after:.4f}"
@@ -262,6 +292,9 @@ def run_table(folder: Path, state: JournalState) -> Table:
         caption_justify="left",
     )
     columns = ["block", "linears", "error", "pruning\nalone", "matching", "seconds", "bytes", "of\ndense", "sha256"]
+    checked = any(block.check for block in state.blocks)
+    if checked:
+        columns.insert(5, "cosine")
     if mixed:
         columns.insert(2, "pattern + rank")
     for name in columns:
@@ -278,6 +311,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
             f"{row['error']:.3g}",
             f"{row['wanda_error']:.3g}",
             _describe_matching(block),
+            *([describe_cosine(block)] if checked else []),
             f"{row['seconds']:.1f}",
             format_bytes(block.shard.nbytes),
             f"{row['ratio']:.1%}",
@@ -294,6 +328,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
             f"{of_all['error']:.3g}",
             f"{of_all['wanda_error']:.3g}",
             "",
+            *([""] if checked else []),
             f"{of_all['seconds']:.1f}",
             format_bytes(sum(block.shard.nbytes for block in state.blocks)),
             f"{of_all['ratio']:.1%}",
@@ -305,6 +340,7 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
     """Return the table of `inspect --block`: a row per linear."""
     phases = ", ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in sort_phases(block.measured).items())
     matching = [f"{_MATCHING_CAPTION}: {_describe_matching(block)}"] if block.matching else []
+    matching += [f"{_COSINE_CAPTION}: {describe_cosine(block)}"] if block.check else []
     retries = _list_retries(block.name, block.retries)
     rounded = any(linear.unrounded_error is not None for linear in block.linears)
     captions = [*_ERROR_CAPTIONS[:1], *([_ROUNDING_CAPTION] if rounded else []), *_ERROR_CAPTIONS[1:], *matching]

@@ -93,6 +93,8 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
     baseline = held()
     checkpoint, blockwise = _open_model(config, device if present else torch.device("cpu"), dtype)
     before = read_journal(config.out)
+    if before:
+        config = _keep_check_windows(config, before.check.windows if before.check else 0)
     densest = allocate(config, blockwise.linears)  # with --owl each linear at its densest, which the plan must hold
     for spec in dict.fromkeys(densest.values()):
         method.require(spec.pattern, spec.rank)
@@ -156,6 +158,14 @@ def _open_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
         message = "--seq-len %d is more than the %d positions %s was made for"
         log.warning(message, config.seq_len, blockwise.positions, config.model)
     return checkpoint, blockwise
+
+
+def _keep_check_windows(config: RunConfig, begun_with: int) -> RunConfig:
+    """Return the settings with the check windows that the run began with; it cannot go on with others."""
+    if config.check_windows != begun_with:
+        message = "--check-windows %d has no effect: the run began with %d"
+        log.warning(message, config.check_windows, begun_with)
+    return replace(config, check_windows=begun_with)
 
 
 def _overridden(config: RunConfig, blockwise: BlockwiseModel, allocation: Allocation) -> list[str]:
@@ -227,5 +237,6 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
         value_bytes=max(blockwise.stored_dtype(f"{name}.weight").itemsize for name in blockwise.linears[0]),
         download_bytes=blockwise.checkpoint.download_bytes,
         largest_shard_bytes=max(per_shard.values()),
+        vocabulary=blockwise.vocabulary,
         float32_stream=blockwise.stream_dtype == torch.float32,
     )

@@ -17,6 +17,7 @@ from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, 
 from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.run.dealing import Deal, deal_linears
+from streamslr.run.quality import logits_bytes
 from streamslr.run.traffic import gram_traffic, match_traffic, ring_bytes
 from streamslr.solvers.methods import Method
 from streamslr.solvers.rounding import peak_bytes
@@ -74,6 +75,7 @@ class Costs:
             self.solve(grams_at, workspace),
             *([self.match(micro_batch)] if self.config.match else []),
             self._propagate(micro_batch),
+            *([self._check(), self._compare()] if self.config.check_windows else []),
         )
 
     def solve(self, grams_at: str, workspace: int | None) -> PhaseCost:
@@ -195,6 +197,37 @@ class Costs:
             compute += self._stored_bytes
             host += 0 if self.device.type == "cpu" else self._packed_bytes  # on its way to the shard
         return self._cost("propagate", compute, host, self._forward_flops)
+
+    def _check(self) -> PhaseCost:
+        """Check windows pass the block one at a time, and their hidden states are compared in float32."""
+        windows = -(-self.config.check_windows // self.world)
+        host = self._waiting_for_check(reads=1, writes=1)
+        compute = self._block_bytes + max(self._pass_bytes(1), self._compared_bytes)
+        if self.solved_on_host:
+            host += self._packed_bytes
+        else:
+            compute += self._packed_bytes
+        return self._cost("check", compute, host, 2 * windows * self._forward_flops / self.windows)
+
+    def _compare(self) -> PhaseCost:
+        """Logits of the check windows; where the vocabulary is unknown, all non-block tensors count as embeddings."""
+        vocabulary = self.model.vocabulary or self.model.non_block_parameters // self.model.hidden_size
+        logits = logits_bytes(self.config.seq_len, vocabulary)
+        compute = self.model.non_block_parameters * self._value_bytes + 2 * self._hidden_bytes(1) + logits
+        return self._cost("compare", compute, self._waiting_for_check(reads=2), 0.0)
+
+    def _waiting_for_check(self, reads: int = 0, writes: int = 0) -> int:
+        return transfer_bytes(self._hidden_bytes(1), reads, writes)
+
+    @property
+    def _compared_bytes(self) -> int:
+        """Two windows of hidden states as stored and in float32, and their products."""
+        return 2 * self._hidden_bytes(1) + 4 * 4 * self._tokens(1) * self.model.hidden_size
+
+    @property
+    def check_bytes(self) -> int:
+        """Bytes of one boundary of the check windows, of one of their two streams."""
+        return self.window_bytes("hidden") * -(-self.config.check_windows // self.world)
 
     def boundary_bytes(self, stream: str) -> int:
         """Return the bytes of one boundary of a stream, "hidden" or "targets"; 0 where the run has no such stream."""

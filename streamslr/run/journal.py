@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
@@ -46,6 +46,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 Number = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]  # sums of these are finite too
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Cosine = Annotated[float, msgspec.Meta(ge=-1, le=1)]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 Sample = tuple[tuple[Number | None, ...], ...]
@@ -109,6 +110,15 @@ class MatchRecord:
 
 
 @dataclass(frozen=True)
+class BlockCheck:
+    """Check windows behind one block, passed through the dense blocks and through the compressed ones."""
+
+    cosine: Cosine | None  # between their hidden states, mean over tokens; None where it is not finite
+    dense: Sha256  # digest of the dense model's hidden states
+    compressed: Sha256  # of the compressed model's
+
+
+@dataclass(frozen=True)
 class BlockRecord:
     """One finished block. `measured` and `seconds_by_rank` are all that differs between two runs of one line."""
 
@@ -124,6 +134,7 @@ class BlockRecord:
     dense: Mapping[str, str] = field(default_factory=dict)  # linears that had to stay dense -> why
     retries: Retries = field(default_factory=dict)
     seconds_by_rank: Mapping[str, tuple[Number, ...]] = field(default_factory=dict)  # phase -> work of each; no waiting
+    check: BlockCheck | None = None  # None of a run without check windows
 
     def __post_init__(self) -> None:
         _check_shard(self.shard, BLOCK_FILE.format(self.index))
@@ -157,6 +168,32 @@ class FinetuneRecord:
 
 
 @dataclass(frozen=True)
+class CheckWindows:
+    """Windows that a run is checked on. They decide no byte of a shard."""
+
+    windows: Positive
+    tokens: Sha256  # of all of them
+    overlapping: Count  # so many share text with calibration windows or each other, because the text is too short
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Predictions of the compressed model beside those of the dense one, on the same windows.
+
+    None in place of a figure: it is not finite, or a perplexity is above 1e100.
+    """
+
+    windows: Positive
+    tokens: Positive  # predicted: all of a window but its first
+    perplexity_dense: Number | None
+    perplexity: Number | None  # of the compressed model
+    kl: Number | None  # KL(dense ‖ compressed) of the distributions of the next token, in nats, mean over tokens
+    top1_agreement: Fraction  # of the tokens for which both models rank the same next token first
+    verdict: Literal["good", "suspect"]
+    reason: str = ""  # of "suspect"
+
+
+@dataclass(frozen=True)
 class JournalState:
     """The content of streamslr.json."""
 
@@ -172,7 +209,7 @@ class JournalState:
     hidden_states: Sha256 | None = None  # digest of boundary 0
     sample: Sample | None = None  # of boundary 0, as a block's
     blocks: tuple[BlockRecord, ...] = ()
-    measured: Phases = field(default_factory=dict)  # as a block's, of the phases before block 0
+    measured: Phases = field(default_factory=dict)  # as a block's, of the phases before block 0, and of the last check
     retries: Retries = field(default_factory=dict)  # the same
     model: str = ""  # name of the model, for people; its identity is in the fingerprint
     made_with: Mapping[str, str] = field(default_factory=dict)  # `made_with` at the first start
@@ -181,6 +218,8 @@ class JournalState:
     finetuned: tuple[FinetuneRecord, ...] = ()  # oldest first; a run does not go on in a fine-tuned folder
     dense_shards: Mapping[str, ShardDigest] = field(default_factory=dict)  # of the model, once they were read
     dense_times: Mapping[str, Times] = field(default_factory=dict)  # when its files were written and changed, in ns
+    check: CheckWindows | None = None  # None: the run has none
+    quality: Quality | None = None  # of the finished folder, on its check windows
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from streamslr.run.journal import (
     BlockRecord,
     JournalState,
     Phases,
+    Quality,
     Retries,
     Sample,
     read_journal,
@@ -166,6 +167,17 @@ class Journal:
         blocks = (*self.state.blocks, record)
         self._commit(replace(self.state, blocks=blocks, micro_batch=micro_batch, solver_workspace=solver_workspace))
 
+    def commit_quality(self, quality: Quality, measured: Phases, retries: Retries) -> None:
+        """Commit how the finished folder compares with the dense model."""
+        self._commit(
+            replace(
+                self.state,
+                quality=quality,
+                measured={**self.state.measured, **measured},
+                retries={**self.state.retries, **retries},
+            )
+        )
+
     def forget_lost_shards(self) -> None:
         """Go back to before the first shard that is missing or not as it was written, with a warning.
 
@@ -177,10 +189,11 @@ class Journal:
         log.warning(
             "%s is missing or not as it was written: going on from there", self.folder / self.state.shards[lost].file
         )
+        state = replace(self.state, quality=None)
         if lost == 0:
-            self._commit(replace(self.state, non_block=None, hidden_states=None, sample=None, blocks=()))
+            self._commit(replace(state, non_block=None, hidden_states=None, sample=None, blocks=()))
         else:
-            self._commit(replace(self.state, blocks=self.state.blocks[: lost - 1]))
+            self._commit(replace(state, blocks=state.blocks[: lost - 1]))
 
     def _first_lost(self) -> int | None:
         """Return the place of the first committed shard that is missing or not as it was written."""

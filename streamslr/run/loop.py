@@ -3,7 +3,7 @@
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from streamslr.calibration.hidden_states import HiddenStates
-from streamslr.calibration.tokens import Calibration, calibration_windows, window_prefix
+from streamslr.calibration.tokens import Calibration, calibration_windows, ids_digest, window_prefix
 from streamslr.config import base_name, default_out
-from streamslr.errors import BudgetError, InputError, first_line, says_out_of_memory
-from streamslr.gpu import deterministic_libraries
+from streamslr.errors import BudgetError, InputError, ResumeError, first_line, says_out_of_memory
+from streamslr.gpu import deterministic_libraries, retry_in_any_order
 from streamslr.io.durable import is_as_written
 from streamslr.io.folder import (
     discard_uncommitted,
@@ -26,7 +26,7 @@ from streamslr.io.folder import (
     write_non_block,
 )
 from streamslr.io.safetensors_file import WrittenShard
-from streamslr.io.scratch import drop_scratch_of_others
+from streamslr.io.scratch import drop_scratch_of_others, rank_scratch
 from streamslr.masters import BlockWeights
 from streamslr.matching import CompressedBlock
 from streamslr.memory import held_to_gpu_limit
@@ -34,8 +34,9 @@ from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.ranks import Ranks
 from streamslr.run.block_solver import BlockSolver
+from streamslr.run.check import Check
 from streamslr.run.context import RunContext, require_fit
-from streamslr.run.journal import BlockRecord, JournalState, MatchRecord
+from streamslr.run.journal import BlockRecord, CheckWindows, JournalState, MatchRecord
 from streamslr.run.journal_writer import Journal, made_with
 from streamslr.run.passes import (
     Boundary,
@@ -43,6 +44,7 @@ from streamslr.run.passes import (
     load_block,
 )
 from streamslr.run.progress import Agreed, BlockProgress, Display, NoDisplay, PhaseTimer, WarningsOfRanks
+from streamslr.run.quality import describe_quality, warn_of
 from streamslr.run.samples import require_same_but_for_rounding
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.run.survey import allocation_by_outliers
@@ -74,15 +76,16 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
     tokenizer = context.checkpoint.tokenizer()
     prefix = window_prefix(tokenizer, config.bos)
     calibration = calibration_windows(
-        tokenizer, config.calibration, config.samples, config.seq_len, config.seed, prefix
+        tokenizer, config.calibration, config.samples, config.seq_len, config.seed, prefix, config.check_windows
     )
-    context.blockwise.require_windows(config.seq_len, calibration.ids)
+    context.blockwise.require_windows(config.seq_len, torch.cat([calibration.ids, calibration.check]))
     planned = context.plan.memory()
     first_state = _first_state(context, calibration, bos=bool(prefix))
     _require_same_on_all_ranks(ranks, first_state.fingerprint)
     with WarningsOfRanks(ranks) as warnings, Journal(config.out, first_state, ranks) as journal:
         journal.pin(context.checkpoint)
         state = journal.state
+        _require_same_check(state.check, first_state.check)
         warn_of_other_means(state.made_with, _made_with(context))
         warn_of_unlike_ranks(ranks.gather(_made_with(context)))
         if state.blocks:
@@ -112,6 +115,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 plan.resident_windows,
                 ranks,
             )
+            check = Check(context.blockwise, calibration.check, rank_scratch(config, ranks), plan.in_memory, ranks)
             try:
                 allocation = context.allocation
                 if allocation is None:
@@ -125,7 +129,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                     timer.note_retry,
                 )
                 solver = BlockSolver(context, allocation, passes, compressor)
-                Compression(context, allocation, journal, timer, progress, passes, solver, warnings).run()
+                Compression(context, allocation, journal, timer, progress, passes, check, solver, warnings).run()
             except (MemoryError, RuntimeError) as error:
                 if not says_out_of_memory(error):
                     raise
@@ -184,7 +188,30 @@ def _first_state(context: RunContext, calibration: Calibration, bos: bool) -> Jo
         model=base_name(model) if Path(model).is_dir() else model,
         made_with=_made_with(context),
         allocation=None if context.allocation is None else as_json(context.allocation),
+        check=_check_windows(calibration),
     )
+
+
+def _check_windows(calibration: Calibration) -> CheckWindows | None:
+    """Return the record of the check windows; None where there are none."""
+    windows = len(calibration.check)
+    return CheckWindows(windows, ids_digest(calibration.check), calibration.overlapping) if windows else None
+
+
+def _require_same_check(before: CheckWindows | None, now: CheckWindows | None) -> None:
+    """Raise ResumeError where the check windows of a resumed run are others; say where they are not apart."""
+    if before != now:
+        raise ResumeError(
+            "the calibration text has changed since the run began: it gives other check windows. Put the earlier text "
+            "back and start the same line again, or give another --out"
+        )
+    if now and now.overlapping:
+        log.info(
+            "%d of the %d check windows share text with others, because the calibration text is short: the check may "
+            "flatter the result",
+            now.overlapping,
+            now.windows,
+        )
 
 
 @dataclass(frozen=True)
@@ -197,6 +224,7 @@ class Compression:
     timer: PhaseTimer
     progress: BlockProgress
     passes: Passes
+    check: Check
     solver: BlockSolver
     warnings: WarningsOfRanks
 
@@ -208,6 +236,7 @@ class Compression:
         self.restore_auxiliary_files()
         state = self.journal.state
         ranks.on_first(self.tidy_up)
+        unchecked = state.check is not None and state.quality is None
         if not state.complete:
             boundary = self.begin() if state.non_block is None else self.resume()
             for done in (blockwise.non_block_tensors, *blockwise.block_tensors[: len(state.blocks)]):
@@ -215,6 +244,10 @@ class Compression:
             for i in range(len(state.blocks), state.blocks_total):
                 boundary = self.compress_block(i, boundary)
             ranks.on_first(self.journal.require_sound_shards)
+        elif unchecked:
+            self.resume_check()
+        if unchecked:
+            self.compare_with_dense()
         for scratch in (config.scratch_folder, config.out / ".scratch"):  # an earlier start may have used the default
             if ranks.local_rank == 0:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -231,6 +264,9 @@ class Compression:
             auxiliary_files = ranks.on_first(self.write_auxiliary_files)
             non_block = ranks.on_first(self.write_non_block)
         boundary = self.passes.retry("embed", partial(self.passes.embed, targets=context.config.match))
+        if self.check.windows:
+            with self.timer.phase("embed", steps=0):
+                self.check.embed()
         digest, _ = self.passes.seal(boundary)
         agreed = self.agree()
         journal.commit_non_block(
@@ -283,6 +319,7 @@ class Compression:
         if done:
             last = state.blocks[-1]
             digests, sample = (last.hidden_states, last.targets), last.sample
+        self.resume_check()
         if boundary := self.passes.reopen(done, digests):
             return boundary
         log.warning("hidden states in %s are lost; passing %d finished blocks again", config.scratch_folder, done)
@@ -291,6 +328,33 @@ class Compression:
             require_same_but_for_rounding(sample, self.passes.sample(boundary), self.context.dtype)
         return boundary
 
+    def resume_check(self) -> None:
+        """Make the check windows go on behind the last finished block, from the scratch folder or by a replay."""
+        check, blocks = self.check, self.journal.state.blocks
+        if check.windows and not (blocks and check.reopen(len(blocks), blocks[-1].check)):
+            if blocks:
+                log.warning("hidden states of the check are lost; passing its windows through %d blocks", len(blocks))
+            check.replay(len(blocks), open_checkpoint(str(self.context.config.out)))
+
+    def compare_with_dense(self) -> None:
+        """Commit how the finished model predicts the check windows, beside the dense one; warn where it is far off."""
+        self.timer.take()  # drop what a replay measured
+        with self.timer.phase("compare", steps=0):
+            cosines = [block.check.cosine if block.check else None for block in self.journal.state.blocks]
+            compare = partial(self.check.compare, cosines, open_checkpoint(str(self.context.config.out)))
+            quality = retry_in_any_order(compare, "compare", self.timer.note_retry)
+        agreed = self.agree()
+        self.journal.commit_quality(quality, agreed.measured, agreed.retries)
+        log.info("on %d check windows: %s", quality.windows, describe_quality(quality))
+        if quality.verdict == "suspect":
+            log.warning("%s", warn_of(quality))
+
+    def check_block(self, block: Block, pass_block: Callable[[Block], None]) -> None:
+        """Pass the check windows through a block by `pass_block`."""
+        if self.check.windows:
+            with self.timer.phase("check", steps=0, block=block.index):
+                retry_in_any_order(partial(pass_block, block), "check", self.timer.note_retry)
+
     def compress_block(self, i: int, boundary: Boundary) -> Boundary:
         """Compress block i into its shard and a journal record; return what enters the next block."""
         blockwise, passes, timer = self.context.blockwise, self.passes, self.timer
@@ -298,6 +362,7 @@ class Compression:
         # Load the block, while the shards of the next are fetched.
         with timer.phase("load", steps=1, block=i):
             block = load_block(blockwise, i)
+        self.check_block(block, self.check.pass_dense)
         # Collect Gram matrices and targets in one pass of the dense block, on each rank those of its linears.
         grams, targets = self.solver.collect(block, boundary)
         # Solve each linear: S + U·V takes the place of its weight.
@@ -314,10 +379,12 @@ class Compression:
             leaving, _, shard = self.propagate_and_write(block, solved, boundary.hidden, None)
             matching = None
         upcoming = Boundary(leaving, targets)
+        self.check_block(block, self.check.pass_compressed)
         # Commit: from here on a resume starts behind this block.
         with timer.phase("commit", steps=1, block=i):
             digest, digest_of_targets = passes.seal(upcoming)
             sample = passes.sample(upcoming)
+            check = self.check.seal()
         agreed = self.agree()
         record = BlockRecord(
             i,
@@ -332,11 +399,13 @@ class Compression:
             blockwise.dense[i],
             agreed.retries,
             agreed.seconds_by_rank,
+            check,
         )
         self.journal.commit_block(record, passes.micro_batch, self.solver.linear_compressor.workspace)
         self.context.ranks.on_first(self.write_index)
         # Drop what only this block needed.
         boundary.drop()
+        self.check.go_on()
         passes.drop_block(i)
         self.progress.committed(record)
         return upcoming

@@ -114,6 +114,9 @@ class Plan:
                 batch = f" (windows pass {self.micro_batch} at a time)" if phase.name in _BATCH_PHASES else ""
                 own = f", {format_bytes(beside)} of it for CUDA itself" if beside else ""
                 shorter = " or, in a new --out, shorten --seq-len" if batch else ""
+                shorter = (
+                    " or, in a new --out, give --check-windows 0" if phase.name in ("check", "compare") else shorter
+                )
                 raise BudgetError(
                     f"phase {phase.name}{batch} needs {format_bytes(need)} of {kind} memory{own}, the budget is "
                     f"{format_bytes(budget)}; raise --{kind}-mem{shorter}"
@@ -202,7 +205,7 @@ def make_plan(
     kept = resident_windows * (costs.window_bytes("hidden") + costs.window_bytes("targets"))
     phases = tuple(replace(p, gpu_bytes=p.gpu_bytes + kept) if p.name in _MATCHED else p for p in phases)
 
-    boundaries = costs.boundary_bytes("hidden"), costs.boundary_bytes("targets")
+    boundaries = costs.boundary_bytes("hidden"), costs.boundary_bytes("targets"), costs.check_bytes
     scratch = scratch_bytes(*boundaries)
     # half of what is left stays free for what else runs on the machine
     in_memory = scratch <= (host_mem - max(phase.host_bytes for phase in phases)) // 2

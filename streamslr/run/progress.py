@@ -22,8 +22,9 @@ from streamslr.run.journal import BlockRecord, Phases, Retries
 
 log = logging.getLogger("streamslr")
 
-PHASES = ("survey", "non_block", "embed", "load", "grams", "solve", "match", "propagate", "commit")
-"""Phases in the order that a run goes through them; the first three come before block 0."""
+PHASES = ("survey", "non_block", "embed", "load", "grams", "solve", "match", "propagate", "check", "commit", "compare")
+"""Phases in the order that a run goes through them; the first three come before block 0, LATE behind the last."""
+LATE = ("compare",)
 
 
 class Display(Protocol):
@@ -226,6 +227,8 @@ class BlockProgress:
         if record.matching:
             matched = f" block loss {record.matching.loss_before:.3g}"
             matched += f" -> {record.matching.loss_after:.3g}," if record.matching.applied else " (not matched),"
+        if record.check and record.check.cosine is not None:
+            matched += f" cosine {record.check.cosine:.4f},"
         slowest = ""
         if worked := record.seconds_of_ranks:
             mean = sum(worked) / len(worked)

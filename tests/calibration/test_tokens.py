@@ -56,6 +56,39 @@ def test_few_long_documents_give_several_windows_when_they_hold_enough(
     assert len({tuple(w.tolist()) for w in ids}) == 8
 
 
+def spans_overlap(windows: torch.Tensor) -> bool:
+    """Tell if two windows of a text whose tokens all differ share one."""
+    return bool(len(windows.unique()) < windows.numel())
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_check_windows_share_no_text_and_change_no_calibration_window(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(words(0, 1000))
+    path = text if kind == "txt" else jsonl(tmp_path / "a.jsonl", [words(100 * i, 60) for i in range(10)])
+    without, few, many = (calibration_windows(tokenizer, path, 1, 25, 0, check=check) for check in (0, 2, 9))
+    assert without.digest == few.digest == many.digest
+    assert len(without.check) == 0
+    assert many.overlapping == 0
+    assert not spans_overlap(torch.cat([many.ids, many.check]))
+
+
+def test_check_windows_without_room_are_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(words(0, 30))
+    drawn = calibration_windows(tokenizer, text, 1, 20, 0, check=3)
+    assert drawn.check.shape == (3, 20)
+    assert drawn.overlapping == 3
+
+
+def test_check_windows_begin_with_the_same_tokens(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(words(0, 500))
+    assert calibration_windows(tokenizer, text, 4, 10, 0, [1000], check=2).check[:, 0].tolist() == [1000, 1000]
+
+
 def test_the_digest_names_the_token_ids(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text(words(0, 500))

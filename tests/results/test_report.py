@@ -27,7 +27,7 @@ from tests.support.browser import CHROMIUM
 from tests.support.tiny_models import tiny_checkpoint
 
 SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 16, "device": "cpu", "host_mem": "4GB"}
-ALWAYS = {"errors", "block-errors", "time", "host-memory", "sizes"}
+ALWAYS = {"errors", "block-errors", "cosines", "time", "host-memory", "sizes"}
 MATCHED = {"matching", "curves"}
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'<b>$title"
 
@@ -96,6 +96,17 @@ def test_the_figures_hold_what_the_journal_says(state: JournalState) -> None:
     ]
 
 
+def test_the_check_is_shown_with_its_figures(matched: Path, state: JournalState) -> None:
+    assert state.quality
+    (line,) = draw_figures(state)["cosines"]["data"]
+    assert line["y"] == [block.check and block.check.cosine for block in state.blocks]
+    page = render_page(matched, state)
+    assert f"perplexity {state.quality.perplexity_dense:.4g} dense, {state.quality.perplexity:.4g} compressed" in page
+    suspect = dataclasses.replace(state.quality, verdict="suspect", reason="its predictions are far off")
+    page = render_page(matched, dataclasses.replace(state, quality=suspect))
+    assert "<li>the result is suspect: its predictions are far off</li>" in page
+
+
 def test_the_work_of_ranks_is_shown_where_ranks_shared_it_out(state: JournalState) -> None:
     first, *others = state.blocks
     shared = dataclasses.replace(first, seconds_by_rank={"solve": (5.0, 2.0), "grams": (1.0, 1.5)})
@@ -115,7 +126,7 @@ def test_the_work_of_ranks_is_shown_where_ranks_shared_it_out(state: JournalStat
 def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: JournalState) -> None:
     drawn = draw_figures(state)
     names = [trace["name"].split()[0] for trace in drawn["time"]["data"]]
-    assert names == ["load", "grams", "solve", "match", "propagate", "commit"]
+    assert names == ["load", "grams", "solve", "match", "propagate", "check", "commit"]
     solve = drawn["time"]["data"][2]
     assert solve["y"] == [block.measured["solve"]["seconds"] for block in state.blocks]
     traces = {trace["name"]: trace for trace in drawn["host-memory"]["data"]}
@@ -127,6 +138,7 @@ def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: 
     whole = sum(reading["seconds"] for part in parts for reading in part.values())
     assert max(starts) <= whole
     assert traces["non_block"]["x"] == [0], "what comes before block 0 comes first"
+    assert traces["compare"]["x"] == [max(starts)], "what comes behind the last block comes last"
 
 
 def test_sizes_are_those_of_the_shards(state: JournalState) -> None:
@@ -254,8 +266,8 @@ def test_a_browser_draws_every_figure_and_fetches_nothing(browse: Browse, matche
     assert seen["requests"] == []
     assert set(seen["drawn"]) == ALWAYS | MATCHED
     assert seen["cells"] == 1
-    assert seen["bars"] == 2 * 6, "six phases of two blocks"
-    assert seen["memory"] == 2 * 6 + 2
+    assert seen["bars"] == 2 * 7, "seven phases of two blocks"
+    assert seen["memory"] == 2 * 7 + 3, "with those beside the blocks"
     assert seen["lines"] == 2
     linear = state.blocks[0].linears[0]
     assert f"{linear.name}error {linear.error:.3g}, pruning alone {linear.wanda_error:.3g}" in seen["hover"]
@@ -279,7 +291,7 @@ def test_eighty_blocks_of_hostile_names(browse: Browse, matched: Path, state: Jo
     assert set(seen["drawn"]) == ALWAYS | MATCHED | {"gpu-memory"}
     assert seen["title"] == f"{HOSTILE}, 3basil at 2:4 + rank 4"
     assert HOSTILE in seen["hover"]
-    assert seen["bars"] == 80 * 6
+    assert seen["bars"] == 80 * 7
 
 
 @pytest.mark.slow

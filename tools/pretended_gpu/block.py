@@ -35,11 +35,13 @@ from streamslr.io import folder as shard_folder
 from streamslr.io import packing
 from streamslr.io.packed_layout import part_dtype, part_shapes
 from streamslr.io.safetensors_file import WrittenShard
+from streamslr.io.scratch import rank_scratch
 from streamslr.matching import Loss
 from streamslr.memory import held_to_gpu_limit
 from streamslr.model.blockwise import Block
 from streamslr.ranks import Ranks
 from streamslr.run import block_solver, loop
+from streamslr.run.check import Check
 from streamslr.run.context import RunContext, open_run
 from streamslr.run.dealing import Deal
 from streamslr.run.passes import Passes
@@ -252,6 +254,7 @@ def _compress_block(context: RunContext, iterations: int) -> None:
         torch.no_grad(),
         ExitStack() as stack,
     ):
+        scratch = rank_scratch(config, context.ranks)
         sizes = plan.micro_batch, plan.in_memory, plan.resident_windows
         passes = Passes(config, context.blockwise, ids, timer, *sizes, context.ranks)
         method: Any = context.method.solver
@@ -261,11 +264,19 @@ def _compress_block(context: RunContext, iterations: int) -> None:
         solver = block_solver.BlockSolver(context, context.allocation, passes, compressor)
         progress = BlockProgress(NoDisplay(), 0, plan.blocks)
         warnings = WarningsOfRanks(context.ranks)
-        compression = loop.Compression(context, context.allocation, journal, timer, progress, passes, solver, warnings)
+        check = Check(context.blockwise, ids[: config.check_windows], scratch, plan.in_memory, context.ranks)
+        compression = loop.Compression(
+            context, context.allocation, journal, timer, progress, passes, check, solver, warnings
+        )
         exchange = partial(_exchange_with_others, block_solver.exchange_solved, context.allocation)
         if context.ranks.world > 1:
             stack.enter_context(mock.patch.object(block_solver, "exchange_solved", exchange))
-        compression.compress_block(0, passes.embed(targets=config.match)).drop()
+        boundary = passes.embed(targets=config.match)
+        check.embed()
+        compression.compress_block(0, boundary).drop()
+        if check.windows:
+            with timer.phase("compare", steps=0):
+                check.compare([])
 
 
 def _exchange_with_others(

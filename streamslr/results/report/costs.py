@@ -10,12 +10,24 @@ from streamslr.io.packed_layout import low_rank_bytes
 from streamslr.results.inspect import list_linears, sort_phases
 from streamslr.results.report.layout import BLUE, GREY, RED, Figure, block_axis, escape_text, make_layout
 from streamslr.run.journal import JournalState
-from streamslr.run.progress import PHASES, gpu_taken_bytes
+from streamslr.run.progress import LATE, PHASES, gpu_taken_bytes
 
 _PHASE_COLOURS = dict(
     zip(
         PHASES,
-        ("#5f9ea0", "#7d8790", "#a0a8b0", "#c3c9ce", "#4fa3d1", "#e09f3e", "#8e6bbf", "#3fa17a", "#7d8790"),
+        (
+            "#5f9ea0",
+            "#7d8790",
+            "#a0a8b0",
+            "#c3c9ce",
+            "#4fa3d1",
+            "#e09f3e",
+            "#8e6bbf",
+            "#3fa17a",
+            "#b0c4b1",
+            "#7d8790",
+            "#a0a8b0",
+        ),
         strict=True,
     )
 )
@@ -36,7 +48,7 @@ class Reading:
     """Measurements of one phase of one block."""
 
     block: int | None
-    """Index of the block; None for the phases before block 0."""
+    """Index of the block; None for the phases before block 0, and behind the last block."""
     phase: str
     measured: Mapping[str, Any]
     """seconds, {host|gpu}_{peak|planned|budget}_bytes."""
@@ -56,7 +68,9 @@ class PeakMemory:
 
 def list_readings(state: JournalState) -> list[Reading]:
     """Return the readings of every phase, in the order of the run."""
-    parts = [(None, state.measured), *((block.index, block.measured) for block in state.blocks)]
+    late = {name: measured for name, measured in state.measured.items() if name in LATE}
+    early = {name: measured for name, measured in state.measured.items() if name not in LATE}
+    parts = [(None, early), *((block.index, block.measured) for block in state.blocks), (None, late)]
     return [Reading(index, phase, reading) for index, part in parts for phase, reading in sort_phases(part).items()]
 
 

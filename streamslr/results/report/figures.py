@@ -34,6 +34,7 @@ def draw_figures(state: JournalState) -> dict[str, Figure]:
         "errors": _draw_error_map(state.blocks),
         "block-errors": _draw_block_errors(state.blocks),
         **({"matching": _draw_matching(matched), "curves": _draw_curves(matched)} if matched else {}),
+        **({"cosines": _draw_cosines(state.blocks)} if any(block.check for block in state.blocks) else {}),
         "time": draw_time(state),
         **({"ranks": draw_ranks(state)} if any(block.seconds_of_ranks for block in state.blocks) else {}),
         **{f"{device}-memory": draw_memory(state, device) for device in peak_memory(state)},
@@ -151,6 +152,20 @@ def _draw_matching(matched: Sequence[tuple[BlockRecord, MatchRecord]]) -> Figure
     every = {"type": "scatter", "hovertemplate": "block %{x}: %{y:.3g}"}
     axes = {"xaxis": block_axis([block for block, _ in matched]), "yaxis": log_axis(lines_y)}
     return {"data": [every | trace for trace in traces], "layout": make_layout(280, "block", "loss", **axes)}
+
+
+def _draw_cosines(blocks: Sequence[BlockRecord]) -> Figure:
+    """Draw the cosine between hidden states of both models behind each block."""
+    trace = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": [block.index for block in blocks],
+        "y": [block.check.cosine if block.check else None for block in blocks],
+        "line": {"color": BLUE},
+        "hovertemplate": "block %{x}: %{y:.4f}<extra></extra>",
+    }
+    axes = {"xaxis": block_axis(blocks), "yaxis": {"tickformat": ".4~f"}}
+    return {"data": [trace], "layout": make_layout(240, "block", "cosine", **axes)}
 
 
 def _marker_trace(name: str, points: Sequence[tuple[int, float | None]], marker: Figure) -> Figure:

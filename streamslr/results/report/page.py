@@ -16,11 +16,13 @@ from streamslr.outside import parse_loose_json, read_bounded
 from streamslr.printable import printable
 from streamslr.results.inspect import (
     REPORT_FILE,
+    describe_check,
     describe_method,
     describe_specs,
     list_dense,
     list_early_retries,
     list_linears,
+    list_suspicions,
     list_warnings,
     read_run,
     sort_phases,
@@ -81,6 +83,7 @@ def render_page(folder: Path, state: JournalState) -> str:
         state=state,
         key_figures=_list_key_figures(state) if state.blocks else [],
         start_phases=", ".join(start_phases),
+        check=describe_check(state),
         warnings=_list_all_warnings(folder, state),
         settings=_list_settings(folder, state),
         figures=draw_figures(state),
@@ -110,13 +113,15 @@ def _list_key_figures(state: JournalState) -> list[KeyFigure]:
     weights = sum(math.prod(linear.shape) for linear in list_linears(state.blocks))
     dense_bits = 8 * of_all["dense_linear_bytes"] / weights
     seconds = sum(reading.seconds for reading in list_readings(state))
-    found = sum(len(list_warnings(block)) for block in state.blocks) + len(list_early_retries(state))
+    found = sum(len(list_warnings(block)) for block in state.blocks)
+    found += len(list_early_retries(state)) + len(list_suspicions(state))
     return [
         KeyFigure(
             "bits per weight", f"{of_all['bits_per_weight']:.2f}", f"linears of the blocks; dense {dense_bits:.0f}"
         ),
         KeyFigure("size", format_bytes(after), f"of {format_bytes(before)}, {after / before:.0%}"),
         KeyFigure("mean error", f"{of_all['error']:.3g}", f"pruning alone {of_all['wanda_error']:.3g}"),
+        *_list_quality(state),
         KeyFigure("time", format_duration(seconds), f"{seconds / len(state.blocks):.3g} s per block"),
         *(
             KeyFigure(
@@ -130,9 +135,21 @@ def _list_key_figures(state: JournalState) -> list[KeyFigure]:
     ]
 
 
+def _list_quality(state: JournalState) -> list[KeyFigure]:
+    """Return the perplexity on the check windows, if the run has been checked."""
+    if state.quality is None:
+        return []
+    dense, compressed = (
+        "not finite" if figure is None else f"{figure:.4g}"
+        for figure in (state.quality.perplexity_dense, state.quality.perplexity)
+    )
+    return [KeyFigure("perplexity", compressed, f"dense {dense}, on {state.quality.windows} check windows")]
+
+
 def _list_all_warnings(folder: Path, state: JournalState) -> list[str]:
     missing = [shard.file for shard in state.shards if not (folder / shard.file).is_file()]
     return [
+        *list_suspicions(state),
         *list_early_retries(state),
         *(warning for block in state.blocks for warning in list_warnings(block)),
         *(f"{file} is missing from the folder" for file in missing),
