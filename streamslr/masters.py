@@ -158,10 +158,17 @@ class Masters:
         count = EXCHANGED_AT_ONCE if ranks.world > 1 else 0
         self._buffers = [largest.own.new_empty(largest.length) for _ in range(count)]
 
-    def own_rates(self, settings: MatchSettings) -> list[tuple[Tensor, float]]:
-        """Return the parts of the masters that this rank steps, with their learning rates at a relative loss of 1."""
-        rated = [(m.flat.own_part(i), rate) for m in self._all for i, rate in enumerate(m.learning_rates(settings))]
-        return [(part, rate) for part, rate in rated if part is not None]
+    def own_rates(self, settings: MatchSettings) -> list[tuple[Tensor, float, bool]]:
+        """Return the parts of the masters that this rank steps.
+
+        Each comes with its learning rate at a relative loss of 1, and with True for values on a grid.
+        """
+        rated = [
+            (m.flat.own_part(i), rate, i == 0 and isinstance(m, LinearMasters) and m.on_grid)
+            for m in self._all
+            for i, rate in enumerate(m.learning_rates(settings))
+        ]
+        return [(part, rate, on_grid) for part, rate, on_grid in rated if part is not None]
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -247,10 +254,19 @@ class Optimizer:
     def __init__(self, masters: Masters, settings: MatchSettings, relative_loss: float, steps: int) -> None:
         """Build Adam's groups. relative_loss: of the block before training; steps: all that will be taken."""
         lacking = math.sqrt(relative_loss * min(1.0, steps / _FULL_RATE_STEPS))
-        groups = [{"params": [part], "first_lr": lacking * rate} for part, rate in masters.own_rates(settings)]
+        groups = [
+            {"params": [part], "first_lr": lacking * rate, "on_grid": on_grid}
+            for part, rate, on_grid in masters.own_rates(settings)
+        ]
         self._adam = torch.optim.Adam(groups, fused=True) if groups else None  # a tiny block has not enough for all
         self._masters = masters
         self._settings, self._taken, self._steps = settings, 0, steps
+
+    def hold_codes(self) -> None:
+        """Leave values on a grid at their codes from here on."""
+        for group in self._adam.param_groups if self._adam else ():
+            if group["on_grid"]:
+                group["first_lr"] = 0.0
 
     def step(self) -> None:
         """Take one step, zero the gradients, and write the masters into the block."""
@@ -271,7 +287,9 @@ class LinearMasters:
 
     Values on a grid are trained straight through (Bengio et al., arXiv 1308.3432). A master is a code times the scale
     that its group began with; products take the nearest code times the scale as it is now, and the gradient of that is
-    the master's. A scale's gradient is the sum over its group of code times gradient.
+    the master's. A scale's gradient is the sum over its group of code times gradient. Codes whose gradients are small
+    beside their noise flip to and fro; once an epoch's loss is above the last one's, codes stay as they are, and the
+    rest is trained on (tools/results/matching.md, "Values on a grid").
     """
 
     def __init__(self, linear: nn.Linear, stored: Mapping[str, Tensor], pattern: SparsityPattern, ranks: Ranks) -> None:
@@ -304,6 +322,11 @@ class LinearMasters:
             positions = mask[start : start + step].flatten().nonzero().flatten().int()
             self._tiles.append((slice(start, start + step), slice(first, first + len(positions)), positions))
             first += len(positions)
+
+    @property
+    def on_grid(self) -> bool:
+        """True where the values of S lie on a grid."""
+        return self._format is not None
 
     def learning_rates(self, settings: MatchSettings) -> list[float]:
         """Return the learning rate of each master at a relative block loss of 1."""

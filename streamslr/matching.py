@@ -164,6 +164,8 @@ class CompressedBlock:
                 curve.append(error / energy)
                 if not math.isfinite(error):
                     break
+                if len(curve) > 2 and curve[-1] > curve[-2]:  # of two epochs of steps
+                    optimizer.hold_codes()
                 if held_out:
                     held_out_curve.append(self._measure_together(batches, unseen, ranks).relative)
                     if held_out_curve[-1] > held_out_curve[0] and 2 * len(curve) > settings.epochs:

@@ -14,7 +14,7 @@ from streamslr import masters
 from streamslr.calibration.hidden_states import Span
 from streamslr.io.packed_check import check_packed
 from streamslr.io.packing import merge, pack, pack_on_grid, stored_columns, unpack, unpack_codes
-from streamslr.masters import BlockWeights, LinearMasters, MatchSettings
+from streamslr.masters import BlockWeights, LinearMasters, MatchSettings, Optimizer
 from streamslr.matching import CompressedBlock
 from streamslr.model.blockwise import Block
 from streamslr.ranks import ALONE
@@ -548,3 +548,22 @@ def test_gradients_of_values_and_scales_on_a_grid_are_those_of_autograd() -> Non
     kept = stored_columns(parts["meta"], parse_pattern("2:4"), shape[1])
     expected = (codes.grad / spread(scales.detach(), shape[1]))[kept]  # of S, where the pattern keeps it
     torch.testing.assert_close(of_values.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_codes_stay_once_an_epochs_loss_rises_and_the_rest_is_trained_on() -> None:
+    """Far from the codes' best rate a code flips to and fro; here all are flung away from where they were."""
+    case = on_grid(made_case(off=0.05), "int4/8")
+    held: list[int] = []
+    original = Optimizer.hold_codes
+
+    def hold(self: Optimizer) -> None:
+        held.append(1)
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "hold_codes", hold)
+        _, curve = case.refine(replace(SETTINGS, epochs=12, lr=3.0))
+    rises = [epoch for epoch in range(2, len(curve)) if curve[epoch] > curve[epoch - 1]]
+    assert rises
+    assert len(held) == len(rises)
+    assert curve[-1] < max(curve)
