@@ -83,6 +83,17 @@ def test_the_solver_in_tiles_and_unstructured_patterns_mix_no_devices(
     assert len(state.blocks) == 1
 
 
+@pytest.mark.parametrize(("pattern", "values"), [("2:4", "int4"), *slow(("50%", "int4"), ("dense", "fp8"))])
+def test_values_on_a_grid_mix_no_devices_and_come_twice_the_same(
+    one_block: Path, text: Path, tmp_path: Path, pattern: str, values: str
+) -> None:
+    one, again = (
+        digests(run_on_gpu(one_block, text, tmp_path / name, pattern=pattern, values=values, group=16)[0])
+        for name in ("one", "again")
+    )
+    assert one == again
+
+
 @pytest.mark.parametrize(
     "method",
     slow("eora-wanda", "sparsegpt", "alps", "oats", "hassle-free-sparsegpt", "magnitude"),

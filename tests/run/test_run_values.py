@@ -1,6 +1,7 @@
 """Runs that put S on a grid, end to end: what is stored, loaded, evaluated, exported, shown, and refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from transformers import AutoModelForCausalLM
 
 import streamslr
 from streamslr.errors import InputError, ResumeError
+from streamslr.finetune import finetune
 from streamslr.io.packed_layout import value_format
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.verify import verify
 from streamslr.spec.values import same_values
-from tests.support.compressed_folders import dense_model, run_contents
+from tests.support.compressed_folders import dense_model, rewrite_block, run_contents
 from tests.support.killing import compress_in_child
 from tests.support.markers import slow
 from tests.support.tiny_models import TEXT, tiny_checkpoint
@@ -124,6 +126,15 @@ def test_saved_it_evaluates_as_the_folder_does(finished: Path, tmp_path: Path) -
     assert first == second
 
 
+def test_finetuning_trains_u_and_v_and_leaves_codes_and_scales(finished: Path, text: Path, tmp_path: Path) -> None:
+    finetune(finished, text, tmp_path / "tuned", seq_len=32, batch=8, lr=0.05, steps=3, device="cpu")
+    assert verify(tmp_path / "tuned").problems == ()
+    for shard in finished.glob("model-block-*.safetensors"):
+        before, after = load_file(shard), load_file(tmp_path / "tuned" / shard.name)
+        changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {"U", "V"}
+
+
 def test_an_allocation_gives_some_linears_a_format(settings: dict[str, Any], tmp_path: Path) -> None:
     entries = {"down_proj": {"values": "int8/32"}, "q_proj": {"pattern": "dense", "values": "int4", "rank": 0}}
     (tmp_path / "some.json").write_text(json.dumps(entries))
@@ -150,10 +161,6 @@ def test_dense_with_values_as_stored_is_refused(settings: dict[str, Any]) -> Non
 
 
 def test_a_shard_with_another_format_than_the_journals_is_found(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from tests.support.compressed_folders import rewrite_block
-
     shutil.copytree(finished, tmp_path / "other")
 
     def change(tensors: dict[str, torch.Tensor]) -> None:

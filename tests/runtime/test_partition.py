@@ -11,10 +11,17 @@ from streamslr.io.packing import merge
 from streamslr.runtime.partition import StoredLinear, take_columns, take_rows
 from streamslr.runtime.stacked import StackedLinear
 from streamslr.spec.pattern import parse_pattern
-from tests.support.packed_linears import low_rank_linear
+from streamslr.spec.values import parse_values
+from tests.support.packed_linears import grid_linear, low_rank_linear
 
 CPU = torch.device("cpu")
 PATTERNS = ["2:4", "1:4", "4:8", "8:16", "60%/row", "50%", None]
+
+
+def on_grid(pattern: str, values: str, o: int = 48, d: int = 192, rank: int = 3, seed: int = 0) -> StoredLinear:
+    parsed, form = parse_pattern(pattern), parse_values(values)
+    assert form is not None
+    return StoredLinear(grid_linear(parsed, form, o, d, rank, torch.float32, seed), parsed, (o, d))
 
 
 def stored(pattern: str | None, o: int = 48, d: int = 192, rank: int = 3, seed: int = 0) -> StoredLinear:
@@ -63,6 +70,21 @@ def test_columns_of_all_ranks_add_up_to_the_whole(pattern: str | None, rank: int
         sum((outputs([take_columns(linear, cut, "down")], x[:, cut]) for cut in cuts), torch.zeros(5, 48)),
         x @ dense(linear).t(),
     )
+
+
+@pytest.mark.parametrize("values", ["int4/32", "int8/192", "fp8/20"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%", "60%/row", "dense"])
+def test_values_on_a_grid_are_cut_and_fused_as_others(pattern: str, values: str) -> None:
+    linear, other, x = on_grid(pattern, values), on_grid(pattern, values, o=24, seed=1), torch.randn(5, 192).double()
+    expected = x @ dense(linear).t()
+    rows = [outputs([take_rows(linear, [slice(i, i + 16)])], x) for i in (0, 16, 32)]
+    assert_close(torch.cat(rows, 1), expected)
+    cuts = [slice(i, i + 48) for i in range(0, 192, 48)]
+    columns = [outputs([take_columns(linear, cut, "down")], x[:, cut]) for cut in cuts]
+    assert_close(torch.stack(columns).sum(0), expected)
+    fused = outputs([linear, other, stored("2:4", seed=2)], x)
+    assert_close(fused, torch.cat([expected, x @ dense(other).t(), x @ dense(stored("2:4", seed=2)).t()], 1))
+    assert_close(outputs([linear.unpacked()], x), expected)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -41,7 +41,7 @@ def grid_linear(
 ) -> dict[str, Tensor]:
     """Return the parts of a random packed linear [o, d] of rank r whose values lie on a grid."""
     generator = torch.Generator().manual_seed(seed)
-    scales = torch.rand(o, group_count(d, values.group), generator=generator) + 0.1
+    scales = (torch.rand(o, group_count(d, values.group), generator=generator) + 0.1) / values.largest
     packed = pack_on_grid(random_codes(pattern, values, o, d, seed), scales, pattern, dtype, values)
     U = torch.randn(o, r, generator=generator).to(dtype)
     V = torch.randn(r, d, generator=generator).to(dtype)
