@@ -290,6 +290,9 @@ def idle_settings(config: RunConfig, device: str) -> list[str]:
     if not config.match:
         changed = [f for f in fields(config) if f.name.startswith("match_") and getattr(config, f.name) != f.default]
         found += [f"{_flag(f.name)} {getattr(config, f.name):g} has no effect with --no-match" for f in changed]
+    if config.values == "stored" and config.allocation is None:
+        changed = [f for f in fields(config) if f.name in ("group", "rounding") and getattr(config, f.name) != f.default]
+        found += [f"{_flag(f.name)} {getattr(config, f.name)} has no effect with --values stored" for f in changed]
     return found
 
 

@@ -14,7 +14,7 @@ from streamslr.finetune import finetune
 from streamslr.results.evaluate import evaluate
 from streamslr.results.verify import verify
 from streamslr.run.loop import Compression
-from tests.support.markers import slow
+from tests.support.markers import long, slow
 from tests.support.pretended import digests, run_on_gpu
 from tests.support.tiny_models import tiny_checkpoint
 
@@ -96,7 +96,7 @@ def test_values_on_a_grid_mix_no_devices_and_come_twice_the_same(
 
 @pytest.mark.parametrize(
     "method",
-    slow("eora-wanda", "sparsegpt", "alps", "oats", "hassle-free-sparsegpt", "magnitude"),
+    [*slow("eora-wanda", "sparsegpt"), *long("alps", "oats", "hassle-free-sparsegpt", "magnitude")],
 )
 def test_every_kind_of_method_mixes_no_devices(one_block: Path, text: Path, tmp_path: Path, method: str) -> None:
     rank = 0 if method in ("sparsegpt", "alps", "magnitude") else 4
