@@ -132,6 +132,7 @@ def test_a_dot_is_named_after_the_folder_that_it_means(tmp_path: Path, monkeypat
         ({"group": 64}, "cpu", ["--group 64 has no effect with --values stored"]),
         ({"rounding": "nearest"}, "cpu", ["--rounding nearest has no effect with --values stored"]),
         ({"rounding": "nearest", "group": 64, "values": "int4"}, "cpu", []),
+        ({"group": 64, "values": "int4/32"}, "cpu", ["--group 64 has no effect: --values int4/32 names its own"]),
         (
             {"match": False, "match_epochs": 5, "match_lr": 0.5, "match_recover": 0.0},
             "cuda",

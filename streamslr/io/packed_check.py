@@ -16,7 +16,11 @@ from streamslr.io.packed_layout import (
 )
 from streamslr.io.packing import describes_more, row_chunks, stored_columns
 from streamslr.spec.pattern import SparsityPattern
+from streamslr.spec.values import ValueFormat
 from streamslr.tensors import count_not_finite, is_finite
+
+_CODES_AT_ONCE = 1 << 22
+"""Entries of `values` whose codes are looked at together."""
 
 
 def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> list[str]:
@@ -34,6 +38,8 @@ def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape:
             problems += _non_finite(name, wide)
     if pattern_misfit(pattern, shape) or sparse_misfits(tensors, pattern, shape):
         return problems
+    if form := value_format(tensors, shape[1]):
+        problems += _code_problems(tensors["values"], form)
     return problems + check_positions(tensors, pattern, shape)
 
 
@@ -72,6 +78,16 @@ def _non_finite(name: str, tensor: Tensor) -> list[str]:
     index = (~tensor.isfinite()).nonzero()[0].tolist()
     value, count = tensor[tuple(index)].item(), count_not_finite(tensor)
     return [f"{name}{index} is {value}: {count} of {tensor.numel()} values are not finite"]
+
+
+def _code_problems(values: Tensor, form: ValueFormat) -> list[str]:
+    """Name codes beyond the largest of their format, as -128 of int8."""
+    per_entry = 8 * values.element_size() // form.bits
+    flat, beyond = values.flatten(), 0
+    for first in range(0, len(flat), _CODES_AT_ONCE):
+        part = flat[first : first + _CODES_AT_ONCE]
+        beyond += int((form.decode(part, len(part) * per_entry).abs() > form.largest).count_nonzero())
+    return [f"{beyond} codes of values are beyond {form.largest:g}, the largest of {form.name}"] if beyond else []
 
 
 def _padding_problems(meta: Tensor, pattern: SparsityPattern, d: int) -> list[str]:

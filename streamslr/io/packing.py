@@ -16,6 +16,7 @@ from streamslr.io.packed_layout import (
     max_values,
     meta_code,
     meta_width,
+    part_shapes,
     pattern_misfit,
     sparse_misfits,
     value_format,
@@ -47,8 +48,18 @@ def pack_on_grid(
         ValueError: the codes break the pattern or are not finite.
         InputError: a scale overflows `dtype`.
     """
-    packed = pack(codes.bfloat16(), pattern, torch.bfloat16)  # which holds every code
-    return packed | {"values": values.encode(packed["values"]), "scales": _cast(scales, slice(0, len(scales)), dtype)}
+    o, d = codes.shape
+    stored_scales = _cast(scales, slice(0, o), dtype)
+    if pattern.groups(d) is None:
+        packed = pack(codes.bfloat16(), pattern, torch.bfloat16)  # which holds every code
+        return packed | {"values": values.encode(packed["values"]), "scales": stored_scales}
+    shapes = part_shapes(pattern, (o, d), values=values)
+    encoded = torch.empty(shapes["values"], dtype=values.dtype, device=codes.device)
+    meta = torch.empty(shapes["meta"], dtype=torch.uint8, device=codes.device)
+    for rows in row_chunks(o, d):
+        packed = pack(codes[rows].bfloat16(), pattern, torch.bfloat16)
+        encoded[rows], meta[rows] = values.encode(packed["values"]), packed["meta"]
+    return {"values": encoded, "meta": meta, "scales": stored_scales}
 
 
 def pack(S: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> dict[str, Tensor]:

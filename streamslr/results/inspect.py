@@ -336,6 +336,10 @@ def run_table(folder: Path, state: JournalState) -> Table:
     return table
 
 
+def _or_dash(error: float | None) -> str:
+    return "–" if error is None else f"{error:.3g}"
+
+
 def block_table(folder: Path, block: BlockRecord) -> Table:
     """Return the table of `inspect --block`: a row per linear."""
     phases = ", ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in sort_phases(block.measured).items())
@@ -366,7 +370,7 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
             f"{linear.density:.4f}",
             str(linear.rank),
             f"{linear.error:.3g}",
-            *([f"{linear.unrounded_error or 0:.3g}"] if rounded else []),
+            *([_or_dash(linear.unrounded_error)] if rounded else []),
             f"{linear.wanda_error:.3g}",
             str(linear.iterations),
             format_bytes(linear.nbytes),

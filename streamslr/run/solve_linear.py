@@ -3,14 +3,14 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError, first_line
-from streamslr.io.packing import merge, pack, pack_on_grid
+from streamslr.io.packing import merge, pack, pack_on_grid, row_chunks
 from streamslr.memory import note_nothing, retry_on_oom
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.dealing import rows_of_ranks
@@ -165,12 +165,20 @@ def compress_linear(
         unrounded = None
         if values is None:
             tensors, (U, V) = pack(solution.S, pattern, dtype), (solution.U, solution.V)
-            kept = solution.S.count_nonzero()
+            kept = int(solution.S.count_nonzero())
         else:
             unrounded = errors.of(solution.dense())
             round_onto = {"solved": solved_on_grid, "nearest": nearest_on_grid}[rounding]
             on_grid = round_onto(problem, solution, values, dtype)
-            U, V, kept = on_grid.U, on_grid.V, on_grid.codes.bfloat16().count_nonzero()
+            solution = replace(  # codes take the place of S
+                solution,
+                S=solution.S[:0].clone(),
+                damping=max(solution.damping, on_grid.damping),
+                warnings=(*solution.warnings, *on_grid.warnings),
+            )
+            U, V = on_grid.U, on_grid.V
+            chunks = row_chunks(*on_grid.codes.shape)
+            kept = sum(int(on_grid.codes[rows].bfloat16().count_nonzero()) for rows in chunks)
             tensors = pack_on_grid(on_grid.codes, on_grid.scales, pattern, dtype, values)
             del on_grid
     except ValueError as error:
@@ -181,7 +189,7 @@ def compress_linear(
         tensors |= {"U": U.to(dtype), "V": V.to(dtype)}
     if not all(is_finite(part) for part in tensors.values() if part.dtype == dtype):
         raise InputError(f"{problem.name}: its factors overflow {dtype}; give the model in bf16 or fp32")
-    density = int(ranks.sum(int(kept))) / linear.weight.numel()
+    density = int(ranks.sum(kept)) / linear.weight.numel()
     iterations, damping, warnings = solution.iterations, solution.damping, solution.warnings
     del solution, U, V  # S is as large as the weight, and so is `merged`
     if ranks.world > 1:

@@ -122,15 +122,18 @@ def stack(linears: Sequence[StoredLinear]) -> dict[str, Tensor]:
     """Return S of linears that stack, one below the other: weight, or values, meta[, scales][, row_offsets]."""
     parts = [linear.parts for linear in linears]
     names = [name for name in ("weight", "values", "meta", "scales") if name in parts[0]]
-    stacked = {name: torch.cat([_bytes_of(each[name]) for each in parts]).view(parts[0][name].dtype) for name in names}
+    stacked = {name: _joined([each[name] for each in parts]) for name in names}
     if "row_offsets" in parts[0]:
         stacked["row_offsets"] = _offsets_of(torch.cat([each["row_offsets"].diff() for each in parts]))
     return stacked
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """Return a tensor, or of one in a byte an entry the bytes: torch joins no float8."""
-    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors one below the other, of numbers in the widest of their dtypes; float8 by its bytes."""
+    dtype = tensors[0].dtype
+    if dtype.itemsize > 1:
+        return torch.cat(list(tensors))
+    return torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(dtype)
 
 
 def _offsets_of(counts: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from streamslr.model.transformers_compat import get_model_conversion_mapping
 from streamslr.outside import read_bounded
 from streamslr.run.journal import JOURNAL_FILE, JournalState, read_journal
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
-from streamslr.spec.values import ValueFormat
+from streamslr.spec.values import ValueFormat, same_values, values_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -168,6 +168,10 @@ def _compare_journal(stored: StoredModel, state: JournalState, files: set[str]) 
         raise stored.refuse(f"{where} {name}; if `save_pretrained` wrote here, delete {JOURNAL_FILE}")
     if problem := find_difference(state, {name: (*stored.linears[name], stored.rank(name)) for name in stored.linears}):
         raise stored.refuse(problem)
+    for record in (linear for block in state.blocks for linear in block.linears):
+        values = stored.value_format(record.name)
+        if not same_values(values, record.values, record.shape[1]):
+            raise stored.refuse(f"{record.name} has values as {values_text(values)}, the journal says {record.values}")
 
 
 def find_difference(state: JournalState, linears: Mapping[str, tuple[SparsityPattern, tuple[int, int], int]]) -> str:

@@ -36,12 +36,16 @@ class OnGrid:
         scales: [o, groups] float32, each a number of the dtype that it is stored in.
         U: [o, r].
         V: [r, d].
+        damping: Multiplier on the default damping of the Gram matrix.
+        warnings: Sentences for the user about this linear, beside those of the solution that it was made from.
     """
 
     codes: Tensor
     scales: Tensor
     U: Tensor
     V: Tensor
+    damping: float = 1.0
+    warnings: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -61,7 +65,7 @@ def nearest_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Val
     codes = torch.empty_like(solution.S, dtype=values.code_dtype)
     for rows in _tiles(solution.S):
         codes[rows] = values.nearest(solution.S[rows] / spread(scales[rows], codes.shape[1])).to(codes.dtype)
-    return OnGrid(codes, scales, solution.U, solution.V)
+    return OnGrid(codes, scales, solution.U, solution.V, solution.damping)
 
 
 @torch.no_grad()
@@ -80,7 +84,8 @@ def solved_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Valu
     """
     W, ranks = problem.weight, problem.ranks
     admm = ThreeBasil()
-    metric = build_metric(problem, [])
+    warnings: list[str] = []
+    metric = build_metric(problem, warnings)
     inverses = StageInverses(metric, _PACE, admm.product_dtype(W.device), admm.by_series(W.device), ranks=ranks)
     support = torch.ones_like(W, dtype=torch.bool) if isinstance(problem.pattern, Dense) else solution.S != 0
     support[:, metric.dead] = False
@@ -119,7 +124,8 @@ def solved_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Valu
     for rows in _tiles(W):
         held[rows] = _numbers(codes, scales, rows)
     U, V = _fit(problem, held, basis, metric, counts)
-    return OnGrid(codes, scales, U, V)
+    others = tuple(warning for warning in warnings if warning not in solution.warnings)
+    return OnGrid(codes, scales, U, V, metric.damping, others)
 
 
 def peak_bytes(solver: Solver, spec: LinearSpec, o: int, d: int, workspace: int | None, gpu: bool) -> int:
@@ -130,7 +136,8 @@ def peak_bytes(solver: Solver, spec: LinearSpec, o: int, d: int, workspace: int 
     tile = 4 * 7 * min(o * d, _TILE_ON_GPU if gpu else max(_TILE, d))
     factors = 4 * 8 * (o + d) * max(1, min(spec.rank, o, d))
     state = 4 * o * d + (1 + spec.values.code_dtype.itemsize) * o * d
-    return max(solve, state + tile + factors + 4 * d * d * (3 if gpu else 1))
+    unrounded = 8 * o * d  # S beside S + U·V, whose error is recorded
+    return max(solve, unrounded + factors, state + tile + factors + 4 * d * d * (3 if gpu else 1))
 
 
 def flops(o: int, d: int, rank: int, *, gpu: bool = False, ranks: int = 1) -> float:
@@ -225,4 +232,5 @@ def _fitted_scales(Z: Tensor, codes: Tensor, scales: Tensor, metric: Metric, dty
 
 def _as_stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scales rounded to their stored dtype, none of them zero."""
-    return scales.to(dtype).clamp_min(torch.finfo(dtype).tiny).to(scales.dtype)
+    stored = scales.to(dtype)
+    return torch.where(stored > 0, stored, torch.finfo(dtype).tiny).to(scales.dtype)

@@ -205,7 +205,8 @@ def format_of(values: Tensor, scales: Tensor, d: int) -> ValueFormat | None:
     """
     for kind in _FORMATS.values():
         if values.dtype == kind.dtype and scales.dim() == 2 and scales.shape[1]:
-            return kind(group_columns(d, scales.shape[1]))
+            size = group_columns(d, scales.shape[1])
+            return kind(size) if 1 <= size <= LARGEST_GROUP else None
     return None
 
 

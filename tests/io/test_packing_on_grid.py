@@ -99,6 +99,11 @@ def test_merging_is_exact_in_float64(values: str) -> None:
         ("scales", torch.ones(3, 2), r"scales has shape \[3, 2\], a 8x48 2:4 linear needs \[8, 2\]"),
         ("scales", torch.full((8, 3), torch.nan), "scales.* is nan"),
         ("values", torch.zeros(8, 24, dtype=torch.int16), "values are torch.int16, with scales"),
+        (
+            "values",
+            torch.full((8, 12), 0x80, dtype=torch.uint8),
+            "96 codes .* beyond 7, the largest of int4",
+        ),
         ("values", torch.zeros(8, 11, dtype=torch.uint8), r"values has shape \[8, 11\], .* needs \[8, 12\]"),
         ("U", torch.zeros(8, 2, dtype=torch.float16), "U is torch.float16, but scales are torch.float32"),
     ],

@@ -87,6 +87,14 @@ def test_values_on_a_grid_are_cut_and_fused_as_others(pattern: str, values: str)
     assert_close(outputs([linear.unpacked()], x), expected)
 
 
+def test_linears_of_two_dtypes_are_fused_in_the_wider() -> None:
+    one, x = stored("2:4"), torch.randn(5, 192).double()
+    parts = {name: part.bfloat16() if part.is_floating_point() else part for name, part in one.parts.items()}
+    other = StoredLinear(parts, one.pattern, one.shape)
+    expected = torch.cat([x @ dense(other).t(), x @ dense(one).t()], 1)
+    assert_close(outputs([other, one], x), expected)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_several_slices_of_rows_come_one_below_the_other(pattern: str | None) -> None:
     linear, x = stored(pattern), torch.randn(5, 192, dtype=torch.float64)
