@@ -288,8 +288,8 @@ class LinearMasters:
     Values on a grid are trained straight through (Bengio et al., arXiv 1308.3432). A master is a code times the scale
     that its group began with; products take the nearest code times the scale as it is now, and the gradient of that is
     the master's. A scale's gradient is the sum over its group of code times gradient. Codes whose gradients are small
-    beside their noise flip to and fro; once an epoch's loss is above the last one's, codes stay as they are, and the
-    rest is trained on (tools/results/matching.md, "Values on a grid").
+    beside their noise flip back and forth; once an epoch's loss is above the last one's, codes stay as they are, and
+    the rest is trained on (tools/results/matching.md, "Values on a grid").
     """
 
     def __init__(self, linear: nn.Linear, stored: Mapping[str, Tensor], pattern: SparsityPattern, ranks: Ranks) -> None:

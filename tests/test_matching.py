@@ -551,7 +551,7 @@ def test_gradients_of_values_and_scales_on_a_grid_are_those_of_autograd() -> Non
 
 
 def test_codes_stay_once_an_epochs_loss_rises_and_the_rest_is_trained_on() -> None:
-    """Far from the codes' best rate a code flips to and fro; here all are flung away from where they were."""
+    """Far from the codes' best rate a code flips back and forth; here all are flung away from where they were."""
     case = on_grid(made_case(off=0.05), "int4/8")
     held: list[int] = []
     original = Optimizer.hold_codes
