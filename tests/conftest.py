@@ -20,6 +20,11 @@ if not Path("/dev/nvidiactl").exists():  # Triton reads it when it is first impo
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the file of the longest test, so that no process is left with it when the others have ended."""
+    items.sort(key=lambda item: item.path.name != "test_run.py")
+
+
 def pytest_collection_finish() -> None:
     """Spare what the imports made from garbage collection: a run collects several times, and so takes half as long."""
     gc.freeze()

@@ -336,7 +336,7 @@ def test_methods_are_listed_for_people_and_programs() -> None:
         "name": "wanda",
         "paper": "arXiv 2306.11695",
         "gram": "diagonal",
-        "patterns": "n:m, p%, p%/row",
+        "patterns": "n:m, p%, p%/row, dense",
         "rank": "0",
         "package": "streamslr",
     }

@@ -83,7 +83,7 @@ def test_the_solver_in_tiles_and_unstructured_patterns_mix_no_devices(
     assert len(state.blocks) == 1
 
 
-@pytest.mark.parametrize(("pattern", "values"), [("2:4", "int4"), *slow(("50%", "int4"), ("dense", "fp8"))])
+@pytest.mark.parametrize(("pattern", "values"), [("2:4", "int4"), *long(("50%", "int4"), ("dense", "fp8"))])
 def test_values_on_a_grid_mix_no_devices_and_come_twice_the_same(
     one_block: Path, text: Path, tmp_path: Path, pattern: str, values: str
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pretended_gpu import PretendedGpu
 from pretended_gpu.block import SHAPES, BlockRun, run_block, write_sparse_checkpoint
 
-from tests.support.markers import long, slow
+from tests.support.markers import long
 
 LEAST, MOST = 1.0, 1.15
 """Planned over allocated bytes of each phase."""
@@ -19,7 +19,7 @@ Case = tuple[str, int, int, bool]
 
 CASES = [
     ("8b", 24, 2048, True),
-    *slow(("8b", 24, 2048, False)),
+    *long(("8b", 24, 2048, False)),
     *long(
         ("8b", 24, 8192, True),
         ("8b", 24, 16384, True),

@@ -28,6 +28,7 @@ from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.run.journal import LinearRecord, read_journal
 from streamslr.spec.pattern import parse_pattern
+from streamslr.spec.values import parse_values
 from tests.support.hub_server import serve_hub
 from tests.support.tiny_models import VOCABULARY, tiny_checkpoint
 
@@ -42,10 +43,17 @@ LLAMA_LIKE = {
     "up_proj": {"pattern": "50%/row"},
     "down_proj": {"pattern": "50%", "rank": 5},
 }
+ON_GRIDS = {
+    "k_proj": {"values": "int4/16"},
+    "v_proj": {"pattern": "dense", "values": "int8", "rank": 0},
+    "o_proj": {"pattern": "50%", "values": "int4"},
+    "up_proj": {"pattern": "50%/row", "values": "fp8/32"},
+    "down_proj": {"values": "int4"},
+}
 MIXED = {
     "llama": LLAMA_LIKE,
     "qwen3": LLAMA_LIKE,
-    "mistral": LLAMA_LIKE,
+    "mistral": ON_GRIDS,
     "gemma2": LLAMA_LIKE,
     "phi3": {"layers.1.*.qkv_proj": {"pattern": "50%", "rank": 3}, "gate_up_proj": {"pattern": "4:8", "rank": 0}},
     "opt": {"k_proj": {"pattern": "50%", "rank": 0}, "fc1": {"pattern": "1:4"}},
@@ -187,8 +195,13 @@ def recorded(folder: Path) -> list[tuple[LinearRecord, tuple[int, int]]]:
     return [(linear, (linear.shape[0], linear.shape[1])) for block in state.blocks for linear in block.linears]
 
 
-def test_linears_take_what_they_take_in_the_shards(mixed: Path) -> None:
-    most = sum(packed_bytes(parse_pattern(one.pattern), (o, d), one.rank, 2) for one, (o, d) in recorded(mixed))
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_linears_take_what_they_take_in_the_shards(architecture: str, text: Path, tmp_path: Path) -> None:
+    mixed = compress_mixed(architecture, text, tmp_path)
+    most = sum(
+        packed_bytes(parse_pattern(one.pattern), (o, d), one.rank, 2, parse_values(one.values))
+        for one, (o, d) in recorded(mixed)
+    )
     assert answer_of_engine(mixed, arguments={"dtype": "bfloat16"})["bytes"] == [pytest.approx(most, rel=0.01)]
 
 
