@@ -16,7 +16,7 @@ from streamslr.io.packed_layout import value_format
 from streamslr.io.packing import stored_columns, unpack, unpack_codes
 from streamslr.ranks import Ranks
 from streamslr.spec.pattern import SparsityPattern
-from streamslr.spec.values import group_columns
+from streamslr.spec.values import group_columns, sum_groups
 
 TILE = 1 << 24
 """Elements of a dense weight's gradient that exist at once: 64 MB in float32, and enough rows for a fast product."""
@@ -416,10 +416,8 @@ class LinearMasters:
     def _sum_groups(self, numbers: Tensor, positions: Tensor, rows: int) -> Tensor:
         """Return the sums of a tile's numbers over the groups of each row, [rows, groups]."""
         assert self._first_scales is not None
-        d, groups = self.linear.in_features, self._first_scales.shape[1]
-        dense = numbers.new_zeros(rows, groups * group_columns(d, groups))
-        dense[:, :d] = numbers.new_zeros(rows * d).index_copy_(0, positions.long(), numbers).view(rows, d)
-        return dense.view(rows, groups, -1).sum(2)
+        dense = numbers.new_zeros(rows * self.linear.in_features).index_copy_(0, positions.long(), numbers)
+        return sum_groups(dense.view(rows, -1), self._first_scales.shape[1])
 
 
 class _Product(torch.autograd.Function):

@@ -49,7 +49,7 @@ class StoredLinear:
 
     @property
     def stacks_with(self) -> object:
-        """What linears have in common that `stack` takes together."""
+        """Key that linears share which `stack` takes together."""
         halves = "row_offsets" in self.parts and self.values is not None and self.values.bits < 8
         return self.pattern, str(self.values), id(self) if halves else None
 

@@ -13,7 +13,7 @@ from streamslr.solvers.threebasil_costs import solve_flops
 from streamslr.solvers.threebasil_metric import Metric, Pace, StageInverses, build_metric
 from streamslr.spec.allocation import LinearSpec
 from streamslr.spec.pattern import Dense
-from streamslr.spec.values import ValueFormat, group_columns, group_count, spread
+from streamslr.spec.values import ValueFormat, group_columns, group_count, spread, sum_groups
 
 # Pace of ADMM on a grid, its stages, and iterations of each (tools/results/rounding.md, "Pace").
 _PACE, _STAGES, _ITERATIONS = Pace(1.0, 1.25), 15, 8
@@ -219,14 +219,8 @@ def _fitted_scales(Z: Tensor, codes: Tensor, scales: Tensor, metric: Metric, dty
 
     A group without codes, or whose best scale is not positive, keeps its scale.
     """
-    d, groups = codes.shape[1], scales.shape[1]
-    size = group_columns(d, groups)
-    grid = codes.float() * metric.scale
-
-    def sums(numbers: Tensor) -> Tensor:
-        return torch.nn.functional.pad(numbers, (0, groups * size - d)).view(len(codes), groups, size).sum(2)
-
-    best = sums(grid * Z) / sums(grid.square())
+    groups, grid = scales.shape[1], codes.float() * metric.scale
+    best = sum_groups(grid * Z, groups) / sum_groups(grid.square(), groups)
     return torch.where(best > 0, _as_stored(best, dtype), scales)  # NaN is not
 
 

@@ -85,8 +85,23 @@ class _Grouped:
         return f"{self.name}/{self.group}"
 
 
+class _ByteEach(_Grouped):
+    """Storage of a format with a byte a code."""
+
+    dtype: torch.dtype
+
+    def encode(self, codes: Tensor) -> Tensor:
+        return codes.to(self.dtype)
+
+    def decode(self, stored: Tensor, count: int) -> Tensor:
+        return stored[..., :count].bfloat16()
+
+    def stored_width(self, count: int) -> int:
+        return count
+
+
 @dataclass(frozen=True)
-class Int8(_Grouped):
+class Int8(_ByteEach):
     """Integers from -127 to 127, a byte each."""
 
     group: int = DEFAULT_GROUP
@@ -97,15 +112,6 @@ class Int8(_Grouped):
 
     def nearest(self, numbers: Tensor) -> Tensor:
         return numbers.round().clamp_(-self.largest, self.largest)
-
-    def encode(self, codes: Tensor) -> Tensor:
-        return codes.to(torch.int8)
-
-    def decode(self, stored: Tensor, count: int) -> Tensor:
-        return stored[..., :count].bfloat16()
-
-    def stored_width(self, count: int) -> int:
-        return count
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ class Int4(_Grouped):
 
 
 @dataclass(frozen=True)
-class Float8(_Grouped):
+class Float8(_ByteEach):
     """Floats of 8 bits, e4m3fn: 3 bits of mantissa, up to 448."""
 
     group: int = DEFAULT_GROUP
@@ -146,15 +152,6 @@ class Float8(_Grouped):
 
     def nearest(self, numbers: Tensor) -> Tensor:
         return numbers.clamp(-self.largest, self.largest).to(self.dtype).to(numbers.dtype)
-
-    def encode(self, codes: Tensor) -> Tensor:
-        return codes.to(self.dtype)
-
-    def decode(self, stored: Tensor, count: int) -> Tensor:
-        return stored[..., :count].bfloat16()
-
-    def stored_width(self, count: int) -> int:
-        return count
 
 
 _FORMATS: Mapping[str, type[Int8] | type[Int4] | type[Float8]] = {kind.name: kind for kind in (Int8, Int4, Float8)}
@@ -218,6 +215,13 @@ def group_count(d: int, group: int) -> int:
 def group_columns(d: int, groups: int) -> int:
     """Return the columns of each of a row's groups, but for the last."""
     return -(-d // max(1, groups))
+
+
+def sum_groups(numbers: Tensor, groups: int) -> Tensor:
+    """Return the sums of numbers [rows, d] over the groups of each row, [rows, groups]."""
+    rows, d = numbers.shape
+    size = group_columns(d, groups)
+    return torch.nn.functional.pad(numbers, (0, groups * size - d)).view(rows, groups, size).sum(2)
 
 
 def spread(scales: Tensor, d: int) -> Tensor:
