@@ -29,38 +29,43 @@ from streamslr.model.blockwise import Block
 from streamslr.ranks import ALONE, Ranks
 from streamslr.spec.pattern import SparsityPattern
 
+_SMALLEST = 1e-6
+"""Least size of a token's target, as a fraction of the mean ‖t‖² of its window: else the loss might be of one alone."""
+
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss over all windows: ‖f̂(X) − T‖², ‖T‖², and how many numbers T has."""
+    """Loss over all windows: Σ ‖f̂(x) − t‖² / ‖t‖² over their tokens, and how many tokens there are.
+
+    Each token counts by its own size, since what follows a block normalizes each token: a few tokens of a trained model
+    are a thousand times larger than the others, and would hide these (tools/results/matching.md, "Each token's loss").
+    """
 
     error: float
-    energy: float
-    numbers: int
+    tokens: int
 
     @property
     def relative(self) -> float:
-        return self.error / self.energy if self.energy else 0.0
+        return self.error / self.tokens if self.tokens else 0.0
 
 
 class LossSums:
     """Sums of the loss over batches, in float64 where they are."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None  # [2] float64: error, energy
-        self._numbers = 0  # in all targets
+        self._error: Tensor | None = None  # float64
+        self._tokens = 0
 
     def add(self, output: Tensor, target: Tensor) -> None:
-        target = target.float()
-        sums = torch.stack([_energy(output.float() - target), _energy(target)])
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._numbers += target.numel()
+        error = _error(output, target).double()
+        self._error = error if self._error is None else self._error + error
+        self._tokens += target.shape[:-1].numel()
 
     def over(self, ranks: Ranks) -> Loss:
         """Wait for the batches; return the loss over those of all ranks."""
-        own = [0.0, 0.0] if self._sums is None else self._sums.tolist()
-        error, energy, numbers = ranks.sum_(torch.tensor([*own, self._numbers], dtype=torch.float64)).tolist()
-        return Loss(error, energy, int(numbers))
+        own = 0.0 if self._error is None else float(self._error)
+        error, tokens = ranks.sum_(torch.tensor([own, self._tokens], dtype=torch.float64)).tolist()
+        return Loss(error, int(tokens))
 
 
 class CompressedBlock:
@@ -144,8 +149,6 @@ class CompressedBlock:
         parts = [range(first, min(first + settings.batch, fitted)) for first in range(0, fitted, settings.batch)]
         steps = [_Step.of(part, micro_batch, ranks) for part in parts]
         optimizer = Optimizer(masters, settings, before.relative, (settings.epochs - 1) * len(steps))
-        energy = max(before.energy, 1e-30)
-        scale = before.numbers / energy  # gradients of order one, whatever the model's scale
         generator = torch.Generator().manual_seed(settings.seed)
         with masters.training():
             for _ in range(settings.epochs - 1):
@@ -156,12 +159,12 @@ class CompressedBlock:
                     of_step: Tensor | float = 0.0
                     for number in range(step.micro_batches):
                         upcoming = islice(passing, int(number < len(step.own)))
-                        of_step = of_step + ranks.together(partial(self._add_gradients, upcoming, scale, masters))
+                        of_step = of_step + ranks.together(partial(self._add_gradients, upcoming, masters))
                     errors = errors + of_step
                     ranks.together(optimizer.step)
                 ranks.together(partial(next, passing, None))  # ends the reading
                 error = ranks.sum(float(errors))
-                curve.append(error / energy)
+                curve.append(error / before.tokens)
                 if not math.isfinite(error):
                     break
                 if len(curve) > 2 and curve[-1] > curve[-2]:  # of two epochs of steps
@@ -210,10 +213,8 @@ class CompressedBlock:
             return linears[module].values_rms * math.sqrt(linears[module].kept_per_row)
         return rms_of(self._parameters.get(f"{module}.weight", self._parameters[name])) or 1.0
 
-    def _add_gradients(
-        self, upcoming: Iterator[tuple[Tensor, Tensor]], scale: float, masters: "Masters"
-    ) -> Tensor | float:
-        """Add the gradients of a micro-batch, times `scale`, to the masters'; return its squared error, float64.
+    def _add_gradients(self, upcoming: Iterator[tuple[Tensor, Tensor]], masters: "Masters") -> Tensor | float:
+        """Add the gradients of a micro-batch to the masters'; return its error, float64.
 
         A rank that lacks the micro-batch, or memory for it, takes part in the sums over ranks nevertheless.
         """
@@ -221,8 +222,9 @@ class CompressedBlock:
         try:
             for x, target in upcoming:
                 with torch.enable_grad(), deterministic_operators():
-                    error = (self._block.run(x).float() - target.float()).square().sum()
-                    (error * scale).backward()  # type: ignore[no-untyped-call]
+                    error = _error(self._block.run(x), target)
+                    # times h, gradients are of order one, whatever the model's scale
+                    (error * target.shape[-1]).backward()  # type: ignore[no-untyped-call]
                 total = error.detach().double()
         finally:
             masters.sum_gradients()
@@ -253,6 +255,12 @@ class _Step:
         return _Step(spans([ranks.share_of(windows.start, windows.stop)], micro_batch), -(-most // micro_batch))
 
 
-def _energy(tensor: Tensor) -> Tensor:
-    """Return the sum of squares, in float64, on the tensor's device."""
-    return tensor.square().sum(dtype=torch.float64)
+def _error(output: Tensor, target: Tensor) -> Tensor:
+    """Return the sum over tokens of ‖output − target‖² / ‖target‖², for [b, T, h] both; float32, on their device.
+
+    A target is never taken as smaller than `_SMALLEST` of its window's mean.
+    """
+    target = target.float()
+    energy = target.square().sum(-1)  # [b, T]
+    energy = energy.clamp_min(_SMALLEST * energy.mean(-1, keepdim=True)).clamp_min(torch.finfo(energy.dtype).tiny)
+    return ((output.float() - target).square().sum(-1) / energy).sum()

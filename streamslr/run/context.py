@@ -75,7 +75,7 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
         ResumeError: The output folder holds a run with other settings.
     """
     keep_no_freed_memory()
-    ranks.share(config.samples - (config.match_held_out if config.match else 0), "calibration windows")
+    ranks.share(config.samples, "calibration windows")
     parse_mean_pattern(config)  # refuses a wrong --pattern or --compression before the model is opened
     method = find_method(config.method)
     device, dtype = pick_device(config.device, gpu_required, index=ranks.local_rank)
