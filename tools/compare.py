@@ -293,8 +293,8 @@ def measure_rounded(one: Combination, row: Row, folder: Path, rounded: Path) -> 
     shutil.rmtree(rounded, ignore_errors=True)  # a killed process left it
     form = parse_values(one.values)
     assert form is not None
-    linear_bytes = write_rounded(folder, form, rounded)
-    measured = {"linear_bytes": linear_bytes, "bits": row["bits"] * linear_bytes / row["linear_bytes"]}
+    linear_bytes, weights = write_rounded(folder, form, rounded), round(8 * row["linear_bytes"] / row["bits"])
+    measured = {"linear_bytes": linear_bytes, "bits": 8 * linear_bytes / weights}
     return row | asdict(one) | measured | {"linear_error": None, "block_losses": []}
 
 
