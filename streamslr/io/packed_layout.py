@@ -187,9 +187,9 @@ def meta_code(pattern: SparsityPattern) -> MetaCode:
     return MetaCode(None, base=2, count=8, columns=1)
 
 
-def of_same_code(pattern: SparsityPattern) -> NofM | UnstructuredRows | Unstructured:
+def of_same_code(pattern: SparsityPattern) -> NofM | UnstructuredRows | Unstructured | Dense:
     """Return the pattern whose tables and checks hold for `pattern` too: a fraction does not show in bytes of meta."""
-    if isinstance(pattern, NofM):
+    if isinstance(pattern, NofM | Dense):
         return pattern
     return UnstructuredRows(0.5) if pattern.by_row else Unstructured(0.5)
 
