@@ -15,16 +15,8 @@ from torch import Tensor
 from streamslr.calibration.hidden_states import Span, spans
 from streamslr.gpu import deterministic_operators
 from streamslr.io.packing import merge
-from streamslr.masters import (
-    BlockWeights,
-    LinearMasters,
-    Masters,
-    MatchSettings,
-    Optimizer,
-    VectorMasters,
-    on_device,
-    rms_of,
-)
+from streamslr.linear_masters import LinearMasters, VectorMasters, on_device, rms_of
+from streamslr.masters import BlockWeights, Masters, MatchSettings, Optimizer
 from streamslr.model.blockwise import Block
 from streamslr.ranks import ALONE, Ranks
 from streamslr.spec.pattern import SparsityPattern

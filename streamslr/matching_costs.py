@@ -2,7 +2,8 @@
 
 import math
 
-from streamslr.masters import EXCHANGED_AT_ONCE, TILE
+from streamslr.linear_masters import TILE
+from streamslr.masters import EXCHANGED_AT_ONCE
 from streamslr.model.pass_costs import routed_bytes
 from streamslr.model.shape import BlockShape
 from streamslr.spec.allocation import Allocation, LinearSpec

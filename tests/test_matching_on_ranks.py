@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamslr import masters
 from streamslr.calibration.hidden_states import Span
+from streamslr.linear_masters import LinearMasters
 from streamslr.masters import MatchSettings
 from streamslr.ranks import ALONE, Ranks
 from tests.support.markers import long
@@ -106,7 +106,7 @@ def refine_after_a_failure(ranks: Ranks, where: str) -> tuple[str, Refined]:
     failing = {"while gradients are made": "add_gradients", "in a step": "write_to_block"}
     with pytest.MonkeyPatch.context() as patch:
         if last and where in failing:
-            patch.setattr(masters.LinearMasters, failing[where], fail)
+            patch.setattr(LinearMasters, failing[where], fail)
         with pytest.raises(MemoryError) as raised:
             refine(way, ranks, case, run)
     return str(raised.value), refine(way, ranks, case)
