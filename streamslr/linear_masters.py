@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamslr.io.packed_layout import value_format
+from streamslr.io.packed_layout import count_values, value_format
 from streamslr.io.packing import stored_columns, unpack, unpack_codes
 from streamslr.masters import Flat, MatchSettings
-from streamslr.ranks import Ranks
 from streamslr.spec.pattern import SparsityPattern
 from streamslr.spec.values import group_columns, sum_groups
 
@@ -30,8 +29,9 @@ class LinearMasters:
     the rest is trained on (tools/results/matching.md, "Values on a grid").
     """
 
-    def __init__(self, linear: nn.Linear, stored: Mapping[str, Tensor], pattern: SparsityPattern, ranks: Ranks) -> None:
-        self.linear, self._stored, self._alone = linear, stored, ranks.world == 1
+    def __init__(self, linear: nn.Linear, stored: Mapping[str, Tensor], pattern: SparsityPattern, flat: Flat) -> None:
+        """Copy the parts of a packed linear into a flat of `master_shapes`."""
+        self.linear, self._stored, self.flat, self._alone = linear, stored, flat, flat.bundle.alone
         parts = on_device(linear.weight.device, stored)
         o, d = linear.out_features, linear.in_features
         mask = stored_columns(parts["meta"], pattern, d)
@@ -40,12 +40,12 @@ class LinearMasters:
         U = parts["U"] if "U" in parts else linear.weight.new_zeros(o, 0)
         V = parts["V"] if "V" in parts else linear.weight.new_zeros(0, d)
         self._first_scales = parts["scales"].float() if self._format else None
-        self.flat = Flat([values, U, V, *([parts["scales"]] if self._format else [])], ranks)
+        flat.fill([values, U, V, *([parts["scales"]] if self._format else [])])
         if self._alone:
-            _, self._U, self._V, *_ = self.flat.views(self.flat.own)
+            _, self._U, self._V, *_ = flat.views(flat.bundle.own)
         else:
             self._U, self._V = (factor.to(linear.weight.dtype, copy=True) for factor in (U, V))
-        self._trained = self.flat.own.detach().requires_grad_()  # an input of products, so that they require a gradient
+        self._trained = flat.bundle.own.detach().requires_grad_()  # products take it, so that they have gradients
         empty = values == 0  # slots that the solver left empty stay so; on a grid they cannot be told from a zero code
         self._empty = empty if self._format is None and bool(empty.any()) else None
         kept_values = values if self._empty is None else values[~empty]
@@ -184,12 +184,13 @@ class VectorMasters:
         parameters: Mapping[str, nn.Parameter],
         stored: Sequence[Tensor],
         output_rms: Sequence[float],
-        ranks: Ranks,
+        flat: Flat,
     ) -> None:
         """Copy the stored tensors of these parameters; output_rms: of the norm or linear that each belongs to."""
-        self._parameters, self._output_rms, self._alone = parameters, output_rms, ranks.world == 1
+        self._parameters, self._output_rms, self._alone = parameters, output_rms, flat.bundle.alone
         self._dtypes = [tensor.dtype for tensor in stored]
-        self.flat = Flat(stored, ranks)
+        self.flat = flat
+        flat.fill(stored)
 
     @property
     def on_grid(self) -> bool:
@@ -233,6 +234,16 @@ class VectorMasters:
             name: master.to(dtype, copy=not self._alone)
             for name, master, dtype in zip(self._parameters, masters, self._dtypes, strict=True)
         }
+
+
+def master_shapes(
+    stored: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]
+) -> list[tuple[int, ...]]:
+    """Return the shapes of the masters of a linear [o, d]: kept values, U, V, and scales where it has any."""
+    o, d = shape
+    rank = stored["U"].shape[1] if "U" in stored else 0
+    scales = [tuple(stored["scales"].shape)] if "scales" in stored else []
+    return [(count_values(stored, pattern, shape),), (o, rank), (rank, d), *scales]
 
 
 def on_device(device: torch.device, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,23 +5,31 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, cycle
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from streamslr.ranks import Ranks
+from streamslr.ranks import Attempt, Ranks
 
 _ALIGNED = 128
 """Numbers in float32 that masters are aligned to, 512 bytes: the last bits of a product may depend on the address."""
 
+BUNDLED = 1 << 22
+"""Numbers that ranks exchange at once, 16 MB in float32, though no linear has that many: below, the waiting for others
+takes longer than the sending."""
+
 EXCHANGED_AT_ONCE = 2
-"""Buffers, each for all masters of a linear or their gradients, in a match over ranks: one under way, one in use."""
+"""Buffers, each for all masters of a bundle or their gradients, in a match over ranks: one under way, one in use."""
 
 _FULL_RATE_STEPS = 100
 """Steps from which learning rates are whole; fewer take the root of their share, since Adam's first steps move every
 value by its whole rate, whatever its gradient (tools/results/matching.md, "Few steps")."""
+
+Shapes = Sequence[tuple[int, ...]]
+"""Shapes of the masters of one linear, or of a block's norms and biases."""
 
 
 @dataclass(frozen=True)
@@ -64,30 +72,67 @@ class BlockWeights:
     other_tensors: Mapping[str, Tensor]
 
 
-class Flat:
-    """Float32 masters one behind the other, and their gradients. Rank r holds and steps the r-th share of both.
+class Bundle:
+    """Float32 masters one behind the other, exchanged at once. Rank r holds and steps the r-th share of them.
 
     Attributes:
-        own: [c], this rank's share of the masters, with its gradient; alone, all of them. Each master begins at a
-            multiple of 512 bytes, as a tensor of its own would.
+        own: [c], this rank's share of the masters, with its gradient; alone, all of them.
         length: world · c.
+        alone: true where there is one rank.
     """
 
-    def __init__(self, sources: Sequence[Tensor], ranks: Ranks) -> None:
-        """Lay out masters of the shapes of the sources."""
-        self._ranks, self._shapes = ranks, [source.shape for source in sources]
-        self._starts = [0, *accumulate(_round_up(source.numel(), _ALIGNED) for source in sources)]
-        self._share = _round_up(-(-self._starts[-1] // ranks.world), _ALIGNED)
+    def __init__(self, numbers: int, device: torch.device, ranks: Ranks) -> None:
+        """Make room for so many numbers, which are zero at first."""
+        self._ranks, self.alone = ranks, ranks.world == 1
+        self._share = _round_up(-(-numbers // ranks.world), _ALIGNED)
         self.length = self._share * ranks.world
-        numbers = sources[0].new_zeros(self.length, dtype=torch.float32)
-        for master, source in zip(self.views(numbers), sources, strict=True):
-            master.copy_(source)
-        self.own = numbers if ranks.world == 1 else self._own(numbers).clone()
+        self.own = torch.zeros(self._share, device=device)
         self.own.grad = torch.zeros_like(self.own)
+
+    @property
+    def own_gradients(self) -> Tensor:
+        assert self.own.grad is not None
+        return self.own.grad
+
+    def held(self, start: int, count: int) -> tuple[slice, slice]:
+        """Return which of the `count` numbers from `start` on this rank holds, and where in its share they lie."""
+        first = self._ranks.rank * self._share
+        begin = max(start, first)
+        end = max(begin, min(start + count, first + self._share))
+        return slice(begin - start, end - start), slice(begin - first, end - first)
+
+    def add_own_gradients(self, numbers: Tensor) -> None:
+        """Add this rank's share of [length] gradients."""
+        self.own_gradients.add_(self._own(numbers))
+
+    def put_own(self, numbers: Tensor) -> None:
+        """Put this rank's share of the masters into its place in [length] numbers."""
+        self._own(numbers).copy_(self.own)
+
+    def _own(self, numbers: Tensor) -> Tensor:
+        return numbers.view(self._ranks.world, self._share)[self._ranks.rank]
+
+
+class Flat:
+    """Masters of one linear, or of norms and biases, in a bundle.
+
+    Each begins at a multiple of 512 bytes, as a tensor of its own would.
+    """
+
+    def __init__(self, bundle: Bundle, first: int, shapes: Shapes) -> None:
+        """Lay out masters of these shapes from number `first` of the bundle on."""
+        self.bundle, self._shapes = bundle, [torch.Size(shape) for shape in shapes]
+        self._starts = [*accumulate((_aligned(shape) for shape in self._shapes), initial=first)]
         self._adding: list[Callable[[Sequence[Tensor]], None]] = []
 
+    def fill(self, sources: Sequence[Tensor]) -> None:
+        """Set the masters, those that this rank holds."""
+        for start, source in zip(self._starts, sources, strict=False):
+            held, place = self.bundle.held(start, source.numel())
+            self.bundle.own[place].copy_(source.flatten()[held])
+
     def views(self, numbers: Tensor) -> list[Tensor]:
-        """Return what of [length] numbers belongs to each master, in the shapes of the masters."""
+        """Return what of the bundle's [length] numbers belongs to each master, in the shapes of the masters."""
         return [
             numbers[start : start + shape.numel()].view(shape)
             for start, shape in zip(self._starts, self._shapes, strict=False)
@@ -95,44 +140,56 @@ class Flat:
 
     def own_part(self, index: int) -> Tensor | None:
         """Return the numbers of a master that lie in this rank's share, with their gradients."""
-        first = self._ranks.rank * self._share
-        start, stop = self._starts[index] - first, self._starts[index] + self._shapes[index].numel() - first
-        part = slice(max(0, start), min(stop, self._share))
-        if part.start >= part.stop:
+        _, place = self.bundle.held(self._starts[index], self._shapes[index].numel())
+        if place.start == place.stop:
             return None
-        own = self.own[part]
-        own.grad = self._own_gradients[part]
+        own = self.bundle.own[place]
+        own.grad = self.bundle.own_gradients[place]
         return own
 
     def add(self, gradients: Callable[[Sequence[Tensor]], None]) -> None:
-        """Call a function that adds to the masters' gradients: at once, or with others when `put_gradients` is."""
-        if self._ranks.world == 1:
-            gradients(self.views(self._own_gradients))
+        """Call a function that adds to the masters' gradients: at once, or with others when `add_gradients` is."""
+        if self.bundle.alone:
+            gradients(self.views(self.bundle.own_gradients))
         else:
             self._adding.append(gradients)
 
-    def put_gradients(self, numbers: Tensor) -> None:
-        """Put this rank's gradients of a micro-batch into [length] numbers."""
+    def add_gradients(self, numbers: Tensor) -> None:
+        """Add this rank's gradients of a micro-batch to the bundle's [length] numbers."""
         adding, self._adding = self._adding, []
-        numbers.zero_()
         for gradients in adding:
             gradients(self.views(numbers))
 
-    def add_own_gradients(self, numbers: Tensor) -> None:
-        """Add this rank's share of [length] gradients."""
-        self._own_gradients.add_(self._own(numbers))
 
-    def put_own(self, numbers: Tensor) -> None:
-        """Put this rank's share of the masters into its place in [length] numbers."""
-        self._own(numbers).copy_(self.own)
+def flats(shapes: Sequence[Shapes], device: torch.device, ranks: Ranks) -> Iterator[Flat]:
+    """Yield a flat for the masters of one linear after another, which have these shapes.
 
-    @property
-    def _own_gradients(self) -> Tensor:
-        assert self.own.grad is not None
-        return self.own.grad
+    Ranks bundle neighbours, as long as a bundle is no longer than the longest linear, or than `BUNDLED`.
+    """
+    lengths = list(map(_length, shapes))
+    longest = 0 if ranks.world == 1 else max(BUNDLED, *lengths)
+    together: list[list[Shapes]] = []
+    left = -1  # numbers that still fit into the last bundle
+    for of_one, length in zip(shapes, lengths, strict=True):
+        if length > left:
+            together.append([])
+            left = longest
+        together[-1].append(of_one)
+        left -= length
+    for of_bundle in together:
+        starts = [*accumulate(map(_length, of_bundle), initial=0)]
+        bundle = Bundle(starts[-1], device, ranks)
+        for start, of_one in zip(starts, of_bundle, strict=False):
+            yield Flat(bundle, start, of_one)
 
-    def _own(self, numbers: Tensor) -> Tensor:
-        return numbers.view(self._ranks.world, self._share)[self._ranks.rank]
+
+def _length(shapes: Shapes) -> int:
+    """Return the numbers that masters of these shapes take one behind the other."""
+    return sum(map(_aligned, shapes))
+
+
+def _aligned(shape: Sequence[int]) -> int:
+    return _round_up(math.prod(shape), _ALIGNED)
 
 
 def _round_up(count: int, multiple: int) -> int:
@@ -167,13 +224,22 @@ class PartMasters(Protocol):
 
 
 class Masters:
-    """Masters of a block in training."""
+    """Masters of a block in training.
+
+    Attributes:
+        attempt: work of this rank between exchanges. Where it failed, the rank gives zeros for gradients from there on,
+            and the masters that it has, so that exchanges go on until all ranks settle it.
+    """
 
     def __init__(self, linears: Mapping[str, PartMasters], vectors: PartMasters | None, ranks: Ranks) -> None:
         """Hold the masters of linears, by name, and those of vectors, if there are any."""
-        self._linear_names, self._has_vectors, self._ranks = list(linears), vectors is not None, ranks
-        self._all: list[PartMasters] = [*linears.values(), *([vectors] if vectors else [])]
-        largest = max((master.flat for master in self._all), key=lambda flat: flat.length)
+        self._linears, self._vectors, self._ranks = linears, vectors, ranks
+        self.attempt = Attempt(ranks)
+        self._all = [*linears.values(), *([vectors] if vectors else [])]
+        self._bundles: dict[Bundle, list[PartMasters]] = {}
+        for master in self._all:
+            self._bundles.setdefault(master.flat.bundle, []).append(master)
+        largest = max(self._bundles, key=lambda bundle: bundle.length)
         count = EXCHANGED_AT_ONCE if ranks.world > 1 else 0
         self._buffers = [largest.own.new_empty(largest.length) for _ in range(count)]
 
@@ -199,72 +265,70 @@ class Masters:
 
     def sum_gradients(self) -> None:
         """Sum the gradients of a micro-batch over ranks; each rank adds its share."""
+
+        def put(bundle: Bundle, numbers: Tensor) -> None:
+            numbers.zero_()
+            for master in self._bundles[bundle]:
+                self.attempt.do(partial(master.flat.add_gradients, numbers), None)
+
         if self._ranks.world > 1:
-            self._exchange(
-                lambda master, numbers: master.flat.put_gradients(numbers),
-                self._ranks.sum_into_shares,
-                lambda master, numbers: master.flat.add_own_gradients(numbers),
-            )
+            self._exchange(put, self._ranks.sum_into_shares, Bundle.add_own_gradients)
 
     def write_to_block(self) -> None:
         """Write the masters of all ranks into the live block."""
-        self._collect(lambda master, numbers: master.write_to_block(master.flat.views(numbers)))
+        self._collect(lambda master, numbers: master.write_to_block(numbers))
 
     def weights(self, before: BlockWeights) -> BlockWeights:
-        """Return the masters of all ranks as they are stored, with what `before` has beside them."""
-        stored: list[Mapping[str, Tensor]] = []  # of the linears, and then of the vectors
-        self._collect(lambda master, numbers: stored.append(master.stored(master.flat.views(numbers))))
-        vectors = stored[-1] if self._has_vectors else {}
-        packed = dict(zip(self._linear_names, stored, strict=False))
+        """Return the masters of all ranks as they are stored, with what `before` has beside them.
+
+        Raises:
+            MemoryOfRanksError: Memory ran out on a rank since the last time that all settled.
+        """
+        stored: dict[PartMasters, Mapping[str, Tensor]] = {}
+        self._collect(lambda master, numbers: stored.update({master: master.stored(numbers)}))
+        self.attempt.settle()
+        vectors = stored[self._vectors] if self._vectors else {}
+        packed = {name: stored[linear] for name, linear in self._linears.items()}
         return BlockWeights(packed, {**before.other_tensors, **vectors})
 
-    def _collect(self, take: Callable[[PartMasters, Tensor], None]) -> None:
-        """Call `take` with each linear's masters, and with the vectors', and the [length] numbers of all ranks."""
-        if self._ranks.world == 1:
-            for master in self._all:
-                take(master, master.flat.own)
-            return
-        self._exchange(lambda master, numbers: master.flat.put_own(numbers), self._ranks.collect_shares, take)
+    def _collect(self, take: Callable[[PartMasters, Sequence[Tensor]], None]) -> None:
+        """Call `take` for each linear, and for the vectors, with the masters of all ranks."""
+
+        def take_all(bundle: Bundle, numbers: Tensor) -> None:
+            for master in self._bundles[bundle]:
+                self.attempt.do(partial(take, master, master.flat.views(numbers)), None)
+
+        if self._ranks.world > 1:
+            self._exchange(Bundle.put_own, self._ranks.collect_shares, take_all)
+        else:
+            for bundle in self._bundles:
+                take_all(bundle, bundle.own)
 
     def _exchange(
         self,
-        put: Callable[[PartMasters, Tensor], None],
+        put: Callable[[Bundle, Tensor], None],
         begin: Callable[[Tensor], Callable[[], None]],
-        take: Callable[[PartMasters, Tensor], None],
+        take: Callable[[Bundle, Tensor], None],
     ) -> None:
-        """Exchange [length] numbers of each master: `put` fills them, `begin` exchanges them, `take` uses them.
+        """Exchange [length] numbers of each bundle: `put` fills them, `begin` exchanges them, `take` uses them.
 
-        One is under way while the next is filled. All are exchanged, in one order, even where `put` or `take` fails,
-        since other ranks wait for them; the first error is raised at the end.
+        One is under way while the next is filled.
         """
-        failed: list[Exception] = []
-        under_way: deque[tuple[PartMasters, Tensor, Callable[[], None]]] = deque()
-
-        def attempt(
-            work: Callable[[PartMasters, Tensor], None],
-            master: PartMasters,
-            numbers: Tensor,
-        ) -> None:
-            try:
-                work(master, numbers)
-            except (MemoryError, RuntimeError) as error:
-                failed.append(error)
+        under_way: deque[tuple[Bundle, Tensor, Callable[[], None]]] = deque()
 
         def finish() -> None:
-            master, numbers, wait = under_way.popleft()
+            bundle, numbers, wait = under_way.popleft()
             wait()
-            attempt(take, master, numbers)
+            take(bundle, numbers)
 
-        for master, buffer in zip(self._all, cycle(self._buffers), strict=False):
+        for bundle, buffer in zip(self._bundles, cycle(self._buffers), strict=False):
             if len(under_way) == len(self._buffers):
                 finish()
-            numbers = buffer[: master.flat.length]
-            attempt(put, master, numbers)
-            under_way.append((master, numbers, begin(numbers)))
+            numbers = buffer[: bundle.length]
+            put(bundle, numbers)
+            under_way.append((bundle, numbers, begin(numbers)))
         while under_way:
             finish()
-        if failed:
-            raise failed[0]
 
 
 class Optimizer:
@@ -291,11 +355,9 @@ class Optimizer:
         """Take one step, zero the gradients, and write the masters into the block."""
         factor = self._settings.lr_factor(self._taken / self._steps)
         self._taken += 1
-        try:
-            if self._adam:
-                for group in self._adam.param_groups:
-                    group["lr"] = group["first_lr"] * factor
-                self._adam.step()
-                self._adam.zero_grad(set_to_none=False)
-        finally:  # other ranks wait for this one's masters
-            self._masters.write_to_block()
+        if self._adam:
+            for group in self._adam.param_groups:
+                group["lr"] = group["first_lr"] * factor
+            self._masters.attempt.do(self._adam.step, None)
+            self._adam.zero_grad(set_to_none=False)
+        self._masters.write_to_block()

@@ -14,8 +14,8 @@ from streamslr import linear_masters
 from streamslr.calibration.hidden_states import Span
 from streamslr.io.packed_check import check_packed
 from streamslr.io.packing import merge, pack, pack_on_grid, stored_columns, unpack, unpack_codes
-from streamslr.linear_masters import LinearMasters
-from streamslr.masters import BlockWeights, MatchSettings, Optimizer
+from streamslr.linear_masters import LinearMasters, master_shapes
+from streamslr.masters import BlockWeights, MatchSettings, Optimizer, flats
 from streamslr.matching import CompressedBlock
 from streamslr.model.blockwise import Block
 from streamslr.ranks import ALONE
@@ -532,17 +532,17 @@ def test_gradients_of_values_and_scales_on_a_grid_are_those_of_autograd() -> Non
     shape = (linear.out_features, linear.in_features)
     parts = case.weights.packed[name]
     codes = unpack_codes(parts, parse_pattern("2:4"), shape).double()
-    trained = LinearMasters(linear, parts, parse_pattern("2:4"), ALONE)
-    own, gradients = trained.flat.own, trained.flat.own.grad
-    assert gradients is not None
-    trained.write_to_block(trained.flat.views(own))
+    (flat,) = flats([master_shapes(parts, parse_pattern("2:4"), shape)], linear.weight.device, ALONE)
+    trained = LinearMasters(linear, parts, parse_pattern("2:4"), flat)
+    own, gradients = flat.bundle.own, flat.bundle.own_gradients
+    trained.write_to_block(flat.views(own))
     x, grad = torch.randn(9, shape[1]), torch.randn(9, shape[0])
     with torch.no_grad():
-        trained.add_gradients(grad, x, trained.flat.views(gradients))
+        trained.add_gradients(grad, x, flat.views(gradients))
     scales = parts["scales"].double().requires_grad_()
     S = codes.requires_grad_() * spread(scales, shape[1])
     (x.double() @ S.t() * grad.double()).sum().backward()
-    of_values, _, _, of_scales = trained.flat.views(gradients)
+    of_values, _, _, of_scales = flat.views(gradients)
     assert scales.grad is not None
     assert codes.grad is not None
     torch.testing.assert_close(of_scales.double(), scales.grad, rtol=1e-4, atol=1e-5)
