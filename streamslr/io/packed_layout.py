@@ -122,6 +122,13 @@ def max_values(pattern: SparsityPattern, shape: tuple[int, int]) -> int:
     return pattern.num_kept(o, d) if isinstance(pattern, Unstructured) else o * d
 
 
+def count_values(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> int:
+    """Return how many values the S [o, d] of a packed linear has."""
+    if "scales" not in tensors:
+        return tensors["values"].numel()
+    return max_values(pattern, shape) if pattern.groups(shape[1]) else int(tensors["row_offsets"][-1])
+
+
 def packed_bytes(
     pattern: SparsityPattern, shape: tuple[int, int], rank: int, number_bytes: int, values: ValueFormat | None = None
 ) -> int:
