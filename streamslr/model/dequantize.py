@@ -58,7 +58,7 @@ def _apply(
         operation(values, factors[:, columns])
         return
     whole = values.shape[1] // columns  # blocks that the edge does not cut
-    operation(values[:, : whole * columns].view(-1, whole, columns), factors[:, :whole, None])
+    operation(values[:, : whole * columns].view(len(values), whole, columns), factors[:, :whole, None])
     if whole * columns < values.shape[1]:
         operation(values[:, whole * columns :], factors[:, whole:])
 
@@ -82,6 +82,6 @@ def fp4_values(codes: Tensor) -> Tensor:
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:
-    """Return 2^(byte - 127) in float32 for bytes: e8m0 scales. 255, e8m0's NaN, gives infinity as in transformers."""
+    """Return 2^(byte - 127) in float32 for bytes: e8m0 scales. 255, its NaN, gives infinity."""
     bits = exponents.int() << 23
     return torch.where(exponents > 0, bits, 1 << 22).view(torch.float32)

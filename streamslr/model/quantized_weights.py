@@ -411,8 +411,8 @@ def _awq(stored: _Stored) -> Iterator[QuantizedWeight]:
         if stored.quantization.bits != 4 or not groups or d % groups:
             raise stored.refusal(
                 info,
-                f"{list(info.shape)} has {groups} groups of codes of {stored.quantization.bits} bits; streamslr "
-                f"decodes 4 bits in equal groups; {_ORIGINAL}",
+                f"{list(info.shape)} has codes of {stored.quantization.bits} bits in {groups} groups ({scales.name} "
+                f"{list(scales.shape)}); streamslr decodes 4 bits in equal groups; {_ORIGINAL}",
             )
         stored.require(scales, _SCALES, ((groups, o),), info.name)
         stored.require(zeros, (torch.int32,), ((groups, words),), info.name)
