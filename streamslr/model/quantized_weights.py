@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.io.safetensors_file import DTYPE_NAMES, TensorInfo
-from streamslr.model.dequantize import Scales, dequantize, fp4_values, powers_of_two, unpack_words
+from streamslr.model.dequantize import Scales, dequantize, fp4_values, fp8_values, powers_of_two, unpack_words
 from streamslr.model.quantization import Block, Quantization
 
 Shape = tuple[int, ...]
@@ -27,8 +27,6 @@ _OF_ACTIVATIONS = (
     "output_zero_point",
 )
 """Tensors beside a stored weight that say how activations are rounded; a dense weight has no use for them."""
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Place in a word of AWQ of each of its eight columns."""
 _ORIGINAL = "give the original model in bf16, fp16 or fp32"
 
 
@@ -247,7 +245,8 @@ def _decode_bytes(parts: Mapping[str, Tensor], weight: Tensor, block: Block, via
 
 
 def _rows(matrix: Tensor, start: int, stop: int) -> Tensor:
-    return matrix[start:stop]
+    codes = matrix[start:stop]
+    return fp8_values(codes) if codes.dtype == torch.float8_e4m3fn else codes
 
 
 # fp4 with a power of two for 32 of them: experts of gpt-oss
@@ -274,8 +273,9 @@ def _mxfp4(stored: _Stored) -> Iterator[QuantizedWeight]:
 
 def _decode_mxfp4(parts: Mapping[str, Tensor], weight: Tensor) -> None:
     for codes, scales, expert in zip(parts["codes"], parts["scales"], weight, strict=True):
-        of = Scales(powers_of_two(scales), 1, 32)
-        dequantize(partial(_fp4_rows, codes), of, expert.t())
+        as_stored = torch.empty_like(expert.t(), memory_format=torch.contiguous_format)  # [out, in]
+        dequantize(partial(_fp4_rows, codes), Scales(powers_of_two(scales), 1, 32), as_stored)
+        expert.copy_(as_stored.t())
 
 
 def _fp4_rows(codes: Tensor, start: int, stop: int) -> Tensor:
@@ -427,12 +427,13 @@ def _decode_awq(parts: Mapping[str, Tensor], weight: Tensor) -> None:
 
 
 def _awq_rows(words: Tensor, start: int, stop: int) -> Tensor:
-    return _awq_codes(words[:, start // 8 : -(-stop // 8)]).t()[: stop - start]
+    return _awq_codes(words[:, start // 8 : -(-stop // 8)]).t().contiguous()[: stop - start]
 
 
 def _awq_codes(words: Tensor) -> Tensor:
     """Return the codes in words [n, w] in the order of the columns: uint8 [n, 8w]."""
-    return unpack_words(words, 4).view(*words.shape, 8)[:, :, _AWQ_ORDER].flatten(1)
+    places = unpack_words(words, 4).view(*words.shape, 2, 2, 2)  # column 4b + 2c + a is at place 4a + 2b + c
+    return places.permute(0, 1, 3, 4, 2).flatten(1)
 
 
 def _transposed(stored: _Stored) -> Iterator[tuple[str, TensorInfo, TensorInfo, TensorInfo]]:
