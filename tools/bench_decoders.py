@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,9 @@ def main() -> None:
             checkpoint = open_checkpoint(folder)
             (weight,) = checkpoint.tensors
             ways: dict[str, Callable[[], object]] = {
-                "decoded": lambda of=checkpoint, weight=weight: of.read_one(weight),
-                "stored": lambda path=stored: copy_all(path),
-                "bf16": lambda: copy_all(dense),
+                "decoded": partial(checkpoint.read_one, weight),
+                "stored": partial(copy_all, stored),
+                "bf16": partial(copy_all, dense),
             }
             found = interleaved(ways, args.rounds)
             rate = stored.stat().st_size / found["decoded"] / 1e9
