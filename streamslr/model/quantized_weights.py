@@ -1,7 +1,6 @@
 """Weights that other tools stored in 8 or 4 bits: found by what is stored, checked by headers, decoded one by one."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 
@@ -12,101 +11,9 @@ from streamslr.errors import InputError
 from streamslr.io.safetensors_file import DTYPE_NAMES, TensorInfo
 from streamslr.model.dequantize import Scales, dequantize, fp4_values, fp8_values, powers_of_two, unpack_words
 from streamslr.model.quantization import Block, Quantization
-
-Shape = tuple[int, ...]
-Make = Callable[[Mapping[str, Tensor], Tensor], None]
-"""Fills a weight from the parts that are stored for it."""
+from streamslr.model.quantized_parts import ORIGINAL, QuantizedWeight, Shape, Stored, names
 
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
-_OF_ACTIVATIONS = (
-    "activation_scale",
-    "input_scale",
-    "input_scale_ub",
-    "input_zero_point",
-    "output_scale",
-    "output_zero_point",
-)
-"""Tensors beside a stored weight that say how activations are rounded; a dense weight has no use for them."""
-_ORIGINAL = "give the original model in bf16, fp16 or fp32"
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A weight that is stored as codes and scales."""
-
-    info: TensorInfo
-    """Description of the decoded weight; its shard is that of the codes."""
-    parts: Mapping[str, str]
-    """Name of each part -> name of the stored tensor."""
-    make: Make
-    unread: tuple[str, ...] = ()
-    """Names of stored tensors beside it that its values do not depend on."""
-
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """Names of the stored tensors that `decode` reads."""
-        return tuple(self.parts.values())
-
-    def decode(self, read: Callable[[str], Tensor]) -> Tensor:
-        """Return the decoded weight.
-
-        Args:
-            read: reads the stored tensor of a name.
-
-        Raises:
-            InputError: numbers among the parts contradict the headers.
-        """
-        weight = torch.empty(self.info.shape, dtype=self.info.dtype, device="cpu")
-        self.make({part: read(name) for part, name in self.parts.items()}, weight)
-        return weight
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """The stored tensors, and what decoding needs to know beside them."""
-
-    tensors: Mapping[str, TensorInfo]
-    quantization: Quantization
-    dtype: torch.dtype  # of decoded weights
-    label: str
-
-    def companion(self, name: str, of: TensorInfo) -> TensorInfo:
-        """Return the tensor of a name, without which another one cannot be read. Raises InputError."""
-        if name not in self.tensors:
-            raise self.refusal(
-                of,
-                f"is {DTYPE_NAMES[of.dtype]} and cannot be read without {name}, which no shard holds; download "
-                f"the model again",
-            )
-        return self.tensors[name]
-
-    def words(self, info: TensorInfo) -> tuple[int, int]:
-        """Return the shape of codes in int32 words. Raises InputError where they are none."""
-        if info.dtype != torch.int32 or len(info.shape) != 2 or 0 in info.shape:
-            kind = f"{DTYPE_NAMES[info.dtype]} {list(info.shape)}"
-            raise self.refusal(info, f"is {kind}, where codes of 4 or 8 bits in I32 words are decoded; {_ORIGINAL}")
-        return info.shape[0], info.shape[1]
-
-    def require(self, info: TensorInfo, dtypes: tuple[torch.dtype, ...], shapes: tuple[Shape, ...], of: str) -> None:
-        """Check dtype and shape of a part. Raises InputError."""
-        if info.dtype not in dtypes or info.shape not in shapes:
-            kinds, sizes = _names(dtypes), " or ".join(str(list(shape)) for shape in shapes)
-            raise self.refusal(
-                info,
-                f"is {DTYPE_NAMES[info.dtype]} {list(info.shape)}, and {of} needs {kinds} {sizes}; download the "
-                f"model again",
-            )
-
-    def refusal(self, info: TensorInfo, why: str) -> InputError:
-        return InputError(f"{info.name} in {info.shard} of {self.label} {why}")
-
-    def weight(self, name: str, shape: Shape, parts: Mapping[str, TensorInfo], make: Make) -> QuantizedWeight:
-        """Return the decoder of a weight; the first of its parts are the codes."""
-        shard = next(iter(parts.values())).shard
-        info = TensorInfo(name, self.dtype, shape, shard, prod(shape) * self.dtype.itemsize)
-        beside = [name.removesuffix("weight") + other for other in _OF_ACTIVATIONS if name.endswith(".weight")]
-        unread = tuple(other for other in beside if other in self.tensors)
-        return QuantizedWeight(info, {part: stored.name for part, stored in parts.items()}, make, unread)
 
 
 def quantized_weights(
@@ -126,14 +33,14 @@ def quantized_weights(
         InputError: a format that streamslr does not decode, or a weight that lacks a part or has one that does not fit.
     """
     _require_known(quantization, label)
-    stored = _Stored(tensors, quantization, dtype, label)
+    stored = Stored(tensors, quantization, dtype, label)
     weights: dict[str, QuantizedWeight] = {}
     for find in _FINDERS[quantization.quant_method]:
         for weight in find(stored):
             name = weight.info.name
             if name in weights or (name in tensors and name not in weight.stored):
                 raise stored.refusal(
-                    tensors[weight.stored[0]], f"stands for {name}, which is stored in another way too; {_ORIGINAL}"
+                    tensors[weight.stored[0]], f"stands for {name}, which is stored in another way too; {ORIGINAL}"
                 )
             weights[name] = weight
     if not weights:
@@ -150,29 +57,29 @@ def _require_known(quantization: Quantization, label: str) -> None:
     already = f"{label} is already quantized ({method}"
     if method not in _FINDERS:
         why = "its headers do not say the shapes of weights, and " if method == "bitsandbytes" else ""
-        raise InputError(f"{already}); {why}streamslr decodes {', '.join(_FINDERS)}; {_ORIGINAL}")
+        raise InputError(f"{already}); {why}streamslr decodes {', '.join(_FINDERS)}; {ORIGINAL}")
     if unknown := sorted(quantization.formats - _FORMATS) if method == "compressed-tensors" else ():
         known = ", ".join(sorted(_FORMATS - {"dense", "mixed-precision"}))
-        raise InputError(f"{already}, {unknown[0]}); of its formats streamslr decodes {known}; {_ORIGINAL}")
+        raise InputError(f"{already}, {unknown[0]}); of its formats streamslr decodes {known}; {ORIGINAL}")
     if method == "gptq" and quantization.checkpoint_format not in (None, "gptq", "gptq_v2"):
         form = quantization.checkpoint_format
-        raise InputError(f"{already}, {form}); streamslr decodes the checkpoint_format gptq and gptq_v2; {_ORIGINAL}")
+        raise InputError(f"{already}, {form}); streamslr decodes the checkpoint_format gptq and gptq_v2; {ORIGINAL}")
     if method == "awq" and (quantization.version or "gemm").lower() != "gemm":
-        raise InputError(f"{already}, version {quantization.version}); streamslr decodes version gemm; {_ORIGINAL}")
+        raise InputError(f"{already}, version {quantization.version}); streamslr decodes version gemm; {ORIGINAL}")
     sparsity = quantization.sparsity_config
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
-        raise InputError(f"{already}, sparsity {sparsity['format']}), which streamslr does not decode; {_ORIGINAL}")
+        raise InputError(f"{already}, sparsity {sparsity['format']}), which streamslr does not decode; {ORIGINAL}")
     if quantization.transform_config:
         raise InputError(
             f"{already}) and rotates activations (transform_config), so that its weights alone do not make the model; "
-            f"{_ORIGINAL}"
+            f"{ORIGINAL}"
         )
 
 
 # Codes of 8 bits with scales: fp8 of every kind, int8
 
 
-def _coded_bytes(stored: _Stored, suffix: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[QuantizedWeight]:
+def _coded_bytes(stored: Stored, suffix: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[QuantizedWeight]:
     """Yield weights [.., o, d] of which the codes are stored by the weight's name, the scales with a suffix to it."""
     in_scales_dtype = suffix == "_scale"  # compressed-tensors and fbgemm compute in it
     for name, info in stored.tensors.items():
@@ -181,11 +88,11 @@ def _coded_bytes(stored: _Stored, suffix: str, dtypes: tuple[torch.dtype, ...]) 
             if scales and name.endswith(".weight"):
                 raise stored.refusal(
                     info,
-                    f"is {DTYPE_NAMES[info.dtype]}, and {scales.name} beside it is for {_names(dtypes)}; {_ORIGINAL}",
+                    f"is {DTYPE_NAMES[info.dtype]}, and {scales.name} beside it is for {names(dtypes)}; {ORIGINAL}",
                 )
             continue
         if len(info.shape) < 2 or 0 in info.shape:
-            raise stored.refusal(info, f"is {DTYPE_NAMES[info.dtype]} {list(info.shape)}, no matrix; {_ORIGINAL}")
+            raise stored.refusal(info, f"is {DTYPE_NAMES[info.dtype]} {list(info.shape)}, no matrix; {ORIGINAL}")
         scales = stored.companion(name + suffix, info)
         block = _find_block(info.shape, scales.shape, stored.quantization.blocks, groups=in_scales_dtype)
         if block is None or scales.dtype not in (*_SCALES, torch.uint8):
@@ -201,7 +108,7 @@ def _coded_bytes(stored: _Stored, suffix: str, dtypes: tuple[torch.dtype, ...]) 
             parts["zeros"] = zeros
         via = scales.dtype if in_scales_dtype else None
         yield stored.weight(name, info.shape, parts, partial(_decode_bytes, block=block, via=via))
-    _require_no_orphans(stored, f".weight{suffix}", (".weight", ".weight_packed"))
+    stored.require_no_orphans(f".weight{suffix}", (".weight", ".weight_packed"))
 
 
 def _find_block(shape: Shape, scales: Shape, blocks: list[Block], groups: bool) -> Block | None:
@@ -252,7 +159,7 @@ def _rows(matrix: Tensor, start: int, stop: int) -> Tensor:
 # fp4 with a power of two for 32 of them: experts of gpt-oss
 
 
-def _mxfp4(stored: _Stored) -> Iterator[QuantizedWeight]:
+def _mxfp4(stored: Stored) -> Iterator[QuantizedWeight]:
     """Yield fused experts [E, in, out], stored as [E, out, in] in blocks of 32."""
     for name, info in stored.tensors.items():
         if not name.endswith("_blocks"):
@@ -268,7 +175,7 @@ def _mxfp4(stored: _Stored) -> Iterator[QuantizedWeight]:
         stored.require(scales, (torch.uint8,), (info.shape[:3],), name)
         experts, out, groups, _ = info.shape
         yield stored.weight(weight, (experts, 32 * groups, out), {"codes": info, "scales": scales}, _decode_mxfp4)
-    _require_no_orphans(stored, "_scales", ("_blocks",))
+    stored.require_no_orphans("_scales", ("_blocks",))
 
 
 def _decode_mxfp4(parts: Mapping[str, Tensor], weight: Tensor) -> None:
@@ -285,7 +192,7 @@ def _fp4_rows(codes: Tensor, start: int, stop: int) -> Tensor:
 # Codes of 4 or 8 bits in int32 words: compressed-tensors, GPTQ, AWQ
 
 
-def _packed_words(stored: _Stored) -> Iterator[QuantizedWeight]:
+def _packed_words(stored: Stored) -> Iterator[QuantizedWeight]:
     """Yield weights [o, d] whose rows compressed-tensors packed into words."""
     for name, info in stored.tensors.items():
         if not name.endswith("_packed"):
@@ -307,10 +214,10 @@ def _packed_words(stored: _Stored) -> Iterator[QuantizedWeight]:
             parts["g_idx"] = g_idx
         refusal = partial(stored.refusal, info)
         yield stored.weight(weight, (o, d), parts, partial(_decode_packed, bits=bits, refusal=refusal))
-    _require_no_orphans(stored, ".weight_shape", (".weight_packed",))
+    stored.require_no_orphans(".weight_shape", (".weight_packed",))
 
 
-def _find_codes(stored: _Stored, words: TensorInfo, scales: TensorInfo) -> tuple[int, bool]:
+def _find_codes(stored: Stored, words: TensorInfo, scales: TensorInfo) -> tuple[int, bool]:
     """Return the bits of a code, and True where its middle is 0, as config.json says of codes that fit the scales."""
     groups = scales.shape[1] if len(scales.shape) == 2 else 1
     fitting = []
@@ -323,7 +230,7 @@ def _find_codes(stored: _Stored, words: TensorInfo, scales: TensorInfo) -> tuple
         raise stored.refusal(
             words,
             f"{list(words.shape)} with scales {list(scales.shape)} fits {len(fitting)} of the codes that config.json "
-            f"names ({named or 'none'}) where streamslr needs one, of 4 or 8 bits; {_ORIGINAL}",
+            f"names ({named or 'none'}) where streamslr needs one, of 4 or 8 bits; {ORIGINAL}",
         )
     has_zeros = words.name.removesuffix("_packed") + "_zero_point" in stored.tensors
     return fitting[0].num_bits, not has_zeros and any(codes.symmetric for codes in fitting)
@@ -336,7 +243,7 @@ def _decode_packed(
     if parts["shape"].tolist() != [o, d]:
         raise refusal(
             f"has words for {[o, d]} weights, its weight_shape says {parts['shape'].tolist()}; streamslr decodes rows "
-            f"that fill their words; {_ORIGINAL}"
+            f"that fill their words; {ORIGINAL}"
         )
     scales = scales.reshape(-1, scales.shape[-1]).expand(o, -1)
     zeros: Tensor = torch.full((1, 1), middle).expand(scales.shape)
@@ -351,7 +258,7 @@ def _columns(g_idx: Tensor | None, d: int, groups: int, refusal: Callable[[str],
     if g_idx is None or bool((g_idx == -1).any()):  # -1: compressed-tensors did not fill it in
         return d // groups
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
-        raise refusal(f"has {groups} groups, its g_idx goes from {int(g_idx.min())} to {int(g_idx.max())}; {_ORIGINAL}")
+        raise refusal(f"has {groups} groups, its g_idx goes from {int(g_idx.min())} to {int(g_idx.max())}; {ORIGINAL}")
     if torch.equal(g_idx.long(), torch.arange(d) // -(-d // groups)):
         return -(-d // groups)
     return g_idx.long()
@@ -361,13 +268,13 @@ def _word_rows(words: Tensor, bits: int, start: int, stop: int) -> Tensor:
     return unpack_words(words[start:stop], bits)
 
 
-def _gptq(stored: _Stored) -> Iterator[QuantizedWeight]:
+def _gptq(stored: Stored) -> Iterator[QuantizedWeight]:
     """Yield weights [o, d] whose transpose GPTQ packed along d."""
     bits = stored.quantization.bits
     for weight, info, scales, zeros in _transposed(stored):
         if bits not in (4, 8):
             raise stored.refusal(
-                info, f"has codes of {bits} bits by config.json, streamslr decodes 4 and 8; {_ORIGINAL}"
+                info, f"has codes of {bits} bits by config.json, streamslr decodes 4 and 8; {ORIGINAL}"
             )
         (words, o), groups = info.shape, scales.shape[0]
         d = words * 32 // bits
@@ -379,9 +286,7 @@ def _gptq(stored: _Stored) -> Iterator[QuantizedWeight]:
             stored.require(g_idx, (torch.int32, torch.int64), ((d,),), info.name)
             parts["g_idx"] = g_idx
         elif d % groups:
-            raise stored.refusal(
-                scales, f"is {list(scales.shape)}, and {d} columns are no {groups} groups; {_ORIGINAL}"
-            )
+            raise stored.refusal(scales, f"is {list(scales.shape)}, and {d} columns are no {groups} groups; {ORIGINAL}")
         lowest = 0 if stored.quantization.checkpoint_format == "gptq_v2" else 1
         make = partial(_decode_gptq, bits=bits, lowest=lowest, refusal=partial(stored.refusal, info))
         yield stored.weight(weight, (o, d), parts, make)
@@ -393,7 +298,7 @@ def _decode_gptq(
     (o, d), scales = weight.shape, parts["scales"].t()
     zeros = unpack_words(parts["zeros"], bits)[:, :o].t().short() + lowest
     if lowest and int(zeros.max()) >> bits:
-        raise refusal(f"has a zero point of {int(zeros.max())}, of which kernels of GPTQ make 0 or not; {_ORIGINAL}")
+        raise refusal(f"has a zero point of {int(zeros.max())}, of which kernels of GPTQ make 0 or not; {ORIGINAL}")
     columns = _columns(parts.get("g_idx"), d, scales.shape[1], refusal)
     codes = partial(_word_columns, parts["codes"], bits)
     dequantize(codes, Scales(scales, 1, columns, zeros), weight, scales.dtype)
@@ -403,7 +308,7 @@ def _word_columns(words: Tensor, bits: int, start: int, stop: int) -> Tensor:
     return unpack_words(words[:, start:stop].t(), bits)
 
 
-def _awq(stored: _Stored) -> Iterator[QuantizedWeight]:
+def _awq(stored: Stored) -> Iterator[QuantizedWeight]:
     """Yield weights [o, d] whose transpose AWQ packed along o."""
     for weight, info, scales, zeros in _transposed(stored):
         (d, words), groups = info.shape, scales.shape[0]
@@ -412,7 +317,7 @@ def _awq(stored: _Stored) -> Iterator[QuantizedWeight]:
             raise stored.refusal(
                 info,
                 f"{list(info.shape)} has codes of {stored.quantization.bits} bits in {groups} groups ({scales.name} "
-                f"{list(scales.shape)}); streamslr decodes 4 bits in equal groups; {_ORIGINAL}",
+                f"{list(scales.shape)}); streamslr decodes 4 bits in equal groups; {ORIGINAL}",
             )
         stored.require(scales, _SCALES, ((groups, o),), info.name)
         stored.require(zeros, (torch.int32,), ((groups, words),), info.name)
@@ -436,7 +341,7 @@ def _awq_codes(words: Tensor) -> Tensor:
     return places.permute(0, 1, 3, 4, 2).flatten(1)
 
 
-def _transposed(stored: _Stored) -> Iterator[tuple[str, TensorInfo, TensorInfo, TensorInfo]]:
+def _transposed(stored: Stored) -> Iterator[tuple[str, TensorInfo, TensorInfo, TensorInfo]]:
     """Yield the name of each weight of GPTQ or AWQ, and its codes, scales and zero points."""
     for name, info in stored.tensors.items():
         if name.endswith(".qweight"):
@@ -447,23 +352,11 @@ def _transposed(stored: _Stored) -> Iterator[tuple[str, TensorInfo, TensorInfo, 
                 raise stored.refusal(scales, f"is {list(scales.shape)}, no scales of {name}; download the model again")
             yield f"{module}weight", info, scales, zeros
     for part in (".scales", ".qzeros"):  # AWQ has scales of activations too, which belong to the model
-        _require_no_orphans(stored, part, (".qweight",))
-
-
-def _require_no_orphans(stored: _Stored, suffix: str, codes: tuple[str, ...]) -> None:
-    """Raise InputError for a part of a weight whose codes are not there."""
-    for name, info in stored.tensors.items():
-        module = name.removesuffix(suffix)
-        if module != name and not any(module + of in stored.tensors for of in codes):
-            raise stored.refusal(info, f"belongs to {module}{codes[0]}, which no shard holds; download the model again")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(DTYPE_NAMES[dtype] for dtype in dtypes)
+        stored.require_no_orphans(part, (".qweight",))
 
 
 _FP8, _BYTES = (torch.float8_e4m3fn,), (torch.float8_e4m3fn, torch.int8)
-_FINDERS: Mapping[str, tuple[Callable[[_Stored], Iterator[QuantizedWeight]], ...]] = {
+_FINDERS: Mapping[str, tuple[Callable[[Stored], Iterator[QuantizedWeight]], ...]] = {
     "fp8": (partial(_coded_bytes, suffix="_scale_inv", dtypes=_FP8),),
     "fbgemm_fp8": (partial(_coded_bytes, suffix="_scale", dtypes=_FP8),),
     "mxfp4": (_mxfp4,),
