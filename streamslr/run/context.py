@@ -225,9 +225,6 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
             )
         )
     non_block = [tensors[key] for key in blockwise.non_block_tensors]
-    per_shard: dict[str, int] = {}
-    for info in tensors.values():
-        per_shard[info.shard] = per_shard.get(info.shard, 0) + info.nbytes
     return ModelShape(
         blocks=tuple(blocks),
         hidden_size=blockwise.hidden_size,
@@ -236,7 +233,7 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
         eager_heads=blockwise.eager_heads,
         value_bytes=max(blockwise.stored_dtype(f"{name}.weight").itemsize for name in blockwise.linears[0]),
         download_bytes=blockwise.checkpoint.download_bytes,
-        largest_shard_bytes=max(per_shard.values()),
+        largest_shard_bytes=blockwise.checkpoint.largest_shard_bytes,
         vocabulary=blockwise.vocabulary,
         float32_stream=blockwise.stream_dtype == torch.float32,
     )

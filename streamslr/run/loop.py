@@ -309,7 +309,7 @@ class Compression:
         checkpoint, rank = self.context.checkpoint, max(spec.rank for spec in self.allocation.values())
         return write_auxiliary_files(
             self.context.config.out,
-            checkpoint.config_json(),
+            checkpoint.dense_config_json(),
             checkpoint.auxiliary_files(),
             common_pattern(self.allocation),
             rank,
