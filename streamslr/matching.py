@@ -115,8 +115,7 @@ class CompressedBlock:
                 block and what should leave it, both [b, T, h].
             windows: Number of windows of all ranks.
             micro_batch: Windows that pass the block together; a step adds up as many micro-batches as it needs.
-            held_out: Windows at the end that nothing is trained on. Training stops where, from half of the epochs on,
-                their loss is above what it was before training.
+            held_out: Windows at the end that nothing is trained on.
             ranks: The ranks, whose windows are dealt as `Ranks.share` does, those held out behind the others.
 
         Returns:
@@ -166,8 +165,6 @@ class CompressedBlock:
                     optimizer.hold_codes()
                 if held_out:
                     held_out_curve.append(self._measure_together(batches, unseen, ranks).relative)
-                    if held_out_curve[-1] > held_out_curve[0] and 2 * len(curve) > settings.epochs:
-                        break
         refined = masters.weights(weights)
         ranks.together(partial(self.load, refined))
         if len(held_out_curve) > 1:

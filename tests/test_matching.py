@@ -371,15 +371,6 @@ def test_held_out_losses_are_those_of_the_weights_before_and_after() -> None:
     assert held_out[-1] < held_out[0]
 
 
-def test_training_stops_at_half_its_epochs_where_it_harms_held_out_windows() -> None:
-    case = made_case()
-    case.compressed().load(case.weights)
-    case.targets[5:] = case.block(case.inputs[5:]) + 1e-3  # what is there already is all but right
-    _, curve, held_out = case.refine_held_out(2, replace(SETTINGS, epochs=10))
-    assert len(curve) == len(held_out) == 6
-    assert held_out[-1] > held_out[0]
-
-
 def test_rows_in_tiles_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = made_case().refine()
     monkeypatch.setattr(linear_masters, "TILE", 5 * WIDTH)  # 5 rows of 24, then 3 of 16
