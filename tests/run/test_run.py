@@ -579,6 +579,7 @@ def test_the_smallest_pieces_give_the_same_result_but_for_rounding(settings: dic
 def test_a_pass_that_runs_out_of_memory_is_cut_once_and_says_so(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    settings |= {"match_held_out": 0}
     whole = streamslr.compress(**settings | {"out": settings["out"].with_name("whole")})
     run_block = BlockwiseModel.run_block
 
@@ -706,7 +707,7 @@ def test_matching_and_propagation_are_cut_too(
         return method(self, *args)
 
     monkeypatch.setattr(Passes, phase, once)
-    state = streamslr.compress(**settings)
+    state = streamslr.compress(**settings | {"match_held_out": 0})
     half = {"match": 2, "propagate": 3}[phase]  # a step of matching has 4 windows
     assert (failed, state.micro_batch) == ([6], half)
     again = f"phase {phase} ran out of memory (CUDA out of memory): once more with windows {half} at a time"

@@ -32,6 +32,7 @@ from tests.support.tiny_models import starved_checkpoint
 ARCHITECTURES = ["mixtral", *slow("qwen3_moe", "deepseek_v2", "deepseek_v3")]
 RUN: dict[str, Any] = {
     "samples": 6,
+    "match_held_out": 0,
     "seq_len": 16,
     "rank": 4,
     "device": "cpu",

@@ -219,7 +219,9 @@ def run_block(
         world: Ranks that share the run; rank 0 is there, the others are pretended (`PretendedRanks`).
         **settings: Settings of the run.
     """
-    config = RunConfig(**{"model": str(folder), "out": folder.with_name("out"), "device": "cuda", **settings})
+    config = RunConfig(
+        **{"model": str(folder), "out": folder.with_name("out"), "device": "cuda", "match_held_out": 0, **settings}
+    )
     gpu.answers.by_function |= _ANSWERS
     with ExitStack() as stack:
         for tables in (packing._flags_of_byte, packing._shifts_of_byte):
