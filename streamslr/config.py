@@ -290,12 +290,6 @@ def idle_settings(config: RunConfig, device: str) -> list[str]:
     if not config.match:
         changed = [f for f in fields(config) if f.name.startswith("match_") and getattr(config, f.name) != f.default]
         found += [f"{_flag(f.name)} {getattr(config, f.name):g} has no effect with --no-match" for f in changed]
-    if config.values == "stored" and config.allocation is None:
-        ours = (f for f in fields(config) if f.name in ("group", "rounding"))
-        changed = [f for f in ours if getattr(config, f.name) != f.default]
-        found += [f"{_flag(f.name)} {getattr(config, f.name)} has no effect with --values stored" for f in changed]
-    elif "/" in config.values and config.group != 128 and config.allocation is None:
-        found.append(f"--group {config.group} has no effect: --values {config.values} names its own")
     return found
 
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from streamslr.config import format_bytes
+from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import InputError
 from streamslr.io.packed_layout import packed_bytes
 from streamslr.model.shape import ModelShape
+from streamslr.spec.allocation import DEFAULT_RANK
 from streamslr.spec.pattern import Dense, SparsityPattern, parse_pattern
 from streamslr.spec.values import STORED, parse_values
 
@@ -41,25 +42,31 @@ class Fit:
     needed_bytes: int
 
 
-def settings_that_fit(model: ModelShape, rank: int, group: int, cache_bytes: int, card: int) -> list[Fit]:
+def settings_that_fit(config: RunConfig, model: ModelShape, cache_bytes: int, card: int) -> list[Fit]:
     """Return the settings whose result fits a card, those that keep most bytes first.
 
     Args:
+        config: Settings of a run. Those of --pattern and --values that it gives are the only ones that are tried.
         model: Shapes of the model.
-        rank: Rank of U·V.
-        group: Columns that share a scale.
         cache_bytes: Bytes of keys and values of a context.
         card: Bytes of the card.
 
     Raises:
-        InputError: No setting's result fits.
+        InputError: No setting's result fits, or a setting gives linears by name or by their parameters.
     """
+    for name in ("ranks", "compression", "rank_ratio", "owl", "allocation"):
+        if getattr(config, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"--fit lists settings that are the same for all linears: leave {flag} out")
+    rank = DEFAULT_RANK if config.rank is None else config.rank
     every = [
-        _fit(model, pattern, values, rank, group, cache_bytes)
-        for pattern in _PATTERNS
-        for values in _VALUES
+        _fit(model, pattern, values, rank, config.group, cache_bytes)
+        for pattern in (_PATTERNS if config.pattern is None else (config.pattern,))
+        for values in (_VALUES if config.values == STORED else (config.values,))
         if not (pattern == "dense" and values == STORED) and _has_all(model, parse_pattern(pattern))
     ]
+    if not every:
+        raise InputError(f"not every linear of the model can have --pattern {config.pattern}; give another")
     fitting = [fit for fit in every if fit.needed_bytes <= card]
     if not fitting:
         least = min(every, key=lambda fit: fit.needed_bytes)

@@ -114,7 +114,6 @@ def describe_method(state: JournalState) -> str:
     low_rank = f"rank {settings['rank']}" if ratio is None else f"rank ratio {ratio:g}"
     values = settings.get("values", STORED)
     if values != STORED:
-        values = parse_values(values, settings["group"])
         sparse += f" {values}" + (" rounded to the nearest" if settings["rounding"] == "nearest" else "")
     parts = [f"{settings['method']} at {sparse} + {low_rank}"]
     if settings.get("owl") is not None:
