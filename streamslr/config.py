@@ -99,7 +99,14 @@ class RunConfig:
     )
     values: str = _setting(
         "stored",
-        "Numbers that S may hold: stored, as the checkpoint has them, or codes with a scale a group: int8, int4, fp8.",
+        "Numbers that S may hold: stored, as the checkpoint has them, bf16, or codes with a scale a group: int8, int4, "
+        "fp8.",
+        fixed=True,
+    )
+    low_rank_values: str = _setting(
+        "stored",
+        "Numbers that U and V may hold: stored, as the checkpoint has them, bf16, or int8, codes with a scale for each "
+        "component of the rank.",
         fixed=True,
     )
     group: int = _setting(128, "Columns of a row that share a scale, with --values int8, int4 or fp8.", fixed=True)

@@ -11,7 +11,7 @@ from streamslr.io.packed_layout import packed_bytes
 from streamslr.model.shape import ModelShape
 from streamslr.spec.allocation import DEFAULT_RANK
 from streamslr.spec.pattern import Dense, SparsityPattern, parse_pattern
-from streamslr.spec.values import STORED, parse_values
+from streamslr.spec.values import STORED, parse_low_rank_values, parse_values
 
 CONTEXT_TOKENS = 8192
 """Tokens of one context whose keys and values find room beside the weights."""
@@ -60,7 +60,7 @@ def settings_that_fit(config: RunConfig, model: ModelShape, cache_bytes: int, ca
             raise InputError(f"--fit lists settings that are the same for all linears: leave {flag} out")
     rank = DEFAULT_RANK if config.rank is None else config.rank
     every = [
-        _fit(model, pattern, values, rank, config.group, cache_bytes)
+        _fit(model, pattern, values, rank, config.group, config.low_rank_values, cache_bytes)
         for pattern in (_PATTERNS if config.pattern is None else (config.pattern,))
         for values in (_VALUES if config.values == STORED else (config.values,))
         if not (pattern == "dense" and values == STORED) and _has_all(model, parse_pattern(pattern))
@@ -113,12 +113,12 @@ def context_bytes(config: object, dtype_bytes: int) -> int:
     return 2 * layers * of_keys * width * CONTEXT_TOKENS * dtype_bytes
 
 
-def _fit(model: ModelShape, pattern: str, values: str, rank: int, group: int, cache_bytes: int) -> Fit:
-    parsed, form = parse_pattern(pattern), parse_values(values, group)
+def _fit(model: ModelShape, pattern: str, values: str, rank: int, group: int, low_rank: str, cache_bytes: int) -> Fit:
+    parsed, form, factors = parse_pattern(pattern), parse_values(values, group), parse_low_rank_values(low_rank)
     packed = dense = weights = 0
     for block in model.blocks:
         for o, d in block.linears.values():
-            packed += packed_bytes(parsed, (o, d), min(rank, o, d), model.value_bytes, form)
+            packed += packed_bytes(parsed, (o, d), min(rank, o, d), model.value_bytes, form, factors)
             weights += o * d
         dense += block.parameters - sum(o * d for o, d in block.linears.values())
     total = packed + dense * model.value_bytes + model.non_block_bytes

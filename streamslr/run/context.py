@@ -35,7 +35,7 @@ from streamslr.spec.allocation import (
     parameter_fraction,
     parse_mean_pattern,
 )
-from streamslr.spec.values import DEFAULT_GROUP, parse_values, values_text
+from streamslr.spec.values import DEFAULT_GROUP, STORED, grid_of, parse_values, values_text
 from streamslr.version import __version__
 
 log = logging.getLogger("streamslr")
@@ -188,8 +188,10 @@ def _overridden(config: RunConfig, blockwise: BlockwiseModel, allocation: Alloca
         for name, why, other in others
         if allocate(other, blockwise.linears) == allocation
     ]
-    if config.rounding != "solved" and all(spec.values is None for spec in allocation.values()):
+    if config.rounding != "solved" and all(spec.grid is None for spec in allocation.values()):
         found.append(f"--rounding {config.rounding} has no effect: no linear has values on a grid")
+    if config.low_rank_values != STORED and all(spec.rank == 0 for spec in allocation.values()):
+        found.append(f"--low-rank-values {config.low_rank_values} has no effect: no linear has U and V")
     return found
 
 
@@ -209,7 +211,7 @@ def _fingerprint(config: RunConfig, checkpoint: Checkpoint, method: Method, devi
         "rank": DEFAULT_RANK if config.rank is None and config.rank_ratio is None else config.rank,
         "values": values_text(values),
         "group": config.group if config.allocation else DEFAULT_GROUP,
-        "rounding": config.rounding if config.allocation or values else "solved",
+        "rounding": config.rounding if config.allocation or grid_of(values) else "solved",
         "allocation": file_digest(config.allocation),
         "device": device.type,
         "streamslr": __version__,

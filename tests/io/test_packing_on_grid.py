@@ -105,7 +105,7 @@ def test_merging_is_exact_in_float64(values: str) -> None:
             "96 codes .* beyond 7, the largest of int4",
         ),
         ("values", torch.zeros(8, 11, dtype=torch.uint8), r"values has shape \[8, 11\], .* needs \[8, 12\]"),
-        ("U", torch.zeros(8, 2, dtype=torch.float16), "U is torch.float16, but scales are torch.float32"),
+        ("U", torch.zeros(8, 2, dtype=torch.float16), "U is torch.float16, but V is torch.float32"),
     ],
 )
 def test_damage_is_named(part: str, tensor: Tensor, said: str) -> None:
