@@ -50,7 +50,7 @@ def compress(
     match_epochs: int = 10,
     match_batch: int = 4,
     match_lr: float = 1.2,
-    match_held_out: int = 0,
+    match_held_out: int = 8,
     match_recover: float = 1.0,
     check_windows: int = 4,
     device: str | None = None,

@@ -156,9 +156,9 @@ class RunConfig:
         fixed=True,
     )
     match_held_out: int = _setting(
-        0,
-        "Windows of --samples that Grams and matching do not see; matching that raises a block's loss on them is "
-        "stopped and not applied.",
+        8,
+        "Windows of the calibration text, apart from --samples, that judge matching: where a block's loss on them does "
+        "not fall, it stays as it was solved; 0 for none.",
         fixed=True,
     )
     match_recover: float = _setting(
@@ -199,10 +199,6 @@ class RunConfig:
             if (value := getattr(self, name)) is not None and not least <= value <= LARGEST:
                 bound = f"at least {least}" if value < least else f"at most {LARGEST:,}"
                 raise InputError(f"{_flag(name)} is {value}; it must be {bound}")
-        if self.match_held_out >= self.samples:
-            raise InputError(
-                f"--match-held-out is {self.match_held_out}; it must be below the {self.samples} of --samples"
-            )
         for name in ("model", "out"):
             try:
                 os.fsencode(getattr(self, name)).decode("utf-8")
@@ -270,6 +266,11 @@ class RunConfig:
     def fixed(self) -> dict[str, Any]:
         """Return the settings that decide the output, by field name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("fixed")}
+
+    @property
+    def held_out(self) -> int:
+        """Number of windows that judge matching, behind the `samples` that are fitted; 0 without matching."""
+        return self.match_held_out if self.match else 0
 
     @property
     def scratch_folder(self) -> Path:

@@ -15,52 +15,49 @@ from torch import Tensor
 from streamslr.calibration.hidden_states import Span, spans
 from streamslr.gpu import deterministic_operators
 from streamslr.io.packing import merge
-from streamslr.masters import (
-    BlockWeights,
-    LinearMasters,
-    Masters,
-    MatchSettings,
-    Optimizer,
-    VectorMasters,
-    on_device,
-    rms_of,
-)
+from streamslr.linear_masters import LinearMasters, VectorMasters, master_shapes, on_device, rms_of
+from streamslr.masters import BlockWeights, Masters, MatchSettings, Optimizer, flats
 from streamslr.model.blockwise import Block
 from streamslr.ranks import ALONE, Ranks
 from streamslr.spec.pattern import SparsityPattern
 
+_SMALLEST = 1e-6
+"""Least size of a token's target, as a fraction of the mean ‖t‖² of its window: else the loss might be of one alone."""
+
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss over all windows: ‖f̂(X) − T‖², ‖T‖², and how many numbers T has."""
+    """Loss over all windows: Σ ‖f̂(x) − t‖² / ‖t‖² over their tokens, and how many tokens there are.
+
+    Each token counts by its own size, since what follows a block normalizes each token: a few tokens of a trained model
+    are a thousand times larger than the others, and would hide these (tools/results/matching.md, "Each token's loss").
+    """
 
     error: float
-    energy: float
-    numbers: int
+    tokens: int
 
     @property
     def relative(self) -> float:
-        return self.error / self.energy if self.energy else 0.0
+        return self.error / self.tokens if self.tokens else 0.0
 
 
 class LossSums:
     """Sums of the loss over batches, in float64 where they are."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None  # [2] float64: error, energy
-        self._numbers = 0  # in all targets
+        self._error: Tensor | None = None  # float64
+        self._tokens = 0
 
     def add(self, output: Tensor, target: Tensor) -> None:
-        target = target.float()
-        sums = torch.stack([_energy(output.float() - target), _energy(target)])
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._numbers += target.numel()
+        error = _error(output, target).double()
+        self._error = error if self._error is None else self._error + error
+        self._tokens += target.shape[:-1].numel()
 
     def over(self, ranks: Ranks) -> Loss:
         """Wait for the batches; return the loss over those of all ranks."""
-        own = [0.0, 0.0] if self._sums is None else self._sums.tolist()
-        error, energy, numbers = ranks.sum_(torch.tensor([*own, self._numbers], dtype=torch.float64)).tolist()
-        return Loss(error, energy, int(numbers))
+        own = 0.0 if self._error is None else float(self._error)
+        error, tokens = ranks.sum_(torch.tensor([own, self._tokens], dtype=torch.float64)).tolist()
+        return Loss(error, int(tokens))
 
 
 class CompressedBlock:
@@ -107,8 +104,9 @@ class CompressedBlock:
 
         Ranks train one block together: each passes its share of the windows of a step, gradients are summed over ranks,
         each rank holds masters, gradients and moments of its share of the numbers and steps these. All numbers of a
-        linear exist on a rank only while they are written into the block, all its gradients only until they are summed,
-        after each micro-batch.
+        bundle of linears exist on a rank only while they are written into the block, all its gradients only until they
+        are summed, after each micro-batch. A rank that lacks memory takes part in the exchanges of its epoch all the
+        same, at whose end all ranks raise it.
 
         Args:
             weights: Weights to start from; they stay as they are, and may be in host memory.
@@ -117,8 +115,7 @@ class CompressedBlock:
                 block and what should leave it, both [b, T, h].
             windows: Number of windows of all ranks.
             micro_batch: Windows that pass the block together; a step adds up as many micro-batches as it needs.
-            held_out: Windows at the end that nothing is trained on. Training stops where, from half of the epochs on,
-                their loss is above what it was before training.
+            held_out: Windows at the end that nothing is trained on.
             ranks: The ranks, whose windows are dealt as `Ranks.share` does, those held out behind the others.
 
         Returns:
@@ -144,9 +141,7 @@ class CompressedBlock:
         parts = [range(first, min(first + settings.batch, fitted)) for first in range(0, fitted, settings.batch)]
         steps = [_Step.of(part, micro_batch, ranks) for part in parts]
         optimizer = Optimizer(masters, settings, before.relative, (settings.epochs - 1) * len(steps))
-        energy = max(before.energy, 1e-30)
-        scale = before.numbers / energy  # gradients of order one, whatever the model's scale
-        generator = torch.Generator().manual_seed(settings.seed)
+        generator, attempt = torch.Generator().manual_seed(settings.seed), masters.attempt
         with masters.training():
             for _ in range(settings.epochs - 1):
                 order = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
@@ -156,21 +151,22 @@ class CompressedBlock:
                     of_step: Tensor | float = 0.0
                     for number in range(step.micro_batches):
                         upcoming = islice(passing, int(number < len(step.own)))
-                        of_step = of_step + ranks.together(partial(self._add_gradients, upcoming, scale, masters))
+                        of_step = of_step + attempt.do(partial(self._add_gradients, upcoming), 0.0)
+                        masters.sum_gradients()
                     errors = errors + of_step
-                    ranks.together(optimizer.step)
-                ranks.together(partial(next, passing, None))  # ends the reading
+                    optimizer.step()
+                attempt.do(partial(next, passing, None), None)  # ends the reading
+                attempt.settle()
                 error = ranks.sum(float(errors))
-                curve.append(error / energy)
+                curve.append(error / before.tokens)
                 if not math.isfinite(error):
                     break
                 if len(curve) > 2 and curve[-1] > curve[-2]:  # of two epochs of steps
                     optimizer.hold_codes()
                 if held_out:
                     held_out_curve.append(self._measure_together(batches, unseen, ranks).relative)
-                    if held_out_curve[-1] > held_out_curve[0] and 2 * len(curve) > settings.epochs:
-                        break
-        refined = ranks.together(partial(self._finish, masters, weights))
+        refined = masters.weights(weights)
+        ranks.together(partial(self.load, refined))
         if len(held_out_curve) > 1:
             held_out_curve[-1] = self._measure_together(batches, unseen, ranks).relative
         return refined, tuple(curve), tuple(held_out_curve)
@@ -192,16 +188,26 @@ class CompressedBlock:
 
     def _masters(self, weights: BlockWeights, ranks: Ranks) -> "Masters":
         """Return masters of the linears, and of every other parameter."""
-        linears = {
-            name: LinearMasters(self._block.linears[name], parts, self._patterns[name], ranks)
-            for name, parts in weights.packed.items()
-        }
-        others = {n: p for n, p in self._parameters.items() if n.removesuffix(".weight") not in linears}
+        linears = self._block.linears
+        names = [name for name in self._parameters if name.removesuffix(".weight") not in weights.packed]
+        others = {name: self._parameters[name] for name in names}
         # the stored dtype may be finer than the compute dtype
         stored = [weights.other_tensors[name].to(parameter.device) for name, parameter in others.items()]
-        output_rms = [self._output_rms(name, linears) for name in others]
-        vectors = VectorMasters(others, stored, output_rms, ranks) if stored else None
-        return Masters(linears, vectors, ranks)
+        of_vectors = [[tuple(tensor.shape) for tensor in stored]] if stored else []
+        of_linears = [
+            master_shapes(parts, self._patterns[name], (linears[name].out_features, linears[name].in_features))
+            for name, parts in weights.packed.items()
+        ]
+        device = next(iter(self._parameters.values())).device
+        places = flats([*of_vectors, *of_linears], device, ranks)
+        for_vectors = next(places) if stored else None
+        trained = {
+            name: LinearMasters(linears[name], parts, self._patterns[name], flat)
+            for (name, parts), flat in zip(weights.packed.items(), places, strict=True)
+        }
+        output_rms = [self._output_rms(name, trained) for name in others]
+        vectors = VectorMasters(others, stored, output_rms, for_vectors) if for_vectors else None
+        return Masters(trained, vectors, ranks)
 
     def _output_rms(self, name: str, linears: Mapping[str, "LinearMasters"]) -> float:
         """Return the rms, for inputs of rms 1, of the output of the norm or linear that parameter `name` belongs to."""
@@ -210,29 +216,16 @@ class CompressedBlock:
             return linears[module].values_rms * math.sqrt(linears[module].kept_per_row)
         return rms_of(self._parameters.get(f"{module}.weight", self._parameters[name])) or 1.0
 
-    def _add_gradients(
-        self, upcoming: Iterator[tuple[Tensor, Tensor]], scale: float, masters: "Masters"
-    ) -> Tensor | float:
-        """Add the gradients of a micro-batch, times `scale`, to the masters'; return its squared error, float64.
-
-        A rank that lacks the micro-batch, or memory for it, takes part in the sums over ranks nevertheless.
-        """
+    def _add_gradients(self, upcoming: Iterator[tuple[Tensor, Tensor]]) -> Tensor | float:
+        """Make the gradients of a micro-batch, if there is one; return its error, float64."""
         total: Tensor | float = 0.0
-        try:
-            for x, target in upcoming:
-                with torch.enable_grad(), deterministic_operators():
-                    error = (self._block.run(x).float() - target.float()).square().sum()
-                    (error * scale).backward()  # type: ignore[no-untyped-call]
-                total = error.detach().double()
-        finally:
-            masters.sum_gradients()
+        for x, target in upcoming:
+            with torch.enable_grad(), deterministic_operators():
+                error = _error(self._block.run(x), target)
+                # times h, gradients are of order one, whatever the model's scale
+                (error * target.shape[-1]).backward()  # type: ignore[no-untyped-call]
+            total = error.detach().double()
         return total
-
-    def _finish(self, masters: "Masters", weights: BlockWeights) -> BlockWeights:
-        """Return the masters as they are stored, and load them into the block."""
-        refined = masters.weights(weights)
-        self.load(refined)
-        return refined
 
 
 @dataclass(frozen=True)
@@ -253,6 +246,12 @@ class _Step:
         return _Step(spans([ranks.share_of(windows.start, windows.stop)], micro_batch), -(-most // micro_batch))
 
 
-def _energy(tensor: Tensor) -> Tensor:
-    """Return the sum of squares, in float64, on the tensor's device."""
-    return tensor.square().sum(dtype=torch.float64)
+def _error(output: Tensor, target: Tensor) -> Tensor:
+    """Return the sum over tokens of ‖output − target‖² / ‖target‖², for [b, T, h] both; float32, on their device.
+
+    A target is never taken as smaller than `_SMALLEST` of its window's mean.
+    """
+    target = target.float()
+    energy = target.square().sum(-1)  # [b, T]
+    energy = energy.clamp_min(_SMALLEST * energy.mean(-1, keepdim=True)).clamp_min(torch.finfo(energy.dtype).tiny)
+    return ((output.float() - target).square().sum(-1) / energy).sum()

@@ -2,7 +2,8 @@
 
 import math
 
-from streamslr.masters import EXCHANGED_AT_ONCE, TILE
+from streamslr.linear_masters import TILE
+from streamslr.masters import BUNDLED, EXCHANGED_AT_ONCE
 from streamslr.model.pass_costs import routed_bytes
 from streamslr.model.shape import BlockShape
 from streamslr.spec.allocation import Allocation, LinearSpec
@@ -37,11 +38,11 @@ def refine_bytes(
     """Return the bytes that `CompressedBlock.refine` takes beside the live block and the weights before.
 
     Counted are, in float32, master, gradient and two moments of this rank's share of the numbers that are trained
-    (`count_masters`); with ranks, U and V for the products, and the buffers through which all numbers of one linear
-    go; the int32 position of each kept value; what a micro-batch saves for its gradients; tiles of a dense weight; and
-    the weights after. Ranks make gradients once a micro-batch has passed, so that they do not need the last three at
-    once. Behind experts a backward pass holds the float32 gradient [tokens · k, h] of their outputs in addition. In one
-    process the plan of phase match is 1.02 to 1.04 times its measured peak
+    (`count_masters`); with ranks, U and V for the products, and the buffers through which all numbers of one bundle of
+    linears go; the int32 position of each kept value; what a micro-batch saves for its gradients; tiles of a dense
+    weight; and the weights after. Ranks make gradients once a micro-batch has passed, so that they do not need the last
+    three at once. Behind experts a backward pass holds the float32 gradient [tokens · k, h] of their outputs in
+    addition. In one process the plan of phase match is 1.02 to 1.04 times its measured peak
     (tools/results/run-llama-8m.json, tools/results/block-small-cpu.json).
 
     Args:
@@ -79,7 +80,7 @@ def refine_bytes(
         for name, (o, d) in block.linears.items()
     }
     for_products = value_bytes * sum(low_rank.values())
-    buffers = EXCHANGED_AT_ONCE * 4 * max(numbers.values())
+    buffers = EXCHANGED_AT_ONCE * 4 * max(*numbers.values(), min(trained, BUNDLED))
     making = tokens * round(inputs + outputs) * value_bytes + tiles  # inputs, and gradients of outputs
     merging = max(value_bytes * o * d + 8 * low_rank[name] for name, (o, d) in block.linears.items()) + tiles
     return masters + for_products + buffers + max(passing, making, refined + merging)

@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from streamslr.errors import InputError, StreamslrError, first_line, says_not_deterministic, says_out_of_memory
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 _LONGEST_WAIT = timedelta(days=7)
 """Longest wait for another rank, which may solve a large linear for hours. A rank that ends is noticed at once, by its
@@ -169,22 +170,12 @@ class Ranks:
 
         Raises:
             MemoryOfRanksError: Memory ran out on a rank, which it names.
+            RuntimeError: A deterministic operator is missing.
         """
-        if self.world == 1:
-            return work()
-        said = None
-        try:
-            result = work()
-        except (MemoryError, RuntimeError) as error:
-            if not (says_out_of_memory(error) or says_not_deterministic(error)):
-                raise
-            said = first_line(error)  # not the error, whose traceback holds tensors
-        if not self.sum(said is not None):
-            return result
-        rank, said = next((rank, text) for rank, text in enumerate(self.gather(said)) if text)
-        if says_not_deterministic(RuntimeError(said)):
-            raise RuntimeError(said)
-        raise MemoryOfRanksError(f"rank {rank}: {said}")
+        attempt = Attempt(self)
+        result = attempt.do(work, None)
+        attempt.settle()
+        return result  # type: ignore[return-value]  # a rank whose work failed has left with settle
 
     def _begin(self, tensor: Tensor, start: Callable[[], dist.Work | None]) -> Callable[[], None]:
         if self.world == 1:
@@ -256,6 +247,46 @@ class Ranks:
                 if store.check([_reason_key(rank)]):
                     found[rank] = store.get(_reason_key(rank)).decode(errors="replace")
         return found
+
+
+@dataclass
+class Attempt:
+    """Work of a rank between exchanges in which it takes part, whether its work fails or not.
+
+    Once some of it lacks memory or a deterministic operator, this rank does no more of it, and goes on exchanging until
+    all ranks settle what becomes of it. Alone, the work simply raises.
+    """
+
+    ranks: Ranks
+    _said: str | None = None
+    """What failed: not the error, whose traceback holds tensors."""
+
+    def do(self, work: Callable[[], T], otherwise: U) -> T | U:
+        """Call `work` and return its result; return `otherwise` where it fails, or earlier work did."""
+        if self.ranks.world == 1:
+            return work()
+        if self._said is None:
+            try:
+                return work()
+            except (MemoryError, RuntimeError) as error:
+                if not (says_out_of_memory(error) or says_not_deterministic(error)):
+                    raise
+                self._said = first_line(error)
+        return otherwise
+
+    def settle(self) -> None:
+        """Return where nothing failed on any rank; all ranks must call it.
+
+        Raises:
+            MemoryOfRanksError: Memory ran out on a rank, which it names.
+            RuntimeError: A deterministic operator is missing.
+        """
+        if not self.ranks.sum(self._said is not None):
+            return
+        rank, said = next((rank, said) for rank, said in enumerate(self.ranks.gather(self._said)) if said is not None)
+        if says_not_deterministic(RuntimeError(said)):
+            raise RuntimeError(said)
+        raise MemoryOfRanksError(f"rank {rank}: {said}")
 
 
 ALONE = Ranks()

@@ -318,24 +318,24 @@ def match(
         }
         others = {name: leaf for name, leaf in leaves.items() if name[-2:] not in (".S", ".U", ".V")}
         output: Tensor = torch.func.functional_call(block, weights | others, X[windows])
-        return (output - T[windows]).square().sum()
+        return ((output - T[windows]).square().sum(-1) / T[windows].square().sum(-1)).sum()
 
     optimizers = {name: Adam(leaf) for name, leaf in leaves.items()}
-    curve = [(error(slice(None)) / T.square().sum()).item()]
+    tokens = T.shape[:-1].numel()
+    curve = [error(slice(None)).item() / tokens]
     for steps in epochs:
         lost = 0.0
         for windows in steps:
             for leaf in leaves.values():
                 leaf.requires_grad_()
             loss = error(windows)
-            scaled = loss * T.numel() / T.square().sum()
-            gradients = dict(zip(leaves, torch.autograd.grad(scaled, list(leaves.values())), strict=True))
+            gradients = dict(zip(leaves, torch.autograd.grad(loss * T.shape[-1], list(leaves.values())), strict=True))
             lost += loss.item()
             for name, leaf in leaves.items():
                 leaf.requires_grad_(False)
                 optimizers[name].step(gradients[name], rates[name] * cosine(taken / total, final))
             taken += 1
-        curve.append(lost / T.square().sum().item())
+        curve.append(lost / tokens)
     return leaves, curve
 
 

@@ -1,22 +1,30 @@
-"""Compare methods, patterns and matching on one model and one calibration text, in one table and one plot.
+"""Compare methods, patterns, value formats and matching on one model and one calibration text, in a table and a plot.
 
     python tools/compare.py --model FOLDER --calibration TEXT --text TEXT --out tools/results/compare-NAME
     python tools/compare.py …the same line again…                                  # goes on where it stopped
     python tools/compare.py … --methods 3basil,oats,wanda --patterns 1:4+8 --match on --seeds 0,1,2,3 --threads 2
+    python tools/compare.py … --methods 3basil --patterns 2:4+16,dense+16 --values stored,int8,int4
 
 Writes OUT.json, OUT.md (the table) and OUT.svg (perplexity against the bytes of the linears and against CPU seconds)
 after every row. The first row is the dense model. Perplexity is measured on the first --eval-windows windows of --text.
+Where rows differ in their values or rounding, OUT.svg has bits a weight in place of bytes, and the least perplexity
+with so many bits or fewer.
+
+--values takes the formats of `streamslr run --values`, with the columns that share a scale behind a stroke (int4/64;
+128 without). --rounding says how S comes onto their grids: solved or nearest, as `streamslr run --rounding`, or after:
+S of the finished run with values as stored is rounded to the nearest, each group with the scale of least squared error.
+Such a row has the seconds and the memory of that run.
 
 Every combination is a `streamslr run` in OUT.work that is verified, evaluated, and deleted once its row is written.
-After a kill the same line keeps finished rows and resumes the run under way; other methods, patterns or seeds in that
-line add rows. Methods without U·V run at rank 0. What a method or the model cannot do is skipped, and named in OUT.json
-and under the table.
+After a kill the same line keeps finished rows and resumes the run under way; other methods, patterns, formats or seeds
+in that line add rows. Methods without U·V run at rank 0. What a method or the model cannot do, such as values as stored
+with pattern dense, is skipped, and named in OUT.json and under the table.
 
 CPU seconds are user and system time of the run process, start-up included; the start-up alone stands under the table.
 On one thread they depend little on other load, unlike wall seconds.
 
 --reference FILE adds figures of other code: {"source": …, "rows": [{"method", "pattern", "rank", "matched", "seed",
-"perplexity", "seconds"}, …]}.
+"perplexity", "seconds"}, …]}; "values" (like "int4/128") and "rounding" where they are not as stored.
 """
 
 import json
@@ -38,7 +46,8 @@ import click
 import torch
 from bench_block import commit
 from bench_run import STREAMSLR
-from compare_results import Combination, Row, write
+from compare_results import AFTER, ROUNDINGS, Combination, Row, write
+from compare_rounding import write_rounded
 
 from streamslr.cli import run
 from streamslr.errors import InputError, StreamslrError
@@ -51,6 +60,7 @@ from streamslr.results.verify import verify
 from streamslr.run.journal_writer import refuse_changed_settings
 from streamslr.solvers.methods import all_methods, find_method
 from streamslr.spec.pattern import parse_pattern
+from streamslr.spec.values import STORED, parse_values, values_text
 
 _STARTUP = [sys.executable, "-c", "import streamslr.cli, streamslr.run, streamslr.run.context"]
 
@@ -65,6 +75,10 @@ _STARTUP = [sys.executable, "-c", "import streamslr.cli, streamslr.run, streamsl
 @click.option("--methods", help="Comma-separated names [default: all of `streamslr methods`].")
 @click.option(
     "--patterns", default="2:4+16,1:4+8", show_default=True, help="Comma-separated, each with its rank behind a +."
+)
+@click.option("--values", default=STORED, show_default=True, help="Comma-separated: stored, int8, int4, fp8.")
+@click.option(
+    "--rounding", default="solved", show_default=True, help="Comma-separated: solved, nearest, after; not for stored."
 )
 @click.option("--match", type=click.Choice(["on", "off", "both"]), default="both", show_default=True)
 @click.option("--seeds", default="0", show_default=True, help="Comma-separated; several give mean and spread.")
@@ -85,6 +99,8 @@ def main(
     eval_windows: int,
     methods: str | None,
     patterns: str,
+    values: str,
+    rounding: str,
     match: str,
     seeds: str,
     changes: tuple[str, ...],
@@ -110,6 +126,7 @@ def main(
     asked = combinations(
         methods.split(",") if methods else [method.name for method in all_methods()],
         [pattern_and_rank(item) for item in patterns.split(",")],
+        values_and_roundings(values.split(","), rounding.split(",")),
         {"on": [True], "off": [False], "both": [False, True]}[match],
         [int(seed) for seed in seeds.split(",")],
     )
@@ -141,7 +158,8 @@ def main(
     if not rows:
         rows.append({"method": "dense", "perplexity": perplexity(model)})
         write(record, out)
-    new = [one for one in asked if not any(one.describes(row) for row in rows)]
+    finished = {Combination.of(row) for row in rows[1:]}
+    new = [one for one in asked if one not in finished]
     if new and "startup_cpu_seconds" not in record:
         record["startup_cpu_seconds"] = timed(_STARTUP, threads)[0]
     add_rows(record, new, line, perplexity, out, work, threads)
@@ -163,20 +181,27 @@ def add_rows(
     """Run and evaluate each new combination and write its row, or note in the record why it was skipped."""
     rows = record["rows"]
     for number, one in enumerate(new, start=1):
-        measured = work / f"{one.folder}.json"  # keeps the figures of the run if the evaluation is killed
+        folder = work / one.run.folder
+        measured = work / f"{one.run.folder}.json"  # keeps the figures of the run if the evaluation is killed
         try:
             find_method(one.method).require(parse_pattern(one.pattern), one.rank)
             if not measured.exists():
-                write_json(measured, measure(one, line, work / one.folder, threads))
+                write_json(measured, measure(one.run, line, folder, threads))
         except InputError as error:  # another try would end the same
             record["skipped"][str(one)] = str(error)
             click.echo(f"{number} of {len(new)}, {one}: skipped: {error}", err=True)
         else:
-            rows.append(json.loads(measured.read_text()) | {"perplexity": perplexity(str(work / one.folder))})
+            row = json.loads(measured.read_text())
+            if one.rounding == AFTER:
+                row = measure_rounded(one, row, folder, work / one.folder)
+            rows.append(row | {"perplexity": perplexity(str(work / one.folder))})
             click.echo(f"{number} of {len(new)}, {one}: {rows[-1]['perplexity']:.3f}", err=True)
         write(record, out)
-        measured.unlink(missing_ok=True)
-        shutil.rmtree(work / one.folder, ignore_errors=True)
+        if one != one.run:
+            shutil.rmtree(work / one.folder, ignore_errors=True)
+        if not any(other.run == one.run for other in new[number:]):
+            measured.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def pattern_and_rank(item: str) -> tuple[str, int]:
@@ -190,22 +215,43 @@ def pattern_and_rank(item: str) -> tuple[str, int]:
 def other_options(changes: Iterable[str]) -> list[str]:
     """Turn ['match_epochs=8'] into ['--match-epochs', '8']. Raises UsageError for settings that are set here."""
     own = {"--model", "--calibration", "--device", "--samples", "--seq-len", "--quiet", "--out"}
-    own |= {"--method", "--pattern", "--rank", "--seed", "--match", "--no-match"}
+    own |= {"--method", "--pattern", "--rank", "--values", "--group", "--rounding", "--seed", "--match", "--no-match"}
     options = [(f"--{name.replace('_', '-')}", value) for name, _, value in (c.partition("=") for c in changes)]
     if taken := own & {name for name, _ in options}:
         raise click.UsageError(f"--set cannot change {', '.join(sorted(taken))}: compare.py sets it")
     return [part for pair in options for part in pair]
 
 
+def values_and_roundings(values: Iterable[str], roundings: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Return each format with each rounding, values as stored once without; ["int4"] becomes [("int4/128", "solved")].
+
+    Raises:
+        InputError: A format or rounding is unknown, or nothing is there to be rounded.
+    """
+    if unknown := set(roundings) - set(ROUNDINGS):
+        raise InputError(f"--rounding {', '.join(sorted(unknown))} is not known; there are {', '.join(ROUNDINGS)}")
+    found = [parse_values(item) for item in values]
+    if not any(found) and list(roundings) != ["solved"]:
+        raise InputError(f"--rounding {','.join(roundings)} has no effect: --values has only stored; add int4 or int8")
+    pairs = (product([values_text(form)], roundings if form else [None]) for form in found)
+    return [pair for of_format in pairs for pair in of_format]
+
+
 def combinations(
-    methods: Iterable[str], patterns: Sequence[tuple[str, int]], matched: Sequence[bool], seeds: Sequence[int]
+    methods: Iterable[str],
+    patterns: Sequence[tuple[str, int]],
+    values: Sequence[tuple[str, str | None]],
+    matched: Sequence[bool],
+    seeds: Sequence[int],
 ) -> list[Combination]:
     """Return all combinations, seed by seed; methods without U·V at rank 0. Raises InputError for an unknown method."""
     found = [find_method(name) for name in methods]
     return list(
         dict.fromkeys(
-            Combination(method.name, pattern, rank if method.low_rank else 0, match, seed)
-            for seed, (pattern, rank), match, method in product(seeds, patterns, matched, found)
+            Combination(method.name, pattern, rank if method.low_rank else 0, match, seed, form, rounding)
+            for seed, (pattern, rank), match, method, (form, rounding) in product(
+                seeds, patterns, matched, found, values
+            )
         )
     )
 
@@ -215,6 +261,7 @@ def measure(one: Combination, line: Sequence[str], folder: Path, threads: int) -
     resumed = folder.exists()
     match = "--match" if one.matched else "--no-match"
     own = ["--method", one.method, "--pattern", one.pattern, "--rank", str(one.rank), "--seed", str(one.seed), match]
+    own += ["--values", one.values, *(["--rounding", one.rounding] if one.rounding else [])]
     cpu, wall = timed([*line, *own, "--out", str(folder)], threads)
     if problems := verify(folder).problems:
         raise StreamslrError(f"{one}: {folder} is not sound: {problems}")
@@ -229,6 +276,7 @@ def measure(one: Combination, line: Sequence[str], folder: Path, threads: int) -
     return asdict(one) | {
         "linear_bytes": totals(state.blocks)["linear_bytes"],
         "dense_linear_bytes": totals(state.blocks)["dense_linear_bytes"],
+        "bits": totals(state.blocks)["bits_per_weight"],
         "linear_error": totals(state.blocks)["error"],  # as solved
         "block_losses": [[m.loss_before, m.loss_after] for m in matchings],
         "cpu_seconds": None if resumed else cpu,  # the last start alone would say nothing
@@ -238,6 +286,16 @@ def measure(one: Combination, line: Sequence[str], folder: Path, threads: int) -
         "commit": commit(),
         "made_with": dict(state.made_with),
     }
+
+
+def measure_rounded(one: Combination, row: Row, folder: Path, rounded: Path) -> Row:
+    """Write `folder`, whose row is given, with S rounded into `rounded`; return the row of that."""
+    shutil.rmtree(rounded, ignore_errors=True)  # a killed process left it
+    form = parse_values(one.values)
+    assert form is not None
+    linear_bytes, weights = write_rounded(folder, form, rounded), round(8 * row["linear_bytes"] / row["bits"])
+    measured = {"linear_bytes": linear_bytes, "bits": 8 * linear_bytes / weights}
+    return row | asdict(one) | measured | {"linear_error": None, "block_losses": []}
 
 
 def timed(line: Sequence[str], threads: int) -> tuple[float, float]:

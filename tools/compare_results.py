@@ -1,14 +1,26 @@
 """Show the rows of a comparison as a table and as a plot; `compare.py` measures them."""
 
+import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamslr.config import format_bytes
 from streamslr.io.durable import write_file, write_json
+from streamslr.spec.values import STORED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+AFTER = "after"
+ROUNDINGS = ("solved", "nearest", AFTER)
+"""How S comes onto a grid: two in the run, and one after a run with values as stored."""
+
+# A line with more than so many times the median perplexity is drawn at the edge of the plot of bits.
+_RUINED = 2.0
 
 Row = dict[str, Any]
 """One run: the fields of its Combination and what was measured."""
@@ -23,28 +35,62 @@ class Combination:
     rank: int
     matched: bool
     seed: int
+    values: str = STORED
+    rounding: str | None = None  # one of ROUNDINGS where values are on a grid
+
+    @classmethod
+    def of(cls, row: Row) -> "Combination":
+        """Return the combination of a row; rows of before 2026-11-27 say nothing of values, which are as stored."""
+        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
 
     def __str__(self) -> str:
-        return f"{self.method} {self.pattern} + {self.rank}{', matched' if self.matched else ''}, seed {self.seed}"
+        grid = "" if self.values == STORED else f", {self.values} {self.rounding}"
+        return f"{self.method} {self.pattern} + {self.rank}{grid}{', matched' * self.matched}, seed {self.seed}"
 
     @property
     def folder(self) -> str:
         """A folder name that no other combination has: 2:4 differs from 2.4%, seed -1 from 1."""
         return re.sub(r"[^\w.%-]+", "_", str(self))
 
-    def describes(self, row: Row) -> bool:
-        return all(row.get(name) == value for name, value in asdict(self).items())
+    @property
+    def run(self) -> "Combination":
+        """The combination that is run for this one: with values as stored where S is rounded after the run."""
+        return replace(self, values=STORED, rounding=None) if self.rounding == AFTER else self
+
+    @property
+    def numbers(self) -> str:
+        """Values and how S came onto them, "int4/128 nearest"; solved, as is usual, stays unsaid."""
+        return self.values if self.rounding in (None, "solved") else f"{self.values} {self.rounding}"
 
 
 @dataclass(frozen=True)
 class Line:
     """A line of the table: a combination with one row for each seed, and the rows of the reference for it."""
 
-    method: str
-    pattern: str  # and the rank, "2:4 + 16"
-    matched: bool
+    of: Combination  # of the first seed
     rows: tuple[Row, ...]
     official: tuple[Row, ...]
+
+    @property
+    def pattern(self) -> str:
+        """Pattern and rank, "2:4 + 16"."""
+        return f"{self.of.pattern} + {self.of.rank}"
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight of the linears; rows of before 2026-11-27 do not say, and are of models in 16 bits."""
+        first = self.rows[0]
+        return float(first.get("bits", 16 * first["linear_bytes"] / first["dense_linear_bytes"]))
+
+    @property
+    def dense_bits(self) -> float:
+        """Bits a weight of the linears in the dense model."""
+        return self.bits * float(self.rows[0]["dense_linear_bytes"] / self.rows[0]["linear_bytes"])
+
+    @property
+    def perplexity(self) -> float:
+        """Mean over the seeds."""
+        return statistics.mean(self.figures("perplexity"))
 
     def figures(self, name: str) -> list[float]:
         """Return the figure of each seed that has one."""
@@ -52,19 +98,36 @@ class Line:
 
 
 def lines(record: Mapping[str, Any]) -> list[Line]:
-    """Return the lines in the order in which patterns and methods were first run, unmatched before matched."""
-    official = _official(record)
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    """Return the lines by values, pattern, rank and method, each in the order in which it was first run.
+
+    Ranks go up; within a method come its roundings, and unmatched before matched.
+    """
+    groups: dict[Combination, list[Row]] = {}
     for row in record["rows"][1:]:
-        groups.setdefault(tuple(row[name] for name in ("method", "pattern", "rank", "matched")), []).append(row)
-    names = list(dict.fromkeys(pattern for _, pattern, _, _ in groups))
-    order = list(dict.fromkeys(method for method, _, _, _ in groups))
+        groups.setdefault(replace(Combination.of(row), seed=0), []).append(row)
+    values, patterns, methods = (
+        list(dict.fromkeys(getattr(one, name) for one in groups)) for name in ("values", "pattern", "method")
+    )
+
+    def place(one: Combination) -> tuple[int, ...]:
+        rounding = ROUNDINGS.index(one.rounding) if one.rounding else 0
+        first = values.index(one.values), patterns.index(one.pattern), one.rank
+        return *first, methods.index(one.method), rounding, one.matched
+
     found = []
-    for key in sorted(groups, key=lambda k: (names.index(k[1]), order.index(k[0]), k[2], k[3])):
-        method, pattern, rank, matched = key
-        ours = [Combination(method, pattern, rank, matched, row["seed"]) for row in groups[key]]
-        theirs = [row for row in official if any(one.describes(row) for one in ours)]
-        found.append(Line(method, f"{pattern} + {rank}", matched, tuple(groups[key]), tuple(theirs)))
+    for one in sorted(groups, key=place):
+        ours = [Combination.of(row) for row in groups[one]]
+        theirs = [row for row in _official(record) if Combination.of(row) in ours]
+        found.append(Line(ours[0], tuple(groups[one]), tuple(theirs)))
+    return found
+
+
+def best_of(drawn: Sequence[Line]) -> list[Line]:
+    """Return the lines that no other line with so many bits or fewer has less perplexity than, by their bits."""
+    found: list[Line] = []
+    for line in sorted(drawn, key=lambda line: (line.bits, line.perplexity)):
+        if not found or line.perplexity < found[-1].perplexity:
+            found.append(line)
     return found
 
 
@@ -85,21 +148,24 @@ def write(record: Mapping[str, Any], out: Path) -> None:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """Return the table, how to read it, and what was skipped and why."""
-    dense, *others = record["rows"]
-    head = ["method", "pattern + rank", "matched", "perplexity", "official", "bytes of linears", "of dense"]
-    head += ["linear error", "CPU s", "solve s", "match s", "official s", "peak memory"]
-    whole = format_bytes(others[0]["dense_linear_bytes"]) if others else ""
+    dense, of_runs = record["rows"][0], lines(record)
+    head = ["method", "values", "pattern + rank", "matched", "perplexity", "official", "bits", "bytes of linears"]
+    head += ["of dense", "linear error", "CPU s", "solve s", "match s", "official s", "peak memory"]
+    bits = f"{of_runs[0].dense_bits:.2f}" if of_runs else ""
+    whole = format_bytes(of_runs[0].rows[0]["dense_linear_bytes"]) if of_runs else ""
     known = [row["perplexity"] for row in _official(record) if row["method"] == "dense"]
-    body = [["dense", "", "", f"{dense['perplexity']:.3f}", _mean(known, ".3f"), whole, "1", *[""] * 6]]
-    for line in lines(record):
+    body = [["dense", "", "", "", f"{dense['perplexity']:.3f}", _mean(known, ".3f"), bits, whole, "1", *[""] * 6]]
+    for line in of_runs:
         first, phases = line.rows[0], [row["phase_seconds"] for row in line.rows]
         body.append(
             [
-                line.method,
+                line.of.method,
+                line.of.numbers,
                 line.pattern,
-                "yes" if line.matched else "no",
+                "yes" if line.of.matched else "no",
                 _mean(line.figures("perplexity"), ".3f"),
                 _mean([row["perplexity"] for row in line.official], ".3f"),
+                f"{line.bits:.2f}",
                 format_bytes(first["linear_bytes"]),
                 f"{first['linear_bytes'] / first['dense_linear_bytes']:.3f}",
                 _mean(line.figures("linear_error"), ".4f"),
@@ -116,11 +182,18 @@ def markdown(record: Mapping[str, Any]) -> str:
         "",
         f"{record['model']}, {settings['samples']} calibration windows of {settings['seq_len']} tokens, perplexity on "
         f"{settings['eval_windows']} windows, {settings['threads']} thread(s) on {settings['device']}. Several seeds: "
-        "mean ± standard deviation (seeds). Linear error: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, before matching, mean "
+        "mean ± standard deviation (seeds). Bits: of a weight of the linears, 8 × bytes of S (values, scales, meta), U "
+        "and V / weights. Linear error: tr(R H Rᵀ) / tr(W H Wᵀ) as solved, before matching, mean "
         "over the linears. CPU s: user and system of the whole run"
         + (f", {record['startup_cpu_seconds']:.1f} of them start-up" if "startup_cpu_seconds" in record else "")
         + "; empty where the run was resumed. Solve and match s: wall.",
     ]
+    if any(line.of.rounding == AFTER for line in of_runs):
+        text += [
+            "",
+            "After: S of the run with values as stored, rounded to the nearest once the run was finished. Seconds and "
+            "memory are those of the run.",
+        ]
     if record["reference"]:
         text += ["", f"Official: {record['reference']['source']}"]
     if record["skipped"]:
@@ -136,43 +209,76 @@ def _mean(figures: Sequence[float], style: str) -> str:
 
 
 def draw(record: Mapping[str, Any], to: Path) -> None:
-    """Draw perplexity against bytes and CPU seconds: a colour for each method, a shape for each pattern."""
+    """Draw perplexity against the size of the linears and against CPU seconds.
+
+    A colour for each method, a shape for each pattern; the size is in MB. Where rows differ in their values or rounding
+    it is in bits a weight: a colour and a kind of line for each of these (with its method, where there are several), a
+    shape for each pattern and rank, and a broad line along the best rows. A row whose perplexity is far from the others
+    is then drawn at the upper edge, with its perplexity beside it.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator
 
-    drawn = lines(record)
-    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(dict.fromkeys(x.method for x in drawn))}
-    # one shape for 2:4 + 16 and for the 2:4 + 0 of the methods without U·V
-    shapes = {name: "osD^vPX*"[i % 8] for i, name in enumerate(dict.fromkeys(x.rows[0]["pattern"] for x in drawn))}
+    drawn, runs = lines(record), [Combination.of(row) for row in record["rows"][1:]]
+    formats = list(dict.fromkeys(one.numbers for one in runs))
+    frontier, many_methods = len(formats) > 1, len({one.method for one in runs}) > 1
+
+    def kind(one: Combination) -> str:
+        parts = [one.method] if many_methods or not frontier else []
+        return ", ".join([*parts, one.numbers] if frontier else parts)
+
+    def shape(line: Line) -> str:  # one for 2:4 + 16 and for the 2:4 + 0 of the methods without U·V
+        return line.pattern if frontier else line.of.pattern
+
+    kinds = {kind(one): one.numbers for one in runs}
+    colours = {name: plt.get_cmap("tab20" if len(kinds) > 10 else "tab10")(i % 20) for i, name in enumerate(kinds)}
+    shapes = {name: "osD^vPX*<>phd"[i % 13] for i, name in enumerate(dict.fromkeys(shape(line) for line in drawn))}
+    dashes: dict[str, dict[str, Any]] = {
+        name: {"linestyle": ("-", "--", ":", "-.")[i % 4] if frontier else "none"} for i, name in enumerate(formats)
+    }
+    means = [line.perplexity for line in drawn]
+    limit = _RUINED * statistics.median(means) if frontier else math.inf
+    edge = 1.05 * max(mean for mean in means if mean <= limit)
     figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
     for line in drawn:
-        colour, ppl = colours[line.method], line.figures("perplexity")
-        error = statistics.stdev(ppl) if len(ppl) > 1 else None
-        style: dict[str, Any] = {"marker": shapes[line.rows[0]["pattern"]], "color": colour, "linestyle": "none"}
-        style["markerfacecolor"] = colour if line.matched else "none"
-        for axes, name in zip(panels, ("linear_bytes", "cpu_seconds"), strict=True):
-            if xs := line.figures(name):
-                x = statistics.mean(xs) / (1e6 if name == "linear_bytes" else 1)
-                axes.errorbar(x, statistics.mean(ppl), yerr=error, **style)
+        colour, ppl = colours[kind(line.of)], line.figures("perplexity")
+        error = statistics.stdev(ppl) if len(ppl) > 1 and line.perplexity <= limit else None
+        style: dict[str, Any] = {"marker": shapes[shape(line)], "color": colour, "linestyle": "none"}
+        style["markerfacecolor"] = colour if line.of.matched else "none"
+        megabytes = line.rows[0]["linear_bytes"] / 1e6
+        for axes, xs in zip(panels, ([line.bits if frontier else megabytes], line.figures("cpu_seconds")), strict=True):
+            if xs:
+                at = statistics.mean(xs), min(line.perplexity, edge)
+                axes.errorbar(*at, yerr=error, **style)
+                if line.perplexity > limit:
+                    axes.annotate(f"↑ {line.perplexity:.4g}", at, (6, -3), textcoords="offset points", fontsize=8)
         for row in line.official:
             if row["seconds"] is not None:
                 panels[1].plot(row["seconds"], row["perplexity"], marker="x", color=colour, linestyle="none")
+    if frontier:
+        _draw_curves(panels[0], [line for line in drawn if line.perplexity <= limit], kind, colours, dashes)
     dense = record["rows"][0]["perplexity"]
-    for axes, label in zip(panels, ("MB of the compressed linears", "CPU seconds of the run"), strict=True):
+    size = "bits a weight of the compressed linears" if frontier else "MB of the compressed linears"
+    for axes, label in zip(panels, (size, "CPU seconds of the run"), strict=True):
         axes.axhline(dense, color="grey", linestyle="--", linewidth=1)
         axes.set_xlabel(label)
         axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")
-    panels[0].annotate(f"dense {dense:.2f}", (0.01, dense), xycoords=("axes fraction", "data"), va="bottom")
-    panels[0].set_ylabel("perplexity")
+    panels[0].annotate(f"dense {dense:.2f}", (0.01, dense), xycoords=("axes fraction", "data"), va="top")
+    panels[0].set_ylabel(f"perplexity (↑: above {limit:.4g}, at the edge)" if max(means) > limit else "perplexity")
     panels[1].set_xscale("log")
     panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[0].yaxis.set_minor_formatter("{x:g}")
     for axis in (panels[0].yaxis, panels[1].xaxis):  # 60, not 6 × 10¹
         axis.set_major_formatter("{x:g}")
     panels[1].xaxis.set_minor_formatter("")
-    handles = [Line2D([], [], color=c, marker="o", linestyle="none", label=name) for name, c in colours.items()]
+    handles = [
+        Line2D([], [], color=colours[name], marker="o", label=name, **dashes[numbers])
+        for name, numbers in kinds.items()
+    ]
+    if frontier:
+        handles.append(Line2D([], [], color="grey", linewidth=6, alpha=0.3, label="best at so many bits or fewer"))
     handles += [Line2D([], [], color="k", marker=s, linestyle="none", label=name) for name, s in shapes.items()]
     handles.append(Line2D([], [], color="k", marker="o", fillstyle="none", linestyle="none", label="not matched"))
     if any(line.official for line in drawn):
@@ -181,3 +287,23 @@ def draw(record: Mapping[str, Any], to: Path) -> None:
     figure.suptitle(f"{record['model']}: below and to the left is better")
     figure.savefig(to)
     plt.close(figure)
+
+
+def _draw_curves(
+    axes: "Axes",
+    drawn: Sequence[Line],
+    kind: Callable[[Combination], str],
+    colours: Mapping[str, Any],
+    dashes: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Join the lines of each kind, matched or not, by their bits; and along the best lines, in steps."""
+    curves: dict[tuple[str, bool], list[Line]] = {}
+    for line in sorted(drawn, key=lambda line: line.bits):
+        curves.setdefault((kind(line.of), line.of.matched), []).append(line)
+    for (name, _), curve in curves.items():
+        style: dict[str, Any] = {"color": colours[name], "linewidth": 1, "alpha": 0.6, **dashes[curve[0].of.numbers]}
+        axes.plot([line.bits for line in curve], [line.perplexity for line in curve], **style)
+    best = best_of(drawn)
+    bits, ppl = [line.bits for line in best], [line.perplexity for line in best]
+    widest = max(line.bits for line in drawn)
+    axes.step([*bits, widest], [*ppl, ppl[-1]], where="post", color="grey", linewidth=6, alpha=0.3, zorder=0)

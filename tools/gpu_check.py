@@ -61,6 +61,7 @@ from streamslr.io.durable import file_sha256, write_json
 from streamslr.run.context import open_run
 from streamslr.run.loop import run
 from streamslr.solvers import ThreeBasil, parse_pattern
+from streamslr.spec.values import parse_values
 from streamslr.tensors import tf32_products
 
 RESULTS, README = Path(__file__).with_name("results"), Path(__file__).parents[1] / "README.md"
@@ -231,13 +232,16 @@ def solver(check: Check) -> Figures:
 
 
 def inference(check: Check) -> Figures:
-    """Time a packed 2:4 + 64 linear beside the dense one."""
+    """Time a packed 2:4 + 64 linear, with values as stored and in int4, beside the dense one."""
     shapes, tokens = ([(64, 64)], (1, 32)) if check.pretended else ([(8192, 8192), (28672, 8192)], (1, 16, 2048))
     rows = []
     with check.device(), torch.inference_mode():
         for o, d in shapes:
-            linear = bench_inference.random_linear(o, d, parse_pattern("2:4"), 64, torch.bfloat16, "cuda")
-            rows += [bench_inference.measure(linear, n, repeats=3 if check.pretended else 9) for n in tokens]
+            for values in ("stored", "int4"):
+                settings = parse_pattern("2:4"), 64, torch.bfloat16, "cuda", parse_values(values)
+                linear = bench_inference.random_linear(o, d, *settings)
+                measured = [bench_inference.measure(linear, n, repeats=3 if check.pretended else 9) for n in tokens]
+                rows += [row | {"values": values} for row in measured]
     return {"rows": rows}
 
 
@@ -334,8 +338,8 @@ def summary(record: Mapping[str, Any]) -> list[str]:
         o, d = row["shape"]
         times, memory = row["time_to_dense"]["packed"], row["memory_to_dense"]["packed"]
         lines.append(
-            f"| packed {o}×{d}, {row['tokens']} tokens ({row['kernel']}) | {times:.2f} of dense time, {memory:.2f} of "
-            "memory |"
+            f"| packed {o}×{d}, values {row['values']}, {row['tokens']} tokens ({row['kernel']}) | {times:.2f} of "
+            f"dense time, {memory:.2f} of memory |"
         )
     return lines
 

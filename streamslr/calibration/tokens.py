@@ -33,11 +33,12 @@ _CHECK_TOKENIZER = "check the tokenizer's files, or download them again"
 class Calibration:
     """Calibration windows, and where they come from."""
 
-    ids: Tensor  # [windows, T] int64
+    ids: Tensor  # [windows, T] int64, those held out behind the others
     digest: str  # sha256 of the ids
     source: str  # name of the text for people
     check: Tensor  # check windows [n, T] int64, of the same text
-    overlapping: int = 0  # check windows that share text with others, because the text is too short
+    held_out_overlapping: int = 0  # held-out windows that share text with others, because the text is too short
+    overlapping: int = 0  # check windows that do
 
 
 def window_prefix(tokenizer: PreTrainedTokenizerBase, bos: str) -> list[int]:
@@ -69,23 +70,26 @@ def calibration_windows(
     seq_len: int,
     seed: int,
     prefix: Sequence[int] = (),
+    held_out: int = 0,
     check: int = 0,
 ) -> Calibration:
     """Draw random windows of a text; none has special tokens but those of `prefix`.
 
     A .jsonl file gives one window from each of its documents of more than `seq_len` tokens, in random order, as in the
     papers (SparseGPT, section 4), and more than one where there are too few documents. Any other text is one document,
-    in which windows start anywhere. Check windows are drawn after these, by random numbers of their own: how many there
-    are does not change a calibration window.
+    in which windows start anywhere. Held-out windows are drawn after these, and check windows after them, each by
+    random numbers of their own: how many there are changes no window that was drawn before. They share no text with
+    other windows where there is enough of it.
 
     Args:
         tokenizer: Tokenizer of the model.
         path: Text; None: the first shard of C4's training set, from the hub.
-        num_windows: Number of windows.
+        num_windows: Number of windows that are fitted.
         seq_len: Tokens T of a window.
         seed: Seed of documents and starts.
         prefix: First tokens of every window; the text gives the other T − len(prefix).
-        check: Number of check windows, which share no text with other windows where there is enough of it.
+        held_out: Number of held-out windows.
+        check: Number of check windows.
 
     Raises:
         InputError: The text cannot be read, or holds too few tokens in documents that are long enough.
@@ -98,7 +102,7 @@ def calibration_windows(
         source = path.name
     length = seq_len - len(prefix)  # of the text in a window
     if is_jsonl(path):
-        documents = _draw_long_documents(tokenizer, path, num_windows + check, length, draw)
+        documents = _draw_long_documents(tokenizer, path, num_windows + held_out + check, length, draw)
     else:
         documents = [_tokenize(tokenizer, text) for text in read_documents(path)]
     _require_enough(path, documents[:num_windows], num_windows, length)
@@ -106,12 +110,15 @@ def calibration_windows(
     for i in range(num_windows):
         number = i % min(num_windows, len(documents))
         places.append((number, draw.randint(0, len(documents[number]) - length - 1)))
-    apart, overlapping = _draw_apart(documents, places, check, length, random.Random(f"check windows of seed {seed}"))
-    windows = [documents[number][start : start + length] for number, start in (*places, *apart)]
-    ids = _prepend(prefix, torch.stack(windows).long())
+    overlapping = []
+    for what, count in (("held-out", held_out), ("check", check)):
+        apart, shared = _draw_apart(documents, places, count, length, random.Random(f"{what} windows of seed {seed}"))
+        places += apart
+        overlapping.append(shared)
+    ids = _prepend(prefix, torch.stack([documents[number][start : start + length] for number, start in places]).long())
     return_freed_memory()
-    calibrating, checking = ids[:num_windows].clone(), ids[num_windows:].clone()
-    return Calibration(calibrating, ids_digest(calibrating), source, checking, overlapping)
+    calibrating, checking = ids[: num_windows + held_out].clone(), ids[num_windows + held_out :].clone()
+    return Calibration(calibrating, ids_digest(calibrating), source, checking, *overlapping)
 
 
 def ids_digest(ids: Tensor) -> str:

@@ -150,6 +150,13 @@ def max_values(pattern: SparsityPattern, shape: tuple[int, int]) -> int:
     return pattern.num_kept(o, d) if isinstance(pattern, Unstructured) else o * d
 
 
+def count_values(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape: tuple[int, int]) -> int:
+    """Return how many values the S [o, d] of a packed linear has."""
+    if "scales" not in tensors:
+        return tensors["values"].numel()
+    return max_values(pattern, shape) if pattern.groups(shape[1]) else int(tensors["row_offsets"][-1])
+
+
 def packed_bytes(
     pattern: SparsityPattern,
     shape: tuple[int, int],
@@ -222,9 +229,9 @@ def meta_code(pattern: SparsityPattern) -> MetaCode:
     return MetaCode(None, base=2, count=8, columns=1)
 
 
-def of_same_code(pattern: SparsityPattern) -> NofM | UnstructuredRows | Unstructured:
+def of_same_code(pattern: SparsityPattern) -> NofM | UnstructuredRows | Unstructured | Dense:
     """Return the pattern whose tables and checks hold for `pattern` too: a fraction does not show in bytes of meta."""
-    if isinstance(pattern, NofM):
+    if isinstance(pattern, NofM | Dense):
         return pattern
     return UnstructuredRows(0.5) if pattern.by_row else Unstructured(0.5)
 

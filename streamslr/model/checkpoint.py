@@ -5,13 +5,15 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -19,13 +21,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
 from streamslr.io.folder import parse_index
-from streamslr.io.packed_layout import INDEX_FILE, QUANT_METHOD, read_quantization_config
+from streamslr.io.packed_layout import INDEX_FILE, read_quantization_config
 from streamslr.io.safetensors_file import DTYPE_NAMES, WEIGHT_DTYPES, ShardHeader, TensorInfo, read_header, read_start
 from streamslr.model.border import refusing
 from streamslr.model.bounds import refuse_huge_counts
-from streamslr.model.decoders import PackedWeight, packed_weights
+from streamslr.model.decoders import Decoder, PackedWeight, packed_weights
 from streamslr.model.other_files import is_auxiliary, refuse_other_model
 from streamslr.model.pinned_shards import PinnedShards, ShardDigest, Times
+from streamslr.model.quantization import ENTRIES, Quantization, read_quantization, without_quantization
+from streamslr.model.quantized_weights import quantized_weights
 from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source
 from streamslr.outside import parse_loose_json, read_bounded
 from streamslr.spec.pattern import SparsityPattern
@@ -60,8 +64,9 @@ class Checkpoint:
         model: folder or hub id, as the user gave it.
         identity: "hub:ID@commit", or the sha256 over config.json, file names, headers and sizes of a folder, and over
             what the index says of tensors that two files hold.
-        config: config.json as transformers reads it.
-        tensors: description of each tensor by its key. A packed linear shows as its merged weight in float32.
+        config: config.json as transformers reads it, without a quantization of other tools.
+        tensors: description of each tensor by its key. A packed linear shows as its merged weight in float32, a weight
+            that another tool quantized as the decoded one, in the dtype that config.json says.
         pinned: digests of the shards that were read, once `pin` was called.
     """
 
@@ -72,21 +77,19 @@ class Checkpoint:
         if CONFIG_FILE not in source.files:
             raise source.missing_file_error(CONFIG_FILE, ", so nothing says what architecture it is")
         self._raw_config = read_bounded(source.fetch(CONFIG_FILE))
-        self.config: PretrainedConfig = _parse_config(self._raw_config, source)
+        self.config: PretrainedConfig
+        self.config, quantization = _parse_config(self._raw_config, source)
         refuse_other_model(source, self.config_json())
         shards, weight_map = _shard_names(source)
         with ThreadPoolExecutor(8) as pool:  # on the hub a header costs a round trip or two
             headers = list(pool.map(self._read_header, shards))
         self._headers = dict(zip(shards, headers, strict=True))
         self.identity: str = source.identity or _digest(self._raw_config, self._headers, weight_map)
-        stored = _stored_tensors(source, self._headers, weight_map)
-        self._decoders: dict[str, PackedWeight] = {}
-        if read_quantization_config(self.config) is not None:
-            self._decoders = packed_weights(self._headers, source.label)
-        for decoder in self._decoders.values():
-            for name in decoder.stored:
-                del stored[name]
-        self.tensors: Mapping[str, TensorInfo] = stored | {name: d.info for name, d in self._decoders.items()}
+        self._stored = _stored_tensors(source, self._headers, weight_map)
+        self._decoders: Mapping[str, Decoder] = self._find_decoders(quantization)
+        hidden = {name for decoder in self._decoders.values() for name in (*decoder.stored, *decoder.unread)}
+        shown = {name: info for name, info in self._stored.items() if name not in hidden}
+        self.tensors: Mapping[str, TensorInfo] = shown | {name: d.info for name, d in self._decoders.items()}
         _refuse_quantized_weights(source, self.tensors)
         self.pinned: PinnedShards | None = None
         self._done: set[str] = set()
@@ -115,8 +118,9 @@ class Checkpoint:
         """Packed linears: name -> pattern, shape (o, d) of the weight, rank."""
         found = {}
         for name, decoder in self._decoders.items():
-            V = self._headers[decoder.info.shard].tensors.get(decoder.parts.get("V", ""))
-            found[name.removesuffix(".weight")] = decoder.pattern, decoder.shape, V.shape[0] if V and V.shape else 0
+            if isinstance(decoder, PackedWeight):
+                V = self._stored.get(decoder.parts.get("V", ""))
+                found[name.removesuffix(".weight")] = decoder.pattern, decoder.shape, V.shape[0] if V and V.shape else 0
         return found
 
     @property
@@ -129,6 +133,11 @@ class Checkpoint:
         """Size of the shards that are not on this machine yet."""
         return sum(header.size for shard, header in self._headers.items() if self._source.local_path(shard) is None)
 
+    @property
+    def largest_shard_bytes(self) -> int:
+        """Size of the largest shard."""
+        return max(header.size for header in self._headers.values())
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors to the CPU, and download the shards that are not on this machine yet.
 
@@ -139,17 +148,21 @@ class Checkpoint:
             HubError: a download failed.
         """
         tensors = {}
-        for shard, wanted in self._by_shard(names, done=False).items():
-            path = self._source.fetch(shard)
-            self._require_unchanged(shard, path)
-            try:
-                with safe_open(path, framework="pt", device="cpu") as file:
-                    for name in wanted:
-                        decoder = self._decoders.get(name)
-                        tensors[name] = decoder.decode(file.get_tensor) if decoder else file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"cannot read {path}: {error}; copy or download the file again") from error
+        for shards, wanted in self._by_shards(names, done=False).items():
+            with self._reading(shards) as get:
+                for name in wanted:
+                    decoder = self._decoders.get(name)
+                    tensors[name] = decoder.decode(get) if decoder else get(name)
         return tensors
+
+    def read_or_defer(self, names: Iterable[str]) -> dict[str, Tensor | Callable[[], Tensor]]:
+        """Read tensors that are stored as they are; return a function for each that is decoded, so that none waits.
+
+        Errors as `read`; the functions have the same.
+        """
+        names = list(names)
+        tensors: dict[str, Tensor | Callable[[], Tensor]] = {**self.read(n for n in names if n not in self._decoders)}
+        return tensors | {name: partial(self.read_one, name) for name in names if name in self._decoders}
 
     def read_one(self, name: str) -> Tensor:
         """Read one tensor, as `read`."""
@@ -158,12 +171,16 @@ class Checkpoint:
     def prefetch(self, names: Iterable[str]) -> None:
         """Start to download or read ahead what holds these tensors, in the background; errors wait for `read`."""
         missing = []
-        for shard, wanted in self._by_shard(names, done=False).items():
+        wanted = [name for group in self._by_shards(names, done=False).values() for name in group]
+        by_shard: dict[str, list[str]] = {}
+        for name in self._stored_names(wanted):
+            by_shard.setdefault(self._stored[name].shard, []).append(name)
+        for shard, stored in by_shard.items():
             path = self._source.local_path(shard)
             if path is None:
                 missing.append(shard)
             else:
-                _read_ahead(path, [self._headers[shard].ranges[name] for name in self._stored_names(wanted)])
+                _read_ahead(path, [self._headers[shard].ranges[name] for name in stored])
         if missing:
             # A daemon: Ctrl-C must not wait for a download; the hub's client goes on with a partial file.
             threading.Thread(target=self._fetch_ahead, args=(missing,), daemon=True).start()
@@ -179,14 +196,14 @@ class Checkpoint:
         With `evict`, a shard whose tensors are all done is deleted from the hub's cache if it is one of `downloaded`; a
         later `read` downloads it again.
         """
-        shards = self._by_shard(names, done=True)
+        shards = {shard for group in self._by_shards(names, done=True) for shard in group}
         if not self._evict:
             return
         if self.pinned:
             self.pinned.wait()
-        for shard in shards:
+        for shard in sorted(shards):
             with self._lock:
-                finished = all(name in self._done for name, info in self.tensors.items() if info.shard == shard)
+                finished = all(name in self._done for name in self.tensors if shard in self._shards_of(name))
             if finished:
                 self._source.evict(shard)
 
@@ -197,6 +214,10 @@ class Checkpoint:
     def config_json(self) -> dict[str, Any]:
         """Return the JSON of config.json as it is: what transformers makes of it depends on the version."""
         return parse_loose_json(self._raw_config)
+
+    def dense_config_json(self) -> dict[str, Any]:
+        """Return the JSON of config.json as it is for the same model of dense weights."""
+        return without_quantization(self.config_json())
 
     def auxiliary_files(self) -> list[Path]:
         """Fetch the files that travel with config and weights: tokenizer, generation config, licence.
@@ -261,13 +282,51 @@ class Checkpoint:
         if changed:
             raise InputError(f"{path} {changed}: something else writes there; let it end, then run the same line again")
 
-    def _by_shard(self, names: Iterable[str], done: bool) -> dict[str, list[str]]:
-        """Group names by shard, and note them as done or as needed (again)."""
-        wanted: dict[str, list[str]] = {}
+    def _find_decoders(self, quantization: Quantization | None) -> Mapping[str, Decoder]:
+        """Return the decoder of each weight that is stored in another form, by its name."""
+        label, dtype = self._source.label, self.config.get_text_config().dtype
+        if read_quantization_config(self.config) is not None:
+            return packed_weights(self._headers, label)
+        if quantization is None:
+            return {}
+        found = quantized_weights(
+            quantization, self._stored, dtype if dtype in WEIGHT_DTYPES else torch.bfloat16, label
+        )
+        log.info("%s is quantized (%s): %d weights are decoded", label, quantization.quant_method, len(found))
+        if unread := [name for weight in found.values() for name in weight.unread]:
+            log.info("%s and others (%d) say how activations are rounded: left out", unread[0], len(unread))
+        return found
+
+    @contextmanager
+    def _reading(self, shards: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
+        """Fetch shards, and yield what reads a stored tensor of them; errors as `read`."""
+        with ExitStack() as stack:
+            files = {}
+            for shard in shards:
+                path = self._source.fetch(shard)
+                self._require_unchanged(shard, path)
+                with _readable(path):
+                    files[shard] = path, stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+
+            def get(name: str) -> Tensor:
+                path, file = files[self._stored[name].shard]
+                with _readable(path):
+                    tensor: Tensor = file.get_tensor(name)
+                return tensor
+
+            yield get
+
+    def _shards_of(self, name: str) -> tuple[str, ...]:
+        """Return the shards that hold what is stored of a tensor, in order."""
+        return tuple(sorted({self._stored[stored].shard for stored in self._stored_names([name])}))
+
+    def _by_shards(self, names: Iterable[str], done: bool) -> dict[tuple[str, ...], list[str]]:
+        """Group names by the shards that hold them, and note them as done or as needed (again)."""
+        wanted: dict[tuple[str, ...], list[str]] = {}
         for name in names:
             if name not in self.tensors:
                 raise InputError(f"{self._source.label} holds no tensor {name}")
-            wanted.setdefault(self.tensors[name].shard, []).append(name)
+            wanted.setdefault(self._shards_of(name), []).append(name)
         flat = {name for group in wanted.values() for name in group}
         with self._lock:
             if done:
@@ -299,8 +358,12 @@ class _Config(msgspec.Struct):
     auto_map: Any = None
 
 
-def _parse_config(raw: bytes, source: ModelSource) -> PretrainedConfig:
-    """Parse config.json. Raises InputError for a model that is quantized already or unknown to transformers."""
+def _parse_config(raw: bytes, source: ModelSource) -> tuple[PretrainedConfig, Quantization | None]:
+    """Return config.json as transformers reads it, and apart from it how another tool quantized the weights.
+
+    Raises:
+        InputError: the file cannot be read, or the model is unknown to transformers.
+    """
     try:
         content = parse_loose_json(raw)
         config = msgspec.convert(content, _Config)
@@ -309,12 +372,7 @@ def _parse_config(raw: bytes, source: ModelSource) -> PretrainedConfig:
             f"config.json of {source.label} is not JSON that describes a model ({error}); download it again"
         ) from error
     refuse_huge_counts(content, source.label)
-    quantization = config.quantization_config or config.compression_config or {}
-    method = quantization.get("quant_method", "an unnamed method")
-    if quantization and method != QUANT_METHOD:
-        raise InputError(
-            f"{source.label} is already quantized ({method}); give the original model in bf16, fp16 or fp32"
-        )
+    quantization = read_quantization(content, source.label)
     if config.model_type not in CONFIG_MAPPING:
         if config.auto_map is not None:
             raise InputError(
@@ -331,7 +389,10 @@ def _parse_config(raw: bytes, source: ModelSource) -> PretrainedConfig:
         parsed: PretrainedConfig = AutoConfig.from_pretrained(
             str(source.fetch(CONFIG_FILE).parent), trust_remote_code=False, local_files_only=True
         )
-    return parsed
+    if quantization is not None:  # or transformers would ask its own quantizer
+        for name in ENTRIES:
+            vars(parsed).pop(name, None)
+    return parsed, quantization
 
 
 def _shard_names(source: ModelSource) -> tuple[list[str], Mapping[str, str]]:
@@ -405,8 +466,12 @@ def _stored_tensors(
 
 
 def _refuse_quantized_weights(source: ModelSource, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise InputError for weights of other dtypes: some quantized checkpoints say nothing in config.json."""
-    odd = [info for name, info in tensors.items() if name.endswith(".weight") and info.dtype not in WEIGHT_DTYPES]
+    """Raise InputError for weights of other dtypes: config.json says nothing of how they are quantized."""
+    odd = [
+        info
+        for name, info in tensors.items()
+        if info.dtype not in WEIGHT_DTYPES and (name.endswith(".weight") or info.dtype.is_floating_point)
+    ]
     if odd:
         raise InputError(
             f"{odd[0].name} in {odd[0].shard} of {source.label} is {DTYPE_NAMES[odd[0].dtype]} "
@@ -431,6 +496,15 @@ def _digest(config: bytes, headers: Mapping[str, ShardHeader], weight_map: Mappi
         if holders[name] > 1:
             digest.update(f"\0{name}\0{shard}\0".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what safetensors raises over a file into an InputError."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot read {path}: {error}; copy or download the file again") from error
 
 
 def _read_ahead(path: Path, ranges: Iterable[tuple[int, int]]) -> None:

@@ -1,12 +1,13 @@
 """Decoders: a dense weight from the tensors that a checkpoint stores instead of it.
 
-So far there is one, for linears that streamslr packed. A decoder names the weight that it gives and the stored tensors
-that it takes, so that a checkpoint shows the one and hides the others. Another stored format needs a class like
-`PackedWeight`, and a function like `packed_weights` that finds such weights in the headers.
+A decoder names the weight that it gives and the stored tensors that it takes, so that a checkpoint shows the one and
+hides the others. Here is that of linears that streamslr packed; those of other tools are in `quantized_weights.py`.
+Another stored format needs a class with the functions of `Decoder`, and a function that finds such weights by headers.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,36 @@ from streamslr.io.packed_layout import packed_linears, stored_parts
 from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import ShardHeader, TensorInfo
 from streamslr.spec.pattern import SparsityPattern
+
+
+class Decoder(Protocol):
+    """A weight that is stored in another form: a `PackedWeight`, or a `QuantizedWeight`."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """Description of the decoded weight; its shard holds the first of its parts."""
+        ...
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of the stored tensors that `decode` reads."""
+        ...
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Names of stored tensors beside these that only what multiplies in codes needs."""
+        ...
+
+    def decode(self, read: Callable[[str], Tensor]) -> Tensor:
+        """Return the weight.
+
+        Args:
+            read: reads the stored tensor of a name.
+
+        Raises:
+            InputError: the parts do not fit together.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,6 +59,7 @@ class PackedWeight:
     shape: tuple[int, int]
     parts: Mapping[str, str]
     """Name of each part -> name of the stored tensor."""
+    unread: tuple[str, ...] = ()
 
     @property
     def stored(self) -> tuple[str, ...]:

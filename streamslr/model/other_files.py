@@ -32,7 +32,8 @@ def is_auxiliary(name: str) -> bool:
     """Tell if a file belongs beside the weights in a copy of the model."""
     if name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
         return True
-    if name.startswith(".") or name in (CONFIG_FILE, "streamslr.json", *_OF_OTHER_FILES) or ".index." in name:
+    others = (CONFIG_FILE, "streamslr.json", *_OF_OTHER_FILES, *_QUANTIZED_FILES)
+    if name.startswith(".") or name in others or ".index." in name:
         return False
     # Of .txt files only these are a tokenizer's; others may be anything, and large.
     return name in TOKENIZER_TEXTS or name.endswith((".json", ".model", ".jinja", ".tiktoken"))
@@ -54,7 +55,8 @@ def refuse_other_model(source: ModelSource, config: Mapping[str, Any]) -> None:
             f"not. Merge it once, peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
             f".save_pretrained(...), or take the adapter's files out of the folder"
         )
-    if found := next((name for name in _QUANTIZED_FILES if name in source.files), None):
+    found = next((name for name in _QUANTIZED_FILES if name in source.files), None)
+    if found and not config.get("quantization_config"):
         raise InputError(
             f"{source.label} holds {found}: its weights are quantized already; give the original model in bf16, fp16 "
             f"or fp32 (or take that file out, if it is not of these weights)"

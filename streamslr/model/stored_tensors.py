@@ -62,7 +62,7 @@ class StoredTensors:
             for name, tensor in live.items():
                 set_tensor(self._model, name, torch.empty_like(tensor, dtype=dtype, device="meta"))
             with quiet_transformers():
-                tensors, cpu = self._checkpoint.read(keys), torch.device("cpu")
+                tensors, cpu = self._checkpoint.read_or_defer(keys), torch.device("cpu")
                 load_converted(self._model, tensors, self._conversions, dtype, cpu)
             return get_tensor(self._model, parameter).detach()
         finally:

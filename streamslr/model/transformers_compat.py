@@ -8,6 +8,7 @@ need `transformers.quantizers` or `transformers.modeling_utils`; those are impor
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -79,7 +80,7 @@ __all__ = [
 
 def load_converted(
     model: "PreTrainedModel",
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor | Callable[[], Tensor]],
     conversions: Iterable[WeightTransform],
     dtype: torch.dtype,
     device: torch.device,
@@ -90,7 +91,7 @@ def load_converted(
 
     Args:
         model: the model; parameters that the tensors do not become stay as they are.
-        tensors: checkpoint key -> tensor on the CPU.
+        tensors: checkpoint key -> tensor on the CPU, or a function that makes it; one of these is at work at a time.
         conversions: renamings and fusions, `get_model_conversion_mapping` or fewer.
         dtype: dtype of loaded parameters, except for those that the model keeps in float32.
         device: device of loaded parameters.
@@ -106,8 +107,24 @@ def load_converted(
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=list(conversions),  # type: ignore[arg-type]  # declared narrower than what it is given
     )
-    info: LoadStateDictInfo = convert_and_load_state_dict_in_model(model, tensors, config)[0]
+    lock = threading.Lock()
+    values = {key: _Deferred(value, lock) if callable(value) else value for key, value in tensors.items()}
+    info: LoadStateDictInfo = convert_and_load_state_dict_in_model(model, values, config)[0]
     return info
+
+
+class _Deferred:
+    """A tensor made when the loader asks for it: its threads call `value[...].to(device=…, dtype=…)`."""
+
+    def __init__(self, make: Callable[[], Tensor], lock: threading.Lock) -> None:
+        self._make, self._lock = make, lock
+
+    def __getitem__(self, _: Any) -> "_Deferred":
+        return self
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        with self._lock:
+            return self._make().to(device=device, dtype=dtype)
 
 
 def begin_loading(quantizer: "HfQuantizer") -> None:

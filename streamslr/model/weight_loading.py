@@ -39,7 +39,7 @@ def load_keys(
     """
     used = [key for key in keys if any(name in names.meta for name in names.parameters_of(key))]
     with quiet_transformers():
-        info = load_converted(model, checkpoint.read(used), conversions, dtype, device)
+        info = load_converted(model, checkpoint.read_or_defer(used), conversions, dtype, device)
         outside = any(names.block_of(names.parameters_of(key)[0]) is None for key in used)
         if outside and model.all_tied_weights_keys:
             model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)

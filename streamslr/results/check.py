@@ -146,7 +146,8 @@ def _draw_windows(
     prefix = window_prefix(tokenizer, "yes" if state.bos else "no")
     seq_len, seed = int(settings["seq_len"]), int(settings["seed"])
     if text is None or text.name == state.calibration:
-        drawn = calibration_windows(tokenizer, text, int(settings["samples"]), seq_len, seed, prefix, count)
+        held_out = int(settings["match_held_out"]) if settings["match"] else 0
+        drawn = calibration_windows(tokenizer, text, int(settings["samples"]), seq_len, seed, prefix, held_out, count)
         if drawn.digest == settings["tokens"]:
             return drawn.check, state.check is not None and ids_digest(drawn.check) == state.check.tokens
         log.warning("%s is another text than the run was calibrated on", text or C4_FILE)

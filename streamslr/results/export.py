@@ -255,8 +255,7 @@ class _Source:
 
     def config(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """Return the config.json of the dense model: the source's own, with another dtype where one is asked for."""
-        config: dict[str, Any] = self._checkpoint.config_json()
-        del config["quantization_config"]
+        config = self._checkpoint.dense_config_json()
         if dtype is not None and not _set_dtype(config, str(dtype).removeprefix("torch.")):
             config["torch_dtype"] = str(dtype).removeprefix("torch.")  # every version of transformers reads this name
         return config

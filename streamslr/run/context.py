@@ -76,7 +76,7 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
         ResumeError: The output folder holds a run with other settings.
     """
     keep_no_freed_memory()
-    ranks.share(config.samples - (config.match_held_out if config.match else 0), "calibration windows")
+    ranks.share(config.samples, "calibration windows")
     parse_mean_pattern(config)  # refuses a wrong --pattern or --compression before the model is opened
     method = find_method(config.method)
     device, dtype = pick_device(config.device, gpu_required, index=ranks.local_rank)
@@ -242,9 +242,6 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
             )
         )
     non_block = [tensors[key] for key in blockwise.non_block_tensors]
-    per_shard: dict[str, int] = {}
-    for info in tensors.values():
-        per_shard[info.shard] = per_shard.get(info.shard, 0) + info.nbytes
     return ModelShape(
         blocks=tuple(blocks),
         hidden_size=blockwise.hidden_size,
@@ -253,7 +250,7 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
         eager_heads=blockwise.eager_heads,
         value_bytes=max(blockwise.stored_dtype(f"{name}.weight").itemsize for name in blockwise.linears[0]),
         download_bytes=blockwise.checkpoint.download_bytes,
-        largest_shard_bytes=max(per_shard.values()),
+        largest_shard_bytes=blockwise.checkpoint.largest_shard_bytes,
         vocabulary=blockwise.vocabulary,
         float32_stream=blockwise.stream_dtype == torch.float32,
     )

@@ -181,7 +181,7 @@ class Costs:
         else:
             compute += self._packed_bytes  # as solved
         epochs = self.config.match_epochs
-        sizes_of_steps = self.config.samples - self.config.match_held_out, self.config.match_batch, epochs
+        sizes_of_steps = self.config.samples, self.config.match_batch, epochs
         steps = refine_steps(*sizes_of_steps)
         summed = refine_micro_batches(*sizes_of_steps, micro_batch, self.world)
         masters = max(count_masters(block, self.allocation) for block in self.model.blocks)
@@ -260,13 +260,12 @@ class Costs:
     @property
     def windows(self) -> int:
         """Windows of the fullest rank: fitted and held-out ones are each dealt round robin."""
-        return self._fitted + -(-(self.config.match_held_out if self.config.match else 0) // self.world)
+        return self._fitted + -(-self.config.held_out // self.world)
 
     @property
     def _fitted(self) -> int:
         """Windows of the fullest rank that Grams and matching see."""
-        held_out = self.config.match_held_out if self.config.match else 0
-        return -(-(self.config.samples - held_out) // self.world)
+        return -(-self.config.samples // self.world)
 
     def _tokens(self, windows: int) -> int:
         return windows * self.config.seq_len

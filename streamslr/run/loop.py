@@ -76,7 +76,14 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
     tokenizer = context.checkpoint.tokenizer()
     prefix = window_prefix(tokenizer, config.bos)
     calibration = calibration_windows(
-        tokenizer, config.calibration, config.samples, config.seq_len, config.seed, prefix, config.check_windows
+        tokenizer,
+        config.calibration,
+        config.samples,
+        config.seq_len,
+        config.seed,
+        prefix,
+        config.held_out,
+        config.check_windows,
     )
     context.blockwise.require_windows(config.seq_len, torch.cat([calibration.ids, calibration.check]))
     planned = context.plan.memory()
@@ -88,6 +95,13 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
         _require_same_check(state.check, first_state.check)
         warn_of_other_means(state.made_with, _made_with(context))
         warn_of_unlike_ranks(ranks.gather(_made_with(context)))
+        if calibration.held_out_overlapping:
+            log.info(
+                "%d of the %d held-out windows share text with others, because the calibration text is short: they may "
+                "judge matching too well",
+                calibration.held_out_overlapping,
+                config.held_out,
+            )
         if state.blocks:
             log.info("%s: %d of %d blocks are done, going on", config.out, len(state.blocks), state.blocks_total)
         progress = BlockProgress(display, len(state.blocks), state.blocks_total)
@@ -295,7 +309,7 @@ class Compression:
         checkpoint, rank = self.context.checkpoint, max(spec.rank for spec in self.allocation.values())
         return write_auxiliary_files(
             self.context.config.out,
-            checkpoint.config_json(),
+            checkpoint.dense_config_json(),
             checkpoint.auxiliary_files(),
             common_pattern(self.allocation),
             rank,

@@ -232,7 +232,7 @@ class Passes:
         """
         config = self.config
         settings = MatchSettings(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
-        steps = settings.epochs * len(self.ids) + config.match_held_out
+        steps = settings.epochs * len(self.ids)
         with self.timer.phase("match", steps=steps, block=block.index) as step:
 
             def batches(wanted: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -241,8 +241,8 @@ class Passes:
                     yield x, next(outputs)[1]
 
             micro_batch = min(self.micro_batch, self._most_of_step)
-            windows, held_out = len(self.all_ids), config.match_held_out
-            refined = block.refine(solved, settings, batches, windows, micro_batch, held_out, self.ranks)
+            windows = len(self.all_ids)
+            refined = block.refine(solved, settings, batches, windows, micro_batch, config.held_out, self.ranks)
         release_memory(self.blockwise.device)  # Adam's first step in a process leaves masters and moments in a cycle
         return refined
 
@@ -437,7 +437,7 @@ class Passes:
     @property
     def _all_fitted(self) -> int:
         """Number of windows of all ranks that Grams and matching see; the held-out ones stand behind them."""
-        return len(self.all_ids) - (self.config.match_held_out if self.config.match else 0)
+        return len(self.all_ids) - self.config.held_out
 
     @property
     def fitted(self) -> int:

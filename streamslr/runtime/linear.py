@@ -114,7 +114,7 @@ class SparseLowRankLinear(nn.Module):
         if self.S is not None:
             return "dense: keep_dense() was asked for"
         if not self.values.is_cuda:
-            return _cpu_kernel(self.pattern, self.values.dtype)
+            return _cpu_kernel(self.pattern, self.values.dtype, None if self.scales is None else self.scales.dtype)
         return self._require_gpu_kernel().name
 
     @property
@@ -254,13 +254,14 @@ def packed_product(
     values; nor can it capture the check, which the first call makes.
     """
     parsed, o = _parse(pattern), len(meta)
-    if not by_columns and triton_product.fault(parsed, x.device, x.dtype, values.dtype) is None:
-        return triton_product.multiply(x, values, meta, row_offsets, parsed, d)
+    scales_dtype = None if scales is None else scales.dtype
+    if not by_columns and triton_product.fault(parsed, x.device, x.dtype, values.dtype, scales_dtype) is None:
+        return triton_product.multiply(x, values, meta, row_offsets, parsed, d, scales)
     parts = {"values": values, "meta": meta, "row_offsets": row_offsets, "scales": scales}
     tensors = {part: tensor for part, tensor in parts.items() if tensor is not None}
     on_cpu = x.device.type == values.device.type == meta.device.type == "cpu"
-    native = on_cpu and why_not_native(parsed, values.dtype) is None
-    if native and not by_columns and x.dtype == values.dtype and 0 < len(x) <= MOST_TOKENS:
+    native = on_cpu and why_not_native(parsed, values.dtype, scales_dtype) is None
+    if native and not by_columns and x.dtype == (scales_dtype or values.dtype) and 0 < len(x) <= MOST_TOKENS:
         return multiply_native(x, tensors, parsed, (o, d))
     unpack_tile = unpack_native if native else unpack_rows
     step = max(1, (_CPU_TILE if on_cpu else _GPU_TILE) // d)
@@ -311,15 +312,15 @@ def way_of_product(
     pattern: SparsityPattern, device: torch.device, dtype: torch.dtype, values: ValueFormat | None = None
 ) -> str:
     """Return how `packed_product` multiplies on a device, with the reason where S is unpacked; check it if need be."""
-    values_dtype = dtype if values is None else values.dtype
+    stored = (dtype, None) if values is None else (values.dtype, dtype)
     if device.type == "cpu":
-        return _cpu_kernel(pattern, values_dtype)
-    reason = triton_product.fault(pattern, device, dtype, values_dtype)
+        return _cpu_kernel(pattern, *stored)
+    reason = triton_product.fault(pattern, device, dtype, *stored)
     return f"unpacked in tiles: {reason}" if reason else "multiplied by the Triton kernel"
 
 
-def _cpu_kernel(pattern: SparsityPattern, dtype: torch.dtype) -> str:
-    if reason := why_not_native(pattern, dtype):
+def _cpu_kernel(pattern: SparsityPattern, dtype: torch.dtype, scales_dtype: torch.dtype | None) -> str:
+    if reason := why_not_native(pattern, dtype, scales_dtype):
         return f"unpacked in tiles by torch: {reason}"
     return f"unpacked in tiles by the C library, and without tiles for up to {MOST_TOKENS} tokens"
 
@@ -359,7 +360,8 @@ def _choose_gpu_kernel(linear: SparseLowRankLinear) -> _GpuKernel:
     values, shape = linear.values, (linear.out_features, linear.in_features)
 
     def packed(why: str) -> _GpuKernel:
-        fault = triton_product.fault(linear.pattern, values.device, values.dtype, values.dtype)
+        scales_dtype, dtype = None if linear.scales is None else linear.scales.dtype, number_dtype(linear.packed())
+        fault = triton_product.fault(linear.pattern, values.device, dtype, values.dtype, scales_dtype)
         return _GpuKernel(f"Triton: {why}" if fault is None else f"unpacked in tiles: {why}; {fault}")
 
     hook = getattr(linear, "_hf_hook", None)  # accelerate's; it leaves no offloaded weight on the GPU, nor may we

@@ -4,6 +4,22 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def load_codes(values, index, stored, codes: tl.constexpr):
+    """Return the codes at an index in float32, 0 where they are not stored; arguments as of `multiply_packed`."""
+    if codes == "int8":
+        return tl.load(values + index, mask=stored, other=0).to(tl.float32)
+    if codes == "int4":
+        halves = tl.load(values + index // 2, mask=stored, other=0).to(tl.int32)
+        half = (halves >> (index % 2 * 4).to(tl.int32)) & 15
+        return ((half ^ 8) - 8).to(tl.float32)
+    byte = tl.load(values + index, mask=stored, other=0).to(tl.int32)
+    magnitude = (byte & 127) << 7  # as float16 of the same exponent and mantissa, 2^8 too small
+    magnitude |= (magnitude + 128) & 16384  # 127 is NaN in float16 too
+    half = (magnitude | (byte & 128) << 8).to(tl.int16).to(tl.float16, bitcast=True)
+    return half.to(tl.float32) * 256.0
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def multiply_packed(
     x,
@@ -11,6 +27,7 @@ def multiply_packed(
     meta,
     row_offsets,
     ranks,
+    scales,
     y,
     num_tokens,
     o,
@@ -20,6 +37,9 @@ def multiply_packed(
     num_values,
     x_token_stride,
     x_column_stride,
+    num_groups,
+    codes: tl.constexpr,
+    columns_of_group: tl.constexpr,
     columns_of_byte: tl.constexpr,
     values_of_byte: tl.constexpr,
     has_offsets: tl.constexpr,
@@ -37,21 +57,25 @@ def multiply_packed(
 
     Args:
         x: [num_tokens, d], of any strides.
-        values: [o, row_values], or [num_values] with row_offsets.
-        meta: uint8 [o, meta_width].
+        values: [o, row_values], or [num_values] with row_offsets. Codes of int4 lie two in a byte.
+        meta: uint8 [o, meta_width]; not read where columns_of_byte is 0.
         row_offsets: int64 [o + 1]; read where has_offsets.
         ranks: int16 [256, columns_of_byte], for each column of a byte how many columns the byte stores before it; -1
-            for a column that it does not store.
+            for a column that it does not store; not read where columns_of_byte is 0.
+        scales: [o, num_groups]; read where there are codes.
         y: [num_tokens, o], written.
         num_tokens: Rows of x.
         o: Rows of S.
         d: Columns of S.
         meta_width: Bytes of meta a row.
-        row_values: Values of each row; not read where has_offsets.
+        row_values: Values of each row, or codes, with the zero behind an odd number; not read where has_offsets.
         num_values: Values of all rows.
         x_token_stride: Elements from a row of x to the next.
         x_column_stride: Elements from a column of x to the next.
-        columns_of_byte: Columns that a byte of meta describes.
+        num_groups: Groups of columns of a row, each with a scale; not read without codes.
+        codes: "int8"; "int4", of values in uint8; "fp8", e4m3 without infinities as bytes in uint8; "" for numbers.
+        columns_of_group: Columns that share a scale; 0 without codes.
+        columns_of_byte: Columns that a byte of meta describes; 0 where every column is stored.
         values_of_byte: Columns that a byte stores, where that is the same for every byte but the last of a row; else 0.
         has_offsets: Rows differ in their number of values.
         in_float32: Multiply in float32, whatever the dtypes: Triton's interpreter takes bfloat16 for integers.
@@ -77,7 +101,7 @@ def multiply_packed(
     else:
         first = wide_rows * row_values
         count = tl.zeros((block_rows,), dtype=tl.int32) + row_values
-    values_of_rows = (values + first)[:, None]
+    first = first[:, None]
     meta_of_rows = (meta + wide_rows * meta_width)[:, None]
     x_of_tokens = x + wide_tokens * x_token_stride
 
@@ -87,18 +111,27 @@ def multiply_packed(
         columns = step * block_columns + tl.arange(0, block_columns)
         column_inside = columns < d
         inside = row_inside[:, None] & column_inside[None, :]
-        byte = (columns // columns_of_byte)[None, :]
-        code = tl.load(meta_of_rows + byte, mask=inside, other=0).to(tl.int32)
-        rank = tl.load(ranks + code * columns_of_byte + (columns % columns_of_byte)[None, :], mask=inside, other=-1)
-        rank = rank.to(tl.int32)
-        stored = rank >= 0
-        if values_of_byte > 0:
-            index = byte * values_of_byte + rank
+        if columns_of_byte == 0:
+            stored, index = inside, columns[None, :]
         else:
-            ones = stored.to(tl.int32)
-            index = stored_before[:, None] + tl.cumsum(ones, axis=1) - ones
-            stored_before += tl.sum(ones, axis=1)
-        S = tl.load(values_of_rows + index, mask=stored & (index < count[:, None]), other=0.0)
+            byte = (columns // columns_of_byte)[None, :]
+            code = tl.load(meta_of_rows + byte, mask=inside, other=0).to(tl.int32)
+            rank = tl.load(ranks + code * columns_of_byte + (columns % columns_of_byte)[None, :], mask=inside, other=-1)
+            rank = rank.to(tl.int32)
+            stored = rank >= 0
+            if values_of_byte > 0:
+                index = byte * values_of_byte + rank
+            else:
+                ones = stored.to(tl.int32)
+                index = stored_before[:, None] + tl.cumsum(ones, axis=1) - ones
+                stored_before += tl.sum(ones, axis=1)
+        stored = stored & (index < count[:, None])
+        if codes == "":
+            S = tl.load(values + first + index, mask=stored, other=0.0)
+        else:
+            at_scales = scales + wide_rows[:, None] * num_groups + (columns // columns_of_group)[None, :]
+            scale = tl.load(at_scales, mask=inside, other=0.0).to(tl.float32)
+            S = load_codes(values, first + index, stored, codes) * scale
         S = S.to(x.dtype.element_ty)
         at_x = x_of_tokens + columns[:, None].to(tl.int64) * x_column_stride
         x_block = tl.load(at_x, mask=column_inside[:, None] & token_inside, other=0.0)

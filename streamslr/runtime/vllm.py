@@ -263,8 +263,8 @@ class PackedLinearMethod(LinearMethodBase):
         eager = vllm_config is None or vllm_config.model_config.enforce_eager
         if eager or self._device.type != "cuda" or linear.pattern is None or "row_offsets" not in linear.parts:
             return
-        values_dtype = self._dtype if linear.values is None else linear.values.dtype
-        if reason := triton_product.fault(linear.pattern, self._device, self._dtype, values_dtype):
+        stored = (self._dtype, None) if linear.values is None else (linear.values.dtype, self._dtype)
+        if reason := triton_product.fault(linear.pattern, self._device, self._dtype, *stored):
             raise InputError(
                 f"packed linears of {linear.pattern} can only be unpacked in tiles here ({reason}), which CUDA graphs "
                 f"cannot hold; start with {DENSE_VARIABLE}=1, or with --enforce-eager"

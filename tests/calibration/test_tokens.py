@@ -75,12 +75,26 @@ def test_check_windows_share_no_text_and_change_no_calibration_window(
     assert not spans_overlap(torch.cat([many.ids, many.check]))
 
 
-def test_check_windows_without_room_are_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_held_out_windows_stand_behind_the_others_and_share_no_text(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(words(0, 1000))
+    path = text if kind == "txt" else jsonl(tmp_path / "a.jsonl", [words(100 * i, 60) for i in range(10)])
+    without, drawn = (calibration_windows(tokenizer, path, 2, 25, 0, held_out=n, check=3) for n in (0, 4))
+    assert torch.equal(drawn.ids[:2], without.ids)
+    assert (drawn.ids.shape, drawn.check.shape) == ((6, 25), (3, 25))
+    assert drawn.held_out_overlapping == 0
+    assert not spans_overlap(torch.cat([drawn.ids, drawn.check]))
+
+
+def test_windows_apart_without_room_are_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text(words(0, 30))
-    drawn = calibration_windows(tokenizer, text, 1, 20, 0, check=3)
+    drawn = calibration_windows(tokenizer, text, 1, 20, 0, held_out=2, check=3)
     assert drawn.check.shape == (3, 20)
-    assert drawn.overlapping == 3
+    assert (drawn.held_out_overlapping, drawn.overlapping) == (2, 3)
 
 
 def test_check_windows_begin_with_the_same_tokens(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

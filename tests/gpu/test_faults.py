@@ -9,12 +9,12 @@ import torch
 from pretended_gpu import DeviceMixError, PretendedGpu, StreamRaceError
 from torch import Tensor
 
-from streamslr import masters
 from streamslr.calibration.grams import GramCollector
 from streamslr.calibration.hidden_states import WriteThrough, read_batches
 from streamslr.calibration.transfers import Transfers
 from streamslr.errors import InputError
 from streamslr.io.packing import pack
+from streamslr.masters import flats
 from streamslr.run import solve_linear
 from streamslr.run.passes import Passes
 from streamslr.run.solve_linear import LinearCompressor
@@ -68,8 +68,7 @@ def packed_parts_are_on_the_host(patch: pytest.MonkeyPatch) -> None:
 
 
 def masters_are_on_the_host(patch: pytest.MonkeyPatch) -> None:
-    flat = masters.Flat
-    patch.setattr(masters, "Flat", lambda sources, ranks: flat([source.cpu() for source in sources], ranks))
+    patch.setattr("streamslr.matching.flats", lambda shapes, _, ranks: flats(shapes, torch.device("cpu"), ranks))
 
 
 def device_memory_is_read_by_numpy(patch: pytest.MonkeyPatch) -> None:

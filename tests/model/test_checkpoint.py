@@ -234,8 +234,8 @@ def test_pickles_only(folder: Path) -> None:
 def test_configs_that_cannot_be_used(folder: Path) -> None:
     config = folder / "config.json"
     original = config.read_text()
-    edit_json(config, lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4}))
-    assert "already quantized (gptq)" in refusal(folder)
+    edit_json(config, lambda c: c.update(quantization_config={"quant_method": "hqq"}))
+    assert "already quantized (hqq)" in refusal(folder)
     config.write_text(original)
     edit_json(config, lambda c: c.update(model_type="nothing_known"))
     assert "does not know model_type 'nothing_known'" in refusal(folder)

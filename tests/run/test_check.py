@@ -60,7 +60,9 @@ def finished(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def check_ids(model: Path, text: Path) -> Tensor:
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return calibration_windows(tokenizer, text, BASICS["samples"], SEQ_LEN, seed=0, check=WINDOWS).check
+    held_out = RunConfig.of(model=model, **BASICS).held_out
+    windows = calibration_windows(tokenizer, text, BASICS["samples"], SEQ_LEN, 0, held_out=held_out, check=WINDOWS)
+    return windows.check
 
 
 def checked(folder: Path, **settings: Any) -> Checked:

@@ -1,5 +1,6 @@
 """The C library unpacks the bytes that torch's path does and multiplies as float64 does, or is left aside and why."""
 
+import ctypes
 import logging
 from collections.abc import Iterator
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamslr.io.packing import pack, unpack_rows
+from streamslr.io.packing import pack, unpack_codes, unpack_rows
 from streamslr.runtime import packed_rows as module
 from streamslr.runtime.linear import SparseLowRankLinear
 from streamslr.runtime.packed_rows import MOST_TOKENS, multiply_native, unpack_native, why_not_native
 from streamslr.spec.pattern import NofM, parse_pattern
+from streamslr.spec.values import spread
+from tests.support.packed_linears import form_of, grid_linear
 
 PATTERNS = ["2:4", "1:4", "4:8", "8:16", "3:16", "1:3", "2:3", "1:8", "1:16", "50%/row", "50%", "97%"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -125,6 +128,92 @@ def test_refuses_meta_of_another_width() -> None:
     parts, pattern = packed("2:4", torch.float32, 4, 24), parse_pattern("2:4")
     with pytest.raises(ValueError, match=r"meta \[4, 2\] does not describe"):
         unpack_native(parts, pattern, (4, 240), slice(0, 4))
+
+
+# Codes
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("pattern", [*PATTERNS, "dense"])
+def test_unpacks_codes_to_the_same_bytes(pattern: str, values: str, dtype: torch.dtype) -> None:
+    parsed, narrow = parse_pattern(pattern), WIDTHS.get(pattern, 20)
+    for d, group in ((narrow, 7), (31 * narrow, 96), (101 * narrow, 128)):
+        parts = grid_linear(parsed, form_of(values, group), 13, d, 0, dtype)
+        parts["scales"][2] *= -1
+        for rows in (slice(0, 13), slice(3, 4), slice(7, 13)):
+            assert_same_bytes(unpack_native(parts, parsed, (13, d), rows), unpack_rows(parts, parsed, (13, d), rows))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:3", "1:16", "50%/row", "97%", "dense"])
+def test_multiplies_codes_as_float64_does(pattern: str, values: str, dtype: torch.dtype) -> None:
+    parsed, narrow, o = parse_pattern(pattern), WIDTHS.get(pattern, 20), 9
+    for d, group in ((narrow, 7), (101 * narrow, 32), (101 * narrow, 116)):
+        parts = grid_linear(parsed, form_of(values, group), o, d, 0, dtype)
+        S = unpack_codes(parts, parsed, (o, d)).double() * spread(parts["scales"].double(), d)
+        x = torch.randn(MOST_TOKENS, d).to(dtype)
+        got, expected = multiply_native(x, parts, parsed, (o, d)), x.double() @ S.t()
+        # At worst every product and sum rounds once, whatever the order; the result rounds once more.
+        of_sums = (d + 3) * torch.finfo(torch.float32).eps * (x.double().abs() @ S.abs().t())
+        of_result = torch.finfo(dtype).eps * expected.abs() + torch.finfo(dtype).tiny
+        assert ((got.double() - expected).abs() <= of_sums + of_result).all()
+
+
+@needs_library
+@pytest.mark.parametrize("values", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("pattern", [*PATTERNS, "dense"])
+def test_damage_reaches_no_memory_past_the_codes(pattern: str, values: str) -> None:
+    d, parsed, form = 11 * WIDTHS.get(pattern, 20), parse_pattern(pattern), form_of(values, 50)
+    parts = grid_linear(parsed, form, 17, d, 0, torch.float32)
+    used = parts["values"].numel()
+    # What lies past the codes, 127, or 7 in each half, or NaN, shows where it is read.
+    memory = torch.full((used + 1024,), 0x77 if values == "int4" else 0x7F, dtype=torch.uint8)
+    memory[512 : 512 + used] = 0
+    damaged = {**parts, "values": memory[512 : 512 + used].view(form.dtype).view(parts["values"].shape)}
+    for meta in (torch.full_like(parts["meta"], 255), torch.randint_like(parts["meta"], 256)):
+        damaged["meta"] = meta
+        if "row_offsets" in damaged:
+            damaged["row_offsets"] = torch.randint_like(parts["row_offsets"], -(2**62), 2**62)
+            damaged["row_offsets"][::2] %= used
+        assert not unpack_native(damaged, parsed, (17, d), slice(0, 17)).any()
+        assert not multiply_native(torch.ones(1, d), damaged, parsed, (17, d)).any()
+
+
+@needs_library
+def test_codes_that_are_no_number_stay_so() -> None:
+    parts, pattern = grid_linear(parse_pattern("2:4"), form_of("fp8"), 4, 24, 0, torch.float32), NofM(2, 4)
+    parts["values"].view(torch.uint8)[1] = 0x7F
+    assert unpack_native(parts, pattern, (4, 24), slice(0, 4)).isnan()[1].sum() == 12
+    assert multiply_native(torch.ones(1, 24), parts, pattern, (4, 24)).isnan().tolist() == [[False, True, False, False]]
+
+
+@needs_library
+def test_threads_do_not_change_a_byte_of_codes() -> None:
+    parsed, shape = parse_pattern("50%"), (300, 960)
+    parts = grid_linear(parsed, form_of("int4"), *shape, 0, torch.bfloat16)
+    x, threads = torch.randn(2, 960).bfloat16(), torch.get_num_threads()
+    got = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            got.append((unpack_native(parts, parsed, shape, slice(0, 300)), multiply_native(x, parts, parsed, shape)))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*got, strict=True):
+        assert_same_bytes(two, one)
+
+
+@needs_library
+def test_a_library_of_another_layout_is_left_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wider(module._Packed):
+        _fields_ = (("more", ctypes.c_int64),)
+
+    monkeypatch.setattr(module, "_Packed", Wider)
+    assert "of another version" in str(why_not_native(NofM(2, 4), torch.float32))
 
 
 def linear(dtype: torch.dtype = torch.float32) -> SparseLowRankLinear:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamslr.io.packing import pack, unpack
+from streamslr.io.packing import pack, unpack, unpack_codes
 from streamslr.runtime import triton_product
 from streamslr.runtime.linear import SparseLowRankLinear, _choose_gpu_kernel, packed_product
 from streamslr.runtime.triton_product import fault, multiply
 from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
+from streamslr.spec.values import spread
 from tests.support.markers import slow
-from tests.support.packed_linears import low_rank_linear, random_sparse
+from tests.support.packed_linears import form_of, grid_linear, low_rank_linear, random_sparse
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 Parts = tuple[Tensor, Tensor, Tensor | None]
@@ -91,10 +92,10 @@ def test_products_are_those_of_float64_and_of_tiles(pattern: str, o: int, least:
     torch.testing.assert_close(y, _in_tiles(x, parts, pattern, d), rtol=1e-5, atol=1e-5)
 
 
-def _in_tiles(x: Tensor, parts: Parts, pattern: str, d: int) -> Tensor:
+def _in_tiles(x: Tensor, parts: Parts, pattern: str, d: int, scales: Tensor | None = None) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_product, "DEVICES", set())
-        y: Tensor = packed_product(x, *parts, pattern, d, False)
+        y: Tensor = packed_product(x, *parts, pattern, d, False, scales)
     return y
 
 
@@ -125,6 +126,67 @@ def test_sums_are_float32_in_every_dtype(dtype: torch.dtype, values_dtype: torch
     x = tokens_of(3, 100, dtype)
     rounded = S.to(values_dtype).to(dtype).double().to(DEVICE)
     assert_close(multiply(x, *parts_of(S, parsed, values_dtype), parsed, 100), x.double() @ rounded.t(), dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("pattern", "values", "dtype", "group", "n"),
+    [
+        ("2:4", "int4", torch.bfloat16, 33, 3),
+        ("50%", "int4", torch.float32, 128, 3),
+        ("4:8", "fp8", torch.bfloat16, 128, 3),
+        ("dense", "int8", torch.float32, 128, 3),
+        *slow(
+            *(
+                (p, v, torch.float32, 33, 17)
+                for p in ("2:4", "8:16", "50%/row", "90%")
+                for v in ("int8", "int4", "fp8")
+            ),
+            ("2:4", "fp8", torch.float16, 128, 70),
+            ("dense", "int4", torch.bfloat16, 7, 17),
+            ("dense", "fp8", torch.float32, 128, 17),
+        ),
+    ],
+)
+def test_codes_are_multiplied_as_in_float64_and_in_tiles(
+    pattern: str, values: str, dtype: torch.dtype, group: int, n: int
+) -> None:
+    parsed, o = parse_pattern(pattern), 20
+    d = width_for(parsed, 530)
+    parts = {
+        name: part.to(DEVICE) for name, part in grid_linear(parsed, form_of(values, group), o, d, 0, dtype).items()
+    }
+    S = unpack_codes(parts, parsed, (o, d)).float() * spread(parts["scales"].float(), d)
+    x, packed = tokens_of(n, d, dtype), (parts["values"], parts["meta"], parts.get("row_offsets"))
+    y = multiply(x, *packed, parsed, d, parts["scales"])
+    assert_close(y, x.double() @ S.to(dtype).double().t(), dtype)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y, _in_tiles(x, packed, pattern, d, parts["scales"]), rtol=4 * eps, atol=40 * eps)
+
+
+@needs_triton
+@pytest.mark.parametrize("pattern", ["50%", *slow("2:4", "dense")])
+@pytest.mark.parametrize("values", ["int4", *slow("fp8")])
+def test_damaged_metadata_reads_nothing_outside_of_codes(pattern: str, values: str) -> None:
+    parsed, form = parse_pattern(pattern), form_of(values)
+    parts = {name: part.to(DEVICE) for name, part in grid_linear(parsed, form, 20, 64, 0, torch.float32).items()}
+    used = parts["values"].numel()
+    around = torch.full((used + 200,), 0x7F, dtype=torch.uint8, device=DEVICE)
+    around[100:-100] = 0
+    guarded = around[100:-100].view(form.dtype).view(parts["values"].shape)
+    meta, row_offsets = torch.full_like(parts["meta"], 255), parts.get("row_offsets")
+    if row_offsets is not None:
+        row_offsets[3:9] = torch.tensor([-(2**60), 2**60, -1, 2**40, 5, 2 * used + 9])
+    assert not multiply(torch.ones(3, 64, device=DEVICE), guarded, meta, row_offsets, parsed, 64, parts["scales"]).any()
+
+
+@needs_triton
+@pytest.mark.usefixtures("_on_any_device")
+@pytest.mark.parametrize("values", ["int4", *slow("int8", "fp8")])
+@pytest.mark.parametrize("pattern", ["2:4", *slow("50%", "dense")])
+def test_the_check_of_codes_passes(pattern: str, values: str) -> None:
+    form = form_of(values)
+    assert fault(parse_pattern(pattern), DEVICE, torch.bfloat16, form.dtype, torch.bfloat16) is None
 
 
 @needs_triton

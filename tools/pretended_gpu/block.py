@@ -310,7 +310,7 @@ def _stand_ins(gpu: PretendedGpu) -> list[tuple[Any, str, Any]]:
 
     def propagate_below(*args: Any, **kwargs: Any) -> Any:
         leaving, *_ = propagate(*args, **kwargs)
-        return leaving, SimpleNamespace(over=lambda ranks: Loss(0.0, 1.0, 1))
+        return leaving, SimpleNamespace(over=lambda ranks: Loss(0.0, 1))
 
     def write_shard(path: Path, tensors: Any, metadata: object) -> WrittenShard:
         nbytes = sum(tensor.nbytes for tensor in tensors.values())

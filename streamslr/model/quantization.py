@@ -1,0 +1,106 @@
+"""Quantization that config.json describes: its entry as a typed record, and the config without it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from streamslr.errors import InputError
+from streamslr.io.packed_layout import QUANT_METHOD
+from streamslr.printable import printable
+
+ENTRIES = ("quantization_config", "compression_config")
+"""Names of the entry in config.json; older versions of compressed-tensors write the second."""
+
+Block = tuple[int, int]
+"""Rows and columns of a weight that have one scale."""
+
+
+class _Codes(msgspec.Struct, frozen=True):
+    """Part `weights` of a group in compressed-tensors' entry."""
+
+    num_bits: int = 8
+    type: str = "int"
+    symmetric: bool = True
+    group_size: int | None = None
+    block_structure: Block | str | None = None
+
+
+class _Group(msgspec.Struct, frozen=True):
+    """Linears of one format, in compressed-tensors' entry."""
+
+    weights: _Codes | None = None
+    format: str | None = None
+
+
+class Quantization(msgspec.Struct, frozen=True):
+    """Entry of config.json, with the fields of every method that streamslr decodes."""
+
+    quant_method: str = "an unnamed method"
+    weight_block_size: Block | None = None
+    """Of fp8."""
+    bits: int | None = None
+    """Of gptq and awq, as the next three."""
+    group_size: int | None = None
+    checkpoint_format: str | None = None
+    version: str | None = None
+    format: str | None = None
+    """Of compressed-tensors, as the next three."""
+    config_groups: dict[str, _Group] = {}  # msgspec copies it
+    transform_config: Any = None
+    sparsity_config: Any = None
+
+    @property
+    def formats(self) -> set[str]:
+        """Formats of compressed-tensors that linears have."""
+        return {name for name in (self.format, *(group.format for group in self.config_groups.values())) if name}
+
+    @property
+    def codes(self) -> list[_Codes]:
+        """Codes that linears have, in compressed-tensors."""
+        return [group.weights for group in self.config_groups.values() if group.weights]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Blocks that config.json names."""
+        found = [self.weight_block_size, *(_block(codes.block_structure) for codes in self.codes)]
+        return sorted({block for block in found if block})
+
+
+def read_quantization(config: Mapping[str, Any], label: str) -> Quantization | None:
+    """Return the entry that another tool wrote into config.json; None where there is none, or it is streamslr's.
+
+    Args:
+        config: config.json.
+        label: folder or repository, for error messages.
+
+    Raises:
+        InputError: the entry is not what any method that streamslr decodes writes.
+    """
+    entry = next((config[name] for name in ENTRIES if config.get(name)), None)
+    if entry is None or entry.get("quant_method") == QUANT_METHOD:
+        return None
+    try:
+        found: Quantization = msgspec.convert(entry, Quantization)
+        if any(min(block) < 1 for block in found.blocks):
+            raise ValueError(f"blocks of {found.blocks} weights")
+    except ValueError as error:  # msgspec's is one
+        method = printable(str(entry.get("quant_method"))[:50])
+        raise InputError(
+            f"{label} is already quantized ({method}), in a way that streamslr does not know ({error}); give the "
+            f"original model in bf16, fp16 or fp32"
+        ) from error
+    return found
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json as it is for a model of dense weights."""
+    return {name: value for name, value in config.items() if name not in ENTRIES}
+
+
+def _block(structure: Block | str | None) -> Block | None:
+    """Return the block of compressed-tensors' "128x128" or [128, 128]. Raises ValueError."""
+    if not isinstance(structure, str):
+        return structure
+    rows, columns = map(int, structure.split("x"))
+    return rows, columns
