@@ -23,24 +23,33 @@ def pack_low_rank(U: Tensor, V: Tensor, dtype: torch.dtype, low_rank: torch.dtyp
         low_rank: int8 for codes; another dtype to store numbers in that; None for `dtype`.
 
     Raises:
-        InputError: Scales are below the normal numbers of float16.
+        InputError: `dtype` is float16, whose range products of two scales leave.
     """
     if not U.shape[1]:
         return {}
     if low_rank != torch.int8:
         return {"U": U.to(low_rank or dtype), "V": V.to(low_rank or dtype)}
+    require_range("U and V in int8", dtype)
     of_U, of_V = (largest.double().clamp_min(1e-30) / LARGEST_CODE for largest in (U.abs().amax(0), V.abs().amax(1)))
     scales = (of_U * of_V).to(dtype)
-    if dtype == torch.float16 and bool((scales.double() < torch.finfo(dtype).tiny).any()):
-        raise InputError(
-            "scales of U·V in int8 are too small for float16, whose digits end at 6e-5; give --low-rank-values bf16"
-        )
     scales = torch.where(scales > 0, scales, torch.finfo(dtype).tiny)
     return {
         "U": _nearest(U / of_U.to(U.dtype)),
         "V": _nearest(V / (scales.double() / of_U).to(V.dtype)[:, None]),
         "low_rank_scales": scales,
     }
+
+
+def require_range(what: str, dtype: torch.dtype | None) -> None:
+    """Raise InputError, naming what it is, where codes of U and V would meet numbers of float16.
+
+    Scales of U·V are near 1e-6, below the normal numbers of float16, and sums of codes times inputs are beyond 65504.
+    """
+    if dtype == torch.float16:
+        raise InputError(
+            f"{what} cannot go with float16: their scales are smaller than its numbers; load in bfloat16 or float32, "
+            f"or compress with --low-rank-values bf16"
+        )
 
 
 def unpack_low_rank(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:

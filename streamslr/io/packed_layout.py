@@ -165,7 +165,7 @@ def packed_bytes(
     values: Values = None,
     low_rank: torch.dtype | None = None,
 ) -> int:
-    """Return the most bytes that a packed linear takes in a shard; number_bytes: of a number as the checkpoint has it."""
+    """Return the most bytes that a packed linear takes in a shard; number_bytes: of a number of the checkpoint."""
     shapes, total = part_shapes(pattern, shape, rank, values=grid_of(values), low_rank=low_rank), 0
     for part, size in shapes.items():
         dtype = part_dtype(part, None, values, low_rank)

@@ -15,6 +15,7 @@ from streamslr.calibration.grams import input_groups
 from streamslr.config import LARGEST, RunConfig, idle_settings
 from streamslr.errors import InputError
 from streamslr.gpu import GpuMemory, open_gpu, pick_device
+from streamslr.io.low_rank import require_range
 from streamslr.io.packed_layout import read_quantization_config
 from streamslr.memory import free_host_memory, held, keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
@@ -99,6 +100,9 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
     densest = allocate(config, blockwise.linears)  # with --owl each linear at its densest, which the plan must hold
     for spec in dict.fromkeys(densest.values()):
         method.require(spec.pattern, spec.rank)
+    for name, spec in densest.items():
+        if spec.rank and spec.low_rank_values == torch.int8:
+            require_range(f"{name}: U and V in int8", blockwise.stored_dtype(f"{name}.weight"))
     if gpu is not None and present:
         before_kernels = held()
         method.check_kernels(device, dict.fromkeys(spec.pattern for spec in densest.values()))

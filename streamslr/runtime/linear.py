@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError
-from streamslr.io.low_rank import unpack_low_rank
+from streamslr.io.low_rank import require_range, unpack_low_rank
 from streamslr.io.packed_layout import PACKED_PARTS, number_dtype, part_dtype, part_shapes
 from streamslr.io.packing import unpack, unpack_rows
 from streamslr.model.weight_reads import AbsentWeight
@@ -84,13 +84,15 @@ class SparseLowRankLinear(nn.Module):
             low_rank: int8 for U and V as codes.
 
         Raises:
-            InputError: no weight [o, d] can have the pattern.
+            InputError: no weight [o, d] can have the pattern, or U and V are codes and `dtype` is float16.
         """
         super().__init__()
         self.in_features, self.out_features, self.pattern, self.rank = in_features, out_features, pattern, rank
         self.value_format = values
         o, d = out_features, in_features
         pattern.require_fits("SparseLowRankLinear", (o, d))
+        if rank and low_rank == torch.int8:
+            require_range("U and V in int8", dtype)
         shapes = part_shapes(pattern, (o, d), rank, nonzeros or 0, values, low_rank)
         parts = {
             part: torch.empty(shape, dtype=part_dtype(part, dtype, values, low_rank), device=device)
@@ -227,6 +229,7 @@ def low_rank_product(y: Tensor, x: Tensor, U: Tensor, V: Tensor, scales: Tensor 
     """Return y + (x Vᵀ) Uᵀ [n, o] for x [n, d]; with scales [r], U and V are codes, and x Vᵀ is multiplied by them."""
     if scales is None:
         return torch.addmm(y, nn.functional.linear(x, V), U.t())
+    require_range("U and V in int8", x.dtype)
     return torch.addmm(y, nn.functional.linear(x, V.to(x.dtype)) * scales.to(x.dtype), U.to(x.dtype).t())
 
 

@@ -32,13 +32,13 @@ class StackedLinear(nn.Module):
         self.rows = [linear.shape[0] for linear in linears]
         self.ranks = [slice(stop - rank, stop) for rank, stop in zip(ranks, accumulate(ranks), strict=True)]
         low_rank = [linear.parts for linear, rank in zip(linears, ranks, strict=True) if rank]
-        coded = bool(low_rank) and all("low_rank_scales" in parts for parts in low_rank)
-        # codes beside numbers become numbers, since all share one product
+        # Codes beside numbers become numbers, since all share one product; in float16, which lacks their range, all do.
+        coded = dtype != torch.float16 and all("low_rank_scales" in parts for parts in low_rank)
         factors = [_factors(linear.parts, coded) for linear in linears]
         self.U = nn.ParameterList(_frozen(U, dtype, device) for U, _ in factors)
         Vs = [V for (_, V), rank in zip(factors, ranks, strict=True) if rank]
         self.V = _frozen(torch.cat(Vs), dtype, device) if Vs else None
-        scales = torch.cat([parts["low_rank_scales"] for parts in low_rank]) if coded else None
+        scales = torch.cat([parts["low_rank_scales"] for parts in low_rank]) if low_rank and coded else None
         self.low_rank_scales = None if scales is None else _frozen(scales, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:

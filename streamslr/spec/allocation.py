@@ -62,8 +62,8 @@ class LinearSpec:
         self.pattern.require_fits(name, shape)
         if isinstance(self.pattern, Dense) and self.grid is None:
             raise InputError(
-                f"{name}: pattern dense without values on a grid would change nothing; give --values int4 or the like, or "
-                f"another --pattern"
+                f"{name}: pattern dense without values on a grid would change nothing; give --values int4 or the like, "
+                f"or another --pattern"
             )
 
 
@@ -271,7 +271,10 @@ def _read_entries(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 def _read_file(path: Path) -> dict[str, dict[str, Any]]:
     """Return the entries of an allocation file. Raise InputError, naming the entry that is wrong."""
-    form = 'like {"q_proj": {"pattern": "2:4", "rank": 32, "values": "int4"}}, with one or more of these and "low_rank_values"'
+    form = (
+        'like {"q_proj": {"pattern": "2:4", "rank": 32, "values": "int4", "low_rank_values": "int8"}}, with one of the '
+        "four or more"
+    )
     try:
         entries = parse_json(read_bounded(path), dict[str, Any])
     except InputError as error:

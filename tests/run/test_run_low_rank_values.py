@@ -160,6 +160,20 @@ def test_an_allocation_gives_some_linears_codes(models: dict[torch.dtype, Path],
     assert state.allocation["model.layers.0.self_attn.q_proj"]["low_rank_values"] == "int8"
 
 
+def test_a_float16_checkpoint_is_refused_before_any_work(text: Path, tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", blocks=1, shards=1, dtype=torch.float16)
+    with pytest.raises(InputError, match=r"proj: U and V in int8 cannot go with float16.*--low-rank-values bf16"):
+        compress(model, text, tmp_path / "out", low_rank_values="int8")
+
+
+def test_loading_codes_in_float16_is_refused(finished: Path) -> None:
+    with pytest.raises(InputError, match=r"U and V in int8 cannot go with float16.*bfloat16 or float32"):
+        streamslr.load(finished, device="cpu", dtype="float16")
+    loaded = streamslr.load(finished, device="cpu").model.layers[0].mlp.up_proj.half()
+    with pytest.raises(InputError, match="U and V in int8 cannot go with float16"):
+        loaded(torch.ones(1, loaded.in_features, dtype=torch.float16))
+
+
 def test_low_rank_values_that_are_not_known_are_refused(
     models: dict[torch.dtype, Path], text: Path, tmp_path: Path
 ) -> None:
