@@ -35,6 +35,7 @@ def compress(
     method: str = "3basil",
     pattern: str | None = None,
     values: str = "stored",
+    low_rank_values: str = "stored",
     group: int = 128,
     rounding: str = "solved",
     rank: int | None = None,

@@ -188,7 +188,8 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
 @click.option(
     "--fit",
     type=_Size(),
-    help="List the settings whose result runs on a card of this size, like 48GB, with a context of 8,192 tokens.",
+    help="List the settings whose result runs on a card of this size, like 48GB, with a context of 8,192 tokens; "
+    "with --pattern or --values only those of them.",
 )
 @_json_option
 def plan(world: int, fit: int | None, as_json: bool, **settings: Any) -> None:
@@ -203,14 +204,14 @@ def plan(world: int, fit: int | None, as_json: bool, **settings: Any) -> None:
         from streamslr.results.plan_table import plan_table
         from streamslr.run.context import open_run, require_fit
 
-        context = open_run(config, gpu_required=False, ranks=Ranks(world=world, local_world=world))
+        # --fit tries patterns and values itself, so the run that is opened for the model's shapes has the default ones
+        opened = config if fit is None else dataclasses.replace(config, pattern=None, values="stored", group=128)
+        context = open_run(opened, gpu_required=False, ranks=Ranks(world=world, local_world=world))
         if fit is not None:
             from streamslr.results.fit import context_bytes, fit_table, settings_that_fit
-            from streamslr.spec.allocation import DEFAULT_RANK
 
-            shape, rank = context.shape, DEFAULT_RANK if config.rank is None else config.rank
-            cache = context_bytes(context.checkpoint.config.get_text_config(), shape.value_bytes)
-            found = settings_that_fit(shape, rank, config.group, cache, fit)
+            cache = context_bytes(context.checkpoint.config.get_text_config(), context.shape.value_bytes)
+            found = settings_that_fit(config, context.shape, cache, fit)
             if as_json:
                 print_json([dataclasses.asdict(setting) for setting in found])
             else:

@@ -99,7 +99,14 @@ class RunConfig:
     )
     values: str = _setting(
         "stored",
-        "Numbers that S may hold: stored, as the checkpoint has them, or codes with a scale a group: int8, int4, fp8.",
+        "Numbers that S may hold: stored, as the checkpoint has them, bf16, or codes with a scale a group: int8, int4, "
+        "fp8.",
+        fixed=True,
+    )
+    low_rank_values: str = _setting(
+        "stored",
+        "Numbers that U and V may hold: stored, as the checkpoint has them, bf16, or int8, codes with a scale for each "
+        "component of the rank.",
         fixed=True,
     )
     group: int = _setting(128, "Columns of a row that share a scale, with --values int8, int4 or fp8.", fixed=True)
@@ -291,12 +298,6 @@ def idle_settings(config: RunConfig, device: str) -> list[str]:
     if not config.match:
         changed = [f for f in fields(config) if f.name.startswith("match_") and getattr(config, f.name) != f.default]
         found += [f"{_flag(f.name)} {getattr(config, f.name):g} has no effect with --no-match" for f in changed]
-    if config.values == "stored" and config.allocation is None:
-        ours = (f for f in fields(config) if f.name in ("group", "rounding"))
-        changed = [f for f in ours if getattr(config, f.name) != f.default]
-        found += [f"{_flag(f.name)} {getattr(config, f.name)} has no effect with --values stored" for f in changed]
-    elif "/" in config.values and config.group != 128 and config.allocation is None:
-        found.append(f"--group {config.group} has no effect: --values {config.values} names its own")
     return found
 
 

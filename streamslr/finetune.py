@@ -42,7 +42,8 @@ from streamslr.io.durable import (
     write_json,
 )
 from streamslr.io.folder import copy_auxiliary_file, require_as_written, write_index
-from streamslr.io.safetensors_file import TensorSource, WrittenShard, shard_header, write_shard
+from streamslr.io.packed_layout import low_rank_bytes
+from streamslr.io.safetensors_file import TensorInfo, TensorSource, WrittenShard, shard_header, write_shard
 from streamslr.memory import note_nothing
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
@@ -50,8 +51,9 @@ from streamslr.model.parameter_names import find_modules
 from streamslr.outside import parse_json, read_bounded
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
-from streamslr.run.journal import FinetuneRecord, JournalState, read_journal, write_journal
+from streamslr.run.journal import FinetuneRecord, JournalState, LinearRecord, read_journal, write_journal
 from streamslr.runtime.loader import load, packed_modules
+from streamslr.spec.values import INT8, STORED
 
 _HELD_OUT_FRACTION, _MAX_HELD_OUT = 1 / 20, 64
 """Windows held out of training: a fraction of all, but at most so many, which is enough for a mean."""
@@ -246,9 +248,18 @@ def _read_windows(folder: Path, data: Path, seq_len: int, batch: int, bos: str) 
 
 
 def _stored_dtypes(folder: Path, state: JournalState) -> dict[str, torch.dtype]:
-    """Return the dtype of every tensor of the blocks, by its stored name."""
+    """Return the dtype that every tensor of the blocks is written in, by its stored name."""
     headers = [shard_header(folder / block.shard.file) for block in state.blocks]
-    return {name: info.dtype for header in headers for name, info in header.tensors.items()}
+    return {name: dtype for header in headers for name, dtype in _written_dtypes(header.tensors).items()}
+
+
+def _written_dtypes(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.dtype]:
+    """Return the dtype of each tensor that is written: codes of U and V become numbers in the dtype of their scales."""
+    dtypes = {name: info.dtype for name, info in tensors.items()}
+    for name in [name for name in dtypes if name.endswith(".low_rank_scales")]:
+        linear, dtype = name.removesuffix(".low_rank_scales"), dtypes.pop(name)
+        dtypes |= {f"{linear}.U": dtype, f"{linear}.V": dtype}
+    return dtypes
 
 
 def _finished(out: Path, state: JournalState, training: _Training) -> FinetuneRecord | None:
@@ -295,6 +306,12 @@ def _low_rank(model: PreTrainedModel, state: JournalState) -> dict[str, nn.Param
     modules = packed_modules(model)
     trained: dict[str, nn.Parameter] = {}
     linears = [linear.name for block in state.blocks for linear in block.linears if linear.rank]
+    coded = [module for module in modules.values() if module.low_rank_scales is not None]
+    for module in coded:
+        module.make_trainable()
+    if coded:
+        message = "U and V of %d linears are int8 codes: they are trained, and stored, as numbers"
+        log.info(message, len(coded))
     for stored, name in find_modules(model, linears, modules).items():
         trained |= {f"{stored}.{part}": modules[name].get_parameter(part) for part in ("U", "V")}
     return trained
@@ -420,6 +437,15 @@ def _last_checkpoint(work: Path) -> tuple[int, str | None]:
     return max(whole.items(), default=(0, None))
 
 
+def _as_numbers(linear: LinearRecord) -> LinearRecord:
+    """Return the record of a linear whose codes of U and V, if it has them, became numbers."""
+    if linear.low_rank_values != INT8:
+        return linear
+    number_bytes = linear.dense_nbytes // math.prod(linear.shape)
+    codes, numbers = (low_rank_bytes(linear.shape, linear.rank, number_bytes, kind) for kind in (torch.int8, None))
+    return replace(linear, low_rank_values=STORED, nbytes=linear.nbytes - codes + numbers)
+
+
 def _write(
     folder: Path, out: Path, state: JournalState, trained: Mapping[str, nn.Parameter], record: FinetuneRecord
 ) -> None:
@@ -434,8 +460,9 @@ def _write(
                 return tensor
 
             header = shard_header(folder / file).tensors
+            dtypes = _written_dtypes(header)
             sources: list[TensorSource] = [
-                (name, info.dtype, info.shape, partial(fetch, name, info.dtype)) for name, info in header.items()
+                (name, dtype, header[name].shape, partial(fetch, name, dtype)) for name, dtype in dtypes.items()
             ]
             return write_shard(out / file, sources, opened.metadata())
 
@@ -446,7 +473,10 @@ def _write(
     assert state.non_block is not None
     non_block = rewritten(state.non_block.file)
     # What the run's check found is not true of the trained model.
-    blocks = tuple(replace(block, shard=rewritten(block.shard.file), check=None) for block in state.blocks)
+    blocks = tuple(
+        replace(block, shard=rewritten(block.shard.file), check=None, linears=tuple(map(_as_numbers, block.linears)))
+        for block in state.blocks
+    )
     write_index(out, (non_block, *(block.shard for block in blocks)))
     finetuned = (*state.finetuned, record)
     write_journal(

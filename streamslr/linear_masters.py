@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamslr.io.low_rank import pack_low_rank, unpack_low_rank
 from streamslr.io.packed_layout import count_values, value_format
 from streamslr.io.packing import stored_columns, unpack, unpack_codes
 from streamslr.masters import Flat, MatchSettings
@@ -26,7 +27,8 @@ class LinearMasters:
     that its group began with; products take the nearest code times the scale as it is now, and the gradient of that is
     the master's. A scale's gradient is the sum over its group of code times gradient. Codes whose gradients are small
     beside their noise flip back and forth; once an epoch's loss is above the last one's, codes stay as they are, and
-    the rest is trained on (tools/results/matching.md, "Values on a grid").
+    the rest is trained on (tools/results/matching.md, "Values on a grid"). U and V that are stored as codes are trained
+    as numbers, and rounded once at the end.
     """
 
     def __init__(self, linear: nn.Linear, stored: Mapping[str, Tensor], pattern: SparsityPattern, flat: Flat) -> None:
@@ -37,8 +39,7 @@ class LinearMasters:
         mask = stored_columns(parts["meta"], pattern, d)
         self._format = value_format(parts, d)
         values = parts["values"].flatten() if self._format is None else unpack(parts, pattern, (o, d))[mask]
-        U = parts["U"] if "U" in parts else linear.weight.new_zeros(o, 0)
-        V = parts["V"] if "V" in parts else linear.weight.new_zeros(0, d)
+        U, V = unpack_low_rank(parts) or (linear.weight.new_zeros(o, 0), linear.weight.new_zeros(0, d))
         self._first_scales = parts["scales"].float() if self._format else None
         flat.fill([values, U, V, *([parts["scales"]] if self._format else [])])
         if self._alone:
@@ -133,6 +134,9 @@ class LinearMasters:
             codes = torch.cat(nearest)
             per_row = self._stored["values"].dim() == 2
             trained["values"] = self._format.encode(codes.view(len(self._stored["values"]), -1) if per_row else codes)
+        if "low_rank_scales" in self._stored:
+            scales = self._stored["low_rank_scales"]
+            trained |= pack_low_rank(trained["U"], trained["V"], scales.dtype, torch.int8)
         return {
             name: trained[name].to(part.device, part.dtype, copy=not self._alone).view_as(part)
             if name in trained

@@ -62,7 +62,7 @@ def refine_bytes(
     if value_bytes < 4:
         saved += max(o for o, _ in block.linears.values())  # an activation beside what goes into it
         saved += (_NORM_COPIES + _LOSS_TENSORS) * hidden_size * 4 // value_bytes
-    on_grid = [name for name in block.linears if allocation[name].values is not None]
+    on_grid = [name for name in block.linears if allocation[name].grid is not None]
     copies = _TILE_COPIES + (_GRID_TILE_COPIES if on_grid else 0)
     tiles = copies * 4 * min(max(o * d for o, d in block.linears.values()), TILE)
     passing = tokens * saved * value_bytes + tokens * 2 * hidden_size * (stream_bytes - value_bytes)
@@ -95,7 +95,7 @@ def count_masters(block: BlockShape, allocation: Allocation) -> int:
 
 
 def _count_scales(spec: LinearSpec, o: int, d: int) -> int:
-    return 0 if spec.values is None else o * group_count(d, spec.values.group)
+    return 0 if spec.grid is None else o * group_count(d, spec.grid.group)
 
 
 def _count_kept(block: BlockShape, allocation: Allocation) -> int:

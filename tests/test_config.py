@@ -128,10 +128,6 @@ def test_a_dot_is_named_after_the_folder_that_it_means(tmp_path: Path, monkeypat
         ({"match": False}, "cpu", []),
         ({"match": False, "match_epochs": 10, "match_lr": 1.2}, "cpu", []),
         ({"match": False, "match_batch": 8}, "cpu", ["--match-batch 8 has no effect with --no-match"]),
-        ({"group": 64}, "cpu", ["--group 64 has no effect with --values stored"]),
-        ({"rounding": "nearest"}, "cpu", ["--rounding nearest has no effect with --values stored"]),
-        ({"rounding": "nearest", "group": 64, "values": "int4"}, "cpu", []),
-        ({"group": 64, "values": "int4/32"}, "cpu", ["--group 64 has no effect: --values int4/32 names its own"]),
         (
             {"match": False, "match_epochs": 5, "match_lr": 0.5, "match_recover": 0.0},
             "cuda",

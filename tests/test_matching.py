@@ -20,8 +20,9 @@ from streamslr.matching import CompressedBlock
 from streamslr.model.blockwise import Block
 from streamslr.ranks import ALONE
 from streamslr.solvers import parse_pattern
-from streamslr.spec.values import group_columns, group_count, parse_values, spread
+from streamslr.spec.values import group_columns, group_count, spread
 from tests import reference
+from tests.support.packed_linears import form_of
 
 SETTINGS = MatchSettings(epochs=4, batch=3, lr=0.1)
 WINDOWS, TOKENS, WIDTH = 7, 4, 16
@@ -479,8 +480,7 @@ def test_values_of_dead_inputs_stay() -> None:
 
 def on_grid(case: Case, values: str, scales: torch.dtype = torch.bfloat16) -> Case:
     """Return a case whose linears have values on a grid, each group with its largest value as the largest code."""
-    form, pattern = parse_values(values), parse_pattern(case.pattern)
-    assert form is not None
+    form, pattern = form_of(values), parse_pattern(case.pattern)
     packed = {}
     for name, linear in case.linears.items():
         S, d = case.sparse(case.weights, name).float(), linear.in_features

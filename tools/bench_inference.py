@@ -45,7 +45,7 @@ from streamslr.runtime import triton_product
 from streamslr.runtime.linear import SparseLowRankLinear, _GpuKernel
 from streamslr.runtime.packed_rows import unpack_native, why_not_native
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
-from streamslr.spec.values import ValueFormat, group_count, parse_values, spread
+from streamslr.spec.values import ValueFormat, grid_of, group_count, parse_values, spread
 
 
 @click.command(help=__doc__)
@@ -84,7 +84,7 @@ def main(
         o, d = map(int, shape.lower().split("x"))
         for dtype in dtypes:
             settings = o, d, parse_pattern(pattern), rank, getattr(torch, dtype), device
-            linear = random_linear(*settings, parse_values(values))
+            linear = random_linear(*settings, grid_of(parse_values(values)))
             beside = {} if values == "stored" or pattern == "dense" else {"stored": random_linear(*settings)}
             for n in tokens:
                 rows.append(measure(linear, n, repeats, graphs, beside) | {"dtype": dtype})

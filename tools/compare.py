@@ -60,7 +60,7 @@ from streamslr.results.verify import verify
 from streamslr.run.journal_writer import refuse_changed_settings
 from streamslr.solvers.methods import all_methods, find_method
 from streamslr.spec.pattern import parse_pattern
-from streamslr.spec.values import STORED, parse_values, values_text
+from streamslr.spec.values import STORED, grid_of, parse_values, values_text
 
 _STARTUP = [sys.executable, "-c", "import streamslr.cli, streamslr.run, streamslr.run.context"]
 
@@ -231,9 +231,9 @@ def values_and_roundings(values: Iterable[str], roundings: Sequence[str]) -> lis
     if unknown := set(roundings) - set(ROUNDINGS):
         raise InputError(f"--rounding {', '.join(sorted(unknown))} is not known; there are {', '.join(ROUNDINGS)}")
     found = [parse_values(item) for item in values]
-    if not any(found) and list(roundings) != ["solved"]:
+    if not any(map(grid_of, found)) and list(roundings) != ["solved"]:
         raise InputError(f"--rounding {','.join(roundings)} has no effect: --values has only stored; add int4 or int8")
-    pairs = (product([values_text(form)], roundings if form else [None]) for form in found)
+    pairs = (product([values_text(form)], roundings if grid_of(form) else [None]) for form in found)
     return [pair for of_format in pairs for pair in of_format]
 
 
@@ -291,7 +291,7 @@ def measure(one: Combination, line: Sequence[str], folder: Path, threads: int) -
 def measure_rounded(one: Combination, row: Row, folder: Path, rounded: Path) -> Row:
     """Write `folder`, whose row is given, with S rounded into `rounded`; return the row of that."""
     shutil.rmtree(rounded, ignore_errors=True)  # a killed process left it
-    form = parse_values(one.values)
+    form = grid_of(parse_values(one.values))
     assert form is not None
     linear_bytes, weights = write_rounded(folder, form, rounded), round(8 * row["linear_bytes"] / row["bits"])
     measured = {"linear_bytes": linear_bytes, "bits": 8 * linear_bytes / weights}

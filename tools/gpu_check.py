@@ -61,7 +61,7 @@ from streamslr.io.durable import file_sha256, write_json
 from streamslr.run.context import open_run
 from streamslr.run.loop import run
 from streamslr.solvers import ThreeBasil, parse_pattern
-from streamslr.spec.values import parse_values
+from streamslr.spec.values import grid_of, parse_values
 from streamslr.tensors import tf32_products
 
 RESULTS, README = Path(__file__).with_name("results"), Path(__file__).parents[1] / "README.md"
@@ -238,7 +238,7 @@ def inference(check: Check) -> Figures:
     with check.device(), torch.inference_mode():
         for o, d in shapes:
             for values in ("stored", "int4"):
-                settings = parse_pattern("2:4"), 64, torch.bfloat16, "cuda", parse_values(values)
+                settings = parse_pattern("2:4"), 64, torch.bfloat16, "cuda", grid_of(parse_values(values))
                 linear = bench_inference.random_linear(o, d, *settings)
                 measured = [bench_inference.measure(linear, n, repeats=3 if check.pretended else 9) for n in tokens]
                 rows += [row | {"values": values} for row in measured]

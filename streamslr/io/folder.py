@@ -42,6 +42,7 @@ def write_auxiliary_files(
     pattern: SparsityPattern | None,
     rank: int,
     values: str = STORED,
+    low_rank_values: str = STORED,
 ) -> dict[str, str]:
     """Write config.json, which names the format, and copy the files that travel with a model.
 
@@ -52,11 +53,12 @@ def write_auxiliary_files(
         pattern: pattern of all linears, None where they differ.
         rank: the largest rank.
         values: format of the values of all linears, "mixed" where they differ.
+        low_rank_values: the same of U and V.
 
     Returns:
         The sha256 of each file by its name.
     """
-    entry = {"quantization_config": quantization_config(pattern, rank, values)}
+    entry = {"quantization_config": quantization_config(pattern, rank, values, low_rank_values)}
     digests = {"config.json": write_file(folder / "config.json", config_bytes({**config, **entry}))}
     for path in files:
         digests[path.name] = copy_auxiliary_file(path, folder)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from streamslr.io.low_rank import LARGEST_CODE
 from streamslr.io.packed_layout import (
     PACKED_PARTS,
     low_rank_misfits,
@@ -27,15 +28,18 @@ def check_packed(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape:
     """Return what is wrong with one packed linear, a sentence each; [] when it is sound.
 
     Args:
-        tensors: all that is stored of the linear, by part (values, meta, scales, row_offsets, U, V).
+        tensors: all that is stored of the linear, by part (values, meta, scales, row_offsets, U, V, low_rank_scales).
         pattern: pattern of S.
         shape: (o, d) of the dense weight.
     """
     problems = check_layout(tensors, pattern, shape)
-    for name in ("values", "scales", "U", "V"):
+    for name in ("values", "scales", "U", "V", "low_rank_scales"):
         if name in tensors and tensors[name].is_floating_point():
             wide = tensors[name].bfloat16() if tensors[name].dtype.itemsize == 1 else tensors[name]
             problems += _non_finite(name, wide)
+    for name in tensors.keys() & {"U", "V"}:
+        if tensors[name].dtype == torch.int8 and (beyond := int((tensors[name] < -LARGEST_CODE).count_nonzero())):
+            problems.append(f"{beyond} codes of {name} are beyond {LARGEST_CODE}, the largest of int8")
     if pattern_misfit(pattern, shape) or sparse_misfits(tensors, pattern, shape):
         return problems
     if form := value_format(tensors, shape[1]):

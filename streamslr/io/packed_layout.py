@@ -11,10 +11,11 @@ numbers as the checkpoint has them:
     50%       [nnz]          [o, ceil(d/8)]: a bitmask                                      int64 [o + 1]
     dense     [o, d]         [o, 0]                                                         -
 
-and at rank r > 0 also U [o, r] and V [r, d], in the dtype of the values.
+and at rank r > 0 also U [o, r] and V [r, d], both in one floating-point dtype, or int8 codes from -127 to 127 with
+`P.low_rank_scales` [r], the scale of each component: U·V is then the sum over k of U[:, k] · low_rank_scales[k] · V[k].
 
 Where the values lie on a grid, they are codes, and `P.scales` [o, groups] has the scale of each group of ceil(d /
-groups) columns of a row, in the dtype of U and V: a value is its code times the scale of its column. Codes are int8
+groups) columns of a row: a value is its code times the scale of its column. Codes are int8
 (int8), float8_e4m3fn (fp8), or two a byte in uint8 (int4): of each row's k codes, or of all nnz for 50%, the first in
 the low half of a byte, as two's complement. The rest is as above.
 
@@ -37,7 +38,18 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.spec.pattern import MIXED, Dense, NofM, SparsityPattern, Unstructured, UnstructuredRows, parse_pattern
-from streamslr.spec.values import STORED, ValueFormat, format_of, group_count
+from streamslr.spec.values import (
+    STORED,
+    ValueFormat,
+    Values,
+    format_of,
+    grid_of,
+    group_count,
+    parse_low_rank_values,
+    parse_values,
+    same_values,
+    values_text,
+)
 
 FORMAT_VERSION = 4
 """Version that is written. 4: values on a grid, with scales; without them, the same bytes of shards as in 3; 3: new
@@ -50,8 +62,9 @@ BLOCK_FILE = "model-block-{:05d}.safetensors"
 NON_BLOCK_FILE = "model-outside.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-PACKED_PARTS = ("values", "meta", "scales", "row_offsets", "U", "V")
-"""Names of the tensors of a packed linear. Not every linear has the last four."""
+PACKED_PARTS = ("values", "meta", "scales", "row_offsets", "U", "V", "low_rank_scales")
+"""Names of the tensors of a packed linear. Not every linear has the last five."""
+LOW_RANK_PARTS = ("U", "V", "low_rank_scales")
 _PART_DTYPES: Mapping[str, torch.dtype] = {"meta": torch.uint8, "row_offsets": torch.int64}
 """Dtypes of parts; all others have the dtype that the linear's factors have, but for values on a grid."""
 
@@ -68,6 +81,7 @@ def part_shapes(
     rank: int = 0,
     num_values: int | None = None,
     values: ValueFormat | None = None,
+    low_rank: torch.dtype | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of each part that a packed linear has.
 
@@ -77,6 +91,7 @@ def part_shapes(
         rank: rank of U·V.
         num_values: values where rows differ in their number; None for the most that there can be.
         values: format of the values; None for numbers as the checkpoint has them.
+        low_rank: int8 for U and V as codes.
     """
     o, d = shape
     groups = pattern.groups(d)
@@ -93,18 +108,31 @@ def part_shapes(
         shapes["row_offsets"] = (o + 1,)  # int64: a linear may hold more than 2^31 values
     if rank:
         shapes |= {"U": (o, rank), "V": (rank, d)}
+    if rank and low_rank == torch.int8:
+        shapes["low_rank_scales"] = (rank,)
     return shapes
 
 
-def part_dtype(part: str, dtype: torch.dtype | None, values: ValueFormat | None = None) -> torch.dtype | None:
-    """Return the dtype of a part of a linear whose factors have this dtype, None for torch's default."""
+def part_dtype(
+    part: str, dtype: torch.dtype | None, values: Values = None, low_rank: torch.dtype | None = None
+) -> torch.dtype | None:
+    """Return the dtype of a part of a linear whose numbers have this dtype, None for torch's default.
+
+    Args:
+        part: name of the part.
+        dtype: dtype of numbers that no format decides.
+        values: values of S.
+        low_rank: dtype of U and V where it is another.
+    """
     if part == "values" and values is not None:
-        return values.dtype
+        return values if isinstance(values, torch.dtype) else values.dtype
+    if part in ("U", "V") and low_rank is not None:
+        return low_rank
     return _PART_DTYPES.get(part, dtype)
 
 
 def number_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """Return the dtype of a linear's numbers: scales where values lie on a grid, else values; U and V have it too."""
+    """Return the dtype of a linear's numbers: scales where values lie on a grid, else values."""
     return tensors["scales" if "scales" in tensors else "values"].dtype
 
 
@@ -130,19 +158,26 @@ def count_values(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shape:
 
 
 def packed_bytes(
-    pattern: SparsityPattern, shape: tuple[int, int], rank: int, number_bytes: int, values: ValueFormat | None = None
+    pattern: SparsityPattern,
+    shape: tuple[int, int],
+    rank: int,
+    number_bytes: int,
+    values: Values = None,
+    low_rank: torch.dtype | None = None,
 ) -> int:
-    """Return the most bytes that a packed linear takes in a shard; number_bytes: of one of its numbers."""
-    bytes_of = {part: dtype.itemsize for part, dtype in _PART_DTYPES.items()}
-    if values is not None:
-        bytes_of["values"] = values.dtype.itemsize
-    shapes = part_shapes(pattern, shape, rank, values=values)
-    return sum(prod(size) * bytes_of.get(part, number_bytes) for part, size in shapes.items())
+    """Return the most bytes that a packed linear takes in a shard; number_bytes: of a number of the checkpoint."""
+    shapes, total = part_shapes(pattern, shape, rank, values=grid_of(values), low_rank=low_rank), 0
+    for part, size in shapes.items():
+        dtype = part_dtype(part, None, values, low_rank)
+        total += prod(size) * (number_bytes if dtype is None else dtype.itemsize)
+    return total
 
 
-def low_rank_bytes(shape: tuple[int, int], rank: int, value_bytes: int) -> int:
-    """Return the bytes of U [o, r] and V [r, d] together."""
-    return rank * sum(shape) * value_bytes
+def low_rank_bytes(shape: tuple[int, int], rank: int, number_bytes: int, low_rank: torch.dtype | None = None) -> int:
+    """Return the bytes of U [o, r] and V [r, d] together, with their scales."""
+    if low_rank == torch.int8:
+        return rank * (sum(shape) + number_bytes)
+    return rank * sum(shape) * (number_bytes if low_rank is None else low_rank.itemsize)
 
 
 def part_name(linear: str, part: str) -> str:
@@ -246,9 +281,10 @@ def sparse_misfits(tensors: Mapping[str, Tensor], pattern: SparsityPattern, shap
 
 
 def low_rank_misfits(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
-    """Return what is wrong with the presence, dtypes and shapes of U and V, a sentence each."""
+    """Return what is wrong with the presence, dtypes and shapes of U, V and their scales, a sentence each."""
+    scales = tensors.get("low_rank_scales")
     if "U" not in tensors and "V" not in tensors:
-        return []
+        return [] if scales is None else ["low_rank_scales are there without U and V"]
     if "U" not in tensors or "V" not in tensors:
         return ["U is there without V" if "U" in tensors else "V is there without U"]
     o, d = shape
@@ -258,12 +294,42 @@ def low_rank_misfits(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> l
         problems.append(
             f"U {list(U.shape)} and V {list(V.shape)} are not the [{o}, r] and [r, {d}] of a {o}x{d} linear"
         )
-    numbers = "scales" if "scales" in tensors else "values"
-    expected = tensors.get(numbers, U).dtype
+    if scales is not None:
+        if scales.dim() != 1 or V.dim() != 2 or len(scales) != len(V):
+            problems.append(f"low_rank_scales has shape {list(scales.shape)}, V has {list(V.shape)}")
+        if not (scales.is_floating_point() and scales.dtype.itemsize > 1):
+            problems.append(f"low_rank_scales is {scales.dtype}, not a floating-point type of 16 bits or more")
     for part, tensor in (("U", U), ("V", V)):
-        if not tensor.is_floating_point() or tensor.dtype != expected:
-            problems.append(f"{part} is {tensor.dtype}, but {numbers} are {expected}")
+        if scales is not None and tensor.dtype != torch.int8:
+            problems.append(f"{part} is {tensor.dtype}, with low_rank_scales it must be torch.int8")
+        elif scales is None and not (tensor.is_floating_point() and tensor.dtype.itemsize > 1):
+            problems.append(f"{part} is {tensor.dtype}, not a floating-point type of 16 bits or more")
+    if U.dtype != V.dtype:
+        problems.append(f"U is {U.dtype}, but V is {V.dtype}")
     return problems
+
+
+def journal_misfit(tensors: Mapping[str, Tensor], d: int, values: str, low_rank: str) -> str | None:
+    """Return how a linear's stored parts differ from the texts of its values, of S and of U and V; None for not at all.
+
+    Args:
+        tensors: the parts; they may be on meta.
+        d: columns of the linear.
+        values: text of the values of S.
+        low_rank: text of the values of U and V.
+    """
+    form = value_format(tensors, d) if "values" in tensors else None
+    numbers = parse_values(values)
+    if not same_values(form, values, d):
+        return f"values as {values_text(form)}, the journal says {values}"
+    if isinstance(numbers, torch.dtype) and "values" in tensors and tensors["values"].dtype != numbers:
+        return f"values as {tensors['values'].dtype}, the journal says {values}"
+    expected = parse_low_rank_values(low_rank)
+    if ("U" in tensors and (expected or tensors["U"].dtype) != tensors["U"].dtype) or (
+        expected is None and "low_rank_scales" in tensors
+    ):
+        return f"U and V as {tensors['U'].dtype if 'U' in tensors else 'nothing'}, the journal says {low_rank}"
+    return None
 
 
 # Headers of shards
@@ -301,13 +367,16 @@ class PackedFormat:
     format_version: int
 
 
-def quantization_config(pattern: SparsityPattern | None, rank: int, values: str = STORED) -> dict[str, Any]:
+def quantization_config(
+    pattern: SparsityPattern | None, rank: int, values: str = STORED, low_rank_values: str = STORED
+) -> dict[str, Any]:
     """Return the entry of config.json that marks a compressed model. `read_quantization_config` reads it.
 
     Args:
         pattern: pattern of all linears, None where they differ.
         rank: the largest rank.
         values: format of the values of all linears, `MIXED` where they differ; for people, since shards tell it too.
+        low_rank_values: the same of U and V.
     """
     entry = {
         "quant_method": QUANT_METHOD,
@@ -315,7 +384,8 @@ def quantization_config(pattern: SparsityPattern | None, rank: int, values: str 
         "pattern": MIXED if pattern is None else str(pattern),
         "rank": rank,
     }
-    return entry if values == STORED else entry | {"values": values}
+    named = {"values": values, "low_rank_values": low_rank_values}
+    return entry | {name: text for name, text in named.items() if text != STORED}
 
 
 def read_quantization_config(config: object) -> PackedFormat | None:

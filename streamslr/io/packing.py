@@ -10,6 +10,7 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.gpu import in_any_order
+from streamslr.io.low_rank import exact_product
 from streamslr.io.packed_layout import (
     MetaCode,
     low_rank_misfits,
@@ -38,7 +39,7 @@ def pack_on_grid(
         codes: [o, d] codes of S, zero where nothing is kept.
         scales: [o, groups] scale of each group.
         pattern: pattern that the codes obey.
-        dtype: dtype to store scales in, which U and V have too.
+        dtype: dtype to store scales in.
         values: format of the values.
 
     Returns:
@@ -174,12 +175,11 @@ def merge(
         raise InputError(f"cannot merge a {shape[0]}x{shape[1]} linear: {problems[0]}; `streamslr verify` tells more")
     values = tensors["values"]
     dense = torch.empty(shape, dtype=dtype, device=values.device)
-    U = tensors["U"].double() if "U" in tensors else None
-    V = tensors["V"].double() if "V" in tensors else None
+    low_rank = exact_product(tensors)
     for rows in row_chunks(*shape):
         total = _unpack_rows_checked(tensors, pattern, shape, rows).double()
-        if U is not None and V is not None:
-            total.addmm_(U[rows], V)
+        if low_rank is not None:
+            total.addmm_(low_rank[0][rows], low_rank[1])
         dense[rows] = total
     return dense
 

@@ -28,7 +28,8 @@ from streamslr.io.durable import (
     write_json,
 )
 from streamslr.io.folder import config_bytes, copy_auxiliary_file, index_json, require_as_written
-from streamslr.io.packed_layout import INDEX_FILE, packed_linears, stored_parts
+from streamslr.io.low_rank import unpack_low_rank
+from streamslr.io.packed_layout import INDEX_FILE, LOW_RANK_PARTS, packed_linears, stored_parts
 from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, shard_header, write_shard
 from streamslr.memory import keep_no_freed_memory
@@ -227,7 +228,7 @@ class _Source:
             parts = {part: rest.pop(name) for part, name in stored_parts(linear, rest).items()}
             stored = dtype or parts["scales" if "scales" in parts else "values"].dtype
             if not low_rank:
-                parts = {part: info for part, info in parts.items() if part not in ("U", "V")}
+                parts = {part: info for part, info in parts.items() if part not in LOW_RANK_PARTS}
             dense = partial(self._dense, parts, pattern, shape, stored)
             sources.append((f"{linear}.weight", stored, shape, dense))
         sources += (self._as_is(info, info.name, dtype) for info in rest.values())
@@ -238,10 +239,10 @@ class _Source:
 
         Args:
             modules: Stored name -> module path of each linear that has them; PEFT goes by the latter.
-            dtype: Dtype of both; None keeps the stored dtype.
+            dtype: Dtype of both; None keeps the stored dtype, of codes that of their scales.
         """
         return tuple(
-            self._as_is(self._stored[file][f"{linear}.{part}"], f"{LORA_PREFIX}{modules[linear]}.{lora}.weight", dtype)
+            self._factor(file, linear, part, f"{LORA_PREFIX}{modules[linear]}.{lora}.weight", dtype)
             for file, linears in self._linears.items()
             for linear in linears
             for part, lora in (("V", "lora_A"), ("U", "lora_B"))
@@ -262,6 +263,22 @@ class _Source:
     def _as_is(self, info: TensorInfo, name: str, dtype: torch.dtype | None) -> TensorSource:
         stored = dtype if dtype and info.dtype.is_floating_point else info.dtype
         return name, stored, info.shape, lambda: self._require_finite(name, self._read([info])[info.name].to(stored))
+
+    def _factor(self, file: str, linear: str, part: str, name: str, dtype: torch.dtype | None) -> TensorSource:
+        stored = self._stored[file]
+        info, scales = stored[f"{linear}.{part}"], stored.get(f"{linear}.low_rank_scales")
+        if scales is None:
+            return self._as_is(info, name, dtype)
+        parts = {part: stored[f"{linear}.{part}"] for part in LOW_RANK_PARTS}
+        wanted = dtype or scales.dtype
+
+        def numbers() -> Tensor:
+            read = self._read(parts.values())
+            low_rank = unpack_low_rank({part: read[found.name] for part, found in parts.items()})
+            assert low_rank is not None
+            return self._require_finite(name, low_rank["UV".index(part)].to(wanted))
+
+        return name, wanted, info.shape, numbers
 
     def _dense(
         self, parts: Mapping[str, TensorInfo], pattern: SparsityPattern, shape: tuple[int, int], dtype: torch.dtype

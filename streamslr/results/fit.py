@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from streamslr.config import format_bytes
+from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import InputError
 from streamslr.io.packed_layout import packed_bytes
 from streamslr.model.shape import ModelShape
+from streamslr.spec.allocation import DEFAULT_RANK
 from streamslr.spec.pattern import Dense, SparsityPattern, parse_pattern
-from streamslr.spec.values import STORED, parse_values
+from streamslr.spec.values import STORED, parse_low_rank_values, parse_values
 
 CONTEXT_TOKENS = 8192
 """Tokens of one context whose keys and values find room beside the weights."""
@@ -41,25 +42,31 @@ class Fit:
     needed_bytes: int
 
 
-def settings_that_fit(model: ModelShape, rank: int, group: int, cache_bytes: int, card: int) -> list[Fit]:
+def settings_that_fit(config: RunConfig, model: ModelShape, cache_bytes: int, card: int) -> list[Fit]:
     """Return the settings whose result fits a card, those that keep most bytes first.
 
     Args:
+        config: Settings of a run. Those of --pattern and --values that it gives are the only ones that are tried.
         model: Shapes of the model.
-        rank: Rank of U·V.
-        group: Columns that share a scale.
         cache_bytes: Bytes of keys and values of a context.
         card: Bytes of the card.
 
     Raises:
-        InputError: No setting's result fits.
+        InputError: No setting's result fits, or a setting gives linears by name or by their parameters.
     """
+    for name in ("ranks", "compression", "rank_ratio", "owl", "allocation"):
+        if getattr(config, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"--fit lists settings that are the same for all linears: leave {flag} out")
+    rank = DEFAULT_RANK if config.rank is None else config.rank
     every = [
-        _fit(model, pattern, values, rank, group, cache_bytes)
-        for pattern in _PATTERNS
-        for values in _VALUES
+        _fit(model, pattern, values, rank, config.group, config.low_rank_values, cache_bytes)
+        for pattern in (_PATTERNS if config.pattern is None else (config.pattern,))
+        for values in (_VALUES if config.values == STORED else (config.values,))
         if not (pattern == "dense" and values == STORED) and _has_all(model, parse_pattern(pattern))
     ]
+    if not every:
+        raise InputError(f"not every linear of the model can have --pattern {config.pattern}; give another")
     fitting = [fit for fit in every if fit.needed_bytes <= card]
     if not fitting:
         least = min(every, key=lambda fit: fit.needed_bytes)
@@ -106,12 +113,12 @@ def context_bytes(config: object, dtype_bytes: int) -> int:
     return 2 * layers * of_keys * width * CONTEXT_TOKENS * dtype_bytes
 
 
-def _fit(model: ModelShape, pattern: str, values: str, rank: int, group: int, cache_bytes: int) -> Fit:
-    parsed, form = parse_pattern(pattern), parse_values(values, group)
+def _fit(model: ModelShape, pattern: str, values: str, rank: int, group: int, low_rank: str, cache_bytes: int) -> Fit:
+    parsed, form, factors = parse_pattern(pattern), parse_values(values, group), parse_low_rank_values(low_rank)
     packed = dense = weights = 0
     for block in model.blocks:
         for o, d in block.linears.values():
-            packed += packed_bytes(parsed, (o, d), min(rank, o, d), model.value_bytes, form)
+            packed += packed_bytes(parsed, (o, d), min(rank, o, d), model.value_bytes, form, factors)
             weights += o * d
         dense += block.parameters - sum(o * d for o, d in block.linears.values())
     total = packed + dense * model.value_bytes + model.non_block_bytes

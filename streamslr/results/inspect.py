@@ -17,7 +17,7 @@ from streamslr.run.progress import PHASES, gpu_taken_bytes
 from streamslr.run.quality import describe_quality
 from streamslr.spec.allocation import LinearSpec, in_words
 from streamslr.spec.pattern import parse_pattern
-from streamslr.spec.values import STORED, parse_values
+from streamslr.spec.values import STORED, parse_low_rank_values, parse_values
 
 T = TypeVar("T")
 
@@ -114,8 +114,9 @@ def describe_method(state: JournalState) -> str:
     low_rank = f"rank {settings['rank']}" if ratio is None else f"rank ratio {ratio:g}"
     values = settings.get("values", STORED)
     if values != STORED:
-        values = parse_values(values, settings["group"])
         sparse += f" {values}" + (" rounded to the nearest" if settings["rounding"] == "nearest" else "")
+    if settings.get("low_rank_values", STORED) != STORED:
+        low_rank += f" in {settings['low_rank_values']}"
     parts = [f"{settings['method']} at {sparse} + {low_rank}"]
     if settings.get("owl") is not None:
         parts.append(f"OWL ±{settings['owl']:g}")
@@ -129,7 +130,13 @@ def describe_method(state: JournalState) -> str:
 def describe_specs(linears: Iterable[LinearRecord]) -> str:
     """Return patterns and ranks of some linears: "2:4 + rank 64", "52%–68% + rank 4–17"."""
     return in_words(
-        LinearSpec(parse_pattern(linear.pattern), linear.rank, parse_values(linear.values)) for linear in linears
+        LinearSpec(
+            parse_pattern(linear.pattern),
+            linear.rank,
+            parse_values(linear.values),
+            parse_low_rank_values(linear.low_rank_values),
+        )
+        for linear in linears
     )
 
 
@@ -270,7 +277,15 @@ _COSINE_CAPTION = "cosine: between the hidden states behind the block and the de
 
 def run_table(folder: Path, state: JournalState) -> Table:
     """Return the table of `inspect`: a row per block."""
-    mixed = len({(linear.pattern, linear.rank, linear.values) for linear in list_linears(state.blocks)}) > 1
+    mixed = (
+        len(
+            {
+                (linear.pattern, linear.rank, linear.values, linear.low_rank_values)
+                for linear in list_linears(state.blocks)
+            }
+        )
+        > 1
+    )
     caption = [*_ERROR_CAPTIONS, "error and pruning alone are means over the linears of the block"]
     if any(block.matching for block in state.blocks):
         caption.append(_MATCHING_CAPTION)
@@ -368,7 +383,7 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
             f"{linear.shape[0]}×{linear.shape[1]}",
             linear.pattern if linear.values == STORED else f"{linear.pattern} {linear.values}",
             f"{linear.density:.4f}",
-            str(linear.rank),
+            str(linear.rank) + ("" if linear.low_rank_values == STORED else f" {linear.low_rank_values}"),
             f"{linear.error:.3g}",
             *([_or_dash(linear.unrounded_error)] if rounded else []),
             f"{linear.wanda_error:.3g}",

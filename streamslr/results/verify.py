@@ -16,10 +16,10 @@ from streamslr.io.packed_check import check_packed
 from streamslr.io.packed_layout import (
     INDEX_FILE,
     NON_BLOCK_FILE,
+    journal_misfit,
     packed_linears,
     read_quantization_config,
     stored_parts,
-    value_format,
 )
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.model.blockwise import BlockwiseModel
@@ -32,7 +32,6 @@ from streamslr.results.inspect import REPORT_FILE, read_run
 from streamslr.run.journal import JOURNAL_FILE, BlockRecord, JournalState, LinearRecord
 from streamslr.runtime.loader import pack_on_meta
 from streamslr.spec.pattern import MIXED, SparsityPattern, parse_pattern
-from streamslr.spec.values import same_values, values_text
 from streamslr.tensors import is_finite
 
 log = logging.getLogger("streamslr")
@@ -169,9 +168,8 @@ def _check_linear(
         yield f"{linear.name} is not there as {linear.pattern} of {linear.shape[0]}×{linear.shape[1]}"
         return
     parts = {part: read(name) for part, name in stored_parts(linear.name, names).items()}
-    form = value_format(parts, linear.shape[1]) if "values" in parts else None
-    if not same_values(form, linear.values, linear.shape[1]):
-        yield f"{linear.name} has values as {values_text(form)}, the journal says {linear.values}"
+    if misfit := journal_misfit(parts, linear.shape[1], linear.values, linear.low_rank_values):
+        yield f"{linear.name} has {misfit}"
     yield from (f"{linear.name}: {problem}" for problem in check_packed(parts, pattern, linear.shape))
     o, d = linear.shape
     for part, shape in (("U", (o, linear.rank)), ("V", (linear.rank, d))):

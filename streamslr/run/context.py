@@ -12,9 +12,10 @@ import torch
 from huggingface_hub import constants
 
 from streamslr.calibration.grams import input_groups
-from streamslr.config import RunConfig, idle_settings
+from streamslr.config import LARGEST, RunConfig, idle_settings
 from streamslr.errors import InputError
 from streamslr.gpu import GpuMemory, open_gpu, pick_device
+from streamslr.io.low_rank import require_range
 from streamslr.io.packed_layout import read_quantization_config
 from streamslr.memory import free_host_memory, held, keep_no_freed_memory
 from streamslr.model.blockwise import BlockwiseModel
@@ -35,6 +36,7 @@ from streamslr.spec.allocation import (
     parameter_fraction,
     parse_mean_pattern,
 )
+from streamslr.spec.values import DEFAULT_GROUP, STORED, grid_of, parse_values, values_text
 from streamslr.version import __version__
 
 log = logging.getLogger("streamslr")
@@ -98,6 +100,9 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
     densest = allocate(config, blockwise.linears)  # with --owl each linear at its densest, which the plan must hold
     for spec in dict.fromkeys(densest.values()):
         method.require(spec.pattern, spec.rank)
+    for name, spec in densest.items():
+        if spec.rank and spec.low_rank_values == torch.int8:
+            require_range(f"{name}: U and V in int8", blockwise.stored_dtype(f"{name}.weight"))
     if gpu is not None and present:
         before_kernels = held()
         method.check_kernels(device, dict.fromkeys(spec.pattern for spec in densest.values()))
@@ -169,25 +174,38 @@ def _keep_check_windows(config: RunConfig, begun_with: int) -> RunConfig:
 
 
 def _overridden(config: RunConfig, blockwise: BlockwiseModel, allocation: Allocation) -> list[str]:
-    """Return a sentence for --pattern and --rank where --allocation or --ranks decides for every linear by name.
+    """Return a sentence for each setting of the allocation that was given and has no effect on any linear.
 
     A setting has no effect if another value of it gives the same allocation.
     """
+    by_name = "--allocation or --ranks decides for every linear"
     others = []
     if config.pattern is not None and config.allocation is not None:
-        others.append(("pattern", replace(config, pattern="60%" if config.pattern == "50%" else "50%")))
+        others.append(("pattern", by_name, replace(config, pattern="60%" if config.pattern == "50%" else "50%")))
     if config.rank is not None and (config.allocation or config.ranks):
-        others.append(("rank", replace(config, rank=config.rank + 1)))
-    return [
-        f"--{name} {getattr(config, name)} has no effect: --allocation or --ranks decides for every linear"
-        for name, other in others
+        others.append(("rank", by_name, replace(config, rank=config.rank + 1)))
+    if config.group != DEFAULT_GROUP:
+        why = "no linear has values on a grid whose group is not given with them"
+        others.append(("group", why, replace(config, group=config.group + 1 if config.group < LARGEST else 1)))
+    found = [
+        f"--{name} {getattr(config, name)} has no effect: {why}"
+        for name, why, other in others
         if allocate(other, blockwise.linears) == allocation
     ]
+    if config.rounding != "solved" and all(spec.grid is None for spec in allocation.values()):
+        found.append(f"--rounding {config.rounding} has no effect: no linear has values on a grid")
+    if config.low_rank_values != STORED and all(spec.rank == 0 for spec in allocation.values()):
+        found.append(f"--low-rank-values {config.low_rank_values} has no effect: no linear has U and V")
+    return found
 
 
 def _fingerprint(config: RunConfig, checkpoint: Checkpoint, method: Method, device: torch.device) -> Mapping[str, Any]:
-    """Return what must be equal for a resume, each setting in one form however it was given ("50%" and "50.0%")."""
+    """Return what must be equal for a resume, each setting in one form however it was given ("50%" and "50.0%").
+
+    The text of --values has the group; --group is kept beside it only for an allocation file.
+    """
     sparsity = str(parse_mean_pattern(config))
+    values = parse_values(config.values, config.group)
     return {
         "model": checkpoint.identity,
         **config.fixed(),
@@ -195,6 +213,9 @@ def _fingerprint(config: RunConfig, checkpoint: Checkpoint, method: Method, devi
         "pattern": None if config.compression else sparsity,
         "compression": sparsity if config.compression else None,
         "rank": DEFAULT_RANK if config.rank is None and config.rank_ratio is None else config.rank,
+        "values": values_text(values),
+        "group": config.group if config.allocation else DEFAULT_GROUP,
+        "rounding": config.rounding if config.allocation or grid_of(values) else "solved",
         "allocation": file_digest(config.allocation),
         "device": device.type,
         "streamslr": __version__,

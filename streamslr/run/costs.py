@@ -120,7 +120,8 @@ class Costs:
         packed = 0
         for name, (o, d) in block.linears.items():
             spec = self.allocation[name]
-            packed += packed_bytes(spec.pattern, (o, d), min(spec.rank, o, d), self.model.value_bytes, spec.values)
+            rank, formats = min(spec.rank, o, d), (spec.values, spec.low_rank_values)
+            packed += packed_bytes(spec.pattern, (o, d), rank, self.model.value_bytes, *formats)
         return packed
 
     def _survey(self, micro_batch: int) -> PhaseCost:

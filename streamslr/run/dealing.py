@@ -73,7 +73,7 @@ def deal_linears(
 
     def flops(name: str, ranks: int = 1) -> float:
         (o, d), spec = shapes[name], allocation[name]
-        rounding = 0.0 if spec.values is None else rounding_flops(o, d, spec.rank, gpu=gpu, ranks=ranks)
+        rounding = 0.0 if spec.grid is None else rounding_flops(o, d, spec.rank, gpu=gpu, ranks=ranks)
         if ranks == 1:
             return method.solver.flops(o, d, spec.rank, gpu=gpu) + rounding
         return cast(SolverByRows, method.solver).flops(o, d, spec.rank, gpu=gpu, ranks=ranks) + rounding

@@ -34,7 +34,7 @@ from streamslr.model.pinned_shards import ShardDigest, Times
 from streamslr.outside import parse_json, read_bounded
 from streamslr.spec.allocation import SpecEntry
 from streamslr.spec.pattern import parse_pattern
-from streamslr.spec.values import STORED, parse_values
+from streamslr.spec.values import STORED, parse_low_rank_values, parse_values
 from streamslr.version import __version__
 
 JOURNAL_FILE = "streamslr.json"
@@ -78,16 +78,18 @@ class LinearRecord:
     dense_nbytes: Positive
     warnings: tuple[str, ...] = ()
     rows: Count | None = None  # calibration tokens that reached it; None in folders of versions that did not count them
-    values: str = STORED  # format of the values of S
+    values: str = STORED  # of S: its format
+    low_rank_values: str = STORED  # the same of U and V
     unrounded_error: Number | None = None  # before S came onto the grid of its format; None without one
 
     def __post_init__(self) -> None:
         weights = prod(self.shape)
-        _check_values(self.values)
+        _check_values(self.values, self.low_rank_values)
         _check_pattern(self.pattern, self.name, self.shape)
         if self.dense_nbytes % weights or self.dense_nbytes // weights not in (1, 2, 4, 8):
             raise ValueError(f"dense_nbytes is {self.dense_nbytes}, for a weight of shape {list(self.shape)}")
-        if low_rank_bytes(self.shape, self.rank, self.dense_nbytes // weights) >= self.nbytes:
+        low_rank = parse_low_rank_values(self.low_rank_values)
+        if low_rank_bytes(self.shape, self.rank, self.dense_nbytes // weights, low_rank) >= self.nbytes:
             raise ValueError(f"nbytes is {self.nbytes}, for shape {list(self.shape)} at rank {self.rank}")
 
 
@@ -244,7 +246,7 @@ class JournalState:
             raise ValueError(f"there are {len(self.blocks)} blocks, blocks_total is {self.blocks_total}")
         for name, entry in (self.allocation or {}).items():
             _check_pattern(entry["pattern"], name)
-            _check_values(entry.get("values", STORED))
+            _check_values(entry.get("values", STORED), entry.get("low_rank_values", STORED))
 
     @property
     def complete(self) -> bool:
@@ -401,9 +403,10 @@ def _check_file_name(name: str) -> None:
         raise ValueError(f"{name[:80]!r} is no file name")
 
 
-def _check_values(text: str) -> None:
+def _check_values(values: str, low_rank: str) -> None:
     try:
-        parse_values(text)
+        parse_values(values)
+        parse_low_rank_values(low_rank)
     except InputError as error:
         raise ValueError(str(error)) from error
 

@@ -48,7 +48,7 @@ from streamslr.run.quality import describe_quality, warn_of
 from streamslr.run.samples import require_same_but_for_rounding
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.run.survey import allocation_by_outliers
-from streamslr.spec.allocation import Allocation, as_json, common_pattern, common_values
+from streamslr.spec.allocation import Allocation, as_json, common_low_rank_values, common_pattern, common_values
 from streamslr.spec.pattern import SparsityPattern
 
 log = logging.getLogger("streamslr")
@@ -314,6 +314,7 @@ class Compression:
             common_pattern(self.allocation),
             rank,
             common_values(self.allocation),
+            common_low_rank_values(self.allocation),
         )
 
     def restore_auxiliary_files(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError, first_line
+from streamslr.io.low_rank import pack_low_rank
 from streamslr.io.packing import merge, pack, pack_on_grid, row_chunks
 from streamslr.memory import note_nothing, retry_on_oom
 from streamslr.ranks import ALONE, Ranks
@@ -27,7 +28,7 @@ from streamslr.solvers.base import (
 from streamslr.solvers.rounding import nearest_on_grid, peak_bytes, solved_on_grid
 from streamslr.spec.allocation import Allocation, LinearSpec
 from streamslr.spec.pattern import Dense
-from streamslr.spec.values import ValueFormat, values_text
+from streamslr.spec.values import grid_of, low_rank_text, values_text
 from streamslr.tensors import is_finite
 
 _CHECK_MODEL = "check the model's weights, or download it again"
@@ -93,7 +94,7 @@ class LinearCompressor:
             if ranks.world > 1:
                 W = W[rows_of_ranks(len(W), ranks.world)[ranks.rank]].clone()  # and the other rows are freed
             problem = LinearProblem(name, W, gram, spec.pattern, spec.rank, self.seed, self.workspace, cache, ranks)
-            return compress_linear(problem, linear, self.solver, dtype, spec.values, self.rounding)
+            return compress_linear(problem, linear, self.solver, dtype, spec, self.rounding)
 
         if ranks.world > 1:
             return work()
@@ -129,7 +130,7 @@ def compress_linear(
     linear: nn.Linear,
     solver: Solver,
     dtype: torch.dtype,
-    values: ValueFormat | None = None,
+    spec: LinearSpec | None = None,
     rounding: str = "solved",
 ) -> tuple[Mapping[str, Tensor], LinearRecord]:
     """Solve `problem` and put the solution, as it is stored, into the weight of `linear`.
@@ -138,8 +139,8 @@ def compress_linear(
         problem: The linear as the solver takes it; on each of several ranks, the rows that `rows_of_ranks` gives it.
         linear: The live linear, its weight [o, d] on the problem's device.
         solver: The method.
-        dtype: Dtype to store values, or their scales, and factors in.
-        values: Format of the values; None to store them as they are.
+        dtype: Dtype of numbers that the spec leaves as the checkpoint stores them, and of scales.
+        spec: Spec with the values of S, U and V; None to store them as they are.
         rounding: How S comes onto the grid of the format, "solved" or "nearest".
 
     Returns:
@@ -152,6 +153,9 @@ def compress_linear(
     """
     weight, pattern, ranks = problem.weight, problem.pattern, problem.ranks  # this rank's rows of [o, d]
     shape = (linear.out_features, linear.in_features)
+    values, low_rank = (spec.values, spec.low_rank_values) if spec else (None, None)
+    grid = grid_of(values)
+    number_dtype = values if isinstance(values, torch.dtype) else dtype
     parts = rows_of_ranks(shape[0], ranks.world)
     errors = RelativeError(weight, problem.gram, ranks)
     pruned = errors.of_wanda(pattern)
@@ -163,13 +167,13 @@ def compress_linear(
     try:
         _require_shapes(problem, solution)
         unrounded = None
-        if values is None:
-            tensors, (U, V) = pack(solution.S, pattern, dtype), (solution.U, solution.V)
+        if grid is None:
+            tensors, (U, V) = pack(solution.S, pattern, number_dtype), (solution.U, solution.V)
             kept = int(solution.S.count_nonzero())
         else:
             unrounded = errors.of(solution.dense())
             round_onto = {"solved": solved_on_grid, "nearest": nearest_on_grid}[rounding]
-            on_grid = round_onto(problem, solution, values, dtype)
+            on_grid = round_onto(problem, solution, grid, dtype)
             solution = replace(  # codes take the place of S
                 solution,
                 S=solution.S[:0].clone(),
@@ -179,21 +183,22 @@ def compress_linear(
             U, V = on_grid.U, on_grid.V
             chunks = row_chunks(*on_grid.codes.shape)
             kept = sum(int(on_grid.codes[rows].bfloat16().count_nonzero()) for rows in chunks)
-            tensors = pack_on_grid(on_grid.codes, on_grid.scales, pattern, dtype, values)
+            tensors = pack_on_grid(on_grid.codes, on_grid.scales, pattern, dtype, grid)
             del on_grid
     except ValueError as error:
         raise StreamslrError(
             f"{problem.name}: {type(solver).__name__} returned no valid solution: {error}; tell the method's author"
         ) from error
-    if rank := U.shape[1]:
-        tensors |= {"U": U.to(dtype), "V": V.to(dtype)}
-    if not all(is_finite(part) for part in tensors.values() if part.dtype == dtype):
+    rank = U.shape[1]
+    if ranks.world > 1:  # before U is rounded: its columns' largest numbers may be another rank's
+        U, V = _collect("U", U, parts, ranks), _collect("V", V, parts, ranks)
+        tensors = {part: _collect(part, tensor, parts, ranks) for part, tensor in tensors.items()}
+    tensors |= pack_low_rank(U, V, dtype, low_rank)
+    if not all(is_finite(part) for part in tensors.values() if part.is_floating_point() and part.dtype.itemsize > 1):
         raise InputError(f"{problem.name}: its factors overflow {dtype}; give the model in bf16 or fp32")
     density = int(ranks.sum(kept)) / linear.weight.numel()
     iterations, damping, warnings = solution.iterations, solution.damping, solution.warnings
     del solution, U, V  # S is as large as the weight, and so is `merged`
-    if ranks.world > 1:
-        tensors = {part: _collect(part, tensor, parts, ranks) for part, tensor in tensors.items()}
     merged = merge(tensors, pattern, shape, linear.weight.dtype)
     lost = errors.of(merged[parts[ranks.rank]])
     if not (math.isfinite(lost) and math.isfinite(pruned)):
@@ -205,6 +210,7 @@ def compress_linear(
         shape=shape,
         pattern=str(pattern),
         values=values_text(values),
+        low_rank_values=low_rank_text(low_rank if rank else None),
         unrounded_error=unrounded,
         density=density,
         rank=rank,

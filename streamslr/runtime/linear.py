@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError
+from streamslr.io.low_rank import require_range, unpack_low_rank
 from streamslr.io.packed_layout import PACKED_PARTS, number_dtype, part_dtype, part_shapes
 from streamslr.io.packing import unpack, unpack_rows
 from streamslr.model.weight_reads import AbsentWeight
@@ -39,8 +40,9 @@ class SparseLowRankLinear(nn.Module):
         scales: buffer; scale of each group of columns of a row, only for values on a grid; frozen.
         row_offsets: buffer; where each row's values begin, only for patterns whose rows differ in number; frozen.
         S: buffer; dense S [o, d] after `keep_dense`, not in the state dict.
-        U: parameter [o, r]; None at rank 0.
-        V: parameter [r, d]; None at rank 0.
+        U: parameter [o, r], or buffer of int8 codes, frozen; None at rank 0.
+        V: parameter [r, d], or buffer of int8 codes, frozen; None at rank 0.
+        low_rank_scales: buffer [r]; scale of each component of U·V, only where U and V are codes; frozen.
         bias: parameter [o], or None.
     """
 
@@ -49,8 +51,9 @@ class SparseLowRankLinear(nn.Module):
     scales: Tensor | None
     row_offsets: Tensor | None
     S: Tensor | None
-    U: nn.Parameter | None
-    V: nn.Parameter | None
+    U: Tensor | None
+    V: Tensor | None
+    low_rank_scales: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -64,6 +67,7 @@ class SparseLowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         values: ValueFormat | None = None,
+        low_rank: torch.dtype | None = None,
     ) -> None:
         """Allocate the tensors; `load_state_dict` or `streamslr.load` fills them.
 
@@ -77,26 +81,32 @@ class SparseLowRankLinear(nn.Module):
             dtype: dtype of values or their scales, U, V and bias [default: torch's].
             device: device of all tensors [default: torch's].
             values: format of the values; None for numbers in `dtype`.
+            low_rank: int8 for U and V as codes.
 
         Raises:
-            InputError: no weight [o, d] can have the pattern.
+            InputError: no weight [o, d] can have the pattern, or U and V are codes and `dtype` is float16.
         """
         super().__init__()
         self.in_features, self.out_features, self.pattern, self.rank = in_features, out_features, pattern, rank
         self.value_format = values
         o, d = out_features, in_features
         pattern.require_fits("SparseLowRankLinear", (o, d))
-        shapes = part_shapes(pattern, (o, d), rank, nonzeros or 0, values)
+        if rank and low_rank == torch.int8:
+            require_range("U and V in int8", dtype)
+        shapes = part_shapes(pattern, (o, d), rank, nonzeros or 0, values, low_rank)
         parts = {
-            part: torch.empty(shape, dtype=part_dtype(part, dtype, values), device=device)
+            part: torch.empty(shape, dtype=part_dtype(part, dtype, values, low_rank), device=device)
             for part, shape in shapes.items()
         }
-        for part in ("values", "meta", "scales", "row_offsets"):
+        for part in ("values", "meta", "scales", "row_offsets", "low_rank_scales"):
             self.register_buffer(part, parts.get(part))
         # Registered as saved until keep_dense() fills it: accelerate fails on a None that is not saved.
         self.register_buffer("S", None)
         for part in ("U", "V"):
-            self.register_parameter(part, nn.Parameter(parts[part]) if rank else None)
+            if "low_rank_scales" in parts:
+                self.register_buffer(part, parts[part])
+            else:
+                self.register_parameter(part, nn.Parameter(parts[part]) if rank else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(o, dtype=dtype, device=device)) if bias else None)
         self._gpu_kernel: _GpuKernel | None = None
 
@@ -118,9 +128,20 @@ class SparseLowRankLinear(nn.Module):
         )
 
     def packed(self) -> dict[str, Tensor]:
-        """Return the parts that the folder stores, without the bias: values, meta[, scales][, row_offsets][, U, V]."""
+        """Return the parts that the folder stores (`PACKED_PARTS`), those that there are; without the bias."""
         parts = {part: getattr(self, part) for part in PACKED_PARTS}
         return {part: tensor.detach() for part, tensor in parts.items() if tensor is not None}
+
+    @torch.no_grad()
+    def make_trainable(self) -> None:
+        """Make codes of U and V numbers: parameters in the dtype of their scales. Numbers stay as they are."""
+        low_rank = unpack_low_rank(self.packed())
+        if self.low_rank_scales is None or low_rank is None:
+            return
+        dtype, self.low_rank_scales = self.low_rank_scales.dtype, None
+        for part, numbers in zip(("U", "V"), low_rank, strict=True):
+            delattr(self, part)
+            self.register_parameter(part, nn.Parameter(numbers.to(dtype)))
 
     @torch.inference_mode(False)  # a tensor made in inference mode could not be trained with later
     def keep_dense(self) -> None:
@@ -144,7 +165,7 @@ class SparseLowRankLinear(nn.Module):
         else:
             y = self._by_operator(flat)
         if self.U is not None and self.V is not None:
-            y = torch.addmm(y, nn.functional.linear(flat, self.V), self.U.t())
+            y = low_rank_product(y, flat, self.U, self.V, self.low_rank_scales)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -202,6 +223,14 @@ class SparseLowRankLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_gpu_kernel": None}
+
+
+def low_rank_product(y: Tensor, x: Tensor, U: Tensor, V: Tensor, scales: Tensor | None) -> Tensor:
+    """Return y + (x Vᵀ) Uᵀ [n, o] for x [n, d]; with scales [r], U and V are codes, and x Vᵀ is multiplied by them."""
+    if scales is None:
+        return torch.addmm(y, nn.functional.linear(x, V), U.t())
+    require_range("U and V in int8", x.dtype)
+    return torch.addmm(y, nn.functional.linear(x, V.to(x.dtype)) * scales.to(x.dtype), U.to(x.dtype).t())
 
 
 @torch.library.custom_op(

@@ -253,6 +253,7 @@ def pack_on_meta(model: "PreTrainedModel", files: list[str] | None, entry: objec
                 dtype=linear.weight.dtype,
                 device="meta",
                 values=values,
+                low_rank=torch.int8 if "low_rank_scales" in stored.parts(path) else None,
             ),
         )
     require_same_kinds_packed(set(packed_modules(model)), set(linears))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError
-from streamslr.io.packed_layout import number_dtype, value_format
+from streamslr.io.packed_layout import LOW_RANK_PARTS, number_dtype, value_format
 from streamslr.io.packing import pack, pack_on_grid, unpack, unpack_codes
 from streamslr.spec.pattern import Dense, NofM, SparsityPattern, Unstructured
 from streamslr.spec.values import ValueFormat, group_columns, spread
@@ -23,7 +23,7 @@ class StoredLinear:
     """A linear of o outputs and d inputs as the folder stores it, or some of its rows or columns."""
 
     parts: Mapping[str, Tensor]
-    """values, meta[, scales][, row_offsets][, U, V]; of a dense linear, weight [o, d]."""
+    """values, meta[, scales][, row_offsets][, U, V[, low_rank_scales]]; of a dense linear, weight [o, d]."""
     pattern: SparsityPattern | None
     """Pattern of S; None for a dense linear."""
     shape: tuple[int, int]
@@ -33,7 +33,7 @@ class StoredLinear:
         """Return the linear with S dense, as `weight`; U and V stay."""
         if self.pattern is None:
             return self
-        low_rank = {part: tensor for part, tensor in self.parts.items() if part in ("U", "V")}
+        low_rank = {part: tensor for part, tensor in self.parts.items() if part in LOW_RANK_PARTS}
         S = unpack(self.parts, self.pattern, self.shape).to(number_dtype(self.parts))
         return StoredLinear({"weight": S} | low_rank, None, self.shape)
 
@@ -64,7 +64,9 @@ def take_rows(linear: StoredLinear, rows: Sequence[slice]) -> StoredLinear:
     if "row_offsets" in parts and linear.pattern is not None and (form := linear.values):
         codes, scales = (torch.cat([part[r] for r in rows]) for part in (linear.codes(), parts["scales"]))
         packed = pack_on_grid(codes, scales, _ANY_NUMBER, scales.dtype, form)
-        low_rank = {"U": torch.cat([parts["U"][r] for r in rows]), "V": parts["V"]} if "U" in parts else {}
+        low_rank = {part: tensor for part, tensor in parts.items() if part in LOW_RANK_PARTS}
+        if "U" in parts:
+            low_rank["U"] = torch.cat([parts["U"][r] for r in rows])
         return StoredLinear(packed | low_rank, linear.pattern, (len(codes), d))
     for name in ("weight", "meta", "scales", "U"):
         if name in parts:
@@ -96,7 +98,7 @@ def take_columns(linear: StoredLinear, columns: slice, name: str) -> StoredLinea
     width = columns.stop - columns.start
     if width == d:
         return linear
-    parts = {part: tensor for part, tensor in linear.parts.items() if part in ("weight", "U", "V")}
+    parts = {part: tensor for part, tensor in linear.parts.items() if part in ("weight", *LOW_RANK_PARTS)}
     for part in ("weight", "V"):
         if part in parts:
             parts[part] = parts[part][:, columns].contiguous()

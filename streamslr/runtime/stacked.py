@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from streamslr.errors import InputError
+from streamslr.io.low_rank import unpack_low_rank
 from streamslr.runtime.linear import packed_product
 from streamslr.runtime.partition import StoredLinear, stack
 from streamslr.spec.pattern import SparsityPattern
@@ -30,12 +31,15 @@ class StackedLinear(nn.Module):
         ranks = [linear.parts["V"].shape[0] if "V" in linear.parts else 0 for linear in linears]
         self.rows = [linear.shape[0] for linear in linears]
         self.ranks = [slice(stop - rank, stop) for rank, stop in zip(ranks, accumulate(ranks), strict=True)]
-        self.U = nn.ParameterList(
-            _frozen(linear.parts["U"] if rank else torch.empty(0), dtype, device)
-            for linear, rank in zip(linears, ranks, strict=True)
-        )
-        Vs = [linear.parts["V"] for linear, rank in zip(linears, ranks, strict=True) if rank]
+        low_rank = [linear.parts for linear, rank in zip(linears, ranks, strict=True) if rank]
+        # Codes beside numbers become numbers, since all share one product; in float16, which lacks their range, all do.
+        coded = dtype != torch.float16 and all("low_rank_scales" in parts for parts in low_rank)
+        factors = [_factors(linear.parts, coded) for linear in linears]
+        self.U = nn.ParameterList(_frozen(U, dtype, device) for U, _ in factors)
+        Vs = [V for (_, V), rank in zip(factors, ranks, strict=True) if rank]
         self.V = _frozen(torch.cat(Vs), dtype, device) if Vs else None
+        scales = torch.cat([parts["low_rank_scales"] for parts in low_rank]) if low_rank and coded else None
+        self.low_rank_scales = None if scales is None else _frozen(scales, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [n, o] for x [n, d]."""
@@ -43,14 +47,22 @@ class StackedLinear(nn.Module):
         y = products[0] if len(products) == 1 else torch.cat(products, 1)
         if self.V is None:
             return y
-        low = nn.functional.linear(x, self.V)
+        low = nn.functional.linear(x, self.V.to(x.dtype))
+        if self.low_rank_scales is not None:
+            low = low * self.low_rank_scales
         if len(self.rows) == 1:
-            return torch.addmm(y, low, self.U[0].t())
+            return torch.addmm(y, low, self.U[0].to(x.dtype).t())
         outputs = [
-            torch.addmm(part, low[:, ranks], U.t()) if ranks.stop > ranks.start else part
+            torch.addmm(part, low[:, ranks], U.to(x.dtype).t()) if ranks.stop > ranks.start else part
             for part, ranks, U in zip(y.split(self.rows, 1), self.ranks, self.U, strict=True)
         ]
         return torch.cat(outputs, 1)
+
+
+def _factors(parts: Mapping[str, Tensor], coded: bool) -> tuple[Tensor, Tensor]:
+    """Return U and V, as codes where all are; two empty tensors at rank 0."""
+    low_rank = (parts["U"], parts["V"]) if coded and "U" in parts else unpack_low_rank(parts)
+    return low_rank or (torch.empty(0), torch.empty(0))
 
 
 class _Sparse(nn.Module):

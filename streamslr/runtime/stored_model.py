@@ -23,6 +23,7 @@ from streamslr.io.packed_layout import (
     INDEX_FILE,
     NON_BLOCK_FILE,
     Linears,
+    journal_misfit,
     linears_among,
     packed_linears,
     part_name,
@@ -36,7 +37,7 @@ from streamslr.model.transformers_compat import get_model_conversion_mapping
 from streamslr.outside import read_bounded
 from streamslr.run.journal import JOURNAL_FILE, JournalState, read_journal
 from streamslr.spec.pattern import SparsityPattern, parse_pattern
-from streamslr.spec.values import ValueFormat, same_values, values_text
+from streamslr.spec.values import ValueFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,9 +170,9 @@ def _compare_journal(stored: StoredModel, state: JournalState, files: set[str]) 
     if problem := find_difference(state, {name: (*stored.linears[name], stored.rank(name)) for name in stored.linears}):
         raise stored.refuse(problem)
     for record in (linear for block in state.blocks for linear in block.linears):
-        values = stored.value_format(record.name)
-        if not same_values(values, record.values, record.shape[1]):
-            raise stored.refuse(f"{record.name} has values as {values_text(values)}, the journal says {record.values}")
+        parts = stored.on_meta(record.name)
+        if misfit := journal_misfit(parts, record.shape[1], record.values, record.low_rank_values):
+            raise stored.refuse(f"{record.name} has {misfit}")
 
 
 def find_difference(state: JournalState, linears: Mapping[str, tuple[SparsityPattern, tuple[int, int], int]]) -> str:

@@ -328,9 +328,14 @@ def _unknown_outputs(layer: Any, partition_sizes: Sequence[int], sources: int) -
 
 
 def _digest(stored: StoredModel, dense: bool) -> str:
-    """Return a digest of pattern, shape, rank, values of every packed linear, and of whether S is held dense."""
+    """Return a digest of pattern, shape, rank, values, parts of every packed linear, and of whether S is held dense."""
     linears: Mapping[str, object] = {
-        path: (*map(str, stored.linears[path]), stored.rank(path), values_text(stored.value_format(path)))
+        path: (
+            *map(str, stored.linears[path]),
+            stored.rank(path),
+            values_text(stored.value_format(path)),
+            *stored.parts(path),
+        )
         for path in stored.linears
     }
     return hashlib.sha256(repr((dense, sorted(linears.items()))).encode()).hexdigest()

@@ -131,11 +131,11 @@ def solved_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Valu
 def peak_bytes(solver: Solver, spec: LinearSpec, o: int, d: int, workspace: int | None, gpu: bool) -> int:
     """Return the most bytes that a solve takes (`Solver.peak_bytes`), coming onto a grid included."""
     solve = solver.peak_bytes(o, d, spec.rank, workspace, pattern=spec.pattern, gpu=gpu)
-    if spec.values is None:
+    if spec.grid is None:
         return solve
     tile = 4 * 7 * min(o * d, _TILE_ON_GPU if gpu else max(_TILE, d))
     factors = 4 * 8 * (o + d) * max(1, min(spec.rank, o, d))
-    state = 4 * o * d + (1 + spec.values.code_dtype.itemsize) * o * d
+    state = 4 * o * d + (1 + spec.grid.code_dtype.itemsize) * o * d
     unrounded = 8 * o * d  # S beside S + U·V, whose error is recorded
     return max(solve, unrounded + factors, state + tile + factors + 4 * d * d * (3 if gpu else 1))
 

@@ -10,13 +10,23 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
+import torch
 
 from streamslr.config import LARGEST, RunConfig
 from streamslr.errors import InputError
 from streamslr.outside import parse_json, read_bounded
 from streamslr.spec.owl import vary_by_outliers
 from streamslr.spec.pattern import MIXED, Dense, NofM, SparsityPattern, parse_pattern
-from streamslr.spec.values import STORED, ValueFormat, parse_values, values_text
+from streamslr.spec.values import (
+    STORED,
+    ValueFormat,
+    Values,
+    grid_of,
+    low_rank_text,
+    parse_low_rank_values,
+    parse_values,
+    values_text,
+)
 
 DEFAULT_PATTERN, DEFAULT_RANK = "2:4", 64
 
@@ -28,12 +38,19 @@ class LinearSpec:
     Attributes:
         pattern: Sparsity pattern of S.
         rank: Rank of U·V; 0 for none.
-        values: Format of the values of S; None for numbers as the checkpoint stores them.
+        values: Values of S; None for numbers as the checkpoint stores them.
+        low_rank_values: Dtype that U and V are stored in: bfloat16, or int8 for codes; None for that of the checkpoint.
     """
 
     pattern: SparsityPattern
     rank: int
-    values: ValueFormat | None = None
+    values: Values = None
+    low_rank_values: torch.dtype | None = None
+
+    @property
+    def grid(self) -> ValueFormat | None:
+        """Grid of the values of S; None for numbers."""
+        return grid_of(self.values)
 
     def num_parameters(self, shape: tuple[int, int]) -> int:
         """Return the parameters of S, U and V together, for a weight of `shape` (o, d)."""
@@ -43,10 +60,10 @@ class LinearSpec:
     def require_fits(self, name: str, shape: tuple[int, int]) -> None:
         """Raise InputError, naming the linear, when a weight of `shape` (o, d) cannot have this spec."""
         self.pattern.require_fits(name, shape)
-        if isinstance(self.pattern, Dense) and self.values is None:
+        if isinstance(self.pattern, Dense) and self.grid is None:
             raise InputError(
-                f"{name}: pattern dense with values as stored would change nothing; give --values int4 or the like, or "
-                f"another --pattern"
+                f"{name}: pattern dense without values on a grid would change nothing; give --values int4 or the like, "
+                f"or another --pattern"
             )
 
 
@@ -55,6 +72,7 @@ class SpecEntry(TypedDict):
 
     pattern: str
     values: NotRequired[str]
+    low_rank_values: NotRequired[str]
     rank: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
@@ -128,7 +146,9 @@ def as_json(allocation: Allocation) -> dict[str, SpecEntry]:
     for name, spec in allocation.items():
         entries[name] = {"pattern": str(spec.pattern), "rank": spec.rank}
         if spec.values is not None:
-            entries[name]["values"] = str(spec.values)
+            entries[name]["values"] = values_text(spec.values)
+        if spec.low_rank_values is not None:
+            entries[name]["low_rank_values"] = low_rank_text(spec.low_rank_values)
     return entries
 
 
@@ -139,7 +159,12 @@ def from_json(entries: Mapping[str, SpecEntry], blocks: Iterable[Linears]) -> di
         InputError: A linear has no entry, or cannot have its pattern.
     """
     specs = {
-        name: LinearSpec(parse_pattern(entry["pattern"]), entry["rank"], parse_values(entry.get("values", STORED)))
+        name: LinearSpec(
+            parse_pattern(entry["pattern"]),
+            entry["rank"],
+            parse_values(entry.get("values", STORED)),
+            parse_low_rank_values(entry.get("low_rank_values", STORED)),
+        )
         for name, entry in entries.items()
     }
     shapes = {name: shape for linears in blocks for name, shape in linears.items()}
@@ -163,6 +188,12 @@ def common_values(allocation: Allocation) -> str:
     return next(iter(texts)) if len(texts) == 1 else MIXED
 
 
+def common_low_rank_values(allocation: Allocation) -> str:
+    """Return the dtype that U and V of all linears are stored in as text, "mixed" where they differ."""
+    texts = {low_rank_text(spec.low_rank_values) for spec in allocation.values()}
+    return next(iter(texts)) if len(texts) == 1 else MIXED
+
+
 def parameter_fraction(allocation: Allocation, blocks: Iterable[Linears]) -> float:
     """Return the fraction of all linears' parameters that S, U and V have."""
     shapes = [(allocation[name], shape) for linears in blocks for name, shape in linears.items()]
@@ -175,11 +206,13 @@ def in_words(specs: Iterable[LinearSpec]) -> str:
     by_density = sorted({spec.pattern for spec in chosen}, key=lambda pattern: (-pattern.density, str(pattern)))
     patterns = [pattern.short_text() for pattern in by_density]
     ranks = [str(rank) for rank in sorted({spec.rank for spec in chosen})]
-    formats = sorted({str(spec.values) for spec in chosen if spec.values is not None})
+    formats = sorted({values_text(spec.values) for spec in chosen if spec.values is not None})
     some_stored = [STORED] if formats and any(spec.values is None for spec in chosen) else []
     shown = "–".join(dict.fromkeys((patterns[0], patterns[-1])))
     shown = " ".join([shown, *([", ".join([*formats, *some_stored])] if formats else [])])
-    return f"{shown} + rank {'–'.join(dict.fromkeys((ranks[0], ranks[-1])))}"
+    factors = {low_rank_text(spec.low_rank_values) for spec in chosen if spec.rank}
+    of_factors = f" in {', '.join(sorted(factors))}" if factors - {STORED} else ""
+    return f"{shown} + rank {'–'.join(dict.fromkeys((ranks[0], ranks[-1])))}{of_factors}"
 
 
 def file_digest(path: Path | None) -> str | None:
@@ -194,9 +227,9 @@ def _linear_spec(config: RunConfig, pattern: SparsityPattern, shape: tuple[int, 
     (--rank-ratio), so r = ⌊κ(1 - ρ)·od/(o + d)⌋, and S the rest, so its sparsity is ρ + κ - ρκ. Without --compression
     the pattern is that of S alone.
     """
-    values = parse_values(config.values, config.group)
+    values, low_rank = parse_values(config.values, config.group), parse_low_rank_values(config.low_rank_values)
     if config.rank_ratio is None:
-        return LinearSpec(pattern, DEFAULT_RANK if config.rank is None else config.rank, values)
+        return LinearSpec(pattern, DEFAULT_RANK if config.rank is None else config.rank, values, low_rank)
     ratio, density = config.rank_ratio, pattern.density  # density: of S, U and V together
     if config.compression:
         pattern = pattern.with_density((1 - ratio) * density)
@@ -204,7 +237,7 @@ def _linear_spec(config: RunConfig, pattern: SparsityPattern, shape: tuple[int, 
         density /= 1 - ratio
     o, d = shape
     rank = floor(ratio * density * o * d / (o + d) + 1e-9)  # 16 may come out as 15.999…
-    return LinearSpec(pattern, rank, values)
+    return LinearSpec(pattern, rank, values, low_rank)
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
@@ -213,6 +246,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     pattern: str | msgspec.UnsetType = msgspec.UNSET
     rank: Annotated[int, msgspec.Meta(ge=0, le=LARGEST)] | msgspec.UnsetType = msgspec.UNSET
     values: str | msgspec.UnsetType = msgspec.UNSET
+    low_rank_values: str | msgspec.UnsetType = msgspec.UNSET
 
 
 def _read_entries(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -225,6 +259,8 @@ def _read_entries(config: RunConfig) -> dict[str, dict[str, Any]]:
             found[glob]["pattern"] = parse_pattern(entry["pattern"])
         if "values" in entry:
             found[glob]["values"] = parse_values(entry["values"], config.group)
+        if "low_rank_values" in entry:
+            found[glob]["low_rank_values"] = parse_low_rank_values(entry["low_rank_values"])
     for part in [] if config.ranks is None else config.ranks.split(","):
         glob, equals, rank = part.strip().rpartition("=")
         if not (glob and equals and rank.isdecimal() and len(rank) <= 10 and int(rank) <= LARGEST):
@@ -235,7 +271,10 @@ def _read_entries(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 def _read_file(path: Path) -> dict[str, dict[str, Any]]:
     """Return the entries of an allocation file. Raise InputError, naming the entry that is wrong."""
-    form = 'like {"q_proj": {"pattern": "2:4", "rank": 32, "values": "int4"}}, with one of the three or more'
+    form = (
+        'like {"q_proj": {"pattern": "2:4", "rank": 32, "values": "int4", "low_rank_values": "int8"}}, with one of the '
+        "four or more"
+    )
     try:
         entries = parse_json(read_bounded(path), dict[str, Any])
     except InputError as error:
@@ -246,7 +285,7 @@ def _read_file(path: Path) -> dict[str, dict[str, Any]]:
         try:
             msgspec.convert(entry, _Entry)
             if not entry:
-                raise ValueError("neither pattern nor rank nor values")
+                raise ValueError("neither pattern nor rank nor values nor low_rank_values")
         except (ValueError, msgspec.MsgspecError) as error:
             raise InputError(
                 f"--allocation {path} says {str(entry)[:100]} of {glob} ({error}); write it {form}"

@@ -12,6 +12,9 @@ from streamslr.errors import InputError
 
 STORED = "stored"
 """Name of numbers as the checkpoint stores them, without a grid."""
+BF16 = "bf16"
+"""Name of numbers in bfloat16, whatever the checkpoint stores."""
+INT8 = "int8"
 DEFAULT_GROUP = 128
 LARGEST_GROUP = 2**31 - 1
 
@@ -157,36 +160,64 @@ class Float8(_ByteEach):
 _FORMATS: Mapping[str, type[Int8] | type[Int4] | type[Float8]] = {kind.name: kind for kind in (Int8, Int4, Float8)}
 
 
-def parse_values(text: str, group: int = DEFAULT_GROUP) -> ValueFormat | None:
-    """Return the value format that a text names; None for "stored", numbers as the checkpoint stores them.
+Values = ValueFormat | torch.dtype | None
+"""Values of S: on a grid, or numbers of a dtype; None for numbers as the checkpoint stores them."""
+
+
+def parse_values(text: str, group: int = DEFAULT_GROUP) -> Values:
+    """Return the values that a text names; None for "stored", numbers as the checkpoint stores them.
 
     Args:
         text: "int8", "int4" or "fp8", with the columns of a group behind a stroke where they are not `group`
-            ("int4/64"); or "stored".
+            ("int4/64"); "bf16" or "stored".
         group: Columns of a group.
 
     Raises:
         InputError: The text names no format.
     """
-    if text == STORED:
-        return None
+    if text in (STORED, BF16):
+        return torch.bfloat16 if text == BF16 else None
     match = re.fullmatch(r"([a-z0-9]{1,10})(?:/(\d{1,10}))?", text)
     if match is None or match[1] not in _FORMATS:
         raise InputError(
             f"values {text!r} are not known; there are {', '.join(_FORMATS)}, each with the columns that share a scale "
-            f'as in "int4/64", and "stored", as the checkpoint has them'
+            f'as in "int4/64", and "bf16" and "stored", as the checkpoint has them'
         )
     return _FORMATS[match[1]](int(match[2]) if match[2] else group)
 
 
-def values_text(values: ValueFormat | None) -> str:
+def values_text(values: Values) -> str:
     """Return the text that `parse_values` reads."""
+    if isinstance(values, torch.dtype):
+        return BF16
     return STORED if values is None else str(values)
+
+
+def grid_of(values: Values) -> ValueFormat | None:
+    """Return the grid that values lie on; None for numbers."""
+    return None if isinstance(values, torch.dtype) else values
+
+
+def parse_low_rank_values(text: str) -> torch.dtype | None:
+    """Return the dtype that U and V are stored in; None for "stored", that of the checkpoint.
+
+    Raises:
+        InputError: The text is none of "stored", "bf16" and "int8".
+    """
+    dtypes = {STORED: None, BF16: torch.bfloat16, INT8: torch.int8}
+    if text not in dtypes:
+        raise InputError(f"low-rank values {text!r} are not known; there are {', '.join(dtypes)}")
+    return dtypes[text]
+
+
+def low_rank_text(dtype: torch.dtype | None) -> str:
+    """Return the text that `parse_low_rank_values` reads."""
+    return STORED if dtype is None else INT8 if dtype == torch.int8 else BF16
 
 
 def same_values(found: ValueFormat | None, text: str, d: int) -> bool:
     """Return True where a text names the format that was found of rows of d columns, which have whole groups."""
-    named = parse_values(text)
+    named = grid_of(parse_values(text))
     if found is None or named is None:
         return found is named
     return found.name == named.name and group_count(d, found.group) == group_count(d, named.group)

@@ -82,7 +82,7 @@ def test_damage_is_named_and_never_unpacked(pattern: str, changes: dict[str, Cha
         ("2:4", {"U": setting(4, 1, to=float("nan"))}, "U[4, 1] is nan"),
         ("2:4", {"V": lambda V: None}, "U is there without V"),
         ("2:4", {"U": lambda U: U[:, :2]}, "U [20, 2] and V [3, 20] are not the [20, r] and [r, 20]"),
-        ("2:4", {"V": lambda V: V.half()}, "V is torch.float16, but values are torch.float32"),
+        ("2:4", {"V": lambda V: V.half()}, "U is torch.float32, but V is torch.float16"),
         ("2:4", {"row_offsets": lambda _: torch.zeros(21)}, "row_offsets does not belong to a 2:4 linear"),
     ],
 )

@@ -19,14 +19,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", blocks=2, shards=1)
 
 
+def some_config(model: Path, text: Path, folder: Path, **changes: Any) -> RunConfig:
+    settings = {"samples": 2, "seq_len": 16, "rank": 4, "device": "cpu"} | changes
+    return RunConfig.of(model=model, calibration=text, out=folder / "out", **settings)
+
+
 def test_the_bytes_are_those_that_a_run_stores(model: Path, text: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"model": model, "calibration": text, "out": tmp_path / "out", "group": 32}
     settings |= {"samples": 2, "seq_len": 16, "rank": 4, "device": "cpu", "method": "eora-wanda", "match": False}
     settings |= {"pattern": "2:4", "values": "int4"}
     state = streamslr.compress(**settings)
-    shape = open_run(RunConfig.of(**settings)).shape
-    found = settings_that_fit(shape, rank=4, group=32, cache_bytes=0, card=10**12)
-    (ours,) = (fit for fit in found if (fit.pattern, fit.values) == ("2:4", "int4"))
+    config = RunConfig.of(**settings)
+    (ours,) = settings_that_fit(config, open_run(config).shape, cache_bytes=0, card=10**12)
+    assert (ours.pattern, ours.values) == ("2:4", "int4")
     linears = [linear for block in state.blocks for linear in block.linears]
     weights = sum(o * d for o, d in (linear.shape for linear in linears))
     assert ours.bits == pytest.approx(8 * sum(linear.nbytes for linear in linears) / weights)
@@ -34,17 +39,31 @@ def test_the_bytes_are_those_that_a_run_stores(model: Path, text: Path, tmp_path
 
 
 def test_what_fits_is_listed_the_largest_first(model: Path, text: Path, tmp_path: Path) -> None:
-    config = RunConfig.of(model=model, calibration=text, out=tmp_path / "out", samples=2, seq_len=16, device="cpu")
+    config = some_config(model, text, tmp_path)
     shape = open_run(config).shape
-    every = settings_that_fit(shape, 4, 128, 0, 10**12)
+    every = settings_that_fit(config, shape, 0, 10**12)
     assert [fit.needed_bytes for fit in every] == sorted((fit.needed_bytes for fit in every), reverse=True)
     card = every[3].needed_bytes
-    assert settings_that_fit(shape, 4, 128, 0, card) == every[3:]
+    assert settings_that_fit(config, shape, 0, card) == every[3:]
     with pytest.raises(InputError, match=r"no setting fits 1\.0 MB: 1:4 in int4 at rank 4 needs"):
-        settings_that_fit(shape, 4, 128, 0, 10**6)
+        settings_that_fit(config, shape, 0, 10**6)
 
 
 def test_a_context_of_grouped_keys_takes_their_heads_alone() -> None:
     config = SimpleNamespace(num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, hidden_size=8192)
     assert context_bytes(config, 2) == 2 * 80 * 8 * 128 * 8192 * 2
     assert context_bytes(SimpleNamespace(num_hidden_layers=80), 2) == 0
+
+
+def test_a_pattern_and_values_that_are_given_are_the_only_ones_listed(model: Path, text: Path, tmp_path: Path) -> None:
+    shape = open_run(some_config(model, text, tmp_path)).shape
+    found = settings_that_fit(some_config(model, text, tmp_path, pattern="4:8"), shape, 0, 10**12)
+    assert {fit.pattern for fit in found} == {"4:8"}
+    found = settings_that_fit(some_config(model, text, tmp_path, values="fp8/64"), shape, 0, 10**12)
+    assert {(fit.pattern, fit.values) for fit in found} == {("dense", "fp8/64"), ("2:4", "fp8/64"), ("1:4", "fp8/64")}
+
+
+def test_settings_by_name_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    shape = open_run(some_config(model, text, tmp_path)).shape
+    with pytest.raises(InputError, match="same for all linears: leave --ranks out"):
+        settings_that_fit(some_config(model, text, tmp_path, ranks="q_proj=8"), shape, 0, 10**12)

@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import streamslr
+from streamslr.config import RunConfig
 from streamslr.errors import InputError, ResumeError
 from streamslr.finetune import finetune
 from streamslr.io.packed_layout import value_format
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.verify import verify
+from streamslr.run.context import open_run
 from streamslr.spec.values import same_values
 from tests.support.compressed_folders import dense_model, rewrite_block, run_contents
 from tests.support.killing import compress_in_child
@@ -99,8 +101,43 @@ def test_a_run_killed_after_its_first_block_goes_on_to_the_same_bytes(settings: 
 
 def test_a_resume_with_another_format_is_refused(settings: dict[str, Any]) -> None:
     streamslr.compress(**settings | INT4)
-    with pytest.raises(ResumeError, match=r"values: 'int4' there, 'int8' now"):
+    with pytest.raises(ResumeError, match=r"values: 'int4/16' there, 'int8/16' now"):
         streamslr.compress(**settings | INT4 | {"values": "int8"})
+
+
+def test_a_resume_with_the_group_in_the_format_goes_on(settings: dict[str, Any]) -> None:
+    first = streamslr.compress(**settings | INT4 | {"match": False})
+    again = streamslr.compress(**settings | INT4 | {"match": False, "values": "int4/16", "group": 128})
+    assert again.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "entries", "said"),
+    [
+        ({"group": 64}, None, ["--group 64 has no effect"]),
+        ({"rounding": "nearest"}, None, ["--rounding nearest has no effect"]),
+        ({"rounding": "nearest", "group": 64, "values": "int4"}, None, []),
+        ({"group": 64, "values": "int4/32"}, None, ["--group 64 has no effect"]),
+        ({"rounding": "nearest", "group": 64}, {"q_proj": {"rank": 2}}, ["--group 64 has", "--rounding nearest has"]),
+        ({"rounding": "nearest", "group": 64}, {"q_proj": {"values": "int4"}}, []),
+        ({"rounding": "nearest", "group": 64}, {"q_proj": {"values": "int4/32"}}, ["--group 64 has no effect"]),
+    ],
+)
+def test_a_group_or_rounding_without_effect_is_named(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    entries: dict[str, Any] | None,
+    said: list[str],
+) -> None:
+    if entries:
+        (tmp_path / "some.json").write_text(json.dumps(entries))
+        settings["allocation"] = tmp_path / "some.json"
+    open_run(RunConfig.of(**settings | changes))
+    found = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
+    assert len(found) == len(said)
+    assert all(start in sentence for start, sentence in zip(said, found, strict=True))
 
 
 def test_exports_compute_the_same(finished: Path, tmp_path: Path) -> None:

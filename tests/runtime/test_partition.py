@@ -7,21 +7,26 @@ import torch
 from torch import Tensor
 
 from streamslr.errors import InputError
+from streamslr.io.low_rank import pack_low_rank
 from streamslr.io.packing import merge
 from streamslr.runtime.partition import StoredLinear, take_columns, take_rows
 from streamslr.runtime.stacked import StackedLinear
 from streamslr.spec.pattern import parse_pattern
-from streamslr.spec.values import parse_values
-from tests.support.packed_linears import grid_linear, low_rank_linear
+from tests.support.packed_linears import form_of, grid_linear, low_rank_linear
 
 CPU = torch.device("cpu")
 PATTERNS = ["2:4", "1:4", "4:8", "8:16", "60%/row", "50%", None]
 
 
 def on_grid(pattern: str, values: str, o: int = 48, d: int = 192, rank: int = 3, seed: int = 0) -> StoredLinear:
-    parsed, form = parse_pattern(pattern), parse_values(values)
-    assert form is not None
-    return StoredLinear(grid_linear(parsed, form, o, d, rank, torch.float32, seed), parsed, (o, d))
+    parsed = parse_pattern(pattern)
+    return StoredLinear(grid_linear(parsed, form_of(values), o, d, rank, torch.float32, seed), parsed, (o, d))
+
+
+def with_codes(linear: StoredLinear, dtype: torch.dtype = torch.float32) -> StoredLinear:
+    """Return the linear with U and V as int8 codes, and their scales in a dtype."""
+    codes = pack_low_rank(linear.parts["U"], linear.parts["V"], dtype, torch.int8)
+    return StoredLinear({**linear.parts, **codes}, linear.pattern, linear.shape)
 
 
 def stored(pattern: str | None, o: int = 48, d: int = 192, rank: int = 3, seed: int = 0) -> StoredLinear:
@@ -85,6 +90,39 @@ def test_values_on_a_grid_are_cut_and_fused_as_others(pattern: str, values: str)
     fused = outputs([linear, other, stored("2:4", seed=2)], x)
     assert_close(fused, torch.cat([expected, x @ dense(other).t(), x @ dense(stored("2:4", seed=2)).t()], 1))
     assert_close(outputs([linear.unpacked()], x), expected)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_codes_of_u_and_v_are_cut_as_numbers(pattern: str) -> None:
+    x = torch.randn(5, 192).double()
+    for linear in (with_codes(stored(pattern)), with_codes(on_grid(pattern, "int4/32"))):
+        expected = x @ dense(linear).t()
+        rows = [take_rows(linear, [slice(i, i + 16)]) for i in (0, 16, 32)]
+        assert {part.parts["U"].dtype for part in rows} == {torch.int8}
+        assert_close(torch.cat([outputs([part], x) for part in rows], 1), expected)
+        cuts = [slice(i, i + 48) for i in range(0, 192, 48)]
+        columns = [outputs([take_columns(linear, cut, "down")], x[:, cut]) for cut in cuts]
+        assert_close(torch.stack(columns).sum(0), expected)
+        assert_close(outputs([linear.unpacked()], x), expected)
+
+
+def test_codes_of_u_and_v_are_fused_with_codes_numbers_and_none() -> None:
+    one, other = with_codes(stored("2:4")), with_codes(stored("2:4", o=24, rank=5, seed=1))
+    numbers, none = stored("2:4", o=16, seed=2), stored("2:4", o=16, rank=0, seed=3)
+    x = torch.randn(5, 192).double()
+    for linears in ([one, other], [one, none, other], [one, numbers, none]):
+        assert_close(outputs(linears, x), torch.cat([x @ dense(linear).t() for linear in linears], 1))
+    assert StackedLinear([one, none, other], torch.float32, CPU).U[0].dtype == torch.int8
+
+
+def test_served_in_float16_codes_of_u_and_v_become_numbers() -> None:
+    plain = stored("2:4")
+    small = {part: plain.parts[part] * 0.02 for part in ("U", "V")}
+    linear = with_codes(StoredLinear({**plain.parts, **small}, plain.pattern, plain.shape), torch.bfloat16)
+    stacked, x = StackedLinear([linear], torch.float16, CPU), 100 * torch.randn(5, 192).double()
+    low_rank = (stacked.U[0].double() @ stacked.V.double()) if stacked.V is not None else torch.zeros(())
+    expected = (linear.parts["U"].double() * linear.parts["low_rank_scales"].double()) @ linear.parts["V"].double()
+    torch.testing.assert_close(x @ low_rank.t(), x @ expected.t(), rtol=2e-3, atol=2e-2)
 
 
 def test_linears_of_two_dtypes_are_fused_in_the_wider() -> None:

@@ -10,17 +10,12 @@ from streamslr.solvers import LinearProblem, SparseLowRank, ThreeBasil, find_met
 from streamslr.solvers.rounding import OnGrid, nearest_on_grid, peak_bytes, solved_on_grid
 from streamslr.spec.allocation import LinearSpec
 from streamslr.spec.pattern import parse_pattern
-from streamslr.spec.values import ValueFormat, parse_values, spread
+from streamslr.spec.values import spread
 from tests import reference
+from tests.support.packed_linears import form_of
 from tests.support.problems import made_problem, peak_of
 
 PATTERNS = ["2:4", "50%", "60%/row", "dense"]
-
-
-def named(text: str) -> ValueFormat:
-    values = parse_values(text)
-    assert values is not None
-    return values
 
 
 def error(problem: LinearProblem, result: OnGrid) -> float:
@@ -38,7 +33,7 @@ def solved(problem: LinearProblem) -> SparseLowRank:
 def test_it_obeys_pattern_and_grid_and_loses_less_than_rounding_to_the_nearest(
     pattern: str, rank: int, values: str
 ) -> None:
-    problem, form = made_problem(pattern=pattern, rank=rank), named(values)
+    problem, form = made_problem(pattern=pattern, rank=rank), form_of(values)
     nearest = nearest_on_grid(problem, solved(problem), form, torch.bfloat16)
     result = solved_on_grid(problem, solved(problem), form, torch.bfloat16)
     codes = result.codes.float()
@@ -54,7 +49,7 @@ def test_it_obeys_pattern_and_grid_and_loses_less_than_rounding_to_the_nearest(
 def test_the_loss_of_int4_is_at_most_the_references(pattern: str) -> None:
     ours = theirs = 0.0
     for seed in range(3):
-        problem, form = made_problem(pattern=pattern, seed=seed), named("int4/16")
+        problem, form = made_problem(pattern=pattern, seed=seed), form_of("int4/16")
         solution = solved(problem)
         support, scales = solution.S != 0, nearest_on_grid(problem, solution, form, torch.float32).scales
         W, H = problem.weight.double(), reference.damped(problem.gram)
@@ -67,7 +62,7 @@ def test_the_loss_of_int4_is_at_most_the_references(pattern: str) -> None:
 def test_int8_costs_next_to_nothing() -> None:
     problem = made_problem()
     before = relative_error(problem.weight, problem.gram, solved(problem).dense())
-    assert error(problem, solved_on_grid(problem, solved(problem), named("int8/64"), torch.bfloat16)) < 1.01 * before
+    assert error(problem, solved_on_grid(problem, solved(problem), form_of("int8/64"), torch.bfloat16)) < 1.01 * before
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "oats", "eora-wanda"])
@@ -75,8 +70,8 @@ def test_any_methods_solution_comes_onto_the_grid(method: str) -> None:
     problem = made_problem(rank=0 if method in ("wanda", "sparsegpt") else 4)
     solution = find_method(method).solver.solve(problem)
     support = solution.S != 0
-    nearest = error(problem, nearest_on_grid(problem, solution, named("int4/16"), torch.bfloat16))
-    result = solved_on_grid(problem, solution, named("int4/16"), torch.bfloat16)
+    nearest = error(problem, nearest_on_grid(problem, solution, form_of("int4/16"), torch.bfloat16))
+    result = solved_on_grid(problem, solution, form_of("int4/16"), torch.bfloat16)
     assert not result.codes[~support].any()
     assert error(problem, result) < nearest
 
@@ -86,7 +81,7 @@ def test_dead_inputs_get_nothing(pattern: str) -> None:
     problem = made_problem(pattern=pattern)
     problem.gram[[3, 17]] = 0
     problem.gram[:, [3, 17]] = 0
-    result = solved_on_grid(problem, solved(problem), named("int4/16"), torch.bfloat16)
+    result = solved_on_grid(problem, solved(problem), form_of("int4/16"), torch.bfloat16)
     assert not result.codes[:, [3, 17]].any()
     assert not result.V[:, [3, 17]].any()
     assert error(problem, result) < 0.1
@@ -95,14 +90,14 @@ def test_dead_inputs_get_nothing(pattern: str) -> None:
 def test_a_weight_of_zeros_stays_zero() -> None:
     problem = made_problem()
     problem = dataclasses.replace(problem, weight=torch.zeros_like(problem.weight))
-    result = solved_on_grid(problem, solved(problem), named("int4/16"), torch.bfloat16)
+    result = solved_on_grid(problem, solved(problem), form_of("int4/16"), torch.bfloat16)
     assert error(problem, result) == 0.0
     assert (result.scales > 0).all()
 
 
 def test_the_same_problem_gives_the_same_bits() -> None:
     one, two = (
-        solved_on_grid(problem, solved(problem), named("int4/16"), torch.bfloat16)
+        solved_on_grid(problem, solved(problem), form_of("int4/16"), torch.bfloat16)
         for problem in (made_problem(), made_problem())
     )
     for part in ("codes", "scales", "U", "V"):
@@ -113,7 +108,7 @@ def test_the_same_problem_gives_the_same_bits() -> None:
 def test_planned_memory_is_what_it_takes(o: int, d: int) -> None:
     problem = made_problem(o, d, rank=16)
     solution = solved(dataclasses.replace(problem))
-    taken = peak_of(lambda: solved_on_grid(problem, solution, named("int4/128"), torch.bfloat16))
-    spec = LinearSpec(problem.pattern, 16, named("int4/128"))
+    taken = peak_of(lambda: solved_on_grid(problem, solution, form_of("int4/128"), torch.bfloat16))
+    spec = LinearSpec(problem.pattern, 16, form_of("int4/128"))
     planned = peak_bytes(ThreeBasil(), spec, o, d, None, gpu=False)
     assert taken + solution.S.nbytes <= planned

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from streamslr.io.packing import pack, pack_on_grid
 from streamslr.spec.pattern import SparsityPattern
-from streamslr.spec.values import DEFAULT_GROUP, ValueFormat, group_count, parse_values
+from streamslr.spec.values import DEFAULT_GROUP, ValueFormat, grid_of, group_count, parse_values
 
 
 def random_sparse(pattern: SparsityPattern, o: int, d: int, seed: int, zeros: float = 0.3) -> Tensor:
@@ -32,7 +32,7 @@ def low_rank_linear(
 
 def form_of(text: str, group: int = DEFAULT_GROUP) -> ValueFormat:
     """Return the format of codes that a text names."""
-    form = parse_values(text, group)
+    form = grid_of(parse_values(text, group))
     assert form is not None
     return form
 

@@ -11,6 +11,7 @@ from streamslr.results.inspect import list_linears, sort_phases
 from streamslr.results.report.layout import BLUE, GREY, RED, Figure, block_axis, escape_text, make_layout
 from streamslr.run.journal import JournalState
 from streamslr.run.progress import LATE, PHASES, gpu_taken_bytes
+from streamslr.spec.values import parse_low_rank_values
 
 _PHASE_COLOURS = dict(
     zip(
@@ -99,7 +100,13 @@ def bytes_by_part(state: JournalState) -> dict[str, int]:
     """
     linears = list_linears(state.blocks)
     low_rank = sum(
-        low_rank_bytes(linear.shape, linear.rank, linear.dense_nbytes // math.prod(linear.shape)) for linear in linears
+        low_rank_bytes(
+            linear.shape,
+            linear.rank,
+            linear.dense_nbytes // math.prod(linear.shape),
+            parse_low_rank_values(linear.low_rank_values),
+        )
+        for linear in linears
     )
     packed = sum(linear.nbytes for linear in linears)
     return {
