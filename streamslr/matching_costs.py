@@ -114,10 +114,11 @@ def refine_micro_batches(windows: int, batch: int, epochs: int, micro_batch: int
     return (epochs - 1) * (whole * of_whole + of_rest)
 
 
-def refine_flops(forward: float, windows: int, batch: int, epochs: int, world: int) -> float:
+def refine_flops(forward: float, windows: int, batch: int, epochs: int, held_out: int, world: int) -> float:
     """Return the FLOPs of `epochs` epochs on the busiest rank, given those of one forward pass of one window.
 
     Backward costs two; the first epoch has none. In a step each rank waits for the one with the most windows of it.
+    Held-out windows pass in each epoch, and once more at the end.
     """
     own = refine_micro_batches(windows, batch, epochs, 1, world)
-    return forward * (3 * own + math.ceil(windows / world))
+    return forward * (3 * own + math.ceil(windows / world) + (epochs + 1) * math.ceil(held_out / world))

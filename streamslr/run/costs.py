@@ -186,7 +186,7 @@ class Costs:
         summed = refine_micro_batches(*sizes_of_steps, micro_batch, self.world)
         masters = max(count_masters(block, self.allocation) for block in self.model.blocks)
         sent = match_traffic(masters, summed, steps, self.world)
-        flops = refine_flops(self._forward_flops / self.windows, *sizes_of_steps, self.world)
+        flops = refine_flops(self._forward_flops / self.windows, *sizes_of_steps, self.config.held_out, self.world)
         return self._cost("match", compute, host, flops, sent)
 
     def _propagate(self, micro_batch: int) -> PhaseCost:

@@ -180,7 +180,7 @@ class Passes:
             block = load_block(self.blockwise, i)
             with GramCollector(block, diagonal=True) as collector:
                 for first, x in self._batches(hidden, step):
-                    write(first, collector.run(self._numbers(first, x), x))
+                    write(first, self._run_in(collector, first, x))
             return leaving, block, collector.grams()
 
     def count_outliers(self, block: Block, diagonals: list[Gram]) -> float:
@@ -209,13 +209,7 @@ class Passes:
             self.timer.phase("grams", steps=len(self.ids), block=block.index) as step,
             GramCollector(block, only=only) as collector,
         ):
-
-            def run(first: int, x: Tensor) -> Tensor:
-                if first < self.fitted:
-                    return collector.run(self._numbers(first, x), x)
-                return collector.pass_by(x)
-
-            targets = self._dense_pass(block, boundary, run, step)
+            targets = self._dense_pass(block, boundary, partial(self._run_in, collector), step)
             grams = collector.grams()
             if blend:
                 warn_of_few_tokens(block, grams)
@@ -232,7 +226,7 @@ class Passes:
         """
         config = self.config
         settings = MatchSettings(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
-        steps = settings.epochs * len(self.ids)
+        steps = settings.epochs * len(self.ids) + len(self.ids) - self.fitted
         with self.timer.phase("match", steps=steps, block=block.index) as step:
 
             def batches(wanted: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -444,9 +438,11 @@ class Passes:
         """Number of this rank's windows that Grams and matching see."""
         return len(self.ranks.share(self._all_fitted, "windows that are not held out"))
 
-    def _numbers(self, first: int, hidden: Tensor) -> Sequence[int]:
-        """Return the numbers, among all, of the windows of `hidden` [b, T, h], from this rank's `first` on."""
-        return self.windows[first : first + len(hidden)]
+    def _run_in(self, collector: GramCollector, first: int, x: Tensor) -> Tensor:
+        """Pass windows [b, T, h], from this rank's `first` on, through the block; Grams see those that are fitted."""
+        if first < self.fitted:
+            return collector.run(self.windows[first : first + len(x)], x)
+        return collector.pass_by(x)
 
     def _spans(self) -> list[Span]:
         return spans([(0, self.fitted), (self.fitted, len(self.ids))], self.micro_batch)

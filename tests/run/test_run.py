@@ -530,6 +530,17 @@ def test_held_out_windows_reach_no_gram_and_judge_matching(settings: dict[str, A
         assert last < first or not block.matching.applied
 
 
+def test_held_out_windows_count_no_outliers(settings: dict[str, Any]) -> None:
+    folders = [settings["out"].with_name(f"{count} held out") for count in (0, 4)]
+    counted = [
+        streamslr.compress(
+            **settings | {"out": out, "match_held_out": held_out, "pattern": "50%", "owl": 0.1, "match_epochs": 2}
+        ).outliers
+        for out, held_out in zip(folders, (0, 4), strict=True)
+    ]
+    assert counted[0] == counted[1]
+
+
 @pytest.mark.slow
 def test_tiers_on_disk_do_not_show_in_the_bytes(settings: dict[str, Any], unbroken: dict[str, bytes]) -> None:
     context = open_run(RunConfig.of(**settings))
