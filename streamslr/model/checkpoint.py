@@ -1,10 +1,8 @@
 """Tensors of a model: described by headers alone, read when asked for, and decoded where they are stored packed."""
 
-import hashlib
 import logging
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -20,9 +18,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
-from streamslr.io.folder import parse_index
-from streamslr.io.packed_layout import INDEX_FILE, read_quantization_config
-from streamslr.io.safetensors_file import DTYPE_NAMES, WEIGHT_DTYPES, ShardHeader, TensorInfo, read_header, read_start
+from streamslr.io.packed_layout import read_quantization_config
+from streamslr.io.safetensors_file import WEIGHT_DTYPES, ShardHeader, TensorInfo, read_header, read_start
 from streamslr.model.border import refusing
 from streamslr.model.bounds import refuse_huge_counts
 from streamslr.model.decoders import Decoder, PackedWeight, packed_weights
@@ -31,10 +28,9 @@ from streamslr.model.pinned_shards import PinnedShards, ShardDigest, Times
 from streamslr.model.quantization import ENTRIES, Quantization, read_quantization, without_quantization
 from streamslr.model.quantized_weights import quantized_weights
 from streamslr.model.sources import CONFIG_FILE, ModelSource, find_source
+from streamslr.model.weight_files import identity_of, list_tensors, refuse_quantized_weights, shard_names
 from streamslr.outside import parse_loose_json, read_bounded
 from streamslr.spec.pattern import SparsityPattern
-
-SINGLE_FILE = "model.safetensors"
 
 _LARGEST_AUXILIARY, _MOST_AUXILIARY = 300_000_000, 500
 """Bytes of the largest auxiliary file and number of the most; a tokenizer of 256,000 tokens takes 35 MB."""
@@ -80,17 +76,17 @@ class Checkpoint:
         self.config: PretrainedConfig
         self.config, quantization = _parse_config(self._raw_config, source)
         refuse_other_model(source, self.config_json())
-        shards, weight_map = _shard_names(source)
+        shards, weight_map = shard_names(source)
         with ThreadPoolExecutor(8) as pool:  # on the hub a header costs a round trip or two
             headers = list(pool.map(self._read_header, shards))
         self._headers = dict(zip(shards, headers, strict=True))
-        self.identity: str = source.identity or _digest(self._raw_config, self._headers, weight_map)
-        self._stored = _stored_tensors(source, self._headers, weight_map)
+        self.identity: str = source.identity or identity_of(self._raw_config, self._headers, weight_map)
+        self._stored = list_tensors(source, self._headers, weight_map)
         self._decoders: Mapping[str, Decoder] = self._find_decoders(quantization)
         hidden = {name for decoder in self._decoders.values() for name in (*decoder.stored, *decoder.unread)}
         shown = {name: info for name, info in self._stored.items() if name not in hidden}
         self.tensors: Mapping[str, TensorInfo] = shown | {name: d.info for name, d in self._decoders.items()}
-        _refuse_quantized_weights(source, self.tensors)
+        refuse_quantized_weights(source, self.tensors)
         self.pinned: PinnedShards | None = None
         self._done: set[str] = set()
         self._lock = threading.Lock()  # guards _done
@@ -395,107 +391,11 @@ def _parse_config(raw: bytes, source: ModelSource) -> tuple[PretrainedConfig, Qu
     return parsed, quantization
 
 
-def _shard_names(source: ModelSource) -> tuple[list[str], Mapping[str, str]]:
-    """Return the safetensors files, and the index's tensor name -> file (empty for a single file)."""
-    if SINGLE_FILE in source.files:
-        return [SINGLE_FILE], {}
-    if INDEX_FILE not in source.files:
-        raise _no_weights(source)
-    try:
-        weight_map = parse_index(read_bounded(source.fetch(INDEX_FILE)))
-        shards = sorted(set(weight_map.values()))
-        if not shards:
-            raise ValueError("it is empty")
-    except ValueError as error:
-        raise InputError(
-            f"{INDEX_FILE} of {source.label} has no usable weight_map ({error}); download it again"
-        ) from error
-    missing = [shard for shard in shards if shard not in source.files]
-    if missing:
-        others = f" (and {len(missing) - 1} more of {len(shards)} shards)" if len(missing) > 1 else ""
-        raise source.missing_file_error(missing[0], f"{others}, which {INDEX_FILE} names")
-    return shards, weight_map
-
-
-def _no_weights(source: ModelSource) -> StreamslrError:
-    """Return the error for a model without safetensors, which names what is there instead."""
-    pickled = sorted(name for name in source.files if name.endswith((".bin", ".pt", ".pth")))
-    if pickled:
-        return InputError(
-            f"{source.label} holds PyTorch pickles ({pickled[0]}), not safetensors; convert it once: "
-            f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-        )
-    others = sorted(name for name in source.files if name.endswith((".safetensors", ".gguf")))
-    found = f"; {others[0]} is not a name that transformers loads" if others else ""
-    return source.missing_file_error(SINGLE_FILE, f" and no {INDEX_FILE}{found}")
-
-
-def _stored_tensors(
-    source: ModelSource, headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str]
-) -> dict[str, TensorInfo]:
-    """Return the tensors of all shards; the index decides where two shards hold the same name."""
-    absent = [name for name, shard in weight_map.items() if name not in headers[shard].tensors]
-    if absent:
-        raise InputError(
-            f"{INDEX_FILE} of {source.label} places {absent[0]} in {weight_map[absent[0]]}, which does "
-            f"not hold it ({len(absent)} such tensors): "
-            f"index and shards are of different models; download both again"
-        )
-    stored: dict[str, TensorInfo] = {}
-    unnamed = []
-    for shard, header in headers.items():
-        for name, info in header.tensors.items():
-            if weight_map and name not in weight_map:
-                unnamed.append(name)
-                if name in stored:
-                    raise InputError(
-                        f"{name} is in {stored[name].shard} and in {shard} of {source.label}, and {INDEX_FILE} does "
-                        f"not say which of them counts; download the model again"
-                    )
-            if weight_map.get(name, shard) == shard:
-                stored[name] = info
-    if unnamed:  # transformers reads whole shards, so these are a part of the model
-        log.warning(
-            "%s of %s lacks %d tensors that the shards hold, first %s; they are read all the same",
-            INDEX_FILE,
-            source.label,
-            len(unnamed),
-            unnamed[0],
-        )
-    return stored
-
-
-def _refuse_quantized_weights(source: ModelSource, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise InputError for weights of other dtypes: config.json says nothing of how they are quantized."""
-    odd = [
-        info
-        for name, info in tensors.items()
-        if info.dtype not in WEIGHT_DTYPES and (name.endswith(".weight") or info.dtype.is_floating_point)
-    ]
-    if odd:
-        raise InputError(
-            f"{odd[0].name} in {odd[0].shard} of {source.label} is {DTYPE_NAMES[odd[0].dtype]} "
-            f"({len(odd)} such weights); give the original model in bf16, fp16 or fp32"
-        )
-
-
 def _is_tokenizers(name: str) -> bool:
     """Tell if a tokenizer of transformers may read this auxiliary file."""
     return not name.endswith(".json") or name.startswith(
         ("tokenizer", "special_tokens", "added_tokens", "vocab", "chat_template", "processor", "preprocessor")
     )
-
-
-def _digest(config: bytes, headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str]) -> str:
-    """Return the identity of a folder."""
-    digest = hashlib.sha256(config)
-    for name, header in sorted(headers.items()):
-        digest.update(f"\0{name}\0{header.size}\0".encode() + header.raw)
-    holders = Counter(name for header in headers.values() for name in header.tensors)
-    for name, shard in sorted(weight_map.items()):
-        if holders[name] > 1:
-            digest.update(f"\0{name}\0{shard}\0".encode())
-    return digest.hexdigest()
 
 
 @contextmanager

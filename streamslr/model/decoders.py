@@ -2,12 +2,12 @@
 
 A decoder names the weight that it gives and the stored tensors that it takes, so that a checkpoint shows the one and
 hides the others. Here is that of linears that streamslr packed; those of other tools are in `quantized_weights.py`.
-Another stored format needs a class with the functions of `Decoder`, and a function that finds such weights by headers.
+Another stored format needs a class of `Decoder`'s kind, and a function that finds such weights by headers.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,23 +19,21 @@ from streamslr.io.safetensors_file import ShardHeader, TensorInfo
 from streamslr.spec.pattern import SparsityPattern
 
 
-class Decoder(Protocol):
+@dataclass(frozen=True)
+class Decoder(ABC):
     """A weight that is stored in another form: a `PackedWeight`, or a `QuantizedWeight`."""
 
-    @property
-    def info(self) -> TensorInfo:
-        """Description of the decoded weight; its shard holds the first of its parts."""
-        ...
+    info: TensorInfo
+    """Description of the decoded weight; its shard holds the first of its parts."""
+    parts: Mapping[str, str]
+    """Name of each part -> name of the stored tensor."""
+    unread: tuple[str, ...] = field(default=(), kw_only=True)
+    """Names of stored tensors beside these that only what multiplies in codes needs."""
 
     @property
     def stored(self) -> tuple[str, ...]:
         """Names of the stored tensors that `decode` reads."""
-        ...
-
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """Names of stored tensors beside these that only what multiplies in codes needs."""
-        ...
+        return tuple(self.parts.values())
 
     def decode(self, read: Callable[[str], Tensor]) -> Tensor:
         """Return the weight.
@@ -46,36 +44,21 @@ class Decoder(Protocol):
         Raises:
             InputError: the parts do not fit together.
         """
-        ...
+        return self.join({part: read(name) for part, name in self.parts.items()})
+
+    @abstractmethod
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight that these parts are stored for. Errors as `decode`."""
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(Decoder):
     """Weight S + U·V of a packed linear, merged in float32."""
 
-    info: TensorInfo
-    """Description of the merged weight; its shard holds all parts."""
     pattern: SparsityPattern
     shape: tuple[int, int]
-    parts: Mapping[str, str]
-    """Name of each part -> name of the stored tensor."""
-    unread: tuple[str, ...] = ()
 
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """Names of the stored tensors that `decode` reads."""
-        return tuple(self.parts.values())
-
-    def decode(self, read: Callable[[str], Tensor]) -> Tensor:
-        """Return the weight [o, d].
-
-        Args:
-            read: reads the stored tensor of a name.
-
-        Raises:
-            InputError: the parts do not fit together.
-        """
-        tensors = {part: read(name) for part, name in self.parts.items()}
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return merge(tensors, self.pattern, self.shape, self.info.dtype)
 
 
@@ -109,5 +92,5 @@ def packed_weights(headers: Mapping[str, ShardHeader], label: str) -> dict[str, 
                     f"{list(parts) or 'nothing'} of it; `streamslr verify` tells more"
                 )
             name, nbytes = f"{linear}.weight", shape[0] * shape[1] * torch.float32.itemsize
-            weights[name] = PackedWeight(TensorInfo(name, torch.float32, shape, shard, nbytes), pattern, shape, parts)
+            weights[name] = PackedWeight(TensorInfo(name, torch.float32, shape, shard, nbytes), parts, pattern, shape)
     return weights

@@ -37,15 +37,15 @@ class Quantization(msgspec.Struct, frozen=True):
     """Entry of config.json, with the fields of every method that streamslr decodes."""
 
     quant_method: str = "an unnamed method"
+    # fp8
     weight_block_size: Block | None = None
-    """Of fp8."""
+    # gptq and awq
     bits: int | None = None
-    """Of gptq and awq, as the next three."""
     group_size: int | None = None
     checkpoint_format: str | None = None
     version: str | None = None
+    # compressed-tensors
     format: str | None = None
-    """Of compressed-tensors, as the next three."""
     config_groups: dict[str, _Group] = {}  # msgspec copies it
     transform_config: Any = None
     sparsity_config: Any = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.io.safetensors_file import DTYPE_NAMES, TensorInfo
+from streamslr.model.decoders import Decoder
 from streamslr.model.quantization import Quantization
 
 Shape = tuple[int, ...]
@@ -29,33 +30,14 @@ ORIGINAL = "give the original model in bf16, fp16 or fp32"
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
+class QuantizedWeight(Decoder):
     """A weight that is stored as codes and scales."""
 
-    info: TensorInfo
-    """Description of the decoded weight; its shard is that of the codes."""
-    parts: Mapping[str, str]
-    """Name of each part -> name of the stored tensor."""
     make: Make
-    unread: tuple[str, ...] = ()
-    """Names of stored tensors beside it that its values do not depend on."""
 
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """Names of the stored tensors that `decode` reads."""
-        return tuple(self.parts.values())
-
-    def decode(self, read: Callable[[str], Tensor]) -> Tensor:
-        """Return the decoded weight.
-
-        Args:
-            read: reads the stored tensor of a name.
-
-        Raises:
-            InputError: numbers among the parts contradict the headers.
-        """
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         weight = torch.empty(self.info.shape, dtype=self.info.dtype, device="cpu")
-        self.make({part: read(name) for part, name in self.parts.items()}, weight)
+        self.make(tensors, weight)
         return weight
 
 
@@ -104,7 +86,7 @@ class Stored:
         info = TensorInfo(name, self.dtype, shape, shard, prod(shape) * self.dtype.itemsize)
         beside = [name.removesuffix("weight") + other for other in _OF_ACTIVATIONS if name.endswith(".weight")]
         unread = tuple(other for other in beside if other in self.tensors)
-        return QuantizedWeight(info, {part: stored.name for part, stored in parts.items()}, make, unread)
+        return QuantizedWeight(info, {part: stored.name for part, stored in parts.items()}, make, unread=unread)
 
     def require_no_orphans(self, suffix: str, codes: tuple[str, ...]) -> None:
         """Raise InputError for a part of a weight whose codes are not there.
