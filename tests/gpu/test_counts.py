@@ -37,7 +37,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, int]
     folder = tmp_path_factory.mktemp("counts") / "model"
     folder.mkdir()
     write_sparse_checkpoint(folder, SHAPES["small"], 4096)
-    sizes = {"samples": 2 * WINDOWS, "seq_len": TOKENS, "rank": 8, "host_mem": 100 * 10**9}
+    sizes = {"samples": 2 * WINDOWS, "match_held_out": 0, "seq_len": TOKENS, "rank": 8, "host_mem": 100 * 10**9}
 
     def run(iterations: int, windows: int, epochs: int) -> BlockRun:
         made = run_block(folder, PretendedGpu(values=False), iterations, windows, epochs, **sizes)

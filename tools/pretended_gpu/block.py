@@ -219,9 +219,7 @@ def run_block(
         world: Ranks that share the run; rank 0 is there, the others are pretended (`PretendedRanks`).
         **settings: Settings of the run.
     """
-    config = RunConfig(
-        **{"model": str(folder), "out": folder.with_name("out"), "device": "cuda", "match_held_out": 0, **settings}
-    )
+    config = RunConfig(**{"model": str(folder), "out": folder.with_name("out"), "device": "cuda", **settings})
     gpu.answers.by_function |= _ANSWERS
     with ExitStack() as stack:
         for tables in (packing._flags_of_byte, packing._shifts_of_byte):
@@ -245,7 +243,7 @@ def run_block(
 def _compress_block(context: RunContext, iterations: int) -> None:
     """Do what `loop.run` does, for block 0 alone, with a journal that keeps nothing."""
     config, plan = context.config, context.plan
-    ids = torch.zeros(config.samples, config.seq_len, dtype=torch.int64)
+    ids = torch.zeros(config.samples + config.held_out, config.seq_len, dtype=torch.int64)
     journal: Any = SimpleNamespace(state=SimpleNamespace(shards=[], blocks=[]), commit_block=lambda *_, **__: None)
     assert context.allocation is not None
     traffic = context.ranks.traffic if context.ranks.world > 1 else None
