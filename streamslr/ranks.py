@@ -258,8 +258,7 @@ class Attempt:
     """
 
     ranks: Ranks
-    _said: str | None = None
-    """What failed: not the error, whose traceback holds tensors."""
+    _said: str | None = None  # by what failed; not the error, whose traceback holds tensors
 
     def do(self, work: Callable[[], T], otherwise: U) -> T | U:
         """Call `work` and return its result; return `otherwise` where it fails, or earlier work did."""

@@ -61,28 +61,29 @@ def spans_overlap(windows: torch.Tensor) -> bool:
     return bool(len(windows.unique()) < windows.numel())
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.fixture(params=["txt", "jsonl"])
+def long_text(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A text, or ten documents, whose tokens all differ."""
+    if request.param == "jsonl":
+        return jsonl(tmp_path / "a.jsonl", [words(100 * i, 60) for i in range(10)])
+    (tmp_path / "a.txt").write_text(words(0, 1000))
+    return tmp_path / "a.txt"
+
+
 def test_check_windows_share_no_text_and_change_no_calibration_window(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
+    tokenizer: PreTrainedTokenizerFast, long_text: Path
 ) -> None:
-    text = tmp_path / "a.txt"
-    text.write_text(words(0, 1000))
-    path = text if kind == "txt" else jsonl(tmp_path / "a.jsonl", [words(100 * i, 60) for i in range(10)])
-    without, few, many = (calibration_windows(tokenizer, path, 1, 25, 0, check=check) for check in (0, 2, 9))
+    without, few, many = (calibration_windows(tokenizer, long_text, 1, 25, 0, check=check) for check in (0, 2, 9))
     assert without.digest == few.digest == many.digest
     assert len(without.check) == 0
     assert many.overlapping == 0
     assert not spans_overlap(torch.cat([many.ids, many.check]))
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_held_out_windows_stand_behind_the_others_and_share_no_text(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
+    tokenizer: PreTrainedTokenizerFast, long_text: Path
 ) -> None:
-    text = tmp_path / "a.txt"
-    text.write_text(words(0, 1000))
-    path = text if kind == "txt" else jsonl(tmp_path / "a.jsonl", [words(100 * i, 60) for i in range(10)])
-    without, drawn = (calibration_windows(tokenizer, path, 2, 25, 0, held_out=n, check=3) for n in (0, 4))
+    without, drawn = (calibration_windows(tokenizer, long_text, 2, 25, 0, held_out=n, check=3) for n in (0, 4))
     assert torch.equal(drawn.ids[:2], without.ids)
     assert (drawn.ids.shape, drawn.check.shape) == ((6, 25), (3, 25))
     assert drawn.held_out_overlapping == 0

@@ -13,12 +13,11 @@ from transformers import AutoModelForCausalLM
 import streamslr
 from streamslr.errors import InputError
 from streamslr.finetune import finetune
-from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.inspect import describe_method, read_run, summary, totals
 from streamslr.results.verify import verify
-from tests.support.compressed_folders import dense_model
-from tests.support.tiny_models import TEXT, tiny_checkpoint
+from tests.support.compressed_folders import dense_model, perplexities_as_saved
+from tests.support.tiny_models import tiny_checkpoint
 
 IDS = torch.arange(24).view(2, 12) % 50
 
@@ -80,15 +79,7 @@ def test_loaded_they_stay_codes_and_compute_what_the_folder_says(finished: Path)
 
 
 def test_saved_it_evaluates_as_the_folder_does(finished: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXT * 4)
-    saved = tmp_path / "saved"
-    streamslr.load(finished, device="cpu").save_pretrained(saved)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (saved / name).write_bytes((finished / name).read_bytes())
-    first, second = (
-        evaluate(str(folder), tmp_path / "text.txt", 16, device="cpu", free_memory=1 << 30).perplexity
-        for folder in (finished, saved)
-    )
+    first, second = perplexities_as_saved(finished, tmp_path)
     assert first == second
 
 

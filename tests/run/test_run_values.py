@@ -16,15 +16,14 @@ from streamslr.config import RunConfig
 from streamslr.errors import InputError, ResumeError
 from streamslr.finetune import finetune
 from streamslr.io.packed_layout import value_format
-from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.verify import verify
 from streamslr.run.context import open_run
 from streamslr.spec.values import same_values
-from tests.support.compressed_folders import dense_model, rewrite_block, run_contents
+from tests.support.compressed_folders import dense_model, perplexities_as_saved, rewrite_block, run_contents
 from tests.support.killing import compress_in_child
 from tests.support.markers import slow
-from tests.support.tiny_models import TEXT, tiny_checkpoint
+from tests.support.tiny_models import tiny_checkpoint
 
 IDS = torch.arange(24).view(2, 12) % 50
 INT4 = {"values": "int4", "group": 16, "pattern": "2:4"}
@@ -151,15 +150,7 @@ def test_exports_compute_the_same(finished: Path, tmp_path: Path) -> None:
 
 
 def test_saved_it_evaluates_as_the_folder_does(finished: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXT * 4)
-    saved = tmp_path / "saved"
-    streamslr.load(finished, device="cpu").save_pretrained(saved)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (saved / name).write_bytes((finished / name).read_bytes())
-    first, second = (
-        evaluate(str(folder), tmp_path / "text.txt", 16, device="cpu", free_memory=1 << 30).perplexity
-        for folder in (finished, saved)
-    )
+    first, second = perplexities_as_saved(finished, tmp_path)
     assert first == second
 
 

@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import streamslr
 from streamslr.io.durable import file_sha256
 from streamslr.io.folder import write_auxiliary_files, write_block, write_index, write_non_block
 from streamslr.io.packing import pack
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
+from streamslr.results.evaluate import evaluate
 from streamslr.spec.pattern import parse_pattern
-from tests.support.tiny_models import tiny_checkpoint
+from tests.support.tiny_models import TEXT, tiny_checkpoint
 
 BLOCK = "model-block-00000.safetensors"
 
@@ -78,6 +80,19 @@ def dense_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
     )
     made: PreTrainedModel = model.to(dtype).eval()
     return made
+
+
+def perplexities_as_saved(folder: Path, scratch: Path) -> tuple[float, float]:
+    """Return the perplexity of a compressed folder, and of what `save_pretrained` makes of it in `scratch`."""
+    text, saved = scratch / "text.txt", scratch / "saved"
+    text.write_text(TEXT * 4)
+    streamslr.load(folder, device="cpu").save_pretrained(saved)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (saved / name).write_bytes((folder / name).read_bytes())
+    first, second = (
+        evaluate(str(one), text, 16, device="cpu", free_memory=1 << 30).perplexity for one in (folder, saved)
+    )
+    return first, second
 
 
 def file_contents(folder: Path) -> dict[str, bytes]:
