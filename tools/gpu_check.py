@@ -9,7 +9,7 @@
 | card | memory of the CUDA context; rates of products, copies and factorizations, the ones that counts assume |
 | bytes | a small model compressed twice, and killed and resumed: the same bytes |
 | block-8b | one Llama-3-8B block, 128 windows of 2048 tokens, twice: seconds a phase, plan / peak, the same bytes |
-| block-70b-45gb, block-70b-24gb | one Llama-3-70B block within a budget: seconds, share of peak FLOP/s, plan / peak |
+| block-70b-45gb, block-70b-24gb | one Llama-3-70B block within a budget: seconds, plan / peak; 45 GB in int4 too |
 | solver | loss and time against the textbook procedure |
 | inference | a packed linear on sparse tensor cores against the dense one |
 
@@ -193,8 +193,8 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors*"))}
 
 
-def block(shape: str, budgets: tuple[str, ...]) -> Callable[[Check], Figures]:
-    """Return a section that compresses one block of a shape within each budget, and compares equal budgets' bytes."""
+def block(shape: str, *settled: tuple[str, str]) -> Callable[[Check], Figures]:
+    """Return a section that compresses one block by each budget and values, and compares equal values' bytes."""
 
     def section(check: Check) -> Figures:
         name = "tiny" if check.pretended else shape
@@ -205,15 +205,16 @@ def block(shape: str, budgets: tuple[str, ...]) -> Callable[[Check], Figures]:
         folder = check.folder(shape)
         make_apart(folder, name, 1, settings["samples"] * settings["seq_len"], 0)
         runs = []
-        for budget in budgets:
+        for budget, values in settled:
             shutil.rmtree(folder / "out", ignore_errors=True)
+            own = settings | {"gpu_mem": budget, "values": values}
             with check.device():
-                runs.append(bench(folder, name, settings | {"gpu_mem": budget}, 64 if check.pretended else None))
+                runs.append(bench(folder, name, own, 64 if check.pretended else None))
             if not check.pretended:
                 bench_block.show(Console(width=100), runs[-1])
         shutil.rmtree(folder)
-        shards = [run["blocks"][0]["sha256"] for run in runs]
-        return {"runs": runs, "same_bytes": len(set(shards)) == 1}
+        shards = {(values, run["blocks"][0]["sha256"]) for (_, values), run in zip(settled, runs, strict=True)}
+        return {"runs": runs, "same_bytes": len(shards) == len({values for _, values in settled})}
 
     return section
 
@@ -248,9 +249,9 @@ def inference(check: Check) -> Figures:
 SECTIONS: Mapping[str, Callable[[Check], Figures]] = {
     "card": card,
     "bytes": same_bytes,
-    "block-8b": block("llama-3-8b", ("45GB", "45GB")),
-    "block-70b-45gb": block("llama-3-70b", ("45GB",)),
-    "block-70b-24gb": block("llama-3-70b", ("24GB",)),
+    "block-8b": block("llama-3-8b", ("45GB", "stored"), ("45GB", "stored")),
+    "block-70b-45gb": block("llama-3-70b", ("45GB", "stored"), ("45GB", "int4")),
+    "block-70b-24gb": block("llama-3-70b", ("24GB", "stored")),
     "inference": inference,
     "solver": solver,
 }
@@ -324,8 +325,9 @@ def summary(record: Mapping[str, Any]) -> list[str]:
                 row["gpu"]["planned_to_peak"] for row in phases.values() if row.get("gpu", {}).get("planned_to_peak")
             ]
             peak = max(row["gpu"]["peak_bytes"] for row in phases.values() if "gpu" in row) / 1e9
+            what = f"{name.removeprefix('block-')}, values {one['settings']['values']}"
             lines.append(
-                f"| {name.removeprefix('block-')}: seconds a block | {one['blocks'][0]['seconds']:.1f} ({times}); peak "
+                f"| {what}: seconds a block | {one['blocks'][0]['seconds']:.1f} ({times}); peak "
                 f"{peak:.1f} GB, plan / peak {min(ratios):.2f} to {max(ratios):.2f} |"
             )
     for row in sections.get("solver", {}).get("rows", ()):
