@@ -336,12 +336,14 @@ def summary(record: Mapping[str, Any]) -> list[str]:
             f"| solver, {row['linear']}, against the textbook | {ours['seconds'] / slow['seconds']:.2f} of its time, "
             f"{ours['loss'] / slow['loss']:.2f} of its loss |"
         )
-    for row in sections.get("inference", {}).get("rows", ()):
-        o, d = row["shape"]
-        times, memory = row["time_to_dense"]["packed"], row["memory_to_dense"]["packed"]
+    measured = sections.get("inference", {}).get("rows", [])
+    o, d = max((row["shape"] for row in measured), default=(0, 0))  # the largest stands for all
+    for values in dict.fromkeys(row["values"] for row in measured):
+        rows = [row for row in measured if (row["shape"], row["values"]) == ([o, d], values)]
+        times = ", ".join(f"{row['time_to_dense']['packed']:.3g} ({row['tokens']})" for row in rows)
+        memory = rows[0]["memory_to_dense"]["packed"]
         lines.append(
-            f"| packed {o}×{d}, values {row['values']}, {row['tokens']} tokens ({row['kernel']}) | {times:.2f} of "
-            f"dense time, {memory:.2f} of memory |"
+            f"| packed {o}×{d}, values {values}: time / dense (tokens) | {times}; {memory:.2f} of dense memory |"
         )
     return lines
 

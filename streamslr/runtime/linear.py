@@ -191,6 +191,8 @@ class SparseLowRankLinear(nn.Module):
         kernel = self._require_gpu_kernel()
         if kernel.weight is None or x.dtype != kernel.weight.dtype:
             return self._by_operator(x)
+        if kernel.triton_for_few and triton_product.picks(len(x), self.pattern):
+            return self._by_operator(x)
         rest = kernel.weight, self.values, self.meta, str(self.pattern), self.in_features
         y: Tensor = _SemiStructuredProduct.apply(x, *rest)  # type: ignore[no-untyped-call]
         return y
@@ -252,13 +254,14 @@ def packed_product(
     """Return x Sᵀ [n, o] for x [n, d], or by_columns x S [n, d] for x [n, o]; at most one tile of S is dense at a time.
 
     It is an operator of its own, so that torch.compile takes it whole and autograd saves only the packed tensors. On a
-    GPU x Sᵀ is one Triton kernel where that passed its check: nothing of S is dense, and the host does not wait. In
-    tiles the host reads row_offsets, so that a CUDA graph cannot capture a pattern whose rows differ in their number of
-    values; nor can it capture the check, which the first call makes.
+    GPU x Sᵀ of not too many tokens is one Triton kernel where that passed its check: nothing of S is dense, and the
+    host does not wait. In tiles the host reads row_offsets, so that a CUDA graph cannot capture a pattern whose rows
+    differ in their number of values; nor can it capture the check, which the first call makes.
     """
     parsed, o = _parse(pattern), len(meta)
     scales_dtype = None if scales is None else scales.dtype
-    if not by_columns and triton_product.fault(parsed, x.device, x.dtype, values.dtype, scales_dtype) is None:
+    fault = "" if by_columns else triton_product.fault(parsed, x.device, x.dtype, values.dtype, scales_dtype)
+    if fault is None and not triton_product.in_tiles(len(x), x.device, parsed):
         return triton_product.multiply(x, values, meta, row_offsets, parsed, d, scales)
     parts = {"values": values, "meta": meta, "row_offsets": row_offsets, "scales": scales}
     tensors = {part: tensor for part, tensor in parts.items() if tensor is not None}
@@ -319,7 +322,9 @@ def way_of_product(
     if device.type == "cpu":
         return _cpu_kernel(pattern, *stored)
     reason = triton_product.fault(pattern, device, dtype, *stored)
-    return f"unpacked in tiles: {reason}" if reason else "multiplied by the Triton kernel"
+    if reason:
+        return f"unpacked in tiles: {reason}"
+    return f"multiplied by the Triton kernel, in tiles above {triton_product.MOST_TOKENS} tokens"
 
 
 def _cpu_kernel(pattern: SparsityPattern, dtype: torch.dtype, scales_dtype: torch.dtype | None) -> str:
@@ -336,11 +341,15 @@ class _GpuKernel:
         name: the kernel, with the reason where sparse tensor cores do not multiply.
         weight: S in torch's 2:4 layout, a torch.sparse.SparseSemiStructuredTensor [o, d]; None where S stays packed.
         on_tensor_cores: True where there is that weight; torch.compile can ask this, but not for the weight.
+        triton_for_few: True where few tokens are multiplied by the Triton kernel for 2:4 all the same. One call of
+            cuSPARSELt takes 1 ms of the host, and in a CUDA graph still 2.5 times as long as a dense product of one
+            token (28672×8192 on an H200).
     """
 
     name: str
     weight: Any = None
     on_tensor_cores: bool = False
+    triton_for_few: bool = False
 
 
 class _SemiStructuredProduct(torch.autograd.Function):
@@ -362,9 +371,10 @@ def _choose_gpu_kernel(linear: SparseLowRankLinear) -> _GpuKernel:
     """Return cuSPARSELt's kernel where it runs, or CUTLASS's (compute 8.x); else Triton's or none, and the reason."""
     values, shape = linear.values, (linear.out_features, linear.in_features)
 
+    scales_dtype, dtype = None if linear.scales is None else linear.scales.dtype, number_dtype(linear.packed())
+    fault = triton_product.fault(linear.pattern, values.device, dtype, values.dtype, scales_dtype)
+
     def packed(why: str) -> _GpuKernel:
-        scales_dtype, dtype = None if linear.scales is None else linear.scales.dtype, number_dtype(linear.packed())
-        fault = triton_product.fault(linear.pattern, values.device, dtype, values.dtype, scales_dtype)
         return _GpuKernel(f"Triton: {why}" if fault is None else f"unpacked in tiles: {why}; {fault}")
 
     hook = getattr(linear, "_hf_hook", None)  # accelerate's; it leaves no offloaded weight on the GPU, nor may we
@@ -396,7 +406,8 @@ def _choose_gpu_kernel(linear: SparseLowRankLinear) -> _GpuKernel:
     # The kernels and their layouts are a prototype in torch: after one wrong product S stays packed instead.
     if not torch.allclose(got, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
         return packed(f"{name}'s product of a {shape[0]}x{shape[1]} linear was wrong")
-    return _GpuKernel(f"{name} {_TENSOR_CORE_PATTERN}", weight, on_tensor_cores=True)
+    few = f"Triton up to {triton_product.PICKING.tokens} tokens" if fault is None else f"for few tokens too: {fault}"
+    return _GpuKernel(f"{name} {_TENSOR_CORE_PATTERN}, {few}", weight, True, fault is None)
 
 
 @cache

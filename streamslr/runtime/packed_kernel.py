@@ -1,4 +1,4 @@
-"""Triton kernel that multiplies by packed S. Importing this needs Triton; triton_product.py decides about that."""
+"""Triton kernels that multiply by packed S. Importing this needs Triton; triton_product.py decides about that."""
 
 import triton
 import triton.language as tl
@@ -140,3 +140,95 @@ def multiply_packed(
         sums = tl.dot(S, x_block, sums, input_precision="ieee")
     at_y = y + wide_tokens * o + rows[:, None]
     tl.store(at_y, sums.to(y.dtype.element_ty), mask=row_inside[:, None] & token_inside)
+
+
+@triton.jit
+def load_pair(values, pair, stored, codes: tl.constexpr):
+    """Return two values or codes, one behind the other, in float32; the first is at 2 · pair of `values`."""
+    if codes == "int4":
+        both = tl.load(values + pair, mask=stored, other=0).to(tl.int32)
+        first, second = ((both & 15) ^ 8) - 8, ((both >> 4) ^ 8) - 8
+    elif codes == "":
+        first = tl.load(values + 2 * pair, mask=stored, other=0.0)
+        second = tl.load(values + 2 * pair + 1, mask=stored, other=0.0)
+    else:
+        first = load_codes(values, 2 * pair, stored, codes)
+        second = load_codes(values, 2 * pair + 1, stored, codes)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def multiply_2_of_4(
+    x,
+    values,
+    meta,
+    scales,
+    y,
+    num_tokens,
+    o,
+    d,
+    meta_width,
+    x_token_stride,
+    x_column_stride,
+    num_groups,
+    codes: tl.constexpr,
+    columns_of_group: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_tokens: tl.constexpr,
+    block_bytes: tl.constexpr,
+    num_byte_blocks: tl.constexpr,
+):
+    """Write y = x Sᵀ for S of pattern 2:4 and one block of its rows; S is never in its place among zeros.
+
+    A program reads meta and the values of its rows in their order, three groups a byte. Of the four numbers of x that a
+    group multiplies it picks two, by comparisons: no address depends on meta, so damaged meta reads nothing outside.
+
+    Args: as of `multiply_packed`, where not here.
+        block_tokens: at least num_tokens.
+        block_bytes: Bytes of meta of a row that a program reads at a time.
+        num_byte_blocks: Blocks of meta_width.
+    """
+    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    tokens = tl.arange(0, block_tokens)
+    row_inside = (rows < o)[:, None]
+    token_inside = (tokens < num_tokens)[:, None, None]
+    wide_rows, wide_tokens = rows.to(tl.int64)[:, None], tokens.to(tl.int64)[:, None]
+    meta_of_rows, pairs_of_rows = meta + wide_rows * meta_width, wide_rows * (d // 4)
+    scales_of_rows = scales + wide_rows * num_groups
+    x_of_tokens = (x + wide_tokens * x_token_stride)[:, :, None]
+
+    sums = tl.zeros((block_tokens, block_rows, block_bytes), dtype=tl.float32)
+    for step in range(num_byte_blocks):
+        byte = step * block_bytes + tl.arange(0, block_bytes)[None, :]
+        code = tl.load(meta_of_rows + byte, mask=row_inside & (byte < meta_width), other=0).to(tl.int32)
+        for place in tl.static_range(3):
+            group = 3 * byte + place
+            group_inside = 4 * group < d
+            digit = code % 6
+            code = code // 6
+            first = (2320 >> 2 * digit) & 3  # of digits 0 to 5: 0 0 1 0 1 2
+            second = (4073 >> 2 * digit) & 3  # 1 2 2 3 3 3
+            inside = row_inside & group_inside
+            S_first, S_second = load_pair(values, pairs_of_rows + group, inside, codes)
+            if codes != "":
+                at_first, at_second = 4 * group + first, 4 * group + second
+                if columns_of_group % 4 == 0:  # one scale for all four columns, whatever meta says
+                    at_first, at_second = 4 * group, 4 * group
+                at_scale = scales_of_rows + at_first // columns_of_group
+                S_first = S_first * tl.load(at_scale, mask=inside, other=0.0).to(tl.float32)
+                at_scale = scales_of_rows + at_second // columns_of_group
+                S_second = S_second * tl.load(at_scale, mask=inside, other=0.0).to(tl.float32)
+            S_first = S_first.to(x.dtype.element_ty).to(tl.float32)[None, :, :]
+            S_second = S_second.to(x.dtype.element_ty).to(tl.float32)[None, :, :]
+            at_x = x_of_tokens + (4 * group).to(tl.int64)[None, :, :] * x_column_stride
+            inside = token_inside & group_inside[None, :, :]
+            x_0 = tl.load(at_x, mask=inside, other=0.0).to(tl.float32)
+            x_1 = tl.load(at_x + x_column_stride, mask=inside, other=0.0).to(tl.float32)
+            x_2 = tl.load(at_x + 2 * x_column_stride, mask=inside, other=0.0).to(tl.float32)
+            x_3 = tl.load(at_x + 3 * x_column_stride, mask=inside, other=0.0).to(tl.float32)
+            first, second = first[None, :, :], second[None, :, :]
+            x_first = tl.where(first == 0, x_0, tl.where(first == 1, x_1, x_2))
+            x_second = tl.where(second == 1, x_1, tl.where(second == 2, x_2, x_3))
+            sums += S_first * x_first + S_second * x_second
+    y_inside = (tokens < num_tokens)[:, None] & (rows < o)[None, :]
+    tl.store(y + wide_tokens * o + rows[None, :], tl.sum(sums, axis=2).to(y.dtype.element_ty), mask=y_inside)

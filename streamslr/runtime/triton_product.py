@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,12 @@ class Blocks(NamedTuple):
 # memory are taken. For few tokens a program waits for memory alone, so it reads much at a time; for many it multiplies
 # each weight that it unpacked by as many tokens as registers hold.
 FEW_TOKENS, MANY_TOKENS = Blocks(16, 16, 512, 8, 3), Blocks(64, 128, 64, 8, 3)
+PICKING = Blocks(4, 8, 12 * 128, 4, 1)
+"""Blocks of the kernel for 2:4 and so few tokens; columns: those of 128 bytes of meta."""
+MOST_TOKENS = 256
+"""Most tokens that the kernels multiply; tiles are faster for more: on an H200 2048 tokens through a 28672×8192 linear
+in int4 took 57 ms by the kernel and 7 ms in tiles (tools/results/gpu-nvidia-h200.json)."""
+_TWO_OF_FOUR = NofM(2, 4)
 
 
 class KernelKey(NamedTuple):
@@ -90,6 +96,23 @@ def fault(
     return _verdicts[key]
 
 
+def in_tiles(tokens: int, device: torch.device, pattern: SparsityPattern) -> bool:
+    """Return True where S had better be unpacked in tiles, for so many tokens.
+
+    Not where a CUDA graph is captured and rows differ in their number of values: tiles read row_offsets on the host.
+    """
+    if tokens <= MOST_TOKENS:
+        return False
+    return not (
+        isinstance(pattern, Unstructured) and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def picks(tokens: int, pattern: SparsityPattern) -> bool:
+    """Return True where `multiply` takes the kernel that picks numbers of x, instead of unpacking S."""
+    return pattern == _TWO_OF_FOUR and tokens <= PICKING.tokens
+
+
 def multiply(
     x: Tensor,
     values: Tensor,
@@ -122,12 +145,40 @@ def multiply(
     columns_of_byte = _columns_of_byte(pattern)
     blocks = FEW_TOKENS if n <= FEW_TOKENS.tokens else MANY_TOKENS
     num_programs = -(-o // blocks.rows) * -(-n // blocks.tokens)
-    kernel = import_module("streamslr.runtime.packed_kernel").multiply_packed
+    kernels = import_module("streamslr.runtime.packed_kernel")
+    # An empty tensor has no address, and Triton reads float8 on some cards only.
+    numbers = (values.view(torch.uint8) if codes == "fp8" else values) if values.numel() else x
+    of_codes: dict[str, Any] = {
+        "codes": codes,
+        "columns_of_group": 0 if scales is None else group_columns(d, scales.shape[1]),
+    }
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        kernel[(num_programs,)](
+        if picks(n, pattern):
+            rows, bytes_ = PICKING.rows, PICKING.columns // columns_of_byte
+            kernels.multiply_2_of_4[(-(-o // rows),)](
+                x,
+                numbers,
+                meta,
+                x if scales is None else scales.contiguous(),
+                y,
+                n,
+                o,
+                d,
+                meta.shape[1],
+                *x.stride(),
+                0 if scales is None else scales.shape[1],
+                **of_codes,
+                block_rows=rows,
+                block_tokens=1 << (n - 1).bit_length(),
+                block_bytes=bytes_,
+                num_byte_blocks=-(-meta.shape[1] // bytes_),
+                num_warps=PICKING.warps,
+                num_stages=PICKING.stages,
+            )
+            return y
+        kernels.multiply_packed[(num_programs,)](
             x,
-            # An empty tensor has no address, and Triton reads float8 on some cards only.
-            (values.view(torch.uint8) if codes == "fp8" else values) if values.numel() else x,
+            numbers,
             meta if meta.numel() else x,
             meta if row_offsets is None else row_offsets.contiguous(),
             _ranks_of_byte(of_same_code(pattern), x.device) if columns_of_byte else x,
@@ -141,8 +192,7 @@ def multiply(
             values.numel() * codes_of_entry,
             *x.stride(),
             0 if scales is None else scales.shape[1],
-            codes=codes,
-            columns_of_group=0 if scales is None else group_columns(d, scales.shape[1]),
+            **of_codes,
             columns_of_byte=columns_of_byte,
             values_of_byte=_values_of_byte(pattern, columns_of_byte),
             has_offsets=row_offsets is not None,
@@ -217,7 +267,7 @@ def _fault_of_kernel(key: KernelKey) -> str | None:
         S = codes * spread(scales, d)
         packed = pack_on_grid(codes, scales, key.pattern, key.scales_dtype, form)
     parts = {name: part.to(key.device) for name, part in packed.items()}
-    for n in (3, FEW_TOKENS.tokens + 1):
+    for n in (3, PICKING.tokens + 1, FEW_TOKENS.tokens + 1):
         x = integers(1, n, d)
         sparse = parts["values"], parts["meta"], parts.get("row_offsets")
         try:

@@ -57,11 +57,18 @@ def tokens_of(n: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
 
 
-def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Assert equality within a few roundings of the largest value in `dtype`."""
-    assert got.dtype == dtype
-    error = (got.double() - expected).abs().max() / expected.abs().max()
-    assert error < 4 * torch.finfo(dtype).eps, f"off by {error:.2e}"
+def assert_product(y: Tensor, x: Tensor, S: Tensor, dtype: torch.dtype) -> None:
+    """Assert y = x Sᵀ within a rounding to `dtype` and two of float32 of the sum of sizes, which may be in any order.
+
+    Triton's interpreter cuts digits off where S is rounded to bfloat16: there it is two of `dtype`.
+    """
+    assert y.dtype == dtype
+    x, S = x.double(), S.double().to(DEVICE)
+    expected, sizes = x @ S.t(), x.abs() @ S.abs().t()
+    of_sums = torch.finfo(dtype if DEVICE.type == "cpu" else torch.float32).eps
+    allowed = torch.finfo(dtype).eps * expected.abs() + 2 * of_sums * sizes + torch.finfo(torch.float32).tiny
+    excess = ((y.double() - expected).abs() - allowed).max()
+    assert excess <= 0, f"{excess:.2e} more than allowed, of products of up to {expected.abs().max():.2e}"
 
 
 # The kernel
@@ -69,7 +76,7 @@ def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("o", "least", "n"), [(20, 70, 3), *slow((16, 20, 1), (5, 36, 17), (70, 600, 1), (70, 100, 70))]
+    ("o", "least", "n"), [(20, 70, 3), *slow((16, 20, 1), (5, 36, 17), (70, 600, 1), (70, 100, 70), (9, 1700, 8))]
 )
 @pytest.mark.parametrize(
     "pattern",
@@ -88,8 +95,8 @@ def test_products_are_those_of_float64_and_of_tiles(pattern: str, o: int, least:
     x, parts = tokens_of(n, d), parts_of(S, parsed)
     y = multiply(x, *parts, parsed, d)
     assert y.shape == (n, o)
-    assert_close(y, x.double() @ S.double().t().to(DEVICE), torch.float32)
-    torch.testing.assert_close(y, _in_tiles(x, parts, pattern, d), rtol=1e-5, atol=1e-5)
+    assert_product(y, x, S, torch.float32)
+    assert_product(_in_tiles(x, parts, pattern, d), x, S, torch.float32)
 
 
 def _in_tiles(x: Tensor, parts: Parts, pattern: str, d: int, scales: Tensor | None = None) -> Tensor:
@@ -109,7 +116,7 @@ def test_values_are_found_across_many_blocks(pattern: str, n: int, monkeypatch: 
     d = width_for(parsed, 100)
     S = random_sparse(parsed, 20, d, seed=1)
     x = tokens_of(n, d)
-    assert_close(multiply(x, *parts_of(S, parsed), parsed, d), x.double() @ S.double().t().to(DEVICE), torch.float32)
+    assert_product(multiply(x, *parts_of(S, parsed), parsed, d), x, S, torch.float32)
 
 
 @needs_triton
@@ -124,8 +131,7 @@ def test_sums_are_float32_in_every_dtype(dtype: torch.dtype, values_dtype: torch
     parsed = parse_pattern("2:4")
     S = random_sparse(parsed, 20, 100, seed=2)
     x = tokens_of(3, 100, dtype)
-    rounded = S.to(values_dtype).to(dtype).double().to(DEVICE)
-    assert_close(multiply(x, *parts_of(S, parsed, values_dtype), parsed, 100), x.double() @ rounded.t(), dtype)
+    assert_product(multiply(x, *parts_of(S, parsed, values_dtype), parsed, 100), x, S.to(values_dtype).to(dtype), dtype)
 
 
 @needs_triton
@@ -159,9 +165,8 @@ def test_codes_are_multiplied_as_in_float64_and_in_tiles(
     S = unpack_codes(parts, parsed, (o, d)).float() * spread(parts["scales"].float(), d)
     x, packed = tokens_of(n, d, dtype), (parts["values"], parts["meta"], parts.get("row_offsets"))
     y = multiply(x, *packed, parsed, d, parts["scales"])
-    assert_close(y, x.double() @ S.to(dtype).double().t(), dtype)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(y, _in_tiles(x, packed, pattern, d, parts["scales"]), rtol=4 * eps, atol=40 * eps)
+    assert_product(y, x, S.to(dtype), dtype)
+    assert_product(_in_tiles(x, packed, pattern, d, parts["scales"]), x, S.to(dtype), dtype)
 
 
 @needs_triton
@@ -252,8 +257,20 @@ def test_a_linear_multiplies_by_it_and_passes_gradients(
     x = torch.randn(2, 3, 48, device=DEVICE, requires_grad=True)
     y = linear(x)
     assert taken
-    assert_close(y, x.double() @ W.t(), torch.float32)
-    assert_close(torch.autograd.grad(y.sum(), x)[0], W.sum(0).expand(2, 3, 48), torch.float32)
+    assert_product(y, x.detach(), W, torch.float32)
+    grad, ones = torch.autograd.grad(y.sum(), x)[0], torch.ones_like(y)
+    assert_product(grad, ones, W.t(), torch.float32)
+
+
+@pytest.mark.usefixtures("_without_check")
+def test_many_tokens_are_multiplied_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_product, "MOST_TOKENS", 4)
+    monkeypatch.setattr(triton_product, "import_module", lambda name: BrokenKernel(AssertionError("the kernel ran")))
+    linear, W = linear_of("8:16", rank=4)
+    x = torch.randn(5, 48, device=DEVICE)
+    assert_product(linear(x), x, W, torch.float32)
+    with pytest.raises(AssertionError, match="the kernel ran"):
+        linear(x[:4])
 
 
 @pytest.mark.slow
@@ -263,7 +280,7 @@ def test_torch_compile_takes_it_whole() -> None:
     linear, W = linear_of("50%", rank=4)
     x = torch.randn(3, 48, device=DEVICE)
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(x), x.double() @ W.t(), torch.float32)
+    assert_product(compiled(x), x, W, torch.float32)
 
 
 # Where tiles do it
@@ -287,11 +304,11 @@ class BrokenKernel:
     """A module of kernels that raise, or that do nothing."""
 
     def __init__(self, error: Exception | None) -> None:
-        self.error, self.multiply_packed = error, self
+        self.error = error
+        self.multiply_packed = self.multiply_2_of_4 = self
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **settings: Any) -> None:
-            arguments[5].zero_()
             if self.error:
                 raise self.error
 
@@ -318,7 +335,7 @@ def test_a_kernel_that_fails_its_check_is_not_used(
     linear, W = linear_of("8:16", rank=4)
     x = torch.randn(3, 48, device=DEVICE)
     for _ in range(2):
-        assert_close(linear(x), x.double() @ W.t(), torch.float32)
+        assert_product(linear(x), x, W, torch.float32)
     (message,) = of_the_kernel(caplog)
     assert message.startswith(f"packed linears at 8:16 in torch.float32 on {DEVICE}: unpacked in tiles")
     assert reason in message
