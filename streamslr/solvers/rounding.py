@@ -13,7 +13,7 @@ from streamslr.solvers.threebasil_costs import solve_flops
 from streamslr.solvers.threebasil_metric import Metric, Pace, StageInverses, build_metric
 from streamslr.spec.allocation import LinearSpec
 from streamslr.spec.pattern import Dense
-from streamslr.spec.values import ValueFormat, group_columns, group_count, spread, sum_groups
+from streamslr.spec.values import ValueFormat, group_count, in_groups, spread, sum_groups
 
 # Pace of ADMM on a grid, its stages, and iterations of each (tools/results/rounding.md, "Pace").
 _PACE, _STAGES, _ITERATIONS = Pace(1.0, 1.25), 15, 8
@@ -197,20 +197,19 @@ def _searched_scales(S: Tensor, energy: Tensor, values: ValueFormat, dtype: torc
     """
     o, d = S.shape
     groups = group_count(d, values.group)
-    size = group_columns(d, groups)
     scales = S.new_empty(o, groups)
+    weights = in_groups(energy[None], groups)
     for rows in _tiles(S):
-        for group in range(groups):
-            columns = slice(group * size, min((group + 1) * size, d))
-            part, weights = S[rows, columns], energy[columns]
-            whole = part.abs().amax(1) / values.largest
-            least, best = torch.full_like(whole, math.inf), _as_stored(whole, dtype)
-            for factor in torch.linspace(_LEAST_FACTOR, 1.0, _FACTORS).tolist():
-                scale = _as_stored(whole * factor, dtype)
-                error = (values.nearest(part / scale[:, None]) * scale[:, None] - part).square() @ weights
-                best = torch.where(error < least, scale, best)
-                least = torch.minimum(error, least)
-            scales[rows, group] = best
+        parts = in_groups(S[rows], groups)  # [t, groups, columns of a group]
+        whole = parts.abs().amax(2) / values.largest
+        least, best = torch.full_like(whole, math.inf), _as_stored(whole, dtype)
+        for factor in torch.linspace(_LEAST_FACTOR, 1.0, _FACTORS).tolist():
+            scale = _as_stored(whole * factor, dtype)
+            changed = values.nearest(parts / scale[:, :, None]).mul_(scale[:, :, None]).sub_(parts)
+            error = changed.square_().mul_(weights).sum(2)
+            best = torch.where(error < least, scale, best)
+            least = torch.minimum(error, least)
+        scales[rows] = best
     return scales
 
 

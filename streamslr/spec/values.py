@@ -250,9 +250,14 @@ def group_columns(d: int, groups: int) -> int:
 
 def sum_groups(numbers: Tensor, groups: int) -> Tensor:
     """Return the sums of numbers [rows, d] over the groups of each row, [rows, groups]."""
+    return in_groups(numbers, groups).sum(2)
+
+
+def in_groups(numbers: Tensor, groups: int) -> Tensor:
+    """Return numbers [rows, d] as [rows, groups, columns of a group], with zeros behind the last column."""
     rows, d = numbers.shape
     size = group_columns(d, groups)
-    return torch.nn.functional.pad(numbers, (0, groups * size - d)).view(rows, groups, size).sum(2)
+    return torch.nn.functional.pad(numbers, (0, groups * size - d)).view(rows, groups, size)
 
 
 def spread(scales: Tensor, d: int) -> Tensor:
