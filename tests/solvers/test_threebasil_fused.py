@@ -157,9 +157,12 @@ def test_rows_multiplied_in_parts_give_the_same_steps() -> None:
 @pytest.mark.parametrize("pattern", ["2:4", *slow("1:4", "4:8")])
 @pytest.mark.parametrize("rank", [4, *slow(0)])
 def test_the_fused_step_costs_no_loss(pattern: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `step_in_torch` in the kernel's place: whole solves would take minutes in the interpreter."""
+    """With `step_in_torch` in the kernel's place: whole solves would take minutes in the interpreter.
+
+    One problem alone differs by 4 %, either way.
+    """
     monkeypatch.setattr(threebasil_fused, "import_module", lambda name: StepInTorch())
-    problems = [made_problem(pattern=pattern, rank=rank, seed=seed) for seed in range(3)]
+    problems = [made_problem(pattern=pattern, rank=rank, seed=seed) for seed in range(8)]
     fused = [BFLOAT16.solve(problem) for problem in problems]
     assert describe(CPU) == {pattern: "fused"}
     for problem, result in zip(problems, fused, strict=True):
