@@ -421,7 +421,7 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 @_device_option
 @_quiet_option
 def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
-    """Train U and V of a compressed FOLDER on a text.
+    """Train U, V and the scales of S of a compressed FOLDER on a text.
 
     S stays as it is, frozen and packed. The result is a new compressed folder. After an interruption the same line
     goes on.

@@ -1,4 +1,4 @@
-"""Train U and V of a compressed folder on text, S frozen and packed, and write them back in the same format.
+"""Train U, V and scales of a compressed folder on text, S packed, and write them back in the same format.
 
 U·V is a low-rank adapter already, so no adapter of PEFT is added: a second one would have to be merged into it at a
 higher rank to come back into this format. `streamslr export --to peft` gives U·V as a LoRA for training with PEFT.
@@ -44,6 +44,7 @@ from streamslr.io.durable import (
 from streamslr.io.folder import copy_auxiliary_file, require_as_written, write_index
 from streamslr.io.packed_layout import low_rank_bytes
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, WrittenShard, shard_header, write_shard
+from streamslr.masters import MatchSettings
 from streamslr.memory import note_nothing
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
@@ -53,7 +54,7 @@ from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from streamslr.run.journal import FinetuneRecord, JournalState, LinearRecord, read_journal, write_journal
 from streamslr.runtime.loader import load, packed_modules
-from streamslr.spec.values import INT8, STORED
+from streamslr.spec.values import INT8, STORED, grid_of, group_count, parse_values
 
 _HELD_OUT_FRACTION, _MAX_HELD_OUT = 1 / 20, 64
 """Windows held out of training: a fraction of all, but at most so many, which is enough for a mean."""
@@ -91,12 +92,12 @@ def finetune(
     bos: str = "auto",
     device: str | None = None,
 ) -> FinetuneRecord:
-    """Train U [o, r] and V [r, d] of every linear in `folder` to predict `data`; write the result as the folder `out`.
+    """Train U [o, r], V [r, d] and scales of every linear in `folder` to predict `data`; write the folder `out`.
 
-    U and V are trained in float32 and rounded to the dtype they had. On a GPU a bf16 folder computes in bf16, all else
-    in float32. All work is in `out`.partial, which becomes `out` at the end; called again after an interruption,
-    training continues from the last twentieth, and where it was finished, its record is returned. `out` has the S of
-    `folder` byte for byte.
+    They are trained in float32 and rounded to the dtype they had. On a GPU a bf16 folder computes in bf16, all else in
+    float32. All work is in `out`.partial, which becomes `out` at the end; called again after an interruption, training
+    continues from the last twentieth, and where it was finished, its record is returned. `out` has the values and codes
+    of S that `folder` has, byte for byte.
 
     Args:
         folder: A finished compressed folder.
@@ -108,7 +109,8 @@ def finetune(
         steps: Steps of `batch` windows each, in place of `epochs`.
         batch: Windows in a step.
         lr: Learning rate of an entry of U or V, relative to the root mean square of that U or V, so that it fits every
-            width of a model. It rises over the first twentieth of the steps and falls to 0 by a cosine.
+            width of a model; of scales, a tenth of it. It rises over the first twentieth of the steps and falls to 0 by
+            a cosine.
         seed: Seed of the order of the windows.
         bos: First token of each window is the tokenizer's BOS: "yes", "no", or "auto", where it adds one by itself.
         device: "cpu" or "cuda"; None stands for cuda where there is one.
@@ -135,10 +137,10 @@ def finetune(
         _require_space(work, state)
         model = load(folder, where)
         in_bf16 = where.type == "cuda" and model.dtype == torch.bfloat16
-        trained = _unfreeze_low_rank(model, state, in_bf16)
+        trained = _unfreeze_parts(model, state, in_bf16)
         arguments = _training_arguments(work, total, batch, seed, where, in_bf16)
         trainer = _make_trainer(model, trained, windows, held_out, arguments, lr)
-        message = "training %s parameters of U and V on %d windows of %d tokens of %s; %d more are held out"
+        message = "training %s parameters of U, V and scales on %d windows of %d tokens of %s; %d more are held out"
         count = sum(parameter.numel() for parameter in trained.values())
         log.info(message, f"{count:,}", len(windows) - held_out, seq_len, data, held_out)
         train = partial(_train, trainer, work, {name: dtypes[name] for name in trained})
@@ -159,24 +161,22 @@ def finetune(
     return record
 
 
-class _LowRankTrainer(Trainer):
-    """Trainer whose checkpoints hold U and V alone, by their stored names; the rest of the model does not change."""
+class _PartsTrainer(Trainer):
+    """Trainer whose checkpoints hold U, V and scales alone, by their stored names; the rest of the model stays."""
 
-    def __init__(self, low_rank: Mapping[str, nn.Parameter], **arguments: Any) -> None:
+    def __init__(self, parts: Mapping[str, nn.Parameter], **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.low_rank = low_rank
+        self.parts = parts
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: p.detach().cpu() for name, p in self.low_rank.items()}, Path(output_dir) / "low-rank.safetensors"
-        )
+        save_file({name: p.detach().cpu() for name, p in self.parts.items()}, Path(output_dir) / "parts.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        found = load_file(Path(resume_from_checkpoint) / "low-rank.safetensors")
+        found = load_file(Path(resume_from_checkpoint) / "parts.safetensors")
         with torch.no_grad():
-            for name, parameter in self.low_rank.items():
+            for name, parameter in self.parts.items():
                 parameter.copy_(found[name])
 
 
@@ -209,7 +209,7 @@ def _check_arguments(folder: Path, out: Path, lr: float) -> None:
 
 def _require_space(work: Path, state: JournalState) -> None:
     """Raise BudgetError where the disk cannot hold the result and the checkpoints."""
-    count = sum(linear.rank * sum(linear.shape) for block in state.blocks for linear in block.linears)
+    count = sum(map(_trained_numbers, _linears(state)))
     nbytes = sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES
     require_disk_space(DiskNeed(work, "result and checkpoints", nbytes, "give --out on another disk"))
 
@@ -218,8 +218,11 @@ def _read_trainable(folder: Path) -> JournalState:
     """Return the journal of a folder that can be trained. Raise InputError for one that is not finished and sound."""
     state = read_run(folder)
     state.require_complete(folder)
-    if not any(linear.rank for block in state.blocks for linear in block.linears):
-        raise InputError(f"{folder} has rank 0: there is no U·V to train; compress it with a --rank above 0")
+    if not any(map(_trained_numbers, _linears(state))):
+        raise InputError(
+            f"{folder} has rank 0 and no values on a grid: there is no U·V and no scale to train; compress it with a "
+            "--rank above 0"
+        )
     _require_sound(folder)
     return state
 
@@ -301,28 +304,40 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
         yield work
 
 
-def _low_rank(model: PreTrainedModel, state: JournalState) -> dict[str, nn.Parameter]:
-    """Return U and V by their stored names."""
+def _linears(state: JournalState) -> list[LinearRecord]:
+    """Return the records of all linears."""
+    return [linear for block in state.blocks for linear in block.linears]
+
+
+def _trained_numbers(linear: LinearRecord) -> int:
+    """Return how many numbers of a linear are trained: those of U and V, and its scales."""
+    grid = grid_of(parse_values(linear.values))
+    scales = linear.shape[0] * group_count(linear.shape[1], grid.group) if grid else 0
+    return linear.rank * sum(linear.shape) + scales
+
+
+def _parts(model: PreTrainedModel, state: JournalState) -> dict[str, nn.Parameter]:
+    """Return U, V and scales by their stored names, as parameters."""
     modules = packed_modules(model)
     trained: dict[str, nn.Parameter] = {}
-    linears = [linear.name for block in state.blocks for linear in block.linears if linear.rank]
-    coded = [module for module in modules.values() if module.low_rank_scales is not None]
-    for module in coded:
-        module.make_trainable()
+    coded = sum(module.low_rank_scales is not None for module in modules.values())
     if coded:
-        message = "U and V of %d linears are int8 codes: they are trained, and stored, as numbers"
-        log.info(message, len(coded))
+        log.info("U and V of %d linears are int8 codes: they are trained, and stored, as numbers", coded)
+    for module in modules.values():
+        module.make_trainable()
+    linears = [linear.name for linear in _linears(state) if _trained_numbers(linear)]
     for stored, name in find_modules(model, linears, modules).items():
-        trained |= {f"{stored}.{part}": modules[name].get_parameter(part) for part in ("U", "V")}
+        own = dict(modules[name].named_parameters(recurse=False))
+        trained |= {f"{stored}.{part}": own[part] for part in ("scales", "U", "V") if part in own}
     return trained
 
 
-def _unfreeze_low_rank(model: PreTrainedModel, state: JournalState, in_bf16: bool) -> dict[str, nn.Parameter]:
-    """Give a gradient to U and V alone, and return them in float32 by their stored names.
+def _unfreeze_parts(model: PreTrainedModel, state: JournalState, in_bf16: bool) -> dict[str, nn.Parameter]:
+    """Give a gradient to U, V and scales alone, and return them in float32 by their stored names.
 
     The other parameters, packed values of S excepted, become float32 too unless the model computes `in_bf16`.
     """
-    trained = _low_rank(model, state)
+    trained = _parts(model, state)
     model.requires_grad_(False)
     for parameter in trained.values():
         parameter.requires_grad_(True)
@@ -365,10 +380,10 @@ def _make_trainer(
     held_out: int,
     arguments: TrainingArguments,
     lr: float,
-) -> _LowRankTrainer:
-    """Return a trainer of U and V on the windows [n, T]; the last `held_out` of them are for evaluation."""
+) -> _PartsTrainer:
+    """Return a trainer of U, V and scales on the windows [n, T]; the last `held_out` of them are for evaluation."""
     examples = [{"input_ids": window, "labels": window} for window in windows]
-    trainer = _LowRankTrainer(
+    trainer = _PartsTrainer(
         trained,
         model=model,
         args=arguments,
@@ -384,15 +399,20 @@ def _make_trainer(
 def _make_adam(trained: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """Return Adam with a rate for each tensor, `lr` times the root mean square that the tensor has now.
 
-    There is no weight decay: it would pull U·V away from the solution of the compression.
+    Scales take a tenth, as in matching: they move all of S. There is no weight decay: it would pull U·V away from the
+    solution of the compression.
     """
-    groups = [{"params": [p], "lr": lr * float(p.detach().square().mean().sqrt())} for p in trained.values()]
+    ratios = {name: MatchSettings.scale_lr_ratio if name.endswith(".scales") else 1.0 for name in trained}
+    groups = [
+        {"params": [p], "lr": ratios[name] * lr * float(p.detach().square().mean().sqrt())}
+        for name, p in trained.items()
+    ]
     return torch.optim.Adam(groups)
 
 
 @deterministic_operators()
-def _train(trainer: _LowRankTrainer, work: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[float, float]:
-    """Train from the last checkpoint, if there is one, to the last step; round U and V to `dtypes`, by stored name.
+def _train(trainer: _PartsTrainer, work: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[float, float]:
+    """Train from the last checkpoint, if there is one, to the last step; round the parts to `dtypes`, by name.
 
     Returns:
         The held-out loss before training and after rounding.
@@ -410,7 +430,7 @@ def _train(trainer: _LowRankTrainer, work: Path, dtypes: Mapping[str, torch.dtyp
         else:
             trainer.train(resume_from_checkpoint=last)
         with torch.no_grad():
-            for name, parameter in trainer.low_rank.items():
+            for name, parameter in trainer.parts.items():
                 parameter.copy_(parameter.to(dtypes[name]))
         after = trainer.evaluate()["eval_loss"]
     except (RuntimeError, MemoryError) as error:
@@ -449,7 +469,7 @@ def _as_numbers(linear: LinearRecord) -> LinearRecord:
 def _write(
     folder: Path, out: Path, state: JournalState, trained: Mapping[str, nn.Parameter], record: FinetuneRecord
 ) -> None:
-    """Write the folder again, with the trained U and V; one tensor in memory at a time, the journal last."""
+    """Write the folder again, with what was trained; one tensor in memory at a time, the journal last."""
 
     def rewritten(file: str) -> WrittenShard:
         require_as_written(folder / file, state.digests[file])  # it was verified before the training, hours ago

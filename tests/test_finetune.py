@@ -59,6 +59,21 @@ def test_u_and_v_alone_change_and_keep_their_dtype(compressed: Path, tuned: Path
             assert one.metadata() == other.metadata()
 
 
+def test_scales_of_values_on_a_grid_are_trained_too(llama: Path, text: Path, tmp_path: Path) -> None:
+    grid = RUN | {"values": "int4", "group": 16, "rank": 0}
+    streamslr.compress(llama, tmp_path / "slr", calibration=text, **grid)
+    finetune(tmp_path / "slr", text, tmp_path / "out", **SETTINGS)
+    for shard in (tmp_path / "slr").glob("*.safetensors"):
+        before, after = load_file(shard), load_file(tmp_path / "out" / shard.name)
+        changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+        assert changed == {name for name in before if name.endswith(".scales")}
+        assert all(tensor.dtype == after[name].dtype for name, tensor in before.items())
+    assert not verify(tmp_path / "out").problems
+    (record,) = read_run(tmp_path / "out").finetuned
+    assert record.loss_after < record.loss_before
+    assert perplexity(tmp_path / "out", text) < perplexity(tmp_path / "slr", text)
+
+
 def test_every_command_takes_the_result(tuned: Path, text: Path, tmp_path: Path) -> None:
     assert verify(tuned).problems == ()
     assert "fine-tuned on text.txt, 10 steps" in str(run_table(tuned, read_run(tuned)).caption)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from streamslr.errors import InputError
 from streamslr.io.low_rank import require_range, unpack_low_rank
 from streamslr.io.packed_layout import PACKED_PARTS, number_dtype, part_dtype, part_shapes
-from streamslr.io.packing import unpack, unpack_rows
+from streamslr.io.packing import row_chunks, unpack, unpack_rows
 from streamslr.model.weight_reads import AbsentWeight
 from streamslr.runtime import triton_product
 from streamslr.runtime.packed_rows import MOST_TOKENS, multiply_native, unpack_native, why_not_native
 from streamslr.spec.pattern import NofM, SparsityPattern, parse_pattern
-from streamslr.spec.values import ValueFormat, values_text
+from streamslr.spec.values import ValueFormat, sum_groups, values_text
 
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 24
 """Weights that are unpacked at once. On a CPU a tile and its parts should fit the cache: unpacking 4096x4096 at once
@@ -134,7 +134,11 @@ class SparseLowRankLinear(nn.Module):
 
     @torch.no_grad()
     def make_trainable(self) -> None:
-        """Make codes of U and V numbers: parameters in the dtype of their scales. Numbers stay as they are."""
+        """Make scales of S parameters, and codes of U and V numbers: parameters in the dtype of their scales."""
+        if self.scales is not None:
+            scales = self.scales
+            del self.scales
+            self.register_parameter("scales", nn.Parameter(scales))
         low_rank = unpack_low_rank(self.packed())
         if self.low_rank_scales is None or low_rank is None:
             return
@@ -299,15 +303,52 @@ def _(
 
 
 def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, values, meta, row_offsets, *ctx.rest, scales = inputs
-    ctx.save_for_backward(values, meta, row_offsets, scales)
+    x, values, meta, row_offsets, *ctx.rest, scales = inputs
+    trained = scales is not None and scales.requires_grad
+    ctx.save_for_backward(x if trained else None, values, meta, row_offsets, scales)
 
 
 def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *packed, scales = ctx.saved_tensors
+    x, values, meta, row_offsets, scales = ctx.saved_tensors
     pattern, d, by_columns = ctx.rest
+    packed = values, meta, row_offsets
     dx = packed_product(grad, *packed, pattern, d, not by_columns, scales) if ctx.needs_input_grad[0] else None
-    return dx, *[None] * 7
+    dscales = None
+    if x is not None:  # saved where scales are trained
+        if by_columns:
+            raise NotImplementedError("scales have no gradient of a gradient")
+        dscales = _scale_gradient(grad, x, *packed, _parse(pattern), scales)
+    return dx, *[None] * 6, dscales
+
+
+def _scale_gradient(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    row_offsets: Tensor | None,
+    pattern: SparsityPattern,
+    scales: Tensor,
+) -> Tensor:
+    """Return the gradient [o, groups] of x Sᵀ by the scales of S: of each group, Σ code · (gradᵀ x) over its columns.
+
+    Args:
+        grad: Gradient of the product [n, o].
+        x: Its factor [n, d].
+        values: Codes of S as they are stored, as are meta and row_offsets.
+        meta: uint8 [o, width].
+        row_offsets: int64 [o + 1], or None.
+        pattern: Pattern of S.
+        scales: Scales [o, groups].
+    """
+    (o, groups), d = scales.shape, x.shape[1]
+    parts = {"values": values, "meta": meta, "row_offsets": row_offsets, "scales": torch.ones_like(scales)}
+    tensors = {part: tensor for part, tensor in parts.items() if tensor is not None}
+    result = torch.empty_like(scales)
+    for rows in row_chunks(o, d):
+        codes = unpack_rows(tensors, pattern, (o, d), rows).float()
+        result[rows] = sum_groups(codes.mul_(grad[:, rows].float().t() @ x.float()), groups)
+    return result
 
 
 packed_product.register_autograd(_packed_backward, setup_context=_keep_packed)

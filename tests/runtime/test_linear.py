@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamslr.io.packing import merge, pack
+from streamslr.io.packing import merge, pack, unpack_codes
 from streamslr.runtime import linear as module
 from streamslr.runtime.linear import SparseLowRankLinear
 from streamslr.spec.pattern import parse_pattern
+from streamslr.spec.values import spread
+from tests.support.packed_linears import form_of, grid_linear
 
 PATTERNS = ["2:4", "1:4", "4:8", "3:16", "50%", "90%", "80%/row"]
 
@@ -100,6 +102,26 @@ def test_gradients_reach_x_u_v_and_bias_but_not_s(pattern: str) -> None:
         assert expected.grad is not None
         assert_close(got.grad, expected.grad, torch.float32)
     assert [name for name, _ in linear.named_parameters()] == ["U", "V", "bias"]
+
+
+@pytest.mark.parametrize("values", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("pattern", ["2:4", "50%", "dense"])
+def test_gradients_reach_scales(pattern: str, values: str) -> None:
+    parsed, form, (o, d) = parse_pattern(pattern), form_of(values, 24), (48, 80)  # the last group has 8 columns
+    parts = grid_linear(parsed, form, o, d, 0, torch.float32)
+    nonzeros = int(parts["row_offsets"][-1]) if "row_offsets" in parts else None
+    linear = SparseLowRankLinear(d, o, parsed, 0, nonzeros=nonzeros, values=form)
+    linear.load_state_dict(parts)
+    linear.make_trainable()
+    x, dy = torch.randn(5, d), torch.randn(5, o)
+    linear(x).backward(dy)
+    scales = parts["scales"].double().requires_grad_()
+    S = unpack_codes(parts, parsed, (o, d)).double() * spread(scales, d)
+    (x.double() @ S.t()).backward(dy.double())
+    assert linear.scales is not None
+    assert linear.scales.grad is not None
+    assert scales.grad is not None
+    assert_close(linear.scales.grad, scales.grad, torch.float32)
 
 
 def test_backward_keeps_no_dense_s() -> None:
