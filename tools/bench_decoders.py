@@ -1,27 +1,41 @@
 """Measure how fast weights stored in 8 or 4 bits are decoded, against plain reads in turn with them.
 
-    python tools/bench_decoders.py [--size 4096] [--threads 1] [--rounds 7]
+    python tools/bench_decoders.py [--size 4096] [--threads 1] [--rounds 15] [--torch]
 
-For each format a weight of random codes is written and read back, from the system's cache, in three ways, in turn:
-decoded as a run does it, its stored bytes copied, and the same weight stored in bf16 copied. A line has the median
-seconds of the first, and how many times as long it takes as each of the others.
+For each format a weight of random codes is written and read back, from the system's cache, in turn
+
+    decoded    as a run does it, to bf16 in new memory
+    read       its stored bytes, by the safetensors reader, copied into new memory, as who keeps them has to
+    again      the same into memory that the process had before
+    memcpy     the stored bytes from memory to memory, both used before
+    written    as many bytes as the decoded weight has, one value, into new memory of large pages: the least that any
+               decoder takes
+    bf16       the same weight stored in bf16, read into new memory
+
+A line has the median milliseconds of the first, and how many times as long it takes as each of the others. One thread
+is measured by its CPU time, which other work on the machine changes little, several by the clock. With --torch the C
+library is left aside.
 """
 
 import argparse
 import json
+import mmap
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from streamslr.model import decode_codes
 from streamslr.model.checkpoint import open_checkpoint
 
 NAME = "model.layers.0.self_attn.q_proj."
@@ -64,7 +78,7 @@ def formats(n: int) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
             {"quant_method": "mxfp4"},
             {
                 f"{NAME}x_blocks": random_ints(torch.uint8, 1, n, n // 32, 16),
-                f"{NAME}x_scales": random_ints(torch.uint8, 1, n, n // 32),
+                f"{NAME}x_scales": torch.randint(110, 130, (1, n, n // 32), dtype=torch.uint8),
             },
         ),
         "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, {f"{NAME}qweight": words, **transposed}),
@@ -75,20 +89,46 @@ def formats(n: int) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     }
 
 
-def copy_all(path: Path) -> None:
+def new_memory(nbytes: int, large_pages: bool = False) -> Tensor:
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # as malloc maps it
+    if large_pages:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def used_memory(memory: Mapping[str, Tensor], name: str, nbytes: int) -> Tensor:
+    return memory[name][:nbytes]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
+
+
+def read(path: Path, memory: Callable[[str, int], Tensor]) -> None:
+    """Copy the tensors of a file into memory that is given by a tensor's name and bytes."""
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  # no mapping
-            file.get_tensor(name).clone()
+            tensor = as_bytes(file.get_tensor(name))
+            memory(name, len(tensor)).copy_(tensor)
 
 
-def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def write(nbytes: int) -> None:
+    new_memory(nbytes, large_pages=True).fill_(1)
+
+
+def copy(tensors: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        memory[name].copy_(as_bytes(tensor))
+
+
+def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Return the median seconds of each, after a round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = clock()
             way()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
@@ -96,14 +136,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight, a multiple of 128")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--torch", action="store_true", help="leave the C library aside")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
+    clock = time.process_time if args.threads == 1 else time.perf_counter
+    library = patch.object(decode_codes, "find_spec", return_value=None) if args.torch else nullcontext()
+    with library, tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.safetensors"
         save_file({"weight": torch.randn(args.size, args.size).bfloat16()}, dense)
-        print(f"{'format':12} {'seconds':>8} {'GB/s read':>9} {'× stored':>8} {'× in bf16':>9}")
+        others = ("read", "again", "memcpy", "written", "bf16")
+        print(f"{'format':12} {'ms':>6}", *(f"{'× ' + other:>10}" for other in others))
         for name, (entry, tensors) in formats(args.size).items():
             config = {"model_type": "llama", "dtype": "bfloat16", "quantization_config": entry}
             (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -111,15 +155,18 @@ def main() -> None:
             save_file(tensors, stored)
             checkpoint = open_checkpoint(folder)
             (weight,) = checkpoint.tensors
+            memory = {name: torch.zeros(tensor.nbytes, dtype=torch.uint8) for name, tensor in tensors.items()}
             ways: dict[str, Callable[[], object]] = {
                 "decoded": partial(checkpoint.read_one, weight),
-                "stored": partial(copy_all, stored),
-                "bf16": partial(copy_all, dense),
+                "read": partial(read, stored, lambda _, nbytes: new_memory(nbytes)),
+                "again": partial(read, stored, partial(used_memory, memory)),
+                "memcpy": partial(copy, tensors, memory),
+                "written": partial(write, checkpoint.tensors[weight].nbytes),
+                "bf16": partial(read, dense, lambda _, nbytes: new_memory(nbytes)),
             }
-            found = interleaved(ways, args.rounds)
-            rate = stored.stat().st_size / found["decoded"] / 1e9
-            ratios = found["decoded"] / found["stored"], found["decoded"] / found["bf16"]
-            print(f"{name:12} {found['decoded']:8.4f} {rate:9.2f} {ratios[0]:8.1f} {ratios[1]:9.1f}", flush=True)
+            found = interleaved(ways, args.rounds, clock)
+            ratios = [found["decoded"] / found[other] for other in others]
+            print(f"{name:12} {1e3 * found['decoded']:6.1f}", *(f"{ratio:10.2f}" for ratio in ratios), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Weights from codes and scales, (code - zero) · scale, some rows at a time so that each value stays in the cache."""
+"""Weights from codes and scales, (code - zero) · scale, by torch: some rows at a time, to keep values in the cache."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -9,8 +10,57 @@ from torch import Tensor
 _AT_ONCE = 2**19
 """Values that are decoded together: 2 MiB in float32."""
 
-Rows = Callable[[int, int], Tensor]
-"""Returns the codes of the rows from one to before another, [n, d], in a dtype that float32 holds exactly."""
+
+class Kind(IntEnum):
+    """Numbers that codes are for, with the numbering of decode_codes.c."""
+
+    UINT4 = 0
+    FP4 = 1
+    """e2m1 (OCP Microscaling Formats, version 1.0)."""
+    UINT8 = 2
+    INT8 = 3
+    FP8 = 4
+    """e4m3 without infinities (OCP 8-bit Floating Point Specification)."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 4 if self in (Kind.UINT4, Kind.FP4) else 8
+
+
+class Layout(IntEnum):
+    """Order in which codes are stored, with the numbering of decode_codes.c. The lower bits of a byte are the first."""
+
+    ROWS = 0
+    """Row by row, in the order of the columns."""
+    COLUMNS = 1
+    """GPTQ: int32 words [d · bits / 32, o], each with neighbours of a row."""
+    AWQ = 2
+    """AWQ: int32 words [d, o / 8], each with 8 neighbours of a column, 0, 2, 4, 6, 1, 3, 5, 7 from its lowest bits."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Codes of a weight [o, d] as they are stored."""
+
+    stored: Tensor
+    """Bytes or words, in memory without gaps."""
+    kind: Kind
+    layout: Layout = Layout.ROWS
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the numbers of the rows from start to before stop, [n, d], in a dtype that float32 holds exactly."""
+        if self.layout == Layout.AWQ:
+            words = self.stored[:, start // 8 : -(-stop // 8)]
+            return unpack_awq(words).t().contiguous()[: stop - start]
+        if self.layout == Layout.COLUMNS:
+            return unpack_words(self.stored[:, start:stop].t(), self.kind.bits)
+        part = self.stored[start:stop].flatten(1)
+        if self.kind == Kind.FP8:
+            return _fp8_values(part)
+        if self.kind == Kind.FP4:
+            return _fp4_values(part)
+        return part if self.kind == Kind.INT8 else unpack_words(part, self.kind.bits)
 
 
 @dataclass(frozen=True)
@@ -18,7 +68,7 @@ class Scales:
     """Scale and zero point of each block of a weight [o, d]; the blocks at its edges may be smaller."""
 
     scales: Tensor
-    """[O, D], a floating-point dtype."""
+    """[O, D], a floating-point dtype; or uint8, bytes of e8m0 scales."""
     rows: int
     """Rows of a block."""
     columns: int | Tensor
@@ -27,7 +77,7 @@ class Scales:
     """Code that stands for 0 [O, D]; None where that is 0."""
 
 
-def dequantize(codes: Rows, scales: Scales, weight: Tensor, via: torch.dtype | None = None) -> None:
+def dequantize(codes: Codes, scales: Scales, weight: Tensor, via: torch.dtype | None = None) -> None:
     """Write (code - zero) · scale into a weight [o, d], computed in float32 and rounded to the weight's dtype.
 
     Args:
@@ -39,14 +89,20 @@ def dequantize(codes: Rows, scales: Scales, weight: Tensor, via: torch.dtype | N
     o, d = weight.shape
     step = max(8, _AT_ONCE // d // 8 * 8)
     memory = torch.empty(min(step, o), d, dtype=torch.float32)
+    rows = weight
+    if not weight.is_contiguous():  # slow to write by rows
+        rows = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    factors = powers_of_two(scales.scales) if scales.scales.dtype == torch.uint8 else scales.scales
     for start in range(0, o, step):
         stop = min(start + step, o)
-        values = memory[: stop - start].copy_(codes(start, stop))
+        values = memory[: stop - start].copy_(codes.rows(start, stop))
         block = torch.arange(start, stop) // scales.rows
         if scales.zeros is not None:
             _apply(values, scales.zeros[block].float(), scales.columns, Tensor.sub_)
-        _apply(values, scales.scales[block].float(), scales.columns, Tensor.mul_)
-        weight[start:stop] = values if via is None else values.to(via)
+        _apply(values, factors[block].float(), scales.columns, Tensor.mul_)
+        rows[start:stop] = values if via is None else values.to(via)
+    if rows is not weight:
+        weight.t().copy_(rows.t())  # torch is fast where it writes without gaps
 
 
 def _apply(
@@ -62,7 +118,7 @@ def _apply(
         operation(values[:, whole * columns :], factors[:, whole:])
 
 
-def fp8_values(codes: Tensor) -> Tensor:
+def _fp8_values(codes: Tensor) -> Tensor:
     """Return the values of fp8 e4m3 codes [n, d] in float16, which has them all, by their bits: torch's own is slow."""
     stored, nan = codes.view(torch.int8), 0x7F
     bits = stored.to(torch.int16)  # sign in the 9 upper bits, 4 of the exponent, 3 of the mantissa
@@ -84,10 +140,16 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return torch.stack((codes & 15, codes >> 4), -1).flatten(-2) if bits == 4 else codes
 
 
-def fp4_values(codes: Tensor) -> Tensor:
-    """Return the values in float16 of the fp4 e2m1 codes in bytes [n, w], two in each, the lower half first: [n, 2w].
+def unpack_awq(words: Tensor) -> Tensor:
+    """Return the codes in AWQ's words [n, w] in the order of the columns: uint8 [n, 8w]."""
+    places = unpack_words(words, 4).view(*words.shape, 2, 2, 2)  # column 4b + 2c + a is at place 4a + 2b + c
+    return places.permute(0, 1, 3, 4, 2).flatten(1)
 
-    0, 0.5, 1, 1.5, 2, 3, 4, 6 and the same below zero (OCP Microscaling Formats, version 1.0).
+
+def _fp4_values(codes: Tensor) -> Tensor:
+    """Return the values in float16 of the fp4 codes in bytes [n, w], two in each: [n, 2w].
+
+    0, 0.5, 1, 1.5, 2, 3, 4, 6 and the same below zero.
     """
     pairs = codes.view(torch.int8)
     bits = torch.stack((pairs << 4 >> 4, pairs >> 4), -1).flatten(1).to(torch.int16)  # sign in the 13 upper bits

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.io.safetensors_file import DTYPE_NAMES, TensorInfo
-from streamslr.model.dequantize import Scales, dequantize, fp4_values, fp8_values, powers_of_two, unpack_words
+from streamslr.model.decode_codes import decode
+from streamslr.model.dequantize import Codes, Kind, Layout, Scales, unpack_awq, unpack_words
 from streamslr.model.quantization import Block, Quantization
 from streamslr.model.quantized_parts import ORIGINAL, QuantizedWeight, Shape, Stored, names
 
@@ -136,10 +137,8 @@ def _find_block(shape: Shape, scales: Shape, blocks: list[Block], groups: bool) 
 
 def _decode_bytes(parts: Mapping[str, Tensor], weight: Tensor, block: Block, via: torch.dtype | None) -> None:
     codes, scales, zeros = parts["codes"], parts["scales"], parts.get("zeros")
-    if scales.dtype == torch.uint8:
-        scales = powers_of_two(scales)
     *matrices, o, d = codes.shape
-    grid = -(-o // block[0]), -(-d // block[1])
+    grid, kind = (-(-o // block[0]), -(-d // block[1])), Kind.FP8 if codes.dtype.is_floating_point else Kind.INT8
 
     def by_matrix(tensor: Tensor) -> Tensor:
         whole = tensor.reshape((1,) * (2 - tensor.dim()) + tensor.shape)
@@ -148,12 +147,7 @@ def _decode_bytes(parts: Mapping[str, Tensor], weight: Tensor, block: Block, via
     scales, zeros = by_matrix(scales), None if zeros is None else by_matrix(zeros)
     for i, matrix in enumerate(codes.view(-1, o, d)):
         of = Scales(scales[i], *block, None if zeros is None else zeros[i])
-        dequantize(partial(_rows, matrix), of, weight.view(-1, o, d)[i], via)
-
-
-def _rows(matrix: Tensor, start: int, stop: int) -> Tensor:
-    codes = matrix[start:stop]
-    return fp8_values(codes) if codes.dtype == torch.float8_e4m3fn else codes
+        decode(Codes(matrix, kind), of, weight.view(-1, o, d)[i], via)
 
 
 # fp4 with a power of two for 32 of them: experts of gpt-oss
@@ -180,13 +174,7 @@ def _mxfp4(stored: Stored) -> Iterator[QuantizedWeight]:
 
 def _decode_mxfp4(parts: Mapping[str, Tensor], weight: Tensor) -> None:
     for codes, scales, expert in zip(parts["codes"], parts["scales"], weight, strict=True):
-        as_stored = torch.empty_like(expert.t(), memory_format=torch.contiguous_format)  # [out, in]
-        dequantize(partial(_fp4_rows, codes), Scales(powers_of_two(scales), 1, 32), as_stored)
-        expert.copy_(as_stored.t())
-
-
-def _fp4_rows(codes: Tensor, start: int, stop: int) -> Tensor:
-    return fp4_values(codes[start:stop].flatten(1))
+        decode(Codes(codes, Kind.FP4), Scales(scales, 1, 32), expert.t())
 
 
 # Codes of 4 or 8 bits in int32 words: compressed-tensors, GPTQ, AWQ
@@ -250,7 +238,8 @@ def _decode_packed(
     if "zeros" in parts:
         zeros = unpack_words(parts["zeros"].t(), bits)[:, :o].t()
     columns = _columns(parts.get("g_idx"), d, scales.shape[1], refusal)
-    dequantize(partial(_word_rows, parts["codes"], bits), Scales(scales, 1, columns, zeros), weight, scales.dtype)
+    kind = Kind.UINT4 if bits == 4 else Kind.UINT8
+    decode(Codes(parts["codes"], kind), Scales(scales, 1, columns, zeros), weight, scales.dtype)
 
 
 def _columns(g_idx: Tensor | None, d: int, groups: int, refusal: Callable[[str], InputError]) -> int | Tensor:
@@ -262,10 +251,6 @@ def _columns(g_idx: Tensor | None, d: int, groups: int, refusal: Callable[[str],
     if torch.equal(g_idx.long(), torch.arange(d) // -(-d // groups)):
         return -(-d // groups)
     return g_idx.long()
-
-
-def _word_rows(words: Tensor, bits: int, start: int, stop: int) -> Tensor:
-    return unpack_words(words[start:stop], bits)
 
 
 def _gptq(stored: Stored) -> Iterator[QuantizedWeight]:
@@ -300,12 +285,8 @@ def _decode_gptq(
     if lowest and int(zeros.max()) >> bits:
         raise refusal(f"has a zero point of {int(zeros.max())}, of which kernels of GPTQ make 0 or not; {ORIGINAL}")
     columns = _columns(parts.get("g_idx"), d, scales.shape[1], refusal)
-    codes = partial(_word_columns, parts["codes"], bits)
-    dequantize(codes, Scales(scales, 1, columns, zeros), weight, scales.dtype)
-
-
-def _word_columns(words: Tensor, bits: int, start: int, stop: int) -> Tensor:
-    return unpack_words(words[:, start:stop].t(), bits)
+    codes = Codes(parts["codes"], Kind.UINT4 if bits == 4 else Kind.UINT8, Layout.COLUMNS)
+    decode(codes, Scales(scales, 1, columns, zeros), weight, scales.dtype)
 
 
 def _awq(stored: Stored) -> Iterator[QuantizedWeight]:
@@ -326,19 +307,9 @@ def _awq(stored: Stored) -> Iterator[QuantizedWeight]:
 
 def _decode_awq(parts: Mapping[str, Tensor], weight: Tensor) -> None:
     scales = parts["scales"].t()
-    zeros = _awq_codes(parts["zeros"]).t()
+    zeros = unpack_awq(parts["zeros"]).t()
     of = Scales(scales, 1, weight.shape[1] // scales.shape[1], zeros)
-    dequantize(partial(_awq_rows, parts["codes"]), of, weight, scales.dtype)
-
-
-def _awq_rows(words: Tensor, start: int, stop: int) -> Tensor:
-    return _awq_codes(words[:, start // 8 : -(-stop // 8)]).t().contiguous()[: stop - start]
-
-
-def _awq_codes(words: Tensor) -> Tensor:
-    """Return the codes in words [n, w] in the order of the columns: uint8 [n, 8w]."""
-    places = unpack_words(words, 4).view(*words.shape, 2, 2, 2)  # column 4b + 2c + a is at place 4a + 2b + c
-    return places.permute(0, 1, 3, 4, 2).flatten(1)
+    decode(Codes(parts["codes"], Kind.UINT4, Layout.AWQ), of, weight, scales.dtype)
 
 
 def _transposed(stored: Stored) -> Iterator[tuple[str, TensorInfo, TensorInfo, TensorInfo]]:
