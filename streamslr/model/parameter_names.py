@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from transformers import Concatenate, PreTrainedModel, WeightConverter
@@ -244,6 +244,37 @@ def check_headers(model: PreTrainedModel, names: ParameterNames, checkpoint: Che
             )
 
 
+def unread_parts(keys: Iterable[str], read: Container[str]) -> dict[str, int]:
+    """Return the parts of a checkpoint that nothing reads: the path of each -> number of its tensors.
+
+    A path is as short as it can be while all keys below it are unread: `mtp`, `model.visual`, `model.layers.61`.
+
+    Args:
+        keys: every key of the checkpoint.
+        read: the keys that are read.
+    """
+    keys = list(keys)
+    shared = {path for key in keys if key in read for path in _paths(key)}
+    parts: dict[str, int] = {}
+    for key in keys:
+        if key not in read:
+            part = next((path for path in _paths(key) if path not in shared), key)
+            parts[part] = parts.get(part, 0) + 1
+    return parts
+
+
+def _paths(key: str) -> Iterator[str]:
+    """Yield the paths that lead to a key, the shortest first, and the key itself."""
+    names = key.split(".")
+    for length in range(1, len(names) + 1):
+        yield ".".join(names[:length])
+
+
+def parts_in_words(parts: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the parts of `unread_parts` with their numbers of tensors, in words."""
+    return tuple(f"{part} ({number} {'tensor' if number == 1 else 'tensors'})" for part, number in parts.items())
+
+
 def warn_of_unused(model: PreTrainedModel, names: ParameterNames, checkpoint: Checkpoint) -> None:
     """Warn of tensors in blocks that the model has no place for: transformers reads none, no output has them."""
     # Old checkpoints hold rotary tables, which transformers passes over in silence too.
@@ -266,8 +297,8 @@ def warn_of_unused(model: PreTrainedModel, names: ParameterNames, checkpoint: Ch
 def check_depth(model: PreTrainedModel, names: ParameterNames, keys: Iterable[str]) -> None:
     """Check that the checkpoint has no blocks beyond those of the model, which would be left out in silence.
 
-    Layers for multi-token prediction are stored behind the blocks (DeepSeek-V3, GLM-4.5). transformers does not run
-    them; they are kept as they are, and the log says so.
+    Layers for multi-token prediction may be stored behind the blocks (DeepSeek-V3, GLM-4.5): transformers does not run
+    them, and they are kept as other tensors that it does not read (`unread_parts`).
 
     Raises:
         InputError: The checkpoint has more blocks than config.json says.
@@ -288,11 +319,6 @@ def check_depth(model: PreTrainedModel, names: ParameterNames, keys: Iterable[st
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     unused = [key for found in beyond.values() for key in found]
     if max(beyond) < depth + predicting or all(any(p.search(key) for p in ignored) for key in unused):
-        log.info(
-            "layers %s predict further tokens: %d tensors that the model does not run, kept as they are",
-            ", ".join(map(str, sorted(beyond))),
-            len(unused),
-        )
         return
     raise InputError(
         f"config.json says {depth} blocks, the checkpoint holds block {max(beyond)} too ({unused[0]}): config.json is "

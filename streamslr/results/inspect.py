@@ -298,6 +298,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
         for record in state.finetuned
     )
     caption += (f"stay dense: {which}" for which in list_dense(state))
+    caption += (f"kept as it is, the model does not run it: {part}" for part in state.unread)
     caption += list_early_retries(state)
     caption += describe_ranks(state.blocks)
     table = Table(
