@@ -188,6 +188,7 @@ def summary(folder: Path, state: JournalState) -> dict[str, Any]:
         "blocks_total": state.blocks_total,
         "settings": dict(state.fingerprint),
         "outliers": state.outliers,
+        "unread": list(state.unread),
         "finetuned": [asdict(record) for record in state.finetuned],
         "retries": list_early_retries(state),
         "check": asdict(state.check) if state.check else None,

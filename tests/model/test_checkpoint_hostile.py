@@ -175,7 +175,7 @@ def test_layers_that_predict_further_tokens_are_kept_and_named(folder: Path, cap
     edit_config(folder, num_hidden_layers=1, num_nextn_predict_layers=1)
     caplog.set_level("INFO", "streamslr")
     model = blockwise(open_checkpoint(str(folder)))
-    assert "layers 1 predict further tokens: 9 tensors that the model does not run" in caplog.text
+    assert "does not run these parts, which are kept as they are: model.layers.1 (9 tensors)" in caplog.text
     assert "model.layers.1.mlp.up_proj.weight" in model.non_block_tensors
 
 

@@ -153,6 +153,12 @@ def plain(config: Mapping[str, Any], tensors: Tensors, **dense_config: Any) -> R
     return Repository(config, tensors, tensors, dense_config)
 
 
+def whole(model_type: str, text: PretrainedConfig, vision: Mapping[str, Any], **more: Any) -> PretrainedConfig:
+    """Return the configuration of a model that holds a decoder and a part for images."""
+    parts = {"text_config": text.to_dict(), "vision_config": dict(vision)}
+    return AutoConfig.for_model(model_type, **parts, tie_word_embeddings=text.tie_word_embeddings, **more)
+
+
 # The families
 
 _FP8 = {
@@ -172,7 +178,7 @@ _YARN = {
 }
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 192}
 _MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
-_DYNAMIC = {"input_scale": ""}
+_DYNAMIC: dict[str, str] = {"input_scale": ""}
 
 
 def deepseek_v3() -> Repository:
@@ -231,13 +237,11 @@ def minimax_m2() -> Repository:
     return quantized(config, tensors, LAYOUTS["fp8 blocks"], linears, entry, _DYNAMIC)
 
 
-def qwen3_5_moe() -> Repository:
+def _qwen3_5(model_type: str, **more: Any) -> Repository:
     text = tiny_config(
-        "qwen3_5_moe_text",
+        f"{model_type}_text",
         4,
         HIDDEN,
-        num_experts=4,
-        shared_expert_intermediate_size=64,
         head_dim=16,
         linear_key_head_dim=16,
         linear_value_head_dim=16,
@@ -250,10 +254,10 @@ def qwen3_5_moe() -> Repository:
             "mrope_interleaved": True,
             "mrope_section": [1, 1, 0],
         },
-        **_MOE,
+        **more,
     )
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
-    config, tensors = saved(whole("qwen3_5_moe", text, {**vision, "num_position_embeddings": 16}))
+    config, tensors = saved(whole(model_type, text, {**vision, "num_position_embeddings": 16}))
     tensors = fused_experts(tensors)
     last = "model.language_model.layers.3."
     like = {f"mtp.layers.0.{n.removeprefix(last)}": t for n, t in tensors.items() if n.startswith(last)}
@@ -262,6 +266,14 @@ def qwen3_5_moe() -> Repository:
     like["mtp.fc.weight"] = torch.empty(HIDDEN, 2 * HIDDEN, dtype=torch.bfloat16)
     config["text_config"] |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
     return plain(config, tensors | random_like(like, seed=1))
+
+
+def qwen3_5() -> Repository:
+    return _qwen3_5("qwen3_5")
+
+
+def qwen3_5_moe() -> Repository:
+    return _qwen3_5("qwen3_5_moe", num_experts=4, shared_expert_intermediate_size=64, **_MOE)
 
 
 def gpt_oss() -> Repository:
@@ -296,18 +308,19 @@ def llama4() -> Repository:
     return plain(as_before_5(config), tensors)
 
 
-def granite_4() -> Repository:
-    sizes = {"shared_intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "mamba_expand": 2}
+def _granite_4(experts: int, of_a_token: int) -> Repository:
+    sizes = {"shared_intermediate_size": 64, "num_local_experts": experts, "num_experts_per_tok": of_a_token}
     kinds = {"layer_types": ["mamba", "attention", "mamba"], "position_embedding_type": "nope"}
-    config, tensors = saved(tiny_config("granitemoehybrid", 3, HIDDEN, **sizes, **kinds, **_MAMBA_2))
+    config, tensors = saved(tiny_config("granitemoehybrid", 3, HIDDEN, mamba_expand=2, **sizes, **kinds, **_MAMBA_2))
     return plain(as_before_5(config), tensors)
 
 
-def granite_4_dense() -> Repository:
-    sizes = {"shared_intermediate_size": 64, "num_local_experts": 0, "num_experts_per_tok": 0, "mamba_expand": 2}
-    kinds = {"layer_types": ["mamba", "attention", "mamba"], "position_embedding_type": "nope"}
-    config, tensors = saved(tiny_config("granitemoehybrid", 3, HIDDEN, **sizes, **kinds, **_MAMBA_2))
-    return plain(as_before_5(config), tensors)
+def granite_4_small() -> Repository:
+    return _granite_4(4, 2)
+
+
+def granite_4_micro() -> Repository:
+    return _granite_4(0, 0)
 
 
 def _nemotron_h(pattern: str) -> Repository:
@@ -381,7 +394,11 @@ def _gemma_4(**more: Any) -> Repository:
     )
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16}
-    return plain(*saved(whole("gemma4", text, vision, audio_config=None)))
+    config, tensors = saved(whole("gemma4", text, vision, audio_config=None))
+    unshared, shared = (f"model.language_model.layers.{i}.self_attn." for i in (0, 2))
+    like = {shared + part: tensors[unshared + part] for part in ("k_proj.weight", "v_proj.weight", "k_norm.weight")}
+    # Blocks that take keys and values of earlier ones have weights for their own all the same; nothing reads them.
+    return plain(config, random_like(like, seed=1) | tensors)
 
 
 def gemma_4_e2b() -> Repository:
@@ -447,7 +464,73 @@ def ministral3() -> Repository:
     )
 
 
-def whole(model_type: str, text: PretrainedConfig, vision: Mapping[str, Any], **more: Any) -> PretrainedConfig:
-    """Return the configuration of a model that holds a decoder and a part for images."""
-    parts = {"text_config": text.to_dict(), "vision_config": dict(vision)}
-    return AutoConfig.for_model(model_type, **parts, tie_word_embeddings=text.tie_word_embeddings, **more)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models, and what becomes of a tiny one.
+
+    Attributes:
+        model: its name.
+        stored: how its repositories on the hub store it.
+        make: makes one.
+        result: "all" (compressed, resumed, loaded, exported, saved), "evaluated" or "refused".
+        reason: why it is not compressed, in the words of the refusal.
+        left_out: expression for names of tensors that nothing reads and no output has.
+    """
+
+    model: str
+    stored: str
+    make: Callable[[], Repository]
+    result: str = "all"
+    reason: str = ""
+    left_out: str = "$^"
+
+
+_FUSED = ("evaluated", "it is a mixture of experts that cannot be taken apart")
+_SHARED = ("refused", "blocks share state: block 0 is handed a KVSharingDict as 'shared_kv_states'")
+_PREDICTS = "a layer for multi-token prediction"
+FAMILIES: Mapping[str, Family] = {
+    "deepseek_v3": Family("DeepSeek-V3", f"fp8 in blocks of 128 × 128; {_PREDICTS} behind the blocks", deepseek_v3),
+    "qwen3_moe": Family("Qwen3-MoE", "bf16, experts one by one", qwen3_moe),
+    "qwen3_5": Family("Qwen3.5", "bf16, with a part for images; `mtp.*`", qwen3_5),
+    "qwen3_5_moe": Family("Qwen3.5-MoE", "bf16, experts fused; with a part for images; `mtp.*`", qwen3_5_moe, *_FUSED),
+    "gpt_oss": Family("gpt-oss", "mxfp4, experts fused, with biases", gpt_oss, *_FUSED),
+    "llama4": Family("Llama 4", "bf16, experts fused and transposed; with a part for images", llama4, *_FUSED),
+    "mixtral": Family("Mixtral", "bf16, experts one by one (`w1`, `w2`, `w3`)", mixtral),
+    "glm4_moe": Family("GLM-4.5", f"bf16, experts one by one; {_PREDICTS} behind the blocks", glm4_moe),
+    "minimax_m2": Family("MiniMax M2", "fp8 in blocks of 128 × 128, experts one by one", minimax_m2),
+    "kimi_k2": Family("Kimi K2 Thinking", "experts in int4 (`pack-quantized`); model_type `kimi_k2`", kimi_k2),
+    "granite_4_small": Family("Granite 4 H Small", "bf16, Mamba-2 and attention, experts fused", granite_4_small, *_FUSED),
+    "granite_4_micro": Family("Granite 4 H Micro", "bf16, Mamba-2 and attention", granite_4_micro),
+    "nemotron_h": Family("Nemotron-H", "bf16, blocks of Mamba-2, attention or an MLP", nemotron_h),
+    "nemotron_3_nano": Family("Nemotron 3 Nano", "bf16, with experts without gates", nemotron_3_nano, *_FUSED),
+    "jamba": Family("Jamba", "bf16, Mamba-1 and attention, experts one by one", jamba),
+    "falcon_h1": Family("Falcon-H1", "bf16, Mamba-2 beside attention", falcon_h1),
+    "gemma_3n": Family("Gemma 3n", "bf16, the decoder alone", gemma_3n, "refused", "block 0 takes a tensor [4, 2, 5, 64]"),
+    "gemma_4_e2b": Family("Gemma 4 E2B", "bf16, with a part for images", gemma_4_e2b, *_SHARED, r"\.2\.self_attn\.[kv]_"),
+    "gemma_4_26b_a4b": Family("Gemma 4 26B-A4B", "bf16, experts fused; with a part for images", gemma_4_26b_a4b, *_SHARED),
+    "gpt2": Family(
+        "GPT-2",
+        "float32, weights transposed, masks stored",
+        gpt2,
+        "evaluated",
+        "transformer.h.0 holds no linear that can be packed",
+        left_out=r"\.attn\.bias$",
+    ),
+    "olmo3": Family("OLMo 3", "bf16", olmo3),
+    "smollm3": Family("SmolLM3", "bf16, embeddings tied", smollm3),
+    "ministral3": Family("Ministral 3", "fp8 with one scale for a weight; with a part for images", ministral3),
+}
+"""Every family. One that comes to be compressed loses its result and reason here, and the guide's table is made anew:
+`python tools/sweep_architectures.py --families`."""
+
+
+def families_table() -> str:
+    """Return the table of the models guide."""
+    results = {"all": "compressed", "evaluated": "evaluated only", "refused": "refused"}
+    rows = [
+        f"| {family.model} | {family.stored} | {results[family.result]} | {family.reason} |"
+        for family in FAMILIES.values()
+    ]
+    return "\n".join(["| model | stored on the hub as | result | why |", "|---|---|---|---|", *rows]) + "\n"
