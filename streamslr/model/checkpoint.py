@@ -413,8 +413,9 @@ def _parse_config(
                 *(config.model_type, source.label, (config.architectures or [""])[0], model_type),
             )
     if quantization is not None:  # or transformers would ask its own quantizer
-        for name in ENTRIES:
-            vars(parsed).pop(name, None)
+        for part in (parsed, parsed.get_text_config()):
+            for name in ENTRIES:
+                vars(part).pop(name, None)
     return parsed, content, quantization
 
 

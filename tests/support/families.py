@@ -202,6 +202,25 @@ def kimi_k2() -> Repository:
     return quantized(config, tensors, layout, r"\.experts\.", entry, model_type="deepseek_v3")
 
 
+def kimi_k2_6() -> Repository:
+    """Kimi K2.6: a model of images that holds Kimi K2, and says in text_config how it is quantized."""
+    text = tiny_config("deepseek_v3", 3, HIDDEN, **_MOE)
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config, tensors = saved(whole("kimi_k25", text, {**vision, "pos_emb_height": 4, "pos_emb_width": 4}))
+    hub_names = {  # which transformers reads, and does not restore
+        "language_model.model.blocks.": "language_model.model.layers.",
+        "model.mm_projector.": "mm_projector.",
+        "vision_tower.encoder.patch_embed.": "vision_tower.patch_embed.",
+    }
+    for made, name in hub_names.items():
+        tensors = {key.replace(made, name): tensor for key, tensor in tensors.items()}
+    config["text_config"]["model_type"] = "kimi_k2"
+    layout, text_config = LAYOUTS["int4 groups"], config["text_config"]
+    stored = quantized(config, tensors, layout, r"\.experts\.", {})
+    config["text_config"] = {**text_config, "quantization_config": layout.entry}
+    return Repository(config, stored.tensors, stored.dense, {"text_config": text_config})
+
+
 def qwen3_moe() -> Repository:
     config, tensors = saved(tiny_config("qwen3_moe", 2, HIDDEN, **_MOE))
     return plain(as_before_5(config), tensors)
@@ -501,6 +520,7 @@ FAMILIES: Mapping[str, Family] = {
     "glm4_moe": Family("GLM-4.5", f"bf16, experts one by one; {_PREDICTS} behind the blocks", glm4_moe),
     "minimax_m2": Family("MiniMax M2", "fp8 in blocks of 128 × 128, experts one by one", minimax_m2),
     "kimi_k2": Family("Kimi K2 Thinking", "experts in int4 (`pack-quantized`); model_type `kimi_k2`", kimi_k2),
+    "kimi_k2_6": Family("Kimi K2.6", "the same, within a model with a part for images; model_type `kimi_k25`", kimi_k2_6),
     "granite_4_small": Family("Granite 4 H Small", "bf16, Mamba-2 and attention, experts fused", granite_4_small, *_FUSED),
     "granite_4_micro": Family("Granite 4 H Micro", "bf16, Mamba-2 and attention", granite_4_micro),
     "nemotron_h": Family("Nemotron-H", "bf16, blocks of Mamba-2, attention or an MLP", nemotron_h),
