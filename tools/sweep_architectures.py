@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("--families", action="store_true", help="write the table of families alone; runs no model")
     args = parser.parse_args()
     if args.families:
-        return replace_section(GUIDE, FAMILIES_BEGIN, families_table())
+        replace_section(GUIDE, FAMILIES_BEGIN, families_table())
+        return
     logging.getLogger("streamslr").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -367,9 +367,7 @@ class _Config(msgspec.Struct):
     auto_map: Any = None
 
 
-def _parse_config(
-    raw: bytes, source: ModelSource
-) -> tuple[PretrainedConfig, dict[str, Any], Quantization | None]:
+def _parse_config(raw: bytes, source: ModelSource) -> tuple[PretrainedConfig, dict[str, Any], Quantization | None]:
     """Return config.json as transformers reads it, its JSON, and how another tool quantized the weights.
 
     In the JSON, a model_type that transformers does not know is replaced by that of the class that it names.
@@ -413,7 +411,8 @@ def _parse_config(
                 *(config.model_type, source.label, (config.architectures or [""])[0], model_type),
             )
     if quantization is not None:  # or transformers would ask its own quantizer
-        for part in (parsed, parsed.get_text_config()):
+        text = parsed.get_text_config()
+        for part in (parsed, text) if isinstance(text, PretrainedConfig) else (parsed,):
             for name in ENTRIES:
                 vars(part).pop(name, None)
     return parsed, content, quantization

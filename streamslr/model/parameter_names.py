@@ -276,22 +276,26 @@ def parts_in_words(parts: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def warn_of_unused(model: PreTrainedModel, names: ParameterNames, checkpoint: Checkpoint) -> None:
-    """Warn of tensors in blocks that the model has no place for: transformers reads none, no output has them."""
-    # Old checkpoints hold rotary tables, which transformers passes over in silence too.
+    """Warn of tensors in blocks that the model has no place for: transformers reads none, no output has them.
+
+    Of those that transformers passes over in silence (old rotary tables and masks, keys and values of blocks that take
+    an earlier block's) the log says it without a warning.
+    """
     patterns = (r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()))
     ignored = [re.compile(pattern) for pattern in patterns]
     unused = [
         key
         for key in checkpoint.tensors
-        if (made := names.parameters_of(key))[0] not in names.meta
-        and names.block_of(made[0]) is not None
-        and not any(pattern.search(key) for pattern in ignored)
+        if (made := names.parameters_of(key))[0] not in names.meta and names.block_of(made[0]) is not None
     ]
-    if unused:
-        log.warning(
-            "%s: a %s has no place for %s (%d such tensors): it is neither used nor copied",
-            *(checkpoint.model, type(model).__name__, unused[0], len(unused)),
-        )
+    known = [key for key in unused if any(pattern.search(key) for pattern in ignored)]
+    for level, keys in ((logging.INFO, known), (logging.WARNING, sorted(set(unused) - set(known)))):
+        if keys:
+            log.log(
+                level,
+                "%s: a %s has no place for %s (%d such tensors): it is neither used nor copied",
+                *(checkpoint.model, type(model).__name__, keys[0], len(keys)),
+            )
 
 
 def check_depth(model: PreTrainedModel, names: ParameterNames, keys: Iterable[str]) -> None:

@@ -13,8 +13,8 @@ ENTRIES = ("quantization_config", "compression_config")
 """Names of the entry in config.json; older versions of compressed-tensors write the second."""
 
 TEXT_PART = "text_config"
-"""Part of config.json that describes the decoder of a model of several parts. Its entry counts where the top of the file
-has none (Kimi K2.6)."""
+"""Part of config.json for the decoder of a model of several parts. Its entry counts where the top of the file has none
+(Kimi K2.6)."""
 
 Block = tuple[int, int]
 """Rows and columns of a weight that have one scale."""
@@ -93,8 +93,8 @@ def read_quantization(config: Mapping[str, Any], label: str) -> Quantization | N
             raise ValueError(f"blocks of {found.blocks} weights")
     except ValueError as error:  # msgspec's is one
         raise InputError(
-            f"{label} is already quantized ({printable(str(method)[:50])}), in a way that streamslr does not know ({error}); give the "
-            f"original model in bf16, fp16 or fp32"
+            f"{label} is already quantized ({printable(str(method)[:50])}), in a way that streamslr does not know "
+            f"({error}); give the original model in bf16, fp16 or fp32"
         ) from error
     return found
 

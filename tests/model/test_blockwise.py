@@ -150,6 +150,7 @@ def test_tensors_that_no_parameter_takes_are_no_obstacle(tmp_path: Path) -> None
     # every key is somewhere, so that all of a shard can be released and copied
     assert "model.layers.1.self_attn.rotary_emb.inv_freq" in blockwise.block_tensors[1]
     assert {"mtp.layers.0.mlp.up_proj.weight", "some.counter"} <= set(blockwise.non_block_tensors)
+    assert blockwise.unread == {"mtp": 1, "some": 1}
 
 
 def test_every_key_is_in_one_block_or_in_none(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole runs of models stored in 8 or 4 bits: equal, byte for byte, to runs of the same weights in bf16."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,17 @@ def test_the_plan_counts_decoded_bytes(source: Path, text: Path, tmp_path: Path)
         plans.append(open_run(config).plan)
     assert plans[0].source_bytes == plans[1].source_bytes
     assert plans[0].output_bytes == plans[1].output_bytes
+
+
+def test_the_plan_holds_no_tensors_that_the_model_does_not_run(source: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "more")
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"mtp.fc.weight": torch.ones(10**6)}, tmp_path / "more/model.safetensors", {"format": "pt"})
+    configs = [settings(model, tmp_path / "out", text, host_mem=4 * 10**9) for model in (source, tmp_path / "more")]
+    plans = [open_run(RunConfig(**config)).plan for config in configs]
+    assert plans[1].output_bytes - plans[0].output_bytes == 4 * 10**6
+    embed = [next(phase.host_bytes for phase in plan.phases if phase.name == "embed") for plan in plans]
+    assert abs(embed[1] - embed[0]) < 10**5, "what the process holds already is in it"
 
 
 def test_files_of_the_quantizer_do_not_travel(source: Path, text: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Repository:
     dense_config: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path, twin: Path) -> None:
-        """Write the repository in two shards with their index, and its dense twin in one file; both with a tokenizer."""
+        """Write the repository in two shards with an index, and its dense twin in one file; both with a tokenizer."""
         for out in (folder, twin):
             out.mkdir()
             tiny_tokenizer().save_pretrained(out)
@@ -382,7 +382,9 @@ def jamba() -> Repository:
 
 def falcon_h1() -> Repository:
     multipliers = {"lm_head_multiplier": 0.5, "key_multiplier": 0.5, "ssm_multipliers": [0.5, 0.25, 0.5, 0.5, 0.5]}
-    config, tensors = saved(tiny_config("falcon_h1", 2, HIDDEN, mamba_d_ssm=128, head_dim=16, **_MAMBA_2, **multipliers))
+    config, tensors = saved(
+        tiny_config("falcon_h1", 2, HIDDEN, mamba_d_ssm=128, head_dim=16, **_MAMBA_2, **multipliers)
+    )
     return plain(as_before_5(config), tensors)
 
 
@@ -478,11 +480,7 @@ def ministral3() -> Repository:
         "weight_block_size": None,
     }
     linears = r"language_model\.model\.layers\.\d+\..*_proj\.weight"
-    return quantized(
-        config, tensors, LAYOUTS["fp8 tensor"], linears, entry, {"input_scale": "activation_scale"}
-    )
-
-
+    return quantized(config, tensors, LAYOUTS["fp8 tensor"], linears, entry, {"input_scale": "activation_scale"})
 
 
 @dataclass(frozen=True)
@@ -496,6 +494,7 @@ class Family:
         result: "all" (compressed, resumed, loaded, exported, saved), "evaluated" or "refused".
         reason: why it is not compressed, in the words of the refusal.
         left_out: expression for names of tensors that nothing reads and no output has.
+        unread: parts that are kept although the model does not run them, as the journal names them.
     """
 
     model: str
@@ -504,32 +503,59 @@ class Family:
     result: str = "all"
     reason: str = ""
     left_out: str = "$^"
+    unread: tuple[str, ...] = ()
 
 
 _FUSED = ("evaluated", "it is a mixture of experts that cannot be taken apart")
 _SHARED = ("refused", "blocks share state: block 0 is handed a KVSharingDict as 'shared_kv_states'")
 _PREDICTS = "a layer for multi-token prediction"
 FAMILIES: Mapping[str, Family] = {
-    "deepseek_v3": Family("DeepSeek-V3", f"fp8 in blocks of 128 × 128; {_PREDICTS} behind the blocks", deepseek_v3),
+    "deepseek_v3": Family(
+        "DeepSeek-V3",
+        f"fp8 in blocks of 128 × 128; {_PREDICTS} behind the blocks",
+        deepseek_v3,
+        unread=("model.layers.3 (32 tensors)",),
+    ),
     "qwen3_moe": Family("Qwen3-MoE", "bf16, experts one by one", qwen3_moe),
-    "qwen3_5": Family("Qwen3.5", "bf16, with a part for images; `mtp.*`", qwen3_5),
-    "qwen3_5_moe": Family("Qwen3.5-MoE", "bf16, experts fused; with a part for images; `mtp.*`", qwen3_5_moe, *_FUSED),
+    "qwen3_5": Family("Qwen3.5", "bf16, with a part for images; `mtp.*`", qwen3_5, unread=("mtp (15 tensors)",)),
+    "qwen3_5_moe": Family(
+        "Qwen3.5-MoE",
+        "bf16, experts fused; with a part for images; `mtp.*`",
+        qwen3_5_moe,
+        *_FUSED,
+        unread=("mtp (19 tensors)",),
+    ),
     "gpt_oss": Family("gpt-oss", "mxfp4, experts fused, with biases", gpt_oss, *_FUSED),
     "llama4": Family("Llama 4", "bf16, experts fused and transposed; with a part for images", llama4, *_FUSED),
     "mixtral": Family("Mixtral", "bf16, experts one by one (`w1`, `w2`, `w3`)", mixtral),
-    "glm4_moe": Family("GLM-4.5", f"bf16, experts one by one; {_PREDICTS} behind the blocks", glm4_moe),
+    "glm4_moe": Family(
+        "GLM-4.5",
+        f"bf16, experts one by one; {_PREDICTS} behind the blocks",
+        glm4_moe,
+        unread=("model.layers.3 (31 tensors)",),
+    ),
     "minimax_m2": Family("MiniMax M2", "fp8 in blocks of 128 × 128, experts one by one", minimax_m2),
     "kimi_k2": Family("Kimi K2 Thinking", "experts in int4 (`pack-quantized`); model_type `kimi_k2`", kimi_k2),
-    "kimi_k2_6": Family("Kimi K2.6", "the same, within a model with a part for images; model_type `kimi_k25`", kimi_k2_6),
-    "granite_4_small": Family("Granite 4 H Small", "bf16, Mamba-2 and attention, experts fused", granite_4_small, *_FUSED),
+    "kimi_k2_6": Family(
+        "Kimi K2.6", "the same, within a model with a part for images; model_type `kimi_k25`", kimi_k2_6
+    ),
+    "granite_4_small": Family(
+        "Granite 4 H Small", "bf16, Mamba-2 and attention, experts fused", granite_4_small, *_FUSED
+    ),
     "granite_4_micro": Family("Granite 4 H Micro", "bf16, Mamba-2 and attention", granite_4_micro),
     "nemotron_h": Family("Nemotron-H", "bf16, blocks of Mamba-2, attention or an MLP", nemotron_h),
     "nemotron_3_nano": Family("Nemotron 3 Nano", "bf16, with experts without gates", nemotron_3_nano, *_FUSED),
     "jamba": Family("Jamba", "bf16, Mamba-1 and attention, experts one by one", jamba),
     "falcon_h1": Family("Falcon-H1", "bf16, Mamba-2 beside attention", falcon_h1),
-    "gemma_3n": Family("Gemma 3n", "bf16, the decoder alone", gemma_3n, "refused", "block 0 takes a tensor [4, 2, 5, 64]"),
-    "gemma_4_e2b": Family("Gemma 4 E2B", "bf16, with a part for images", gemma_4_e2b, *_SHARED, r"\.2\.self_attn\.[kv]_"),
-    "gemma_4_26b_a4b": Family("Gemma 4 26B-A4B", "bf16, experts fused; with a part for images", gemma_4_26b_a4b, *_SHARED),
+    "gemma_3n": Family(
+        "Gemma 3n", "bf16, the decoder alone", gemma_3n, "refused", "block 0 takes a tensor [4, 2, 5, 64]"
+    ),
+    "gemma_4_e2b": Family(
+        "Gemma 4 E2B", "bf16, with a part for images", gemma_4_e2b, *_SHARED, r"\.2\.self_attn\.[kv]_"
+    ),
+    "gemma_4_26b_a4b": Family(
+        "Gemma 4 26B-A4B", "bf16, experts fused; with a part for images", gemma_4_26b_a4b, *_SHARED
+    ),
     "gpt2": Family(
         "GPT-2",
         "float32, weights transposed, masks stored",
