@@ -292,7 +292,7 @@ class Checkpoint:
 
     def _find_decoders(self, quantization: Quantization | None) -> Mapping[str, Decoder]:
         """Return the decoder of each weight that is stored in another form, by its name."""
-        label, dtype = self._source.label, self.config.get_text_config().dtype
+        label, dtype = self._source.label, getattr(self.config.get_text_config(), "dtype", None)
         if read_quantization_config(self.config) is not None:
             return packed_weights(self._headers, label)
         if quantization is None:

@@ -31,7 +31,7 @@ def auto_class(config: PretrainedConfig) -> Any:
     """
     if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return AutoModelForCausalLM
-    whole = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+    whole: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
     stored_whole = whole.__name__ in (config.architectures or ())
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not stored_whole
     return AutoModelForCausalLM if causal else AutoModelForMultimodalLM

@@ -51,7 +51,7 @@ class Repository:
         weight_map = {name: shard for shard, held in shards.items() for name in held}
         (folder / INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
         config = {name: value for name, value in self.config.items() if name not in ("quantization_config", "auto_map")}
-        (twin / "config.json").write_text(json.dumps(config | self.dense_config))
+        (twin / "config.json").write_text(json.dumps({**config, **self.dense_config}))
         save_file(self.dense, twin / "model.safetensors", {"format": "pt"})
 
 
@@ -130,7 +130,8 @@ def quantized(
         if not re.search(which, name):
             stored[name] = dense[name] = tensor
             continue
-        parts, dense[name] = layout.make(*tensor.shape, random)
+        o, d = tensor.shape
+        parts, dense[name] = layout.make(o, d, random)
         renamed = {(names or {}).get(part, part): value for part, value in parts.items()}
         stored |= {name.removesuffix("weight") + part: value for part, value in renamed.items() if part}
     return Repository({**config, "quantization_config": entry}, stored, dense, dense_config)
@@ -300,7 +301,8 @@ def gpt_oss() -> Repository:
     random, stored, dense = np.random.default_rng(0), Tensors(), Tensors()
     for name, tensor in tensors.items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            blocks, scales, dense[name] = mxfp4_experts(*tensor.shape, random)
+            experts, d, o = tensor.shape
+            blocks, scales, dense[name] = mxfp4_experts(experts, d, o, random)
             stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
         else:
             stored[name] = dense[name] = tensor
