@@ -421,9 +421,9 @@ def _parse_config(raw: bytes, source: ModelSource) -> tuple[PretrainedConfig, di
 def _type_by_class(config: _Config) -> str | None:
     """Return the model_type of the class of transformers that `architectures` names; None where it is none.
 
-    A model of an existing architecture may have a type of its own, so that engines can tell it (Kimi K2).
+    A model of an existing architecture may bring code and a type of its own, so that engines can tell it (Kimi K2).
     """
-    found = getattr(transformers, config.architectures[0], None) if config.architectures else None
+    found = getattr(transformers, config.architectures[0], None) if config.auto_map and config.architectures else None
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         return None
     model_type = getattr(found.config_class, "model_type", None)

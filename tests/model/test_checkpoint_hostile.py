@@ -191,8 +191,8 @@ def test_a_type_of_its_own_is_taken_for_that_of_its_class(folder: Path, caplog: 
 def test_a_type_of_its_own_without_a_class_of_transformers_is_refused(
     folder: Path, architectures: list[str] | None
 ) -> None:
-    edit_config(folder, model_type="llama_of_ours", architectures=architectures)
-    assert "transformers does not know model_type 'llama_of_ours'" in refusal(folder)
+    edit_config(folder, model_type="llama_of_ours", architectures=architectures, auto_map={"AutoModel": "m.M"})
+    assert "(model_type 'llama_of_ours') brings its own modelling code" in refusal(folder)
 
 
 # Index
