@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedModel
 
 import streamslr
 from streamslr.calibration.tokens import text_windows
@@ -172,6 +172,14 @@ def test_it_keeps_every_name_and_the_bytes_outside_its_blocks(made: Made, packed
 def test_the_model_of_its_own_class_is_loaded(made: Made, packed: Path) -> None:
     whole: PreTrainedModel = made.own_class.from_pretrained(made.twin)
     assert type(streamslr.load(packed, device="cpu")) is type(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["qwen3_5"], indirect=True)
+def test_the_decoder_alone_is_loaded_where_transformers_has_a_class_for_it(made: Made, packed: Path) -> None:
+    decoder = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    assert type(decoder).__name__ == "Qwen3_5ForCausalLM"
+    assert whole_loss(decoder, made.ids) == equal(made.streamed(packed))
 
 
 @pytest.mark.slow
