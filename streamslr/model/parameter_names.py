@@ -2,12 +2,14 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from transformers import Concatenate, PreTrainedModel, WeightConverter
 
 from streamslr.errors import InputError
+from streamslr.io.packed_layout import without_numbers
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.transformers_compat import (
     WeightRenaming,
@@ -247,7 +249,8 @@ def check_headers(model: PreTrainedModel, names: ParameterNames, checkpoint: Che
 def unread_parts(keys: Iterable[str], read: Container[str]) -> dict[str, int]:
     """Return the parts of a checkpoint that nothing reads: the path of each -> number of its tensors.
 
-    A path is as short as it can be while all keys below it are unread: `mtp`, `model.visual`, `model.layers.61`.
+    A path is as short as it can be while all keys below it are unread: `mtp`, `model.visual`, `model.layers.61`. Of
+    several that differ in numbers alone there is one, with a * for each number: `h.*.attn.bias`.
 
     Args:
         keys: every key of the checkpoint.
@@ -260,7 +263,13 @@ def unread_parts(keys: Iterable[str], read: Container[str]) -> dict[str, int]:
         if key not in read:
             part = next((path for path in _paths(key) if path not in shared), key)
             parts[part] = parts.get(part, 0) + 1
-    return parts
+    kinds = Counter(without_numbers(part) for part in parts)
+    merged: dict[str, int] = {}
+    for part, number in parts.items():
+        kind = without_numbers(part)
+        name = kind if kinds[kind] > 1 else part
+        merged[name] = merged.get(name, 0) + number
+    return merged
 
 
 def _paths(key: str) -> Iterator[str]:

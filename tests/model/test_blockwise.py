@@ -153,6 +153,11 @@ def test_tensors_that_no_parameter_takes_are_no_obstacle(tmp_path: Path) -> None
     assert blockwise.unread == {"mtp": 1, "some": 1}
 
 
+def test_unread_parts_at_the_same_place_of_several_modules_are_one() -> None:
+    keys = ["h.0.attn.bias", "h.0.attn.weight", "h.1.attn.bias", "h.1.attn.weight", "h.2.attn.bias", "h.2.norm"]
+    assert unread_parts(keys, {"h.0.attn.weight", "h.1.attn.weight"}) == {"h.*.attn.bias": 2, "h.2": 2}
+
+
 def test_every_key_is_in_one_block_or_in_none(tmp_path: Path) -> None:
     for architecture in ("llama", "qwen3_moe"):
         folder = tiny_checkpoint(tmp_path / architecture, architecture)

@@ -430,7 +430,8 @@ def gemma_4_e2b() -> Repository:
 
 def gemma_4_26b_a4b() -> Repository:
     experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
-    return _gemma_4(hidden_size_per_layer_input=0, attention_k_eq_v=True, num_global_key_value_heads=1, **experts)
+    own = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+    return _gemma_4(attention_k_eq_v=True, num_global_key_value_heads=1, **own, **experts)
 
 
 def gpt2() -> Repository:
@@ -564,7 +565,7 @@ FAMILIES: Mapping[str, Family] = {
         gpt2,
         "evaluated",
         "transformer.h.0 holds no linear that can be packed",
-        left_out=r"\.attn\.bias$",
+        unread=("h.*.attn.bias (2 tensors)",),
     ),
     "olmo3": Family("OLMo 3", "bf16", olmo3),
     "smollm3": Family("SmolLM3", "bf16, embeddings tied", smollm3),
