@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from streamslr.errors import InputError
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
+from streamslr.model.parameter_names import unread_parts
 from tests.support.markers import slow
 from tests.support.tiny_models import VOCABULARY, tiny_checkpoint, tiny_config, tiny_model
 
