@@ -1,5 +1,6 @@
 """The model on the meta device, of which one block at a time is loaded, run and evicted."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from streamslr.model.parameter_names import (
     find_kinds,
     find_linears,
     find_routers,
+    parts_in_words,
+    unread_parts,
     warn_of_unused,
 )
 from streamslr.model.stored_tensors import StoredTensors
@@ -38,6 +41,8 @@ from streamslr.model.transformers_compat import (
 from streamslr.model.weight_loading import check_loaded, load_keys
 from streamslr.model.weight_reads import find_dense
 from streamslr.model.windows import CheckedLookups, refusing_windows, require_ids
+
+log = logging.getLogger("streamslr")
 
 _CACHED_CALLS = 5
 """Batch shapes whose calls (masks, positions) are cached: whole and last micro-batch, in a pass and in matching; and
@@ -82,6 +87,8 @@ class BlockwiseModel:
         block_names: module path of each block.
         block_tensors: per block, the checkpoint keys that it is made of.
         non_block_tensors: every other checkpoint key, those included that the model has no use for.
+        unread: parts outside the blocks that the model has no use for (layers for multi-token prediction, a part for
+            images that its class leaves out), by their path -> number of tensors.
         sources: parameter or persistent buffer -> the checkpoint keys that it is made of, several where it is fused.
         linears: per block, stored name of each linear that is compressed -> shape (o, d) of its weight.
         experts: per block, stored name of each linear that sees only the tokens routed to it -> its kind, the same
@@ -131,6 +138,12 @@ class BlockwiseModel:
         check_headers(self._model, self._names, checkpoint)
         check_depth(self._model, self._names, checkpoint.tensors)
         warn_of_unused(self._model, self._names, checkpoint)
+        read = {key for keys in self._names.sources.values() for key in keys}
+        in_blocks = {key for keys in self.block_tensors for key in keys}
+        self.unread = unread_parts(checkpoint.tensors, read | in_blocks)
+        if self.unread:
+            message = "%s: a %s does not run these parts, which are kept as they are: %s"
+            log.info(message, checkpoint.model, self._class, ", ".join(parts_in_words(self.unread)))
 
         self._live: int | None = None
         self._non_block_loaded = False

@@ -1,5 +1,6 @@
 """Tensors of a model: described by headers alone, read when asked for, and decoded where they are stored packed."""
 
+import copy
 import logging
 import os
 import threading
@@ -12,9 +13,17 @@ from typing import Any
 
 import msgspec
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
@@ -74,7 +83,7 @@ class Checkpoint:
             raise source.missing_file_error(CONFIG_FILE, ", so nothing says what architecture it is")
         self._raw_config = read_bounded(source.fetch(CONFIG_FILE))
         self.config: PretrainedConfig
-        self.config, quantization = _parse_config(self._raw_config, source)
+        self.config, self._config_json, quantization = _parse_config(self._raw_config, source)
         refuse_other_model(source, self.config_json())
         shards, weight_map = shard_names(source)
         with ThreadPoolExecutor(8) as pool:  # on the hub a header costs a round trip or two
@@ -208,8 +217,11 @@ class Checkpoint:
         return self._source.fetch(name) if name in self._source.files else None
 
     def config_json(self) -> dict[str, Any]:
-        """Return the JSON of config.json as it is: what transformers makes of it depends on the version."""
-        return parse_loose_json(self._raw_config)
+        """Return the JSON of config.json as it is: what transformers makes of it depends on the version.
+
+        Only a model_type that transformers does not know is replaced, where it knows the class.
+        """
+        return copy.deepcopy(self._config_json)
 
     def dense_config_json(self) -> dict[str, Any]:
         """Return the JSON of config.json as it is for the same model of dense weights."""
@@ -280,7 +292,7 @@ class Checkpoint:
 
     def _find_decoders(self, quantization: Quantization | None) -> Mapping[str, Decoder]:
         """Return the decoder of each weight that is stored in another form, by its name."""
-        label, dtype = self._source.label, self.config.get_text_config().dtype
+        label, dtype = self._source.label, getattr(self.config.get_text_config(), "dtype", None)
         if read_quantization_config(self.config) is not None:
             return packed_weights(self._headers, label)
         if quantization is None:
@@ -349,13 +361,16 @@ class _Config(msgspec.Struct):
     """Entries of config.json that are read before transformers reads it."""
 
     model_type: str | None = None
+    architectures: list[str] | None = None
     quantization_config: dict[str, Any] | None = None
     compression_config: dict[str, Any] | None = None
     auto_map: Any = None
 
 
-def _parse_config(raw: bytes, source: ModelSource) -> tuple[PretrainedConfig, Quantization | None]:
-    """Return config.json as transformers reads it, and apart from it how another tool quantized the weights.
+def _parse_config(raw: bytes, source: ModelSource) -> tuple[PretrainedConfig, dict[str, Any], Quantization | None]:
+    """Return config.json as transformers reads it, its JSON, and how another tool quantized the weights.
+
+    In the JSON, a model_type that transformers does not know is replaced by that of the class that it names.
 
     Raises:
         InputError: the file cannot be read, or the model is unknown to transformers.
@@ -369,7 +384,9 @@ def _parse_config(raw: bytes, source: ModelSource) -> tuple[PretrainedConfig, Qu
         ) from error
     refuse_huge_counts(content, source.label)
     quantization = read_quantization(content, source.label)
-    if config.model_type not in CONFIG_MAPPING:
+    known = config.model_type in CONFIG_MAPPING
+    model_type = config.model_type if known else _type_by_class(config)
+    if model_type is None:
         if config.auto_map is not None:
             raise InputError(
                 f"{source.label} (model_type {config.model_type!r}) brings its own modelling code, which streamslr "
@@ -381,14 +398,36 @@ def _parse_config(raw: bytes, source: ModelSource) -> tuple[PretrainedConfig, Qu
         )
     what = f"transformers cannot use config.json of {source.label} (model_type {config.model_type!r})"
     with refusing(what, "download it again, or update transformers"):
-        # From the file again: AutoConfig also knows what older versions of transformers wrote.
-        parsed: PretrainedConfig = AutoConfig.from_pretrained(
-            str(source.fetch(CONFIG_FILE).parent), trust_remote_code=False, local_files_only=True
-        )
+        parsed: PretrainedConfig
+        if known:  # from the file again: AutoConfig also knows what older versions of transformers wrote
+            folder = str(source.fetch(CONFIG_FILE).parent)
+            parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        else:
+            content["model_type"] = model_type
+            parsed = CONFIG_MAPPING[model_type].from_dict(content)
+            log.warning(
+                "transformers does not know model_type %r of %s, but its class %s: it is taken for a %s, and the "
+                "output's config.json says so",
+                *(config.model_type, source.label, (config.architectures or [""])[0], model_type),
+            )
     if quantization is not None:  # or transformers would ask its own quantizer
-        for name in ENTRIES:
-            vars(parsed).pop(name, None)
-    return parsed, quantization
+        text = parsed.get_text_config()
+        for part in (parsed, text) if isinstance(text, PretrainedConfig) else (parsed,):
+            for name in ENTRIES:
+                vars(part).pop(name, None)
+    return parsed, content, quantization
+
+
+def _type_by_class(config: _Config) -> str | None:
+    """Return the model_type of the class of transformers that `architectures` names; None where it is none.
+
+    A model of an existing architecture may bring code and a type of its own, so that engines can tell it (Kimi K2).
+    """
+    found = getattr(transformers, config.architectures[0], None) if config.auto_map and config.architectures else None
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        return None
+    model_type = getattr(found.config_class, "model_type", None)
+    return model_type if model_type in CONFIG_MAPPING else None
 
 
 def _is_tokenizers(name: str) -> bool:

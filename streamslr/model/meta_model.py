@@ -26,9 +26,14 @@ from streamslr.model.transformers_compat import quiet_transformers
 def auto_class(config: PretrainedConfig) -> Any:
     """Return the class of transformers that makes the language model of `config`.
 
-    It is AutoModelForCausalLM; for a decoder that a model of images or sound holds, AutoModelForMultimodalLM.
+    It is AutoModelForCausalLM; for a decoder that a model of images or sound holds, AutoModelForMultimodalLM. Where
+    either would do (Llama 4, Qwen3.5), `architectures` decides which of the two models was stored.
     """
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    whole: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+    stored_whole = whole.__name__ in (config.architectures or ())
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not stored_whole
     return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
 
 

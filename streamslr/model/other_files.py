@@ -6,6 +6,7 @@ from typing import Any
 
 from streamslr.errors import InputError
 from streamslr.io.packed_layout import INDEX_FILE
+from streamslr.model.quantization import ENTRIES, without_quantization
 from streamslr.model.sources import CONFIG_FILE, ModelSource
 
 ADAPTER_FILE = "adapter_config.json"
@@ -61,7 +62,7 @@ def refuse_other_model(source: ModelSource, config: Mapping[str, Any]) -> None:
             f"{source.label} holds {found}: its weights are quantized already; give the original model in bf16, fp16 "
             f"or fp32 (or take that file out, if it is not of these weights)"
         )
-    if part := next(_quantized_parts(config), None):
+    if part := next(_quantized_parts(without_quantization(config)), None):
         raise InputError(
             f"{source.label} is already quantized ({part} of config.json says so); give the original model in bf16, "
             f"fp16 or fp32"
@@ -87,9 +88,9 @@ def refuse_other_model(source: ModelSource, config: Mapping[str, Any]) -> None:
 
 
 def _quantized_parts(config: object, path: str = "") -> Iterator[str]:
-    """Yield the parts of config.json, but for its top, whose entry speaks of a quantization."""
+    """Yield the parts of config.json whose entry speaks of a quantization."""
     if isinstance(config, dict):
         for name, value in config.items():
-            if path and name in ("quantization_config", "compression_config") and value:
+            if name in ENTRIES and value:
                 yield f"{path}{name}"
             yield from _quantized_parts(value, f"{path}{name}.")

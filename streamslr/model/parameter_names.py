@@ -2,12 +2,14 @@
 
 import logging
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from transformers import Concatenate, PreTrainedModel, WeightConverter
 
 from streamslr.errors import InputError
+from streamslr.io.packed_layout import without_numbers
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.transformers_compat import (
     WeightRenaming,
@@ -244,30 +246,72 @@ def check_headers(model: PreTrainedModel, names: ParameterNames, checkpoint: Che
             )
 
 
+def unread_parts(keys: Iterable[str], read: Container[str]) -> dict[str, int]:
+    """Return the parts of a checkpoint that nothing reads: the path of each -> number of its tensors.
+
+    A path is as short as it can be while all keys below it are unread: `mtp`, `model.visual`, `model.layers.61`. Of
+    several that differ in numbers alone there is one, with a * for each number: `h.*.attn.bias`.
+
+    Args:
+        keys: every key of the checkpoint.
+        read: the keys that are read.
+    """
+    keys = list(keys)
+    shared = {path for key in keys if key in read for path in _paths(key)}
+    parts: dict[str, int] = {}
+    for key in keys:
+        if key not in read:
+            part = next((path for path in _paths(key) if path not in shared), key)
+            parts[part] = parts.get(part, 0) + 1
+    kinds = Counter(without_numbers(part) for part in parts)
+    merged: dict[str, int] = {}
+    for part, number in parts.items():
+        kind = without_numbers(part)
+        name = kind if kinds[kind] > 1 else part
+        merged[name] = merged.get(name, 0) + number
+    return merged
+
+
+def _paths(key: str) -> Iterator[str]:
+    """Yield the paths that lead to a key, the shortest first, and the key itself."""
+    names = key.split(".")
+    for length in range(1, len(names) + 1):
+        yield ".".join(names[:length])
+
+
+def parts_in_words(parts: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the parts of `unread_parts` with their numbers of tensors, in words."""
+    return tuple(f"{part} ({number} {'tensor' if number == 1 else 'tensors'})" for part, number in parts.items())
+
+
 def warn_of_unused(model: PreTrainedModel, names: ParameterNames, checkpoint: Checkpoint) -> None:
-    """Warn of tensors in blocks that the model has no place for: transformers reads none, no output has them."""
-    # Old checkpoints hold rotary tables, which transformers passes over in silence too.
+    """Warn of tensors in blocks that the model has no place for: transformers reads none, no output has them.
+
+    Of those that transformers passes over in silence (old rotary tables and masks, keys and values of blocks that take
+    an earlier block's) the log says it without a warning.
+    """
     patterns = (r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()))
     ignored = [re.compile(pattern) for pattern in patterns]
     unused = [
         key
         for key in checkpoint.tensors
-        if (made := names.parameters_of(key))[0] not in names.meta
-        and names.block_of(made[0]) is not None
-        and not any(pattern.search(key) for pattern in ignored)
+        if (made := names.parameters_of(key))[0] not in names.meta and names.block_of(made[0]) is not None
     ]
-    if unused:
-        log.warning(
-            "%s: a %s has no place for %s (%d such tensors): it is neither used nor copied",
-            *(checkpoint.model, type(model).__name__, unused[0], len(unused)),
-        )
+    known = [key for key in unused if any(pattern.search(key) for pattern in ignored)]
+    for level, keys in ((logging.INFO, known), (logging.WARNING, sorted(set(unused) - set(known)))):
+        if keys:
+            log.log(
+                level,
+                "%s: a %s has no place for %s (%d such tensors): it is neither used nor copied",
+                *(checkpoint.model, type(model).__name__, keys[0], len(keys)),
+            )
 
 
 def check_depth(model: PreTrainedModel, names: ParameterNames, keys: Iterable[str]) -> None:
     """Check that the checkpoint has no blocks beyond those of the model, which would be left out in silence.
 
-    Layers for multi-token prediction are stored behind the blocks (DeepSeek-V3, GLM-4.5). transformers does not run
-    them; they are kept as they are, and the log says so.
+    Layers for multi-token prediction may be stored behind the blocks (DeepSeek-V3, GLM-4.5): transformers does not run
+    them, and they are kept as other tensors that it does not read (`unread_parts`).
 
     Raises:
         InputError: The checkpoint has more blocks than config.json says.
@@ -288,11 +332,6 @@ def check_depth(model: PreTrainedModel, names: ParameterNames, keys: Iterable[st
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     unused = [key for found in beyond.values() for key in found]
     if max(beyond) < depth + predicting or all(any(p.search(key) for p in ignored) for key in unused):
-        log.info(
-            "layers %s predict further tokens: %d tensors that the model does not run, kept as they are",
-            ", ".join(map(str, sorted(beyond))),
-            len(unused),
-        )
         return
     raise InputError(
         f"config.json says {depth} blocks, the checkpoint holds block {max(beyond)} too ({unused[0]}): config.json is "

@@ -12,6 +12,10 @@ from streamslr.printable import printable
 ENTRIES = ("quantization_config", "compression_config")
 """Names of the entry in config.json; older versions of compressed-tensors write the second."""
 
+TEXT_PART = "text_config"
+"""Part of config.json for the decoder of a model of several parts. Its entry counts where the top of the file has none
+(Kimi K2.6)."""
+
 Block = tuple[int, int]
 """Rows and columns of a weight that have one scale."""
 
@@ -77,25 +81,30 @@ def read_quantization(config: Mapping[str, Any], label: str) -> Quantization | N
     Raises:
         InputError: the entry is not what any method that streamslr decodes writes.
     """
-    entry = next((config[name] for name in ENTRIES if config.get(name)), None)
-    if entry is None or entry.get("quant_method") == QUANT_METHOD:
+    text = config.get(TEXT_PART)
+    parts = (config, text if isinstance(text, Mapping) else {})
+    entry = next((part[name] for part in parts for name in ENTRIES if part.get(name)), None)
+    method = entry.get("quant_method") if isinstance(entry, Mapping) else None
+    if entry is None or method == QUANT_METHOD:
         return None
     try:
         found: Quantization = msgspec.convert(entry, Quantization)
         if any(min(block) < 1 for block in found.blocks):
             raise ValueError(f"blocks of {found.blocks} weights")
     except ValueError as error:  # msgspec's is one
-        method = printable(str(entry.get("quant_method"))[:50])
         raise InputError(
-            f"{label} is already quantized ({method}), in a way that streamslr does not know ({error}); give the "
-            f"original model in bf16, fp16 or fp32"
+            f"{label} is already quantized ({printable(str(method)[:50])}), in a way that streamslr does not know "
+            f"({error}); give the original model in bf16, fp16 or fp32"
         ) from error
     return found
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json as it is for a model of dense weights."""
-    return {name: value for name, value in config.items() if name not in ENTRIES}
+    dense = {name: value for name, value in config.items() if name not in ENTRIES}
+    if isinstance(dense.get(TEXT_PART), Mapping):
+        dense[TEXT_PART] = {name: value for name, value in dense[TEXT_PART].items() if name not in ENTRIES}
+    return dense
 
 
 def _block(structure: Block | str | None) -> Block | None:

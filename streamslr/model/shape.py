@@ -48,8 +48,8 @@ class ModelShape:
 
     blocks: tuple[BlockShape, ...]
     hidden_size: int
-    non_block_parameters: int
-    non_block_bytes: int  # in the source checkpoint
+    non_block_parameters: int  # that the model has
+    non_block_bytes: int  # in the source checkpoint, with tensors that the model does not read
     value_bytes: int  # of one weight in the shards
     eager_heads: int = 0  # attention heads where attention writes its scores out; 0 where it is fused
     download_bytes: int = 0

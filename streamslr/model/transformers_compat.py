@@ -21,8 +21,9 @@ from transformers import logging as transformers_logging
 
 # Since 5.0: the renamings and fusions between a checkpoint's keys and a model's parameters, which `from_pretrained`
 # applies while it loads and `save_pretrained` reverts.
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping as all_conversions
 from transformers.core_model_loading import (
+    WeightConverter,
     WeightRenaming,
     WeightTransform,
     convert_and_load_state_dict_in_model,
@@ -76,6 +77,25 @@ __all__ = [
     "revert_weight_conversion",
     "uses_eager_attention",
 ]
+
+
+def get_model_conversion_mapping(model: "PreTrainedModel") -> list[WeightTransform]:
+    """Return the renamings and fusions between a checkpoint's keys and a model's parameters.
+
+    A fusion that the whole model and a decoder in it both have (Kimi K2.6) is there once, for the whole model.
+    """
+    found: list[WeightTransform] = []
+    for made in all_conversions(model):
+        again = isinstance(made, WeightConverter) and any(
+            isinstance(other, WeightConverter)
+            and getattr(other, "scope_prefix", None) is None
+            and other.source_patterns == made.source_patterns
+            and other.target_patterns == made.target_patterns
+            for other in found
+        )
+        if not again:
+            found.append(made)
+    return found
 
 
 def load_converted(

@@ -188,6 +188,7 @@ def summary(folder: Path, state: JournalState) -> dict[str, Any]:
         "blocks_total": state.blocks_total,
         "settings": dict(state.fingerprint),
         "outliers": state.outliers,
+        "unread": list(state.unread),
         "finetuned": [asdict(record) for record in state.finetuned],
         "retries": list_early_retries(state),
         "check": asdict(state.check) if state.check else None,
@@ -298,6 +299,7 @@ def run_table(folder: Path, state: JournalState) -> Table:
         for record in state.finetuned
     )
     caption += (f"stay dense: {which}" for which in list_dense(state))
+    caption += (f"kept as it is, the model does not run it: {part}" for part in state.unread)
     caption += list_early_retries(state)
     caption += describe_ranks(state.blocks)
     table = Table(

@@ -246,10 +246,11 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
             )
         )
     non_block = [tensors[key] for key in blockwise.non_block_tensors]
+    read = {key for keys in blockwise.sources.values() for key in keys}
     return ModelShape(
         blocks=tuple(blocks),
         hidden_size=blockwise.hidden_size,
-        non_block_parameters=sum(prod(info.shape) for info in non_block),
+        non_block_parameters=sum(prod(info.shape) for info in non_block if info.name in read),
         non_block_bytes=sum(info.nbytes for info in non_block),
         eager_heads=blockwise.eager_heads,
         value_bytes=max(blockwise.stored_dtype(f"{name}.weight").itemsize for name in blockwise.linears[0]),

@@ -216,6 +216,7 @@ class JournalState:
     model: str = ""  # name of the model, for people; its identity is in the fingerprint
     made_with: Mapping[str, str] = field(default_factory=dict)  # `made_with` at the first start
     allocation: Mapping[str, SpecEntry] | None = None  # of spec.allocation.as_json; None before OWL's survey
+    unread: tuple[str, ...] = ()  # parts that the model does not run, kept as they are, with their numbers of tensors
     outliers: tuple[Fraction, ...] | None = None  # fraction of outliers in each block, once OWL's survey is done
     finetuned: tuple[FinetuneRecord, ...] = ()  # oldest first; a run does not go on in a fine-tuned folder
     dense_shards: Mapping[str, ShardDigest] = field(default_factory=dict)  # of the model, once they were read

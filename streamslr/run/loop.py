@@ -32,6 +32,7 @@ from streamslr.matching import CompressedBlock
 from streamslr.memory import held_to_gpu_limit
 from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
+from streamslr.model.parameter_names import parts_in_words
 from streamslr.ranks import Ranks
 from streamslr.run.block_solver import BlockSolver
 from streamslr.run.check import Check
@@ -201,6 +202,7 @@ def _first_state(context: RunContext, calibration: Calibration, bos: bool) -> Jo
         solver_workspace=context.plan.solver_workspace,
         model=base_name(model) if Path(model).is_dir() else model,
         made_with=_made_with(context),
+        unread=parts_in_words(context.blockwise.unread),
         allocation=None if context.allocation is None else as_json(context.allocation),
         check=_check_windows(calibration),
     )

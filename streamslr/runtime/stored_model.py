@@ -243,20 +243,18 @@ def _refuse_missing(
 
 def _refuse_unexpected(model: "PreTrainedModel", used: set[str], stored: StoredModel, expected: str) -> None:
     """Refuse tensors that the model has no place for; warn of those that the source had outside its blocks."""
+    # loader.py says why this is not imported above
+    from streamslr.model.parameter_names import parts_in_words, unread_parts
+
     if not _has_its_own_head(model):  # the stored head has no place; what is missing elsewhere was named before
         return
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    unused = [name for name in stored.tensors if name not in used and not any(p.search(name) for p in ignored)]
+    unused = {name for name in stored.tensors if name not in used and not any(p.search(name) for p in ignored)}
     if surplus := sorted(name for name in unused if stored.tensors[name].shard != NON_BLOCK_FILE):
         raise stored.refuse(f"{surplus[0]} is unexpected ({len(surplus)} tensors that {expected} has no place for)")
     if unused:
-        log.warning(
-            "%s: %s (%d such tensors) is not used: %s has no place for it",
-            stored.folder,
-            unused[0],
-            len(unused),
-            expected,
-        )
+        parts = parts_in_words(unread_parts(stored.tensors, stored.tensors.keys() - unused))
+        log.warning("%s: %s has no place for these parts: %s", stored.folder, expected, ", ".join(parts))
 
 
 def _has_its_own_head(model: "PreTrainedModel") -> bool:

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from streamslr.errors import InputError
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
+from streamslr.model.parameter_names import unread_parts
 from tests.support.markers import slow
 from tests.support.tiny_models import VOCABULARY, tiny_checkpoint, tiny_config, tiny_model
 
@@ -150,6 +151,12 @@ def test_tensors_that_no_parameter_takes_are_no_obstacle(tmp_path: Path) -> None
     # every key is somewhere, so that all of a shard can be released and copied
     assert "model.layers.1.self_attn.rotary_emb.inv_freq" in blockwise.block_tensors[1]
     assert {"mtp.layers.0.mlp.up_proj.weight", "some.counter"} <= set(blockwise.non_block_tensors)
+    assert blockwise.unread == {"mtp": 1, "some": 1}
+
+
+def test_unread_parts_at_the_same_place_of_several_modules_are_one() -> None:
+    keys = ["h.0.attn.bias", "h.0.attn.weight", "h.1.attn.bias", "h.1.attn.weight", "h.2.attn.bias", "h.2.norm"]
+    assert unread_parts(keys, {"h.0.attn.weight", "h.1.attn.weight"}) == {"h.*.attn.bias": 2, "h.2": 2}
 
 
 def test_every_key_is_in_one_block_or_in_none(tmp_path: Path) -> None:

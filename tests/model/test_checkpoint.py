@@ -239,7 +239,7 @@ def test_configs_that_cannot_be_used(folder: Path) -> None:
     config.write_text(original)
     edit_json(config, lambda c: c.update(model_type="nothing_known"))
     assert "does not know model_type 'nothing_known'" in refusal(folder)
-    edit_json(config, lambda c: c.update(auto_map={"AutoConfig": "configuration_x.XConfig"}))
+    edit_json(config, lambda c: c.update(auto_map={"AutoConfig": "x.XConfig"}, architectures=["XForCausalLM"]))
     assert "its own modelling code, which streamslr does not run" in refusal(folder)
     config.write_text(original)
     edit_json(config, lambda c: c.update(num_attention_heads="four"))

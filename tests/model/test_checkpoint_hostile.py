@@ -175,8 +175,24 @@ def test_layers_that_predict_further_tokens_are_kept_and_named(folder: Path, cap
     edit_config(folder, num_hidden_layers=1, num_nextn_predict_layers=1)
     caplog.set_level("INFO", "streamslr")
     model = blockwise(open_checkpoint(str(folder)))
-    assert "layers 1 predict further tokens: 9 tensors that the model does not run" in caplog.text
+    assert "does not run these parts, which are kept as they are: model.layers.1 (9 tensors)" in caplog.text
     assert "model.layers.1.mlp.up_proj.weight" in model.non_block_tensors
+
+
+def test_a_type_of_its_own_is_taken_for_that_of_its_class(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit_config(folder, model_type="llama_of_ours", architectures=["LlamaForCausalLM"], auto_map={"AutoModel": "m.M"})
+    checkpoint = open_checkpoint(str(folder))
+    assert (checkpoint.config.model_type, checkpoint.config_json()["model_type"]) == ("llama", "llama")
+    assert "does not know model_type 'llama_of_ours'" in caplog.text
+    blockwise(checkpoint)
+
+
+@pytest.mark.parametrize("architectures", [["OursForCausalLM"], ["AutoConfig"], ["__version__"], [], None])
+def test_a_type_of_its_own_without_a_class_of_transformers_is_refused(
+    folder: Path, architectures: list[str] | None
+) -> None:
+    edit_config(folder, model_type="llama_of_ours", architectures=architectures, auto_map={"AutoModel": "m.M"})
+    assert "(model_type 'llama_of_ours') brings its own modelling code" in refusal(folder)
 
 
 # Index

@@ -36,7 +36,7 @@ def test_a_file_that_makes_it_another_model_is_refused(folder: Path, name: str, 
     ("entry", "message"),
     [
         ({"transformers_weights": "other.safetensors"}, "'other.safetensors', which streamslr does not"),
-        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, r"text_config\.quantization_config"),
+        ({"vision_config": {"quantization_config": {"quant_method": "fp8"}}}, r"vision_config\.quantization_config"),
     ],
 )
 def test_an_entry_of_the_config_that_makes_it_another_model(folder: Path, entry: dict[str, Any], message: str) -> None:

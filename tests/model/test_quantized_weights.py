@@ -132,6 +132,14 @@ def test_compressed_tensors_decodes_the_same(write: Write, layout: str) -> None:
     assert same_bits(decoded.to(torch.bfloat16), expected)
 
 
+def test_the_decoder_of_a_model_of_parts_may_say_how_it_is_quantized(write: Write) -> None:
+    tensors, expected = made(LAYOUTS["int4 groups"], 40, 64)
+    text_config = {"model_type": "mistral", "quantization_config": LAYOUTS["int4 groups"].entry}
+    checkpoint = open_checkpoint(str(write(None, tensors, model_type="mistral3", text_config=text_config)))
+    assert same_bits(checkpoint.read_one(f"{NAME}weight"), expected)
+    assert checkpoint.dense_config_json()["text_config"] == {"model_type": "mistral"}
+
+
 def test_parts_may_lie_in_different_shards(write: Write) -> None:
     tensors, expected = made(LAYOUTS["fp8 blocks"], 130, 64)
     folder = write(LAYOUTS["fp8 blocks"].entry, tensors)

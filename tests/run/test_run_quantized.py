@@ -1,6 +1,7 @@
 """Whole runs of models stored in 8 or 4 bits: equal, byte for byte, to runs of the same weights in bf16."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.run.context import open_run
-from tests.support.quantized import LAYOUTS, quantize_checkpoint
+from tests.support.quantized import LAYOUTS, mxfp4_experts, quantize_checkpoint
 from tests.support.tiny_models import tiny_checkpoint
 
 LAYOUT_OF_EACH_FAMILY = ("fp8 blocks", "float channel", "int8 groups, zeros", "int4 groups, zeros", "gptq", "awq")
@@ -64,6 +65,18 @@ def test_the_plan_counts_decoded_bytes(source: Path, text: Path, tmp_path: Path)
     assert plans[0].output_bytes == plans[1].output_bytes
 
 
+def test_the_plan_holds_no_tensors_that_the_model_does_not_run(source: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "more")
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"mtp.fc.weight": torch.ones(10**6)}, tmp_path / "more/model.safetensors", {"format": "pt"})
+    configs = [settings(model, tmp_path / "out", text, host_mem=4 * 10**9) for model in (source, tmp_path / "more")]
+    plans = [open_run(RunConfig(**config)).plan for config in configs]
+    assert plans[1].output_bytes - plans[0].output_bytes == 4 * 10**6
+    bytes_of = [{phase.name: phase.host_bytes for phase in plan.phases} for plan in plans]
+    # What the process holds before the run is in all phases.
+    assert bytes_of[0]["embed"] - bytes_of[0]["load"] == bytes_of[1]["embed"] - bytes_of[1]["load"]
+
+
 def test_files_of_the_quantizer_do_not_travel(source: Path, text: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "quantized", tmp_path / "twin", LAYOUTS["gptq"])
     (tmp_path / "quantized/quantize_config.json").write_text('{"bits": 4}')
@@ -86,9 +99,7 @@ def test_gpt_oss_in_mxfp4_evaluates_as_its_dense_twin(text: Path, tmp_path: Path
     tensors, random = load_file(made / "model.safetensors"), np.random.default_rng(0)
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, d, o = tensors.pop(name).shape
-        blocks = random.integers(0, 256, (experts, o, d // 32, 16))
-        tensors[f"{name}_blocks"] = torch.from_numpy(blocks.astype(np.uint8))
-        tensors[f"{name}_scales"] = torch.full(blocks.shape[:3], 123, dtype=torch.uint8)
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"], _ = mxfp4_experts(experts, d, o, random)
     save_file(tensors, made / "model.safetensors", {"format": "pt"})
     config = json.loads((made / "config.json").read_text())
     twin = tmp_path / "twin"

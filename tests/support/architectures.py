@@ -33,6 +33,7 @@ LARGEST = 8_000_000
 
 GUIDE = Path(__file__).parents[2] / "streamslr" / "guides" / "models.md"
 BEGIN, END = "<!-- made by tools/sweep_architectures.py -->", "<!-- end -->"
+FAMILIES_BEGIN = "<!-- made by tools/sweep_architectures.py --families -->"
 HEADINGS = {
     "equal": "compressed, loaded, exported and saved again",
     "evaluated": "evaluated only",
@@ -216,6 +217,17 @@ def whole_loss(model: PreTrainedModel, ids: Tensor) -> float:
         return float(torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="sum"))
 
     return sum(loss(row) for row in ids) / (len(ids) * (SEQ_LEN - 1))
+
+
+def section(text: str, begin: str) -> str:
+    """Return the part of a page between a mark and the next END."""
+    return text.partition(f"{begin}\n")[2].partition(END)[0]
+
+
+def replace_section(page: Path, begin: str, content: str) -> None:
+    """Write the part of a page between a mark and the next END anew."""
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(f"{before}{begin}\n{content}{END}{rest.partition(END)[2]}")
 
 
 def short(error: InputError, folder: Path) -> str:

@@ -170,6 +170,22 @@ def awq_layout() -> Layout:
     return Layout({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, make)
 
 
+FP4 = np.array([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
+
+
+def mxfp4_experts(experts: int, d: int, o: int, random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return blocks, scales and the dense weights [experts, d, o] in bfloat16 of fused experts of gpt-oss.
+
+    Blocks [experts, o, d / 32, 16] hold two codes of fp4 in a byte, the lower half first; scales are powers of two.
+    """
+    codes = random.integers(0, 16, (experts, o, d // 32, 32))
+    powers = random.integers(120, 126, (experts, o, d // 32))
+    blocks = torch.from_numpy((codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8))
+    values = FP4[codes] * 2.0 ** (powers[..., None] - 127)
+    weights = torch.from_numpy(values.astype(np.float32)).reshape(experts, o, d).mT.to(torch.bfloat16).contiguous()
+    return blocks, torch.from_numpy(powers.astype(np.uint8)), weights
+
+
 def blocks_of(rows: int, columns: int) -> Callable[[int, int], tuple[int, ...]]:
     return lambda o, d: (-(-o // rows), -(-d // columns))
 

@@ -107,11 +107,16 @@ def tiny_config(architecture: str, blocks: int = 3, hidden: int = 64, **more: An
     return AutoConfig.for_model(architecture, **{k: v for k, v in arguments.items() if v is not None})
 
 
-def tiny_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """Make a model with every parameter random, norms and biases too, so that any mix-up shows."""
+def tiny_model(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0, auto: Any = None
+) -> PreTrainedModel:
+    """Make a model with every parameter random, norms and biases too, so that any mix-up shows.
+
+    `auto` is the class of transformers that chooses the model's; the one that streamslr would take by default.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = auto_class(config).from_config(config)
+        model = (auto or auto_class(config)).from_config(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1:
