@@ -35,6 +35,7 @@ from streamslr.model.transformers_compat import (
     initializers,
     uses_eager_attention,
 )
+from streamslr.model.transposed import hold_as_linears
 from streamslr.model.weight_loading import check_loaded, load_keys
 from streamslr.model.weight_reads import find_dense
 from streamslr.model.windows import CheckedLookups, refusing_windows, require_ids
@@ -111,7 +112,9 @@ class BlockwiseModel:
         self._experts, self._conversions = unfuse(self._model, conversions, checkpoint.tensors)
         list_name, self._blocks = find_blocks(self._model)
         self.block_names = tuple(f"{list_name}.{i}" for i in range(len(self._blocks)))
+        self._transposed = hold_as_linears(self._model, dict(zip(self.block_names, self._blocks, strict=True)))
         self._names = ParameterNames(self._model, self.block_names, self._conversions, checkpoint.tensors)
+        self._transpose(checkpoint, checkpoint.tensors)
         self._stored = StoredTensors(self._model, self._names, self._conversions, checkpoint)
         self._shared = find_shared_parameter(self._model, self._names)
 
@@ -308,7 +311,9 @@ class BlockwiseModel:
         return weight.to(self.device).float()
 
     def by_key(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors by stored name; those that transformers joins of several keys (convolutions) by these keys."""
+        """Return tensors by stored name as the checkpoint stores them: by several keys, or transposed."""
+        stored_so = {name for name in tensors if self._names.parameter(name) in self._transposed}
+        tensors = {name: t.T.contiguous() if name in stored_so else t for name, t in tensors.items()}
         return self._stored.by_key(tensors)
 
     def evict_block(self, i: int) -> None:
@@ -452,5 +457,11 @@ class BlockwiseModel:
 
     def _load(self, checkpoint: Checkpoint, keys: Iterable[str], block: int | None) -> None:
         """Set the parameters of a block, or outside the blocks, that these checkpoint keys become, and check them."""
+        self._transpose(checkpoint, keys)
         load_keys(self._model, self._names, self._conversions, checkpoint, keys, self.dtype, self.device)
         check_loaded(self._model, self._names, checkpoint, self._names.in_block(block), self.dtype)
+
+    def _transpose(self, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
+        """Have a checkpoint show the weights that it stores transposed as those of plain linears."""
+        if self._transposed:
+            checkpoint.transpose([k for k in keys if not self._transposed.isdisjoint(self._names.parameters_of(k))])

@@ -33,6 +33,9 @@ from transformers.core_model_loading import (
 # Keeps `_init_weights` off tensors that a checkpoint gave.
 from transformers.initialization import guard_torch_init_functions
 
+# In 5.0 already: a linear whose weight is stored transposed, [d, o].
+from transformers.pytorch_utils import Conv1D
+
 # In 5.0 already: the base class of a quantization method's entry in config.json.
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -59,6 +62,7 @@ else:
 
 
 __all__ = [
+    "Conv1D",
     "HfQuantizer",
     "QuantizationConfigMixin",
     "WeightRenaming",
