@@ -69,6 +69,7 @@ __all__ = [
     "WeightTransform",
     "begin_loading",
     "end_loading",
+    "experts_on_meta",
     "get_model_conversion_mapping",
     "guard_torch_init_functions",
     "initializers",
@@ -181,6 +182,22 @@ def initializers(model: "PreTrainedModel") -> Iterator[tuple[nn.Module, Callable
 def uses_eager_attention(config: "PretrainedConfig") -> bool:
     """Return True when attention writes its weights [b, heads, T, T] out instead of running as one fused kernel."""
     return bool(config._attn_implementation == "eager")
+
+
+@contextmanager
+def experts_on_meta(model: "PreTrainedModel") -> Iterator[None]:
+    """Have fused experts computed in a way that runs on the meta device in every dtype; grouped products do not."""
+    if not hasattr(model, "get_experts_implementation"):  # before 5.23
+        yield
+        return
+    before = model.get_experts_implementation()
+    with quiet_transformers():
+        model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        with quiet_transformers():
+            model.set_experts_implementation(before)
 
 
 @contextmanager

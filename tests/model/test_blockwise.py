@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def streamed_logits(blockwise: BlockwiseModel, ids: Tensor) -> Tensor:
     blockwise.evict_non_block()
     for i in range(len(blockwise.block_names)):
         blockwise.load_block(i)
-        hidden = blockwise.run_block(i, hidden)
+        _, hidden = blockwise.pass_block(i, hidden)
         blockwise.evict_block(i)
     blockwise.load_non_block()
     logits = blockwise.logits(ids, hidden)
@@ -76,10 +75,12 @@ def live_blocks(blockwise: BlockwiseModel) -> set[int | None]:
 
 DENSE = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox", "cohere2"]
 TUPLES = ["bloom", "falcon", "gptj"]
+CARRYING = ["gemma3n_text", "gemma4_text", "glm_moe_dsa", "zamba", "openai-gpt"]
+"""Models whose blocks hand on more than hidden states [b, T, h], or in another shape, or return them in a list."""
 EXPERTS = ["mixtral", "qwen3_moe", "ernie4_5_moe", "deepseek_v2", "deepseek_v3"]
 
 
-@pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS, "gpt2"])
+@pytest.mark.parametrize("architecture", [*DENSE, *TUPLES, *EXPERTS, *CARRYING, "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streamed_logits_are_the_whole_models(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     folder = tiny_checkpoint(tmp_path / "m", architecture, shards=3)
@@ -183,7 +184,7 @@ def test_batches_of_any_shape_without_embedding_them_first(tmp_path: Path) -> No
 def test_masks_are_shared_between_blocks_not_copied(tmp_path: Path) -> None:
     """Gemma 2 alternates two kinds of attention, so there are two masks for a shape at any depth."""
     blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", "gemma2", blocks=8))
-    calls = blockwise._calls_for((2, 64))
+    calls = blockwise._chain.calls((2, 64))
     tensors = {
         id(value) for call in calls for _, value in call.values() if isinstance(value, Tensor) and value.dim() == 4
     }
@@ -460,22 +461,6 @@ def test_what_cannot_be_compressed(tmp_path: Path, architecture: str, words: str
     assert "can be evaluated, but not compressed" in str(caught.value)
 
 
-def test_gemma3n_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(tiny_checkpoint(tmp_path / "m", "gemma3n_text")))
-    shutil.rmtree(tmp_path / "m")
-    with pytest.raises(InputError, match=r"Gemma3nForCausalLM\) cannot be taken block by block"):
-        BlockwiseModel(checkpoint, torch.float32, CPU)
-
-
-def test_gemma4_is_refused(tmp_path: Path) -> None:
-    config = tiny_config(
-        "gemma4_text", head_dim=16, global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=0
-    )
-    tiny_model(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(InputError, match=r"blocks share state: block 0 is handed .* as 'shared_kv_states'"):
-        blockwise_of(tmp_path / "m")
-
-
 def test_models_that_are_no_decoders(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "m")
     config = {"model_type": "t5", "d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 64}
@@ -500,16 +485,21 @@ class OddModel(LlamaModel):
         positions = torch.arange(input_ids.shape[1], device=hidden.device)[None]
         rope = self.rotary_emb(hidden, position_ids=positions)
         memory: list[Tensor] = []
+        first = hidden
         for i, layer in enumerate(self.layers if oddity != "skips a block" else self.layers[:-1]):
             more: dict[str, Any] = {}
             if oddity == "list":
                 more["memory"] = memory
             elif oddity == "token values":
-                more["bias"] = input_ids.float()
+                more["bias"] = (input_ids.float(),)
+            elif oddity == "keeps":
+                more["first"] = first
             elif oddity == "between" and i:
                 hidden = hidden + 1
             hidden = layer(hidden, position_embeddings=rope, attention_mask=None, **more)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+            first = hidden if i == 0 else first
+        output = hidden + first if oddity == "adds" else hidden
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(output))
 
 
 class OddForCausalLM(LlamaForCausalLM):
@@ -548,6 +538,8 @@ def odd_checkpoint(folder: Path, oddity: str) -> Checkpoint:
         ("list", "blocks share state: block 0 is handed a list as 'memory'"),
         ("between", "the hidden states change between blocks 0 and 1"),
         ("skips a block", "only 2 of 3 blocks are called"),
+        ("keeps", "block 1 is handed 'first', which the model makes of what an earlier block returned"),
+        ("adds", "the model makes its output of what several blocks return"),
     ],
 )
 def test_blocks_that_are_no_chain(odd: None, tmp_path: Path, oddity: str, words: str) -> None:
