@@ -304,7 +304,9 @@ class BlockwiseModel:
         self._init_buffers(block=i)
         source = checkpoint or self.checkpoint
         keys = self._names.keys_by_block(source.tensors)[i] if checkpoint else self.block_tensors[i]
-        self._load(source, keys, i)
+        borrowed = self._names.borrowed(self._model, i)
+        keys = (*keys, *(key for owner in borrowed.values() for key in self.sources[owner]))
+        self._load(source, keys, i, borrowed)
         self._blocks[i].requires_grad_(False)
         linears = {name: self.linear(name) for name in self.linears[i]}
         parameters, run, hand_on = partial(self._parameters, i), partial(self.run_block, i), partial(self.pass_block, i)
@@ -467,10 +469,22 @@ class BlockwiseModel:
         names = [name for name in self._names.computed if self._names.block_of(name) == block]
         compute_buffers(self._model, names, self._writers, self.device)
 
-    def _load(self, checkpoint: Checkpoint, keys: Iterable[str], block: int | None) -> None:
-        """Set the parameters of a block, or outside the blocks, that these checkpoint keys become, and check them."""
+    def _load(
+        self, checkpoint: Checkpoint, keys: Iterable[str], block: int | None, borrowed: Mapping[str, str] | None = None
+    ) -> None:
+        """Set the parameters of a block, or outside the blocks, that these checkpoint keys become, and check them.
+
+        Args:
+            checkpoint: checkpoint of the weights.
+            keys: the keys.
+            block: the block; None: outside the blocks.
+            borrowed: parameter of the block -> the parameter of another block whose tensor it is.
+        """
         self._transpose(checkpoint, keys)
         load_keys(self._model, self._names, self._conversions, checkpoint, keys, self.dtype, self.device)
+        for name, owner in (borrowed or {}).items():
+            set_tensor(self._model, name, get_tensor(self._model, owner))
+        self._to_meta((borrowed or {}).values())
         check_loaded(self._model, self._names, checkpoint, self._names.in_block(block), self.dtype)
 
     def _transpose(self, checkpoint: Checkpoint, keys: Iterable[str]) -> None:

@@ -122,6 +122,15 @@ class ParameterNames:
         """Return the parameters and persistent buffers of a block; those outside the blocks for None."""
         return [n for n in self.meta if n not in self.computed and self.block_of(n) == block]
 
+    def borrowed(self, model: PreTrainedModel, block: int) -> dict[str, str]:
+        """Return the parameters of a block that the checkpoint stores once, for another block -> that block's."""
+        tied = model.all_tied_weights_keys
+        return {
+            name: tied[name]
+            for name in self.in_block(block)
+            if name in tied and name not in self.sources and self.block_of(tied[name]) not in (None, block)
+        }
+
     def stored_linear(self, path: str) -> str:
         """Return the name that a linear is stored under; the same as its module path where the model lacks it."""
         return self.stored.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight")

@@ -65,7 +65,9 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
 
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64}
 _ZAMBA = {
-    "layers_block_type": ["linear_attention", "hybrid"],
+    "num_hidden_layers": 4,  # two of them share a transformer layer, as in real ones
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    "tie_word_embeddings": True,
     "attention_hidden_size": 64,
     "attention_head_dim": 16,
     "num_key_value_heads": 4,
