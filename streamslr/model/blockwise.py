@@ -56,7 +56,8 @@ class Block:
         linears: stored name -> each linear that is compressed.
         experts: stored name of each linear that sees only the tokens routed to it -> its kind, the same in every
             expert beside it.
-        parameters: return the parameters by stored name, without the routers, which nothing may change.
+        parameters: return the parameters by stored name, without those that nothing may change: routers, and what is a
+            part of other blocks too.
         run: what enters the block [b, T, w] -> its hidden states [b, T, h], as the model runs the block, with its
             masks and positions.
         hand_on: the same -> these hidden states, and what enters the next block [b, T, w'].
@@ -84,6 +85,7 @@ class BlockwiseModel:
         hidden_size: width h of the hidden states, of all streams where a model has several.
         block_names: module path of each block.
         block_tensors: per block, the checkpoint keys that it is made of.
+        borrowed_tensors: per block, the keys of other blocks that it is made of too.
         non_block_tensors: every other checkpoint key, those included that the model has no use for.
         sources: parameter or persistent buffer -> the checkpoint keys that it is made of, several where it is fused.
         linears: per block, stored name of each linear that is compressed -> shape (o, d) of its weight.
@@ -119,9 +121,14 @@ class BlockwiseModel:
         self._transpose(checkpoint, checkpoint.tensors)
         self._stored = StoredTensors(self._model, self._names, self._conversions, checkpoint)
         self._shared = find_shared_parameter(self._model, self._names)
+        self._shared_in_depth = self._names.shared_in_depth(self._model)
 
         keys = self._names.keys_by_block(checkpoint.tensors)
         self.block_tensors = tuple(tuple(keys[i]) for i in range(len(self._blocks)))
+        self.borrowed_tensors = tuple(
+            tuple(key for owner in self._borrowed(i).values() for key in self._names.sources[owner])
+            for i in range(len(self._blocks))
+        )
         self.non_block_tensors = tuple(keys[None])
         self.sources = self._names.sources
         self._routers = find_routers(self._model, {path: experts.number for path, experts in self._experts.items()})
@@ -160,6 +167,7 @@ class BlockwiseModel:
         Raises:
             InputError: they are not; names the most telling reason.
         """
+        self._set_apart_shared()
         self._refuse_obstacles()
         self._find_dense()
         self._refuse_obstacles()  # once more: a block may have no linear left
@@ -189,6 +197,20 @@ class BlockwiseModel:
                 f"{why}; streamslr compresses blocks whose weights are plain linears of their own; choose another model"
             )
 
+    def _set_apart_shared(self) -> None:
+        """Move linears that are a part of several blocks from `linears` to `dense`, of the block that stores them."""
+        shared = {*self._shared_in_depth, *self._shared_in_depth.values()}
+
+        def is_shared(name: str) -> bool:
+            return f"{self._names.module_path(name)}.weight" in shared
+
+        why = "it is a part of several blocks"
+        self.dense = tuple(
+            {name: why for name in of if is_shared(name) and f"{self._names.module_path(name)}.weight" in self.sources}
+            for of in self.linears
+        )
+        self.linears = tuple({n: shape for n, shape in of.items() if not is_shared(n)} for of in self.linears)
+
     def _find_dense(self) -> None:
         """Move linears that the model's code uses in another way than to call them from `linears` to `dense`."""
         paths = [{self._names.module_path(name): name for name in linears} for linears in self.linears]
@@ -200,7 +222,10 @@ class BlockwiseModel:
             PROBE_SHAPE[0] * PROBE_SHAPE[1],
             partial(initializers, self._model),
         )
-        self.dense = tuple({name: found[path] for path, name in block.items() if path in found} for block in paths)
+        self.dense = tuple(
+            {**shared, **{name: found[path] for path, name in block.items() if path in found}}
+            for shared, block in zip(self.dense, paths, strict=True)
+        )
         dense = {name for block in self.dense for name in block}
         self.linears = tuple({n: shape for n, shape in of.items() if n not in dense} for of in self.linears)
         self.experts = tuple({n: kind for n, kind in of.items() if n not in dense} for of in self.experts)
@@ -304,9 +329,7 @@ class BlockwiseModel:
         self._init_buffers(block=i)
         source = checkpoint or self.checkpoint
         keys = self._names.keys_by_block(source.tensors)[i] if checkpoint else self.block_tensors[i]
-        borrowed = self._names.borrowed(self._model, i)
-        keys = (*keys, *(key for owner in borrowed.values() for key in self.sources[owner]))
-        self._load(source, keys, i, borrowed)
+        self._load(source, (*keys, *self.borrowed_tensors[i]), i)
         self._blocks[i].requires_grad_(False)
         linears = {name: self.linear(name) for name in self.linears[i]}
         parameters, run, hand_on = partial(self._parameters, i), partial(self.run_block, i), partial(self.pass_block, i)
@@ -319,7 +342,7 @@ class BlockwiseModel:
         in the stored dtype, unless the block holds them rounded.
         """
         weights = {f"{linear}.weight" for linear in self.linears[i]}
-        names = [self._names.stored[name] for name in self._names.in_block(i)]
+        names = [self._names.stored[name] for name in self._names.in_block(i) if name in self.sources]
         return {name: self._stored.read(name) for name in names if name not in weights}
 
     def stored_weight(self, linear: str) -> Tensor:
@@ -458,7 +481,8 @@ class BlockwiseModel:
     def _parameters(self, i: int) -> dict[str, nn.Parameter]:
         named = {f"{self.block_names[i]}.{name}": p for name, p in self._blocks[i].named_parameters()}
         stored = self._names.stored
-        return {stored.get(name, name): p for name, p in named.items() if name not in self._routers}
+        fixed = {*self._routers, *self._shared_in_depth, *self._shared_in_depth.values()}
+        return {stored.get(name, name): p for name, p in named.items() if name not in fixed}
 
     def _to_meta(self, names: Iterable[str]) -> None:
         for name in names:
@@ -469,22 +493,23 @@ class BlockwiseModel:
         names = [name for name in self._names.computed if self._names.block_of(name) == block]
         compute_buffers(self._model, names, self._writers, self.device)
 
-    def _load(
-        self, checkpoint: Checkpoint, keys: Iterable[str], block: int | None, borrowed: Mapping[str, str] | None = None
-    ) -> None:
-        """Set the parameters of a block, or outside the blocks, that these checkpoint keys become, and check them.
+    def _borrowed(self, block: int) -> dict[str, str]:
+        """Return the parameters of a block that the checkpoint stores for another block alone -> their names there."""
+        sources = self._names.sources
+        return {
+            name: owner
+            for name, owner in self._shared_in_depth.items()
+            if self._names.block_of(name) == block and name not in sources and owner in sources
+        }
 
-        Args:
-            checkpoint: checkpoint of the weights.
-            keys: the keys.
-            block: the block; None: outside the blocks.
-            borrowed: parameter of the block -> the parameter of another block whose tensor it is.
-        """
+    def _load(self, checkpoint: Checkpoint, keys: Iterable[str], block: int | None) -> None:
+        """Set the parameters of a block, or outside the blocks, that these checkpoint keys become, and check them."""
         self._transpose(checkpoint, keys)
         load_keys(self._model, self._names, self._conversions, checkpoint, keys, self.dtype, self.device)
-        for name, owner in (borrowed or {}).items():
+        borrowed = {} if block is None else self._borrowed(block)
+        for name, owner in borrowed.items():
             set_tensor(self._model, name, get_tensor(self._model, owner))
-        self._to_meta((borrowed or {}).values())
+        self._to_meta(borrowed.values())
         check_loaded(self._model, self._names, checkpoint, self._names.in_block(block), self.dtype)
 
     def _transpose(self, checkpoint: Checkpoint, keys: Iterable[str]) -> None:

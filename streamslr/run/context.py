@@ -235,13 +235,13 @@ def _model_shape(blockwise: BlockwiseModel, seq_len: int) -> ModelShape:
     blocks = []
     for i, linears in enumerate(blockwise.linears):
         modules = {name: blockwise.linear(name) for name in linears}
-        infos = [tensors[key] for key in blockwise.block_tensors[i]]
+        keys = blockwise.block_tensors[i]
         blocks.append(
             BlockShape(
                 linears=linears,
                 groups=input_groups(modules, partial(blockwise.run_on_meta, i)),
-                parameters=sum(prod(info.shape) for info in infos),
-                source_bytes=sum(info.nbytes for info in infos),
+                parameters=sum(prod(tensors[key].shape) for key in (*keys, *blockwise.borrowed_tensors[i])),
+                source_bytes=sum(tensors[key].nbytes for key in keys),
                 routing={name: blockwise.routing(name) for name in blockwise.experts[i]},
             )
         )

@@ -98,7 +98,7 @@ def test_the_sliding_window_matters_in_these_tests(tmp_path: Path) -> None:
     assert not torch.equal(whole_logits(near, token_ids()), whole_logits(far, token_ids()))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt", "bloom"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt", "bloom", "zamba"])
 def test_tied_embeddings(tmp_path: Path, architecture: str) -> None:
     folder = tiny_checkpoint(tmp_path / "m", architecture, tie=True)
     blockwise = blockwise_of(folder)
@@ -566,6 +566,17 @@ def test_blocks_without_linears_are_not_compressible(odd: None, tmp_path: Path) 
     blockwise = BlockwiseModel(odd_checkpoint(tmp_path / "m", "no linears"), torch.float32, CPU)
     with pytest.raises(InputError, match=r"model\.layers\.0 holds no linear that can be packed"):
         blockwise.require_compressible()
+
+
+def test_a_layer_that_is_a_part_of_several_blocks_stays_dense(tmp_path: Path) -> None:
+    """Zamba's transformer layer, which the checkpoint stores once."""
+    blockwise = blockwise_of(tiny_checkpoint(tmp_path / "m", "zamba", tie=True))
+    blockwise.require_compressible()
+    layer = "model.layers.{}.shared_transf.self_attn.q_proj"
+    assert blockwise.dense[0][layer.format(0)] == "it is a part of several blocks"
+    assert layer.format(2) not in blockwise.dense[2]
+    assert "model.layers.2.mamba_decoder.mamba.in_proj" in blockwise.linears[2]
+    assert not any("shared_transf" in name for name in blockwise.load_block(0).parameters())
 
 
 def test_blocks_that_share_weights_are_not_compressible(odd: None, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs of models whose blocks hand on more than hidden states: Gemma 3n, Gemma 4, GLM-5."""
+"""Runs of models whose blocks hand on more than hidden states (Gemma 3n, Gemma 4, GLM-5), or share a layer (Zamba)."""
 
 import math
 import shutil
@@ -25,13 +25,14 @@ from tests.support.markers import slow
 from tests.support.tiny_models import tiny_checkpoint
 
 SETTINGS: dict[str, Any] = {"samples": 6, "seq_len": 16, "rank": 4, "device": "cpu", "method": "eora-wanda"}
-SETTINGS |= {"match_epochs": 3, "owl": 0.08, "pattern": "50%"}
+SETTINGS |= {"match_epochs": 8, "owl": 0.08, "pattern": "50%"}
 WINDOWS = 3
 
 
-@pytest.fixture(scope="module", params=["gemma3n_text", *slow("gemma4_text", "glm_moe_dsa")])
+@pytest.fixture(scope="module", params=["gemma3n_text", *slow("gemma4_text", "glm_moe_dsa", "zamba")])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("models") / request.param, request.param, shards=3)
+    folder, tie = tmp_path_factory.mktemp("models") / request.param, request.param == "zamba"
+    return tiny_checkpoint(folder, request.param, shards=3, tie=tie)
 
 
 @pytest.fixture(scope="module")
