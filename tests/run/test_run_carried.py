@@ -18,6 +18,7 @@ from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
+from streamslr.run.block_solver import BlockSolver
 from streamslr.run.context import open_run
 from tests.support.compressed_folders import run_contents
 from tests.support.killing import compress_in_child
@@ -100,3 +101,28 @@ def test_tensors_outside_the_linears_have_the_sources_names(model: Path, compres
     assert source == {name for name in written if name.rpartition(".")[0] not in packed} | {
         f"{name}.weight" for name in packed
     }
+
+
+@pytest.mark.slow
+def test_a_run_in_bf16_resumes_to_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU: what is carried is in bf16, float32 or integers, boundaries in bf16."""
+    where = torch.device("cpu"), torch.bfloat16
+    monkeypatch.setattr("streamslr.run.context.pick_device", lambda name, gpu_required=True, index=0: where)
+    settings: dict[str, Any] = {"model": model, "calibration": text, **SETTINGS}
+    streamslr.compress(**settings, out=tmp_path / "whole")
+    original = BlockSolver.solve
+
+    def interrupted(self: BlockSolver, live: Any, *arguments: Any) -> Any:
+        if live.index == 2:
+            raise KeyboardInterrupt
+        return original(self, live, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockSolver, "solve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            streamslr.compress(**settings, out=tmp_path / "out")
+    streamslr.compress(**settings, out=tmp_path / "out")
+    assert "are lost" not in caplog.text
+    assert run_contents(tmp_path / "out") == run_contents(tmp_path / "whole")
