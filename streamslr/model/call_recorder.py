@@ -253,8 +253,8 @@ class CallRecorder:
         ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=device).view(PROBE_SHAPE)
         try:
             recorded, other = (self.record(of, lambda i, hidden: hidden.clone()) for of in (ids % 2, 0 * ids))
-        except Exception:  # an unusual model may do anything with NaN
-            log.debug("%s does not run on NaN: no block is handed what depends on the tokens", self.label)
+        except Exception as error:  # an unusual model may do anything with NaN
+            log.info("%s is taken to hand its blocks nothing made of the tokens: %s", self.label, first_line(error))
             return self
         values: list[Any] = []
         given = {}

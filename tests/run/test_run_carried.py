@@ -21,7 +21,7 @@ from streamslr.results.verify import verify
 from streamslr.run.block_solver import BlockSolver
 from streamslr.run.context import open_run
 from tests.support.compressed_folders import run_contents
-from tests.support.killing import compress_in_child
+from tests.support.killing import compress_by_ranks, compress_in_child
 from tests.support.markers import slow
 from tests.support.tiny_models import tiny_checkpoint
 
@@ -126,3 +126,11 @@ def test_a_run_in_bf16_resumes_to_the_same_bytes(
     streamslr.compress(**settings, out=tmp_path / "out")
     assert "are lost" not in caplog.text
     assert run_contents(tmp_path / "out") == run_contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_windows(model: Path, compressed: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"model": model, "out": tmp_path / "out", "calibration": text, **SETTINGS}
+    compress_by_ranks(2, settings)
+    assert verify(tmp_path / "out").problems == ()
+    assert read_run(tmp_path / "out").hidden_states == read_run(compressed).hidden_states
