@@ -17,11 +17,11 @@ from streamslr.io.packing import merge, pack, pack_on_grid, stored_columns, unpa
 from streamslr.linear_masters import LinearMasters, master_shapes
 from streamslr.masters import BlockWeights, MatchSettings, Optimizer, flats
 from streamslr.matching import CompressedBlock
-from streamslr.model.blockwise import Block
 from streamslr.ranks import ALONE
 from streamslr.solvers import parse_pattern
 from streamslr.spec.values import group_columns, group_count, spread
 from tests import reference
+from tests.support.live_blocks import live_block
 from tests.support.packed_linears import form_of
 
 SETTINGS = MatchSettings(epochs=4, batch=3, lr=0.1)
@@ -100,7 +100,7 @@ class Case:
 
     def compressed(self, run: Callable[[Tensor], Tensor] | None = None) -> CompressedBlock:
         parameters = dict(self.block.named_parameters())
-        block = Block(0, "block", self.linears, {}, lambda: parameters, run or self.run)
+        block = live_block(0, "block", self.linears, {}, lambda: parameters, run or self.run)
         return CompressedBlock(block, dict.fromkeys(self.linears, parse_pattern(self.pattern)))
 
     def sparse(self, weights: BlockWeights, name: str) -> Tensor:

@@ -1,6 +1,7 @@
 """The model on the meta device, of which one block at a time is loaded, run and evicted."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from streamslr.gpu import deterministic_operators
 from streamslr.model.border import refusing
 from streamslr.model.bounds import require_modest_buffers
 from streamslr.model.buffers import compute_buffers, find_writers
-from streamslr.model.call_recorder import PROBE_SHAPE, Call, find_recorder
+from streamslr.model.call_recorder import PROBE_SHAPE, find_recorder
+from streamslr.model.carried import Carried
+from streamslr.model.chain import Chain
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.compressibility import find_obstacles, find_shared_parameter
 from streamslr.model.experts import unfuse
@@ -38,15 +41,12 @@ from streamslr.model.transformers_compat import (
     initializers,
     uses_eager_attention,
 )
+from streamslr.model.transposed import hold_as_linears
 from streamslr.model.weight_loading import check_loaded, load_keys
 from streamslr.model.weight_reads import find_dense
 from streamslr.model.windows import CheckedLookups, refusing_windows, require_ids
 
 log = logging.getLogger("streamslr")
-
-_CACHED_CALLS = 5
-"""Batch shapes whose calls (masks, positions) are cached: whole and last micro-batch, in a pass and in matching; and
-one window."""
 
 _CHECK_CONFIG = "check config.json, or download it again"
 
@@ -61,8 +61,11 @@ class Block:
         linears: stored name -> each linear that is compressed.
         experts: stored name of each linear that sees only the tokens routed to it -> its kind, the same in every
             expert beside it.
-        parameters: return the parameters by stored name, without the routers, which nothing may change.
-        run: hidden states [b, T, h] -> [b, T, h], as the model runs the block, with its masks and positions.
+        parameters: return the parameters by stored name, without those that nothing may change: routers, and what is a
+            part of other blocks too.
+        run: what enters the block [b, T, w] -> its hidden states [b, T, h], as the model runs the block, with its
+            masks and positions.
+        hand_on: the same -> these hidden states, and what enters the next block [b, T, w'].
     """
 
     index: int
@@ -71,6 +74,7 @@ class Block:
     experts: Mapping[str, str]
     parameters: Callable[[], Mapping[str, nn.Parameter]]
     run: Callable[[Tensor], Tensor]
+    hand_on: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class BlockwiseModel:
@@ -83,9 +87,10 @@ class BlockwiseModel:
         checkpoint: source of the weights.
         dtype: dtype of loaded parameters, except for those that the model keeps in float32.
         device: device of loaded parameters.
-        hidden_size: width h of the hidden states.
+        hidden_size: width h of the hidden states, of all streams where a model has several.
         block_names: module path of each block.
         block_tensors: per block, the checkpoint keys that it is made of.
+        borrowed_tensors: per block, the keys of other blocks that it is made of too.
         non_block_tensors: every other checkpoint key, those included that the model has no use for.
         unread: parts outside the blocks that the model has no use for (layers for multi-token prediction, a part for
             images that its class leaves out), by their path -> number of tensors.
@@ -106,8 +111,8 @@ class BlockwiseModel:
             device: device of loaded parameters.
 
         Raises:
-            InputError: transformers cannot build the model, the checkpoint does not fit it, or more than hidden
-                states goes from one block to the next.
+            InputError: transformers cannot build the model, the checkpoint does not fit it, or its blocks hand on what
+                a boundary cannot hold.
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._float32_stream: Float32Stream | None = None
@@ -118,12 +123,19 @@ class BlockwiseModel:
         self._experts, self._conversions = unfuse(self._model, conversions, checkpoint.tensors)
         list_name, self._blocks = find_blocks(self._model)
         self.block_names = tuple(f"{list_name}.{i}" for i in range(len(self._blocks)))
+        self._transposed = hold_as_linears(self._model, dict(zip(self.block_names, self._blocks, strict=True)))
         self._names = ParameterNames(self._model, self.block_names, self._conversions, checkpoint.tensors)
+        self._transpose(checkpoint, checkpoint.tensors)
         self._stored = StoredTensors(self._model, self._names, self._conversions, checkpoint)
         self._shared = find_shared_parameter(self._model, self._names)
+        self._shared_in_depth = self._names.shared_in_depth(self._model)
 
         keys = self._names.keys_by_block(checkpoint.tensors)
         self.block_tensors = tuple(tuple(keys[i]) for i in range(len(self._blocks)))
+        self.borrowed_tensors = tuple(
+            tuple(key for owner in self._borrowed(i).values() for key in self._names.sources[owner])
+            for i in range(len(self._blocks))
+        )
         self.non_block_tensors = tuple(keys[None])
         self.sources = self._names.sources
         self._routers = find_routers(self._model, {path: experts.number for path, experts in self._experts.items()})
@@ -148,12 +160,15 @@ class BlockwiseModel:
         self._live: int | None = None
         self._non_block_loaded = False
         self._checked_lengths: set[int] = set()
-        self._calls: dict[tuple[int, int], tuple[Call, ...]] = {}
         self._init_buffers(block=None)
         with self._non_block_stand_ins():
-            self._recorder = find_recorder(self._model, self._blocks, self._label, device)
-            hidden, _ = self._recorder.record(torch.zeros(PROBE_SHAPE, dtype=torch.int64, device=device))
-        self.hidden_size = hidden.shape[-1]
+            recorder = find_recorder(self._model, self._blocks, self._label, device)
+        with self._non_block_stand_ins(math.nan):
+            self._recorder = recorder.find_given(device)
+        with self._non_block_stand_ins():
+            self._recorder.require_plain_chain(device)
+        self._chain = Chain(self._recorder, self._recording, dtype, device)
+        self.hidden_size = self._chain.hidden_size
 
     # Questions that need no weights
 
@@ -165,6 +180,7 @@ class BlockwiseModel:
         Raises:
             InputError: they are not; names the most telling reason.
         """
+        self._set_apart_shared()
         self._refuse_obstacles()
         self._find_dense()
         self._refuse_obstacles()  # once more: a block may have no linear left
@@ -172,6 +188,15 @@ class BlockwiseModel:
             self._float32_stream = find_float32_stream(
                 self._model, self._names, self._blocks, self.dtype, self._on_meta
             )
+            self._chain.use_stream_dtype(self.stream_dtype)
+
+    def widths(self, tokens: int) -> tuple[int, ...]:
+        """Return the width w of what enters each block, and of what leaves the last, for windows of so many tokens.
+
+        It is `hidden_size`, and more where blocks hand on more than hidden states. No block may be live.
+        """
+        with refusing_windows(self._class, tokens, self.positions):
+            return self._chain.widths(tokens)
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -185,6 +210,20 @@ class BlockwiseModel:
                 f"{why}; streamslr compresses blocks whose weights are plain linears of their own; choose another model"
             )
 
+    def _set_apart_shared(self) -> None:
+        """Move linears that are a part of several blocks from `linears` to `dense`, of the block that stores them."""
+        shared = {*self._shared_in_depth, *self._shared_in_depth.values()}
+
+        def is_shared(name: str) -> bool:
+            return f"{self._names.module_path(name)}.weight" in shared
+
+        why = "it is a part of several blocks"
+        self.dense = tuple(
+            {name: why for name in of if is_shared(name) and f"{self._names.module_path(name)}.weight" in self.sources}
+            for of in self.linears
+        )
+        self.linears = tuple({n: shape for n, shape in of.items() if not is_shared(n)} for of in self.linears)
+
     def _find_dense(self) -> None:
         """Move linears that the model's code uses in another way than to call them from `linears` to `dense`."""
         paths = [{self._names.module_path(name): name for name in linears} for linears in self.linears]
@@ -196,7 +235,10 @@ class BlockwiseModel:
             PROBE_SHAPE[0] * PROBE_SHAPE[1],
             partial(initializers, self._model),
         )
-        self.dense = tuple({name: found[path] for path, name in block.items() if path in found} for block in paths)
+        self.dense = tuple(
+            {**shared, **{name: found[path] for path, name in block.items() if path in found}}
+            for shared, block in zip(self.dense, paths, strict=True)
+        )
         dense = {name for block in self.dense for name in block}
         self.linears = tuple({n: shape for n, shape in of.items() if n not in dense} for of in self.linears)
         self.experts = tuple({n: kind for n, kind in of.items() if n not in dense} for of in self.experts)
@@ -267,12 +309,14 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def _on_meta(self, i: int, dtype: torch.dtype) -> Any:
-        call = self._calls_for(PROBE_SHAPE)[i].to_meta()
-        return self._replay(i, call, torch.empty(*PROBE_SHAPE, self.hidden_size, dtype=dtype, device="meta"))
+        with self._casting():
+            return self._chain.run_on_meta(i, dtype)
 
-    def _replay(self, i: int, call: Call, hidden: Tensor) -> Any:
+    @contextmanager
+    def _casting(self) -> Iterator[None]:
+        """Free the casts of a float32 stream once a block has run."""
         try:
-            return call.replay(self._blocks[i], hidden)
+            yield
         finally:
             if self._float32_stream:
                 self._float32_stream.forget()
@@ -298,11 +342,11 @@ class BlockwiseModel:
         self._init_buffers(block=i)
         source = checkpoint or self.checkpoint
         keys = self._names.keys_by_block(source.tensors)[i] if checkpoint else self.block_tensors[i]
-        self._load(source, keys, i)
+        self._load(source, (*keys, *self.borrowed_tensors[i]), i)
         self._blocks[i].requires_grad_(False)
         linears = {name: self.linear(name) for name in self.linears[i]}
-        parameters, run = partial(self._parameters, i), partial(self.run_block, i)
-        return Block(i, self.block_names[i], linears, self.experts[i], parameters, run)
+        parameters, run, hand_on = partial(self._parameters, i), partial(self.run_block, i), partial(self.pass_block, i)
+        return Block(i, self.block_names[i], linears, self.experts[i], parameters, run, hand_on)
 
     def as_stored(self, i: int) -> dict[str, Tensor]:
         """Return live block i's parameters and buffers by stored name, without its linears' weights.
@@ -311,7 +355,7 @@ class BlockwiseModel:
         in the stored dtype, unless the block holds them rounded.
         """
         weights = {f"{linear}.weight" for linear in self.linears[i]}
-        names = [self._names.stored[name] for name in self._names.in_block(i)]
+        names = [self._names.stored[name] for name in self._names.in_block(i) if name in self.sources]
         return {name: self._stored.read(name) for name in names if name not in weights}
 
     def stored_weight(self, linear: str) -> Tensor:
@@ -321,7 +365,9 @@ class BlockwiseModel:
         return weight.to(self.device).float()
 
     def by_key(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors by stored name; those that transformers joins of several keys (convolutions) by these keys."""
+        """Return tensors by stored name as the checkpoint stores them: by several keys, or transposed."""
+        stored_so = {name for name in tensors if self._names.parameter(name) in self._transposed}
+        tensors = {name: t.T.contiguous() if name in stored_so else t for name, t in tensors.items()}
         return self._stored.by_key(tensors)
 
     def evict_block(self, i: int) -> None:
@@ -351,42 +397,40 @@ class BlockwiseModel:
     # Running
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the hidden states [b, T, h] that enter block 0.
+        """Return what enters block 0 [b, T, w]: hidden states in the first h columns, then what is carried beside them.
 
         Args:
             ids: token ids, int64 [b, T].
 
         Raises:
             InputError: windows are longer than the model's positions, ids are outside its vocabulary, or a block is
-                called with values that depend on the tokens.
+                called with values that depend on the tokens and cannot be carried.
         """
         self._require_non_block()
         with refusing_windows(self._class, ids.shape[1], self.positions):
-            calls = self._calls_for((ids.shape[0], ids.shape[1]))
-            hidden, calls_with_tokens = self._recorder.record(ids.to(self.device))
-        for i, (call, call_with_tokens) in enumerate(zip(calls, calls_with_tokens, strict=True)):
-            if name := call.difference(call_with_tokens):
-                raise InputError(
-                    f"{self._class} hands block {i} the value {name!r}, which depends on the tokens: such a "
-                    f"model cannot be taken block by block"
-                )
-        return hidden
+            return self._chain.embed(ids.to(self.device))
 
-    def run_block(self, i: int, hidden: Tensor) -> Tensor:
-        """Pass hidden states [b, T, h] through live block i."""
+    def run_block(self, i: int, entering: Tensor) -> Tensor:
+        """Pass what enters live block i [b, T, w] through it; return the hidden states [b, T, h] that leave it."""
+        return self._chain.hidden(i, self._run(i, entering)[0])
+
+    def pass_block(self, i: int, entering: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the same; return the hidden states [b, T, h], and with what is carried beside them what enters i + 1."""
+        output, carried = self._run(i, entering)
+        hidden = self._chain.hidden(i, output)
+        return hidden, self._chain.leaving(i, hidden, carried)
+
+    def _run(self, i: int, entering: Tensor) -> tuple[Any, Carried]:
         if self._live != i:
             raise RuntimeError(f"block {i} is not live: load_block({i}) first")
+        tokens = entering.shape[1]
         with (
             refusing(f"block {i} of {self._class} cannot run", _CHECK_CONFIG),
-            refusing_windows(self._class, hidden.shape[1], self.positions),
+            refusing_windows(self._class, tokens, self.positions),
         ):
-            call = self._calls_for((hidden.shape[0], hidden.shape[1]))[i]
-            with self._checked_at_first(hidden.shape[1]), deterministic_operators():
-                output = self._replay(i, call, hidden.to(self.stream_dtype))
-        if isinstance(output, tuple) != bool(self._recorder.returned):
-            raise InputError(f"block {i} of {self._class} returns a {type(output).__name__}: not supported")
-        out: Tensor = output[0] if isinstance(output, tuple) else output
-        return out
+            self._chain.calls((entering.shape[0], tokens))
+            with self._checked_at_first(tokens), deterministic_operators(), self._casting():
+                return self._chain.run(i, entering)
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Return the model's logits [b, T, V] for the last block's output.
@@ -396,7 +440,7 @@ class BlockwiseModel:
             hidden: hidden states [b, T, h] that leave the last block.
         """
         self._require_non_block()
-        return self._recorder.logits(ids.to(self.device), hidden)
+        return self._chain.logits(ids.to(self.device), hidden)
 
     @contextmanager
     def _checked_at_first(self, tokens: int) -> Iterator[None]:
@@ -408,25 +452,23 @@ class BlockwiseModel:
             yield
         self._checked_lengths.add(tokens)
 
-    def _calls_for(self, shape: tuple[int, int]) -> tuple[Call, ...]:
-        """Return how the model calls each block on a batch of this shape [b, T]."""
-        if shape not in self._calls:
-            if len(self._calls) == _CACHED_CALLS:
-                del self._calls[next(iter(self._calls))]
-            with self._non_block_stand_ins(), CheckedLookups():
-                _, self._calls[shape] = self._recorder.record(torch.zeros(shape, dtype=torch.int64, device=self.device))
-        return self._calls[shape]
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Let the model be run without its blocks, whatever is loaded; lookups are checked."""
+        with self._non_block_stand_ins(), CheckedLookups():
+            yield
 
     @contextmanager
-    def _non_block_stand_ins(self) -> Iterator[None]:
-        """Put zeros that take no memory in place of non-block tensors that are not loaded: enough to record calls."""
+    def _non_block_stand_ins(self, fill: float = 0.0) -> Iterator[None]:
+        """Put one number, which takes no memory, in place of non-block tensors that are not loaded."""
         if self._non_block_loaded:
             yield
             return
         names = self._names.in_block(None)
         for name in names:
             meta = self._names.meta[name]
-            set_tensor(self._model, name, torch.zeros((), dtype=meta.dtype, device=self.device).expand(meta.shape))
+            number = torch.full((), fill if meta.is_floating_point() else 0, dtype=meta.dtype, device=self.device)
+            set_tensor(self._model, name, number.expand(meta.shape))
         try:
             yield
         finally:
@@ -452,7 +494,8 @@ class BlockwiseModel:
     def _parameters(self, i: int) -> dict[str, nn.Parameter]:
         named = {f"{self.block_names[i]}.{name}": p for name, p in self._blocks[i].named_parameters()}
         stored = self._names.stored
-        return {stored.get(name, name): p for name, p in named.items() if name not in self._routers}
+        fixed = {*self._routers, *self._shared_in_depth, *self._shared_in_depth.values()}
+        return {stored.get(name, name): p for name, p in named.items() if name not in fixed}
 
     def _to_meta(self, names: Iterable[str]) -> None:
         for name in names:
@@ -463,7 +506,26 @@ class BlockwiseModel:
         names = [name for name in self._names.computed if self._names.block_of(name) == block]
         compute_buffers(self._model, names, self._writers, self.device)
 
+    def _borrowed(self, block: int) -> dict[str, str]:
+        """Return the parameters of a block that the checkpoint stores for another block alone -> their names there."""
+        sources = self._names.sources
+        return {
+            name: owner
+            for name, owner in self._shared_in_depth.items()
+            if self._names.block_of(name) == block and name not in sources and owner in sources
+        }
+
     def _load(self, checkpoint: Checkpoint, keys: Iterable[str], block: int | None) -> None:
         """Set the parameters of a block, or outside the blocks, that these checkpoint keys become, and check them."""
+        self._transpose(checkpoint, keys)
         load_keys(self._model, self._names, self._conversions, checkpoint, keys, self.dtype, self.device)
+        borrowed = {} if block is None else self._borrowed(block)
+        for name, owner in borrowed.items():
+            set_tensor(self._model, name, get_tensor(self._model, owner))
+        self._to_meta(borrowed.values())
         check_loaded(self._model, self._names, checkpoint, self._names.in_block(block), self.dtype)
+
+    def _transpose(self, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
+        """Have a checkpoint show the weights that it stores transposed as those of plain linears."""
+        if self._transposed:
+            checkpoint.transpose([k for k in keys if not self._transposed.isdisjoint(self._names.parameters_of(k))])

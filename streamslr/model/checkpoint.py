@@ -31,7 +31,7 @@ from streamslr.io.packed_layout import read_quantization_config
 from streamslr.io.safetensors_file import WEIGHT_DTYPES, ShardHeader, TensorInfo, read_header, read_start
 from streamslr.model.border import refusing
 from streamslr.model.bounds import refuse_huge_counts
-from streamslr.model.decoders import Decoder, PackedWeight, packed_weights
+from streamslr.model.decoders import Decoder, PackedWeight, TransposedWeight, packed_weights
 from streamslr.model.other_files import is_auxiliary, refuse_other_model
 from streamslr.model.pinned_shards import PinnedShards, ShardDigest, Times
 from streamslr.model.quantization import ENTRIES, Quantization, read_quantization, without_quantization
@@ -71,7 +71,8 @@ class Checkpoint:
             what the index says of tensors that two files hold.
         config: config.json as transformers reads it, without a quantization of other tools.
         tensors: description of each tensor by its key. A packed linear shows as its merged weight in float32, a weight
-            that another tool quantized as the decoded one, in the dtype that config.json says.
+            that another tool quantized as the decoded one, in the dtype that config.json says, and one that was given
+            to `transpose` as [o, d].
         pinned: digests of the shards that were read, once `pin` was called.
     """
 
@@ -117,6 +118,13 @@ class Checkpoint:
         found = {shard: self._source.local_path(shard) for shard in self._headers}
         self.pinned.check_earlier({shard: path for shard, path in found.items() if path})
         return self.pinned
+
+    def transpose(self, names: Iterable[str]) -> None:
+        """Show these weights, stored as [d, o], as [o, d] from now on; those that are decoded are so already."""
+        as_they_are = [name for name in names if name in self._stored and name not in self._decoders]
+        found = {name: TransposedWeight.of(self._stored[name]) for name in as_they_are}
+        self._decoders = {**self._decoders, **found}
+        self.tensors = {**self.tensors, **{name: decoder.info for name, decoder in found.items()}}
 
     @property
     def packed_linears(self) -> dict[str, tuple[SparsityPattern, tuple[int, int], int]]:

@@ -55,9 +55,14 @@ def find_obstacles(
 
 
 def find_shared_parameter(model: PreTrainedModel, names: ParameterNames) -> tuple[str, str] | None:
-    """Return two names of one parameter that are not in the same block, or None. Ask before weights are loaded."""
+    """Return two names of one parameter that are not in the same block, or None. Ask before weights are loaded.
+
+    A parameter that the model ties from block to block is not meant: `ParameterNames.shared_in_depth`.
+    """
     first: dict[int, str] = {}
+    in_depth = names.shared_in_depth(model)
     pairs = list(model.all_tied_weights_keys.items())
     for name, parameter in model.named_parameters(remove_duplicate=False):
         pairs.append((first.setdefault(id(parameter), name), name))
-    return next(((a, b) for a, b in pairs if names.block_of(a) != names.block_of(b)), None)
+    apart = [(a, b) for a, b in pairs if names.block_of(a) != names.block_of(b)]
+    return next(((a, b) for a, b in apart if in_depth.get(a, a) != in_depth.get(b, b)), None)

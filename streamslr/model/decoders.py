@@ -7,7 +7,7 @@ Another stored format needs a class of `Decoder`'s kind, and a function that fin
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,19 @@ class PackedWeight(Decoder):
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return merge(tensors, self.pattern, self.shape, self.info.dtype)
+
+
+@dataclass(frozen=True)
+class TransposedWeight(Decoder):
+    """Weight [o, d] of a linear that is stored as [d, o]: a view of what is stored."""
+
+    @classmethod
+    def of(cls, stored: TensorInfo) -> "TransposedWeight":
+        """Return the weight of a stored tensor."""
+        return cls(replace(stored, shape=stored.shape[::-1]), {"weight": stored.name})
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["weight"].T
 
 
 def packed_weights(headers: Mapping[str, ShardHeader], label: str) -> dict[str, PackedWeight]:

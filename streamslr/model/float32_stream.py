@@ -106,7 +106,8 @@ def find_float32_stream(
         The casts, registered; None where a block fails or returns another dtype, which the log names.
     """
     held = {id(p) for block in blocks for module in block.modules() if is_norm(module) for p in module.parameters()}
-    narrow = {name: names.meta[name] for name, p in model.named_parameters() if id(p) in held}
+    parameters = model.named_parameters(remove_duplicate=False)  # a layer may be a part of several blocks
+    narrow = {name: names.meta[name] for name, p in parameters if id(p) in held}
     stream = Float32Stream(blocks, dtype)
 
     def set_norms(tensors: Mapping[str, Tensor]) -> None:

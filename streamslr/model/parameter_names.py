@@ -124,6 +124,11 @@ class ParameterNames:
         """Return the parameters and persistent buffers of a block; those outside the blocks for None."""
         return [n for n in self.meta if n not in self.computed and self.block_of(n) == block]
 
+    def shared_in_depth(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return the parameters of a block that are those of another block -> their names there, from the ties."""
+        blocks = {n: (self.block_of(n), self.block_of(owner)) for n, owner in model.all_tied_weights_keys.items()}
+        return {n: model.all_tied_weights_keys[n] for n, (a, b) in blocks.items() if None not in (a, b) and a != b}
+
     def stored_linear(self, path: str) -> str:
         """Return the name that a linear is stored under; the same as its module path where the model lacks it."""
         return self.stored.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight")

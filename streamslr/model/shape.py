@@ -56,3 +56,5 @@ class ModelShape:
     largest_shard_bytes: int = 0
     vocabulary: int = 0  # tokens that the head ranks; 0 where config.json does not say
     float32_stream: bool = False  # hidden states inside blocks, and targets, are float32 whatever the compute dtype
+    carried: int = 0
+    """Most numbers of the compute dtype that blocks hand on for a token beside its hidden states."""

@@ -34,6 +34,9 @@ from transformers.core_model_loading import (
 # Keeps `_init_weights` off tensors that a checkpoint gave.
 from transformers.initialization import guard_torch_init_functions
 
+# In 5.0 already: a linear whose weight is stored transposed, [d, o].
+from transformers.pytorch_utils import Conv1D
+
 # In 5.0 already: the base class of a quantization method's entry in config.json.
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -60,12 +63,14 @@ else:
 
 
 __all__ = [
+    "Conv1D",
     "HfQuantizer",
     "QuantizationConfigMixin",
     "WeightRenaming",
     "WeightTransform",
     "begin_loading",
     "end_loading",
+    "experts_on_meta",
     "get_model_conversion_mapping",
     "guard_torch_init_functions",
     "initializers",
@@ -197,6 +202,22 @@ def initializers(model: "PreTrainedModel") -> Iterator[tuple[nn.Module, Callable
 def uses_eager_attention(config: "PretrainedConfig") -> bool:
     """Return True when attention writes its weights [b, heads, T, T] out instead of running as one fused kernel."""
     return bool(config._attn_implementation == "eager")
+
+
+@contextmanager
+def experts_on_meta(model: "PreTrainedModel") -> Iterator[None]:
+    """Have fused experts computed in a way that runs on the meta device in every dtype; grouped products do not."""
+    if not hasattr(model, "get_experts_implementation"):  # before 5.23
+        yield
+        return
+    before = model.get_experts_implementation()
+    with quiet_transformers():
+        model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        with quiet_transformers():
+            model.set_experts_implementation(before)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def check(
         blockwise.require_compressible()  # on a GPU blocks then run in the dtypes that they had in the run
         ids, own_windows = _draw_windows(state, finished, text, windows)
         blockwise.require_windows(ids.shape[1], ids)
-        boundary = boundary_bytes(len(ids), ids.shape[1], blockwise.hidden_size, dtype.itemsize)
+        boundary = boundary_bytes(len(ids), ids.shape[1], max(blockwise.widths(ids.shape[1])), dtype.itemsize)
         with scratch_folder("streamslr-check-") as scratch, deterministic_libraries(where, strict=False):
             in_memory = scratch_bytes(0, 0, boundary) <= MEMORY_FRACTION * free_memory
             side_by_side = Check(blockwise, ids, scratch, in_memory)

@@ -108,8 +108,8 @@ def evaluate(
     total = len(ids)
     ids = ids[list(ranks.share(total, "windows"))]
     batches = spans([(0, len(ids))], max(1, BATCH_TOKENS // seq_len))
-    hidden_size = blockwise.hidden_size
-    boundary_bytes = len(ids) * seq_len * hidden_size * dtype.itemsize
+    widths = blockwise.widths(seq_len)
+    boundary_bytes = len(ids) * seq_len * max(widths) * dtype.itemsize
     in_memory = 2 * boundary_bytes <= MEMORY_FRACTION * free_memory / ranks.local_world
 
     if scratch is not None:
@@ -122,8 +122,8 @@ def evaluate(
 
         def new_boundary(index: int) -> HiddenStates:
             if in_memory:
-                return InMemory(len(ids), seq_len, hidden_size, dtype)
-            return OnDisk(folder / f"{index}.zarr", len(ids), seq_len, hidden_size, dtype)
+                return InMemory(len(ids), seq_len, widths[index], dtype)
+            return OnDisk(folder / f"{index}.zarr", len(ids), seq_len, widths[index], dtype)
 
         hidden = _run_blocks(blockwise, ids, batches, new_boundary, require_sound, step)
         nll = _sum_losses(blockwise, ids, batches, hidden)
@@ -227,7 +227,7 @@ def _run_blocks(
         block = blockwise.load_block(i)
         upcoming = new_boundary(i + 1)
         for start, x in read_batches(hidden, batches):
-            upcoming.write(start, block.run(x.to(blockwise.device)))
+            upcoming.write(start, block.hand_on(x.to(blockwise.device))[1])
         upcoming.seal()
         blockwise.evict_block(i)
         hidden.drop()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,10 @@ from streamslr.io.packing import merge
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, shard_header, write_shard
 from streamslr.memory import keep_no_freed_memory
 from streamslr.model.checkpoint import open_checkpoint
+from streamslr.model.meta_model import build_on_meta
 from streamslr.model.parameter_names import find_modules
 from streamslr.model.sources import CONFIG_FILE
+from streamslr.model.transposed import find_transposed, linear_shape
 from streamslr.outside import parse_json, read_bounded
 from streamslr.results.inspect import read_run
 from streamslr.results.readers import LORA_PREFIX, open_on_meta, try_adapter
@@ -196,7 +198,7 @@ class _Source:
             raise InputError(
                 f"{self._folder} has rank 0: there is nothing for an adapter to hold; export it --to dense"
             )
-        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linears = {name for name, module in model.named_modules() if linear_shape(module)}
         paths = find_modules(model, stored, linears)
         if fused := [name for name in stored if name not in paths]:
             raise InputError(
@@ -204,6 +206,13 @@ class _Source:
                 f"linear to adapt; export {self._folder} --to dense, or load it with streamslr.load"
             )
         return paths
+
+    @cached_property
+    def _transposed(self) -> set[str]:
+        """The linears that the model stores as [d, o]."""
+        model = build_on_meta(self._checkpoint.config, torch.float32, self._checkpoint.tensors)
+        linears = [name for names in self._linears.values() for name in names]
+        return set(find_modules(model, linears, find_transposed(model)))
 
     def ranks(self, modules: Mapping[str, str]) -> dict[str, int]:
         """Return module path -> rank, for linears by stored name -> module path."""
@@ -229,8 +238,9 @@ class _Source:
             stored = dtype or parts["scales" if "scales" in parts else "values"].dtype
             if not low_rank:
                 parts = {part: info for part, info in parts.items() if part not in LOW_RANK_PARTS}
-            dense = partial(self._dense, parts, pattern, shape, stored)
-            sources.append((f"{linear}.weight", stored, shape, dense))
+            transposed = linear in self._transposed
+            dense = partial(self._dense, parts, pattern, shape, stored, transposed)
+            sources.append((f"{linear}.weight", stored, shape[::-1] if transposed else shape, dense))
         sources += (self._as_is(info, info.name, dtype) for info in rest.values())
         return tuple(sources)
 
@@ -281,10 +291,16 @@ class _Source:
         return name, wanted, info.shape, numbers
 
     def _dense(
-        self, parts: Mapping[str, TensorInfo], pattern: SparsityPattern, shape: tuple[int, int], dtype: torch.dtype
+        self,
+        parts: Mapping[str, TensorInfo],
+        pattern: SparsityPattern,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        transposed: bool,
     ) -> Tensor:
         read = self._read(parts.values())
         dense = merge({part: read[info.name] for part, info in parts.items()}, pattern, shape, dtype)
+        dense = dense.T.contiguous() if transposed else dense
         return self._require_finite(parts["values"].name.replace(".values", ".weight"), dense)
 
     def _read(self, infos: Collection[TensorInfo]) -> dict[str, Tensor]:
@@ -348,7 +364,7 @@ def _adapter_config(base: Path, ranks: Mapping[str, int], model: nn.Module) -> d
         "target_modules": sorted(targets),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": not find_transposed(model).isdisjoint(ranks),
         "modules_to_save": None,
         "inference_mode": True,
     }

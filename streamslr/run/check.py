@@ -80,8 +80,8 @@ class Check:
         self._pass(_COMPRESSED, block)
         self._cosines = []
         for window in range(len(self.ids)):
-            dense, compressed = (self._leaving[name].read(window, window + 1) for name in _STREAMS)
-            device = self.blockwise.device
+            device, h = self.blockwise.device, self.blockwise.hidden_size
+            dense, compressed = (self._leaving[name].read(window, window + 1)[..., :h] for name in _STREAMS)
             self._cosines.append(mean_cosine(dense.to(device), compressed.to(device)))
 
     def seal(self) -> BlockCheck | None:
@@ -108,7 +108,9 @@ class Check:
             index: Number of the boundary.
             record: Record of the block before it.
         """
-        found = [self._stream(name).reopen(index) if len(self.ids) else self._new(name, index) for name in _STREAMS]
+        found = [
+            self._stream(name, index).reopen(index) if len(self.ids) else self._new(name, index) for name in _STREAMS
+        ]
         self._entering = {name: states for name, states in zip(_STREAMS, found, strict=True) if states}
         if record is None or not all(self.ranks.gather(len(self._entering) == len(_STREAMS))):
             return False
@@ -163,16 +165,20 @@ class Check:
     def _pass(self, name: str, block: Block) -> None:
         leaving = self._leaving[name] = self._new(name, block.index + 1)
         for window, x in read_batches(self._entering[name], spans([(0, len(self.ids))], 1)):
-            leaving.write(window, block.run(x.to(self.blockwise.device)))
+            leaving.write(window, block.hand_on(x.to(self.blockwise.device))[1])
 
-    def _stream(self, name: str) -> HiddenStateStream:
-        shape = (len(self.ids), self.all_ids.shape[1], self.blockwise.hidden_size)
+    def _shape(self, index: int) -> tuple[int, int, int]:
+        tokens = self.all_ids.shape[1]
+        return len(self.ids), tokens, self.blockwise.widths(tokens)[index]
+
+    def _stream(self, name: str, index: int) -> HiddenStateStream:
+        shape = self._shape(index)
         return HiddenStateStream(self.folder, name, shape, self.blockwise.dtype, self.in_memory)
 
     def _new(self, name: str, index: int) -> HiddenStates:
         if len(self.ids):
-            return self._stream(name).new(index)
-        return InMemory(0, self.all_ids.shape[1], self.blockwise.hidden_size, self.blockwise.dtype)
+            return self._stream(name, index).new(index)
+        return InMemory(*self._shape(index), self.blockwise.dtype)
 
     def _digest(self, states: HiddenStates) -> str:
         return digest_of(self._in_order(states.seal()))

@@ -119,7 +119,7 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
     if gpu_required:  # ranks that work together must plan alike
         host_mem, baseline = min(ranks.gather(host_mem)), max(ranks.gather(baseline))
         gpu = gpu and replace(gpu, budget=min(ranks.gather(gpu.budget)), context=max(ranks.gather(gpu.context)))
-    shape = _model_shape(blockwise)
+    shape = _model_shape(blockwise, config.seq_len)
     plan = make_plan(
         config,
         shape,
@@ -229,19 +229,19 @@ def _describe_mean(plan: Plan, config: RunConfig, blockwise: BlockwiseModel) -> 
     return replace(plan, linears=linears, parameter_fraction=parameter_fraction(mean, blockwise.linears))
 
 
-def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
+def _model_shape(blockwise: BlockwiseModel, seq_len: int) -> ModelShape:
     """Return what the plan needs to know of the model: from its headers, and from a pass on the meta device."""
     tensors = blockwise.checkpoint.tensors
     blocks = []
     for i, linears in enumerate(blockwise.linears):
         modules = {name: blockwise.linear(name) for name in linears}
-        infos = [tensors[key] for key in blockwise.block_tensors[i]]
+        keys = blockwise.block_tensors[i]
         blocks.append(
             BlockShape(
                 linears=linears,
                 groups=input_groups(modules, partial(blockwise.run_on_meta, i)),
-                parameters=sum(prod(info.shape) for info in infos),
-                source_bytes=sum(info.nbytes for info in infos),
+                parameters=sum(prod(tensors[key].shape) for key in (*keys, *blockwise.borrowed_tensors[i])),
+                source_bytes=sum(tensors[key].nbytes for key in keys),
                 routing={name: blockwise.routing(name) for name in blockwise.experts[i]},
             )
         )
@@ -258,4 +258,5 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
         largest_shard_bytes=blockwise.checkpoint.largest_shard_bytes,
         vocabulary=blockwise.vocabulary,
         float32_stream=blockwise.stream_dtype == torch.float32,
+        carried=max(blockwise.widths(seq_len)) - blockwise.hidden_size,
     )

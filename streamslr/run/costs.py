@@ -235,9 +235,10 @@ class Costs:
         return self.window_bytes(stream) * self.windows if stream in self._streams else 0
 
     def window_bytes(self, stream: str) -> int:
-        """Return the bytes of one window of a stream, "hidden" or "targets"."""
-        value_bytes = self._stream_bytes if stream == "targets" else self._value_bytes
-        return boundary_bytes(1, self.config.seq_len, self.model.hidden_size, value_bytes)
+        """Return the bytes of one window of a stream, "hidden" or "targets"; those of boundary 0 are equal."""
+        seq_len, h = self.config.seq_len, self.model.hidden_size
+        hidden = boundary_bytes(1, seq_len, h + self.model.carried, self._value_bytes)
+        return max(hidden, boundary_bytes(1, seq_len, h, self._stream_bytes)) if stream == "targets" else hidden
 
     def _moving(self, micro_batch: int, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> tuple[int, int]:
         """Return the bytes on the GPU and on the host of the windows that a pass reads and writes, by streams."""
@@ -271,12 +272,14 @@ class Costs:
         return windows * self.config.seq_len
 
     def _hidden_bytes(self, windows: int) -> int:
-        return self._tokens(windows) * self.model.hidden_size * self._value_bytes
+        return self._tokens(windows) * (self.model.hidden_size + self.model.carried) * self._value_bytes
 
     def _pass_bytes(self, micro_batch: int) -> int:
-        """Activations and attention scores of a pass without gradients."""
+        """Activations and attention scores of a pass without gradients, and what blocks hand on, in and out."""
         sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes, self._stream_bytes
-        return max(activation_bytes(block, *sizes) for block in self.model.blocks) + self._score_bytes(micro_batch)
+        carried = 2 * self._tokens(micro_batch) * self.model.carried * self._value_bytes
+        activations = max(activation_bytes(block, *sizes) for block in self.model.blocks)
+        return activations + self._score_bytes(micro_batch) + carried
 
     def _score_bytes(self, micro_batch: int) -> int:
         return score_bytes(micro_batch, self.config.seq_len, self.model.eager_heads)

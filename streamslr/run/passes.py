@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
@@ -46,6 +46,9 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Boundary:
     """One boundary: what enters a block, and where blocks are matched, the targets of the block before it.
+
+    Beside hidden states, `hidden` holds what blocks hand on with them (`model/carried.py`); so do the targets of
+    boundary 0, which are a copy of it, and no others.
 
     targets of block i = dense_block_i(hidden) + match_recover · (targets of block i - 1 - hidden). The second term
     carries earlier errors along the residual stream. Targets from a second stream through the dense model give the
@@ -106,7 +109,7 @@ class Passes:
         streams = []
         for states in boundary.streams:
             values = {
-                window: take_sample(states, own[window], number)
+                window: take_sample(states, own[window], number, self.blockwise.hidden_size)
                 for number, window in enumerate(sampled)
                 if window in own
             }
@@ -178,7 +181,8 @@ class Passes:
             self._writing(leaving) as write,
         ):
             block = load_block(self.blockwise, i)
-            with GramCollector(block, diagonal=True) as collector:
+            passing = replace(block, run=lambda x: block.hand_on(x)[1])
+            with GramCollector(passing, diagonal=True) as collector:
                 for first, x in self._batches(hidden, step):
                     write(first, self._run_in(collector, first, x))
             return leaving, block, collector.grams()
@@ -255,8 +259,8 @@ class Passes:
         ):
             outputs = self._batches(targets) if targets else None
             for start, x in self._batches(hidden, step):
-                output = block.run(x)
-                write(start, output)
+                output, upcoming = block.hand_on(x)
+                write(start, upcoming)
                 if outputs:
                     _, target = next(outputs)
                     if start < self.fitted:
@@ -370,9 +374,10 @@ class Passes:
 
     @property
     def _window_bytes(self) -> int:
-        """Bytes of one window in the widest dtype of a stream."""
-        widest = max(self.blockwise.dtype.itemsize, self.blockwise.stream_dtype.itemsize)
-        return boundary_bytes(1, self.config.seq_len, self.blockwise.hidden_size, widest)
+        """Bytes of the largest window of a boundary."""
+        blockwise, seq_len = self.blockwise, self.config.seq_len
+        sizes = (max(blockwise.widths(seq_len)), blockwise.dtype), (blockwise.hidden_size, blockwise.stream_dtype)
+        return max(boundary_bytes(1, seq_len, width, dtype.itemsize) for width, dtype in sizes)
 
     def _stream(self, name: str, index: int) -> HiddenStateStream:
         """Return the boundaries called `name`, "hidden" or "targets", of the dtype that boundary `index` has.
@@ -382,8 +387,10 @@ class Passes:
         boundary 0, which equal them.
         """
         config, blockwise = self.config, self.blockwise
-        shape = (len(self.ids), config.seq_len, blockwise.hidden_size)
-        dtype = blockwise.stream_dtype if name == "targets" and index else blockwise.dtype
+        of_targets = name == "targets" and index > 0
+        width = blockwise.hidden_size if of_targets else blockwise.widths(config.seq_len)[index]
+        shape = (len(self.ids), config.seq_len, width)
+        dtype = blockwise.stream_dtype if of_targets else blockwise.dtype
         writers = 1 if blockwise.device.type == "cpu" else pinned_windows(self._window_bytes)
         return HiddenStateStream(rank_scratch(config, self.ranks), name, shape, dtype, self.in_memory, writers)
 
@@ -419,13 +426,13 @@ class Passes:
             for first, x in self._batches(boundary.hidden, step):
                 run(first, x)
             return None
-        recover = self.config.match_recover
+        recover, h = self.config.match_recover, self.blockwise.hidden_size
         earlier = self._batches(boundary.targets)
         with self._new("targets", block.index + 1) as targets, self._writing(targets) as write:
             for first, x in self._batches(boundary.hidden, step):
                 output = run(first, x)
                 _, target = next(earlier)
-                write(first, output + recover * (target - x))
+                write(first, output + recover * (target[..., :h] - x[..., :h]))
         return targets
 
     @property

@@ -18,11 +18,18 @@ SAMPLED_WINDOWS, SAMPLED_VALUES = 8, 4
 """Windows of a boundary that its sample is taken from, and values of each."""
 
 
-def take_sample(states: HiddenStates, window: int, number: int) -> tuple[float | None, ...]:
-    """Return values of a window's last tokens, which all earlier tokens act on; `number` of the sampled windows."""
+def take_sample(states: HiddenStates, window: int, number: int, width: int) -> tuple[float | None, ...]:
+    """Return values of a window's last tokens, which all earlier tokens act on.
+
+    Args:
+        states: the boundary.
+        window: the window.
+        number: its number among the sampled windows.
+        width: width of the hidden states, the first columns of the boundary.
+    """
     values: list[float | None] = []
-    (hidden,) = states.read(window, window + 1).float()  # [T, h]
-    tokens, width = hidden.shape
+    (hidden,) = states.read(window, window + 1).float()  # [T, w]
+    tokens = len(hidden)
     for k in range(SAMPLED_VALUES):
         # multiples of the golden ratio spread evenly over the width, however many there are
         column = int((number * SAMPLED_VALUES + k) * 0.618034 % 1 * width)

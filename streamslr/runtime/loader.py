@@ -223,12 +223,13 @@ def pack_on_meta(model: "PreTrainedModel", files: list[str] | None, entry: objec
     from streamslr.model.buffers import check_buffers
     from streamslr.model.experts import unfuse
     from streamslr.model.parameter_names import find_modules
+    from streamslr.model.transposed import linear_shape
 
     stored = read_stored_model(files)
     require_modest_buffers(dict(model.named_non_persistent_buffers()), stored.tensors)
     check_buffers(model)
     unfuse(model, get_model_conversion_mapping(model), stored.tensors)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: shape for name, module in model.named_modules() if (shape := linear_shape(module))}
     names = find_modules(model, stored.linears, linears)
     if unknown := [path for path in stored.linears if path not in names]:
         raise InputError(
@@ -236,21 +237,20 @@ def pack_on_meta(model: "PreTrainedModel", files: list[str] | None, entry: objec
             "config.json is of another model, or another version of transformers wrote the folder"
         )
     for path, name in names.items():
-        linear, (pattern, shape), values = linears.pop(name), stored.linears[path], stored.value_format(path)
-        if shape != (linear.out_features, linear.in_features):
-            raise stored.refuse(
-                f"{path} is {shape[0]}x{shape[1]}, config.json asks for {linear.out_features}x{linear.in_features}"
-            )
+        (o, d), (pattern, shape), values = linears.pop(name), stored.linears[path], stored.value_format(path)
+        if shape != (o, d):
+            raise stored.refuse(f"{path} is {shape[0]}x{shape[1]}, config.json asks for {o}x{d}")
+        linear = model.get_submodule(name)
         model.set_submodule(
             name,
             SparseLowRankLinear(
-                linear.in_features,
-                linear.out_features,
+                d,
+                o,
                 pattern,
                 stored.rank(path),
                 bias=linear.bias is not None,
                 nonzeros=stored.parts(path)["values"].shape[0] * (1 if values is None else 8 // values.bits),
-                dtype=linear.weight.dtype,
+                dtype=linear.get_parameter("weight").dtype,
                 device="meta",
                 values=values,
                 low_rank=torch.int8 if "low_rank_scales" in stored.parts(path) else None,

@@ -17,7 +17,7 @@ from streamslr.calibration.grams import (
     offload_grams,
 )
 from streamslr.errors import InputError, StreamslrError
-from streamslr.model.blockwise import Block
+from tests.support.live_blocks import live_block
 from tests.support.problems import peak_of
 
 
@@ -45,7 +45,7 @@ def collect_grams(
     batches: list[tuple[int, Tensor]],
     experts: dict[str, str] | None = None,
 ) -> list[Gram]:
-    block = Block(7, name, linears, experts or {}, lambda: {}, run)
+    block = live_block(7, name, linears, experts or {}, lambda: {}, run)
     with GramCollector(block) as collector:
         for first, hidden in batches:
             collector.run(range(first, first + len(hidden)), hidden)
@@ -208,7 +208,7 @@ def test_the_sum_over_experts_is_made_of_one_kind_at_a_time() -> None:
 
 def collect_in_groups(block: nn.Module, hidden: Tensor, groups: list[list[str]]) -> list[Gram]:
     """Collect each group in a pass of its own, its Grams waiting elsewhere; blend when all passes are done."""
-    live = Block(7, "block", linears(block), KINDS, lambda: {}, block)
+    live = live_block(7, "block", linears(block), KINDS, lambda: {}, block)
     sums: dict[str, ExpertSum] = {}
     waiting: list[Gram] = []
     for group in groups:
@@ -237,7 +237,7 @@ def test_grams_collected_in_groups_are_those_of_one_pass_to_the_bit(at_once: int
 def test_experts_of_two_ranks_are_blended_with_what_both_saw() -> None:
     block, hidden = Routed(), routed_tokens()
     whole = collect_grams("block", linears(block), block, batches(hidden, 6), KINDS)
-    live = Block(7, "block", linears(block), KINDS, lambda: {}, block)
+    live = live_block(7, "block", linears(block), KINDS, lambda: {}, block)
     sums: dict[str, ExpertSum] = {}
     parts = []
     for rank in range(2):
@@ -262,7 +262,7 @@ def test_groups_hold_as_many_grams_as_may_be_at_once_but_at_least_one() -> None:
 def test_every_group_still_checks_what_reached_the_linears() -> None:
     block, hidden = Attention(), torch.randn(2, 3, 4)
     hidden[1, 1, 2] = float("nan")
-    live = Block(7, "block", linears(block), {}, lambda: {}, block)
+    live = live_block(7, "block", linears(block), {}, lambda: {}, block)
     with GramCollector(live, only=["block.a"]) as collector:
         collector.run([0, 1], hidden)
     with pytest.raises(InputError, match=r"the input of block.a is NaN"):
@@ -299,7 +299,7 @@ def test_an_experts_non_finite_input_names_the_windows_of_its_batch() -> None:
 def test_the_collector_keeps_no_matrix_that_it_handed_over() -> None:
     """It refers to its hooks and they to it, so it lives on until a garbage collection."""
     net = nn.Sequential(nn.Linear(4, 4))
-    block = Block(0, "block", linears(net), {}, lambda: {}, net)
+    block = live_block(0, "block", linears(net), {}, lambda: {}, net)
     gc.disable()
     try:
         with GramCollector(block) as collector:
@@ -316,7 +316,7 @@ def test_a_gpu_multiplies_bf16_inputs_on_tensor_cores_without_a_copy_or_a_wait()
     width, tokens = 4096, 32
     with pytest.importorskip("pretended_gpu").PretendedGpu() as gpu:
         linear = nn.Linear(width, 2, dtype=torch.bfloat16, device="cuda")
-        block = Block(0, "block", {"a": linear}, {}, lambda: {}, linear)
+        block = live_block(0, "block", {"a": linear}, {}, lambda: {}, linear)
         x = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
         on_gpu = x.cuda()
         with GramCollector(block) as collector:

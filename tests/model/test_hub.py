@@ -92,7 +92,7 @@ def test_blocks_stream_from_the_hub_as_from_a_folder(hub: Hub, made: Path) -> No
         for i, names in enumerate(blockwise.block_tensors):
             blockwise.load_block(i)
             checkpoint.prefetch(blockwise.block_tensors[min(i + 1, len(blockwise.block_tensors) - 1)])
-            hidden = blockwise.run_block(i, hidden)
+            _, hidden = blockwise.pass_block(i, hidden)
             blockwise.evict_block(i)
             checkpoint.release(names)
         return blockwise.logits(ids, hidden)

@@ -18,6 +18,7 @@ from streamslr.config import RunConfig
 from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError
 from streamslr.io.packing import unpack
 from streamslr.model.blockwise import BlockwiseModel
+from streamslr.model.carried import Carried
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
@@ -486,7 +487,7 @@ def streamed_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         hidden = blockwise.embed(ids)
         for i in range(len(blockwise.block_names)):
             blockwise.load_block(i)
-            hidden = blockwise.run_block(i, hidden)
+            _, hidden = blockwise.pass_block(i, hidden)
             blockwise.evict_block(i)
         return blockwise.logits(ids, hidden)
 
@@ -592,14 +593,14 @@ def test_a_pass_that_runs_out_of_memory_is_cut_once_and_says_so(
 ) -> None:
     settings |= {"match_held_out": 0}
     whole = streamslr.compress(**settings | {"out": settings["out"].with_name("whole")})
-    run_block = BlockwiseModel.run_block
+    run = BlockwiseModel._run
 
-    def small(self: BlockwiseModel, i: int, hidden: torch.Tensor) -> torch.Tensor:
+    def small(self: BlockwiseModel, i: int, hidden: torch.Tensor) -> tuple[Any, Carried]:
         if len(hidden) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return run_block(self, i, hidden)
+        return run(self, i, hidden)
 
-    monkeypatch.setattr(BlockwiseModel, "run_block", small)
+    monkeypatch.setattr(BlockwiseModel, "_run", small)
     state = streamslr.compress(**settings)
     assert (whole.micro_batch, state.micro_batch) == (6, 3)
     assert caplog.text.count("phase grams ran out of memory") == 1
@@ -669,14 +670,14 @@ def test_memory_that_runs_out_again_ends_the_run_and_keeps_finished_blocks(
     settings: dict[str, Any], unbroken: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        run_block = BlockwiseModel.run_block
+        run = BlockwiseModel._run
 
-        def full(self: BlockwiseModel, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        def full(self: BlockwiseModel, i: int, hidden: torch.Tensor) -> tuple[Any, Carried]:
             if i == 1 and torch.is_grad_enabled():
                 raise MemoryError("the machine is full")
-            return run_block(self, i, hidden)
+            return run(self, i, hidden)
 
-        patch.setattr(BlockwiseModel, "run_block", full)
+        patch.setattr(BlockwiseModel, "_run", full)
         with pytest.raises(BudgetError, match=r"memory ran out: .*full.* finished blocks are kept"):
             streamslr.compress(**settings)
     assert len(read_run(settings["out"]).blocks) == 1

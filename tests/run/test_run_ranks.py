@@ -354,7 +354,7 @@ def test_ranks_go_on_with_what_one_process_began(settings: dict[str, Any], alone
     ("fault", "phase"),
     [
         (Fault(1, Passes, "collect", "memory"), "grams"),
-        *slow((Fault(1, BlockwiseModel, "run_block", "memory", call=2, phase="match"), "match")),
+        *slow((Fault(1, BlockwiseModel, "_run", "memory", call=2, phase="match"), "match")),
         *long(
             (Fault(1, CompressedBlock, "_measure", "memory", phase="match", call=2), "match"),
             (Fault(0, Passes, "propagate", "memory"), "propagate"),
@@ -396,10 +396,10 @@ def test_a_solve_that_runs_out_of_memory_on_one_rank_is_done_in_tiles_on_all(set
 
 MEMORY = "memory ran out: phase {}, as small as it can be: {}the machine is full. Free some or raise the budget"
 END: list[tuple[Fault, str]] = [
-    (Fault(1, BlockwiseModel, "run_block", "memory", phase="grams", lasts=True), MEMORY.format("grams", "")),
+    (Fault(1, BlockwiseModel, "_run", "memory", phase="grams", lasts=True), MEMORY.format("grams", "")),
     (Fault(1, OnDisk, "_store", "disk"), "No space left on device"),
     (Fault(0, Path, "replace", "disk", call=3), "No space left on device"),
-    (Fault(0, BlockwiseModel, "run_block", "memory", phase="propagate", lasts=True), MEMORY.format("propagate", "")),
+    (Fault(0, BlockwiseModel, "_run", "memory", phase="propagate", lasts=True), MEMORY.format("propagate", "")),
     (Fault(1, Passes, "propagate", "error"), "a mistake"),
     (Fault(0, Compression, "write", "error"), "a mistake"),
     (Fault(1, BlockSolver, "solve", "error"), "a mistake"),
@@ -421,7 +421,7 @@ def test_a_fault_of_one_rank_ends_all_and_the_same_line_goes_on(
 
 @pytest.mark.long
 def test_memory_that_runs_out_in_matching_ends_all_with_the_rank_named(settings: dict[str, Any]) -> None:
-    fault = Fault(1, BlockwiseModel, "run_block", "memory", phase="match", lasts=True)
+    fault = Fault(1, BlockwiseModel, "_run", "memory", phase="match", lasts=True)
     results = compress_by_ranks(2, settings, fault)
     assert all(MEMORY.format("match", "rank 1: ") in result for result in results)
 

@@ -66,7 +66,9 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
 
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64}
 _ZAMBA = {
-    "layers_block_type": ["linear_attention", "hybrid"],
+    "num_hidden_layers": 4,  # two of them share a transformer layer, as in real ones
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    "tie_word_embeddings": True,
     "attention_hidden_size": 64,
     "attention_head_dim": 16,
     "num_key_value_heads": 4,
@@ -83,6 +85,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
             kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
         },
     },
+    "gemma4_text": {"num_hidden_layers": 3, "num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3},
     "gemma3n_text": {
         "num_hidden_layers": 3,
         "intermediate_size": 64,
@@ -100,6 +103,10 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
     "longcat_flash": {"qk_head_dim": 16},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "inkling2_text": {
+        "n_layers_per_attn_res_block": 1
+    },  # a block is handed what earlier ones returned, as in real ones
+    "rwkv": {"num_hidden_layers": 7},  # from block 6 on it rescales, as every real one does
     "xmod": {"default_language": "en_XX"},
     "zamba": _ZAMBA,
     "zamba2": {**_ZAMBA, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8},

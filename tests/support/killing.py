@@ -220,7 +220,7 @@ def _child(settings: dict[str, Any], die_at: int | None, counting: str) -> None:
 
     points: dict[str, list[tuple[Any, str]]] = {
         "renames": [(Path, "replace")],
-        "work": [(OnDisk, "_store"), (BlockwiseModel, "run_block"), (ThreeBasil, "solve"), (os, "fsync")],
+        "work": [(OnDisk, "_store"), (BlockwiseModel, "_run"), (ThreeBasil, "solve"), (os, "fsync")],
     }
     for owner, name in points[counting]:
         watched(owner, name)

@@ -95,8 +95,33 @@ _ARGUMENTS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
         "hidden_size_per_layer_input": 8,
         "laurel_rank": 4,
         "num_kv_shared_layers": 1,
+        "layer_types": ["full_attention"] * n,
         "activation_sparsity_pattern": None,
     },
+    "gemma4_text": lambda n, h: {
+        "head_dim": h // 4,
+        "global_head_dim": h // 4,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["full_attention"] * n,
+    },
+    "glm_moe_dsa": lambda n, h: (
+        _deepseek(h)
+        | {
+            "index_topk": 6,
+            "index_head_dim": 16,
+            "index_n_heads": 4,
+            "indexer_types": ["full", *["shared"] * (n - 1)],
+        }
+    ),
+    "zamba": lambda n, h: {
+        "layers_block_type": ["hybrid", *["linear_attention"] * (n - 2), "hybrid"],
+        "attention_hidden_size": 2 * h,
+        "attention_head_dim": h // 2,
+        "num_key_value_heads": 4,
+    },
+    "openai-gpt": lambda n, h: {"n_layer": n, "n_embd": h, "n_head": 4, "n_positions": 512},
 }
 
 
