@@ -92,12 +92,15 @@ class TakenApart:
         conversions: how transformers renames and fuses keys, without what fuses these experts.
         slices: key of an expert's weight -> where it is, for experts that the checkpoint stores fused.
         refused: path of a parameter that stays fused -> why.
+        named_here: path of each parameter whose experts' linears are called `EXPERT.PARAMETER`, which transformers does
+            not put together again.
     """
 
     experts: Mapping[str, Experts]
     conversions: list[WeightTransform]
     slices: Mapping[str, Slice]
     refused: Mapping[str, str]
+    named_here: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ def unfuse(model: PreTrainedModel, conversions: Iterable[WeightTransform], store
     by_key = ParameterNames(model, (), conversions, stored) if found else None
     experts: dict[str, Experts] = {}
     slices: dict[str, Slice] = {}
+    named_here: set[str] = set()
     fusing: list[WeightTransform] = []
     for path, of in found.items():
         names: dict[str, tuple[str, ...]] = {}
@@ -174,8 +178,10 @@ def unfuse(model: PreTrainedModel, conversions: Iterable[WeightTransform], store
             continue
         experts[path] = _take_apart(of, names)
         slices |= sliced
+        named_here |= {f"{path}.{parameter}" for parameter in names if names[parameter] != of.names(parameter)}
         fusing += [c for c in of.converters.values() if c]
-    return TakenApart(experts, [c for c in conversions if c not in fusing], slices, refused)
+    conversions = [c for c in conversions if c not in fusing]
+    return TakenApart(experts, conversions, slices, refused, frozenset(named_here))
 
 
 def _fused_parameters(path: str, module: nn.Module) -> tuple[str, ...]:
