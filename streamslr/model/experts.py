@@ -5,9 +5,9 @@ import inspect
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -269,10 +269,10 @@ def _try_apart(module: nn.Module, fused: Sequence[str]) -> dict[str, bool] | str
     twin = _shrink(module)
     if isinstance(twin, str):
         return twin
-    draw = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     for name, parameter in twin._parameters.items():
         if parameter is not None:
-            twin._parameters[name] = nn.Parameter(4 * torch.randn(parameter.shape, generator=draw))
+            twin._parameters[name] = nn.Parameter(4 * draw(parameter.shape))
     numbers = {name: twin.get_parameter(name) for name in fused}
     experts = len(numbers[fused[0]])
     why = ""
@@ -336,15 +336,14 @@ def _shrink(module: nn.Module) -> nn.Module | str:
     return twin
 
 
-def _arguments(module: nn.Module, experts: int, width: int, draw: torch.Generator) -> tuple[Tensor, ...] | None:
+def _arguments(module: nn.Module, experts: int, width: int, draw: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
     """Return tokens, and the experts chosen for them with their weights where a module's own code takes these."""
     takes = [p for p in inspect.signature(type(module).forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
     if len(takes) == 4:  # self, tokens, experts, weights
         index = torch.tensor([[0, 1], [1, 0], [2, 1], [0, 2], [2, 0], [1, 2], [-1, 0]]) % experts
-        tokens = torch.randn(len(index), width, generator=draw)
-        return tokens, index, torch.rand(index.shape, generator=draw)
+        return draw(len(index), width), index, draw(index.shape)
     if len(takes) == 2:
-        tokens = torch.randn(experts, 3, width, generator=draw)
+        tokens = draw(experts, 3, width)
         tokens[:, ::2] *= torch.arange(experts)[:, None, None] % 2  # tokens that no expert of even number is for
         return (tokens.flatten(0, 1),)
     return None

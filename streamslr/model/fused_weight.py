@@ -38,8 +38,9 @@ class FusedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the linears' weights."""
-        return next(self._linears(0)).weight.dtype
+        """Dtype that the linears compute in: of U and V where they are packed, which fine-tuning makes float32."""
+        linear = next(self._linears(0))
+        return next((p.dtype for p in linear.parameters() if p.is_floating_point()), linear.weight.dtype)
 
     @property
     def device(self) -> torch.device:
