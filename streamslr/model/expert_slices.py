@@ -66,10 +66,12 @@ class SlicedWeight(Decoder):
             return tensors[""][expert : expert + 1]
         shape = decoder.info.shape
         of_one = replace(decoder, info=replace(decoder.info, shape=(1, *shape[1:])))
-        return of_one.join({
-            name: tensor[expert : expert + 1] if tensor.dim() and len(tensor) == shape[0] else tensor
-            for name, tensor in tensors.items()
-        })
+        return of_one.join(
+            {
+                name: tensor[expert : expert + 1] if tensor.dim() and len(tensor) == shape[0] else tensor
+                for name, tensor in tensors.items()
+            }
+        )
 
 
 def slice_weight(

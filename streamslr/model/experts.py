@@ -61,8 +61,9 @@ class Experts(nn.Module):
         weights = tuple(self.weights.values())
         if hidden_states.is_meta:
             tokens = hidden_states.shape[:-1].numel() // (self.number if chosen is None else 1)
-            for expert, weight in itertools.product(range(self.number), weights):
-                weight.product(expert, hidden_states.new_empty(tokens, _inputs(weight)))
+            for weight in weights:
+                for expert in range(len(weight)):
+                    weight.product(expert, hidden_states.new_empty(tokens, _inputs(weight)))
             return torch.empty_like(hidden_states)
         for weight in weights:
             weight.called.clear()
@@ -189,7 +190,7 @@ def _fused_parameters(path: str, module: nn.Module) -> tuple[str, ...]:
     own = dict(module.named_parameters(recurse=False))
     fused = tuple(name for name, parameter in own.items() if parameter.dim() == 3)
     named = "expert" in f"{path}.{type(module).__name__}".lower() and not isinstance(module, Experts)
-    return fused if named and len({len(own[name]) for name in fused}) == 1 else ()
+    return fused if named else ()
 
 
 def _take_apart(found: _Found, names: Mapping[str, tuple[str, ...]]) -> Experts:
@@ -274,7 +275,7 @@ def _try_apart(module: nn.Module, fused: Sequence[str]) -> dict[str, bool] | str
         if parameter is not None:
             twin._parameters[name] = nn.Parameter(4 * draw(parameter.shape))
     numbers = {name: twin.get_parameter(name) for name in fused}
-    experts = len(numbers[fused[0]])
+    experts = max(map(len, numbers.values()))
     why = ""
     for width in sorted(set(numbers[fused[0]].shape[1:])):
         arguments = _arguments(module, experts, width, draw)
@@ -338,7 +339,9 @@ def _shrink(module: nn.Module) -> nn.Module | str:
 
 def _arguments(module: nn.Module, experts: int, width: int, draw: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
     """Return tokens, and the experts chosen for them with their weights where a module's own code takes these."""
-    takes = [p for p in inspect.signature(type(module).forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    takes = [
+        p for p in inspect.signature(type(module).forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD
+    ]
     if len(takes) == 4:  # self, tokens, experts, weights
         index = torch.tensor([[0, 1], [1, 0], [2, 1], [0, 2], [2, 0], [1, 2], [-1, 0]]) % experts
         return draw(len(index), width), index, draw(index.shape)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any, cast
 
 import torch
@@ -51,14 +50,6 @@ class FusedWeight:
         """Return 0: transformers asks if the numbers are aligned."""
         return 0
 
-    def size(self, dim: int) -> int:
-        """Return one of the sizes."""
-        return self.shape[dim]
-
-    def dim(self) -> int:
-        """Return the number of dimensions."""
-        return len(self.shape)
-
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -74,10 +65,6 @@ class FusedWeight:
             raise TypeError("all experts' weights are transposed as one matrix")
         return self.transpose(0, 1)
 
-    def t(self) -> "FusedWeight":
-        """Return the weight of one expert, transposed."""
-        return self.T
-
     def transpose(self, one: int, other: int) -> "FusedWeight":
         """Return the weights with outputs and inputs exchanged."""
         if {one % len(self.shape), other % len(self.shape)} != {len(self.shape) - 2, len(self.shape) - 1}:
@@ -85,21 +72,7 @@ class FusedWeight:
         *experts, rows, columns = self.shape
         return replace(self, shape=torch.Size((*experts, columns, rows)), transposed=not self.transposed)
 
-    def view(self, *shape: Any) -> "FusedWeight":
-        """Return the weights of experts that are stacked in a matrix [E·o, d] or [E·d, o] as [E, .., ..]."""
-        wanted = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-        if -1 in wanted:
-            wanted[wanted.index(-1)] = prod(self.shape) // -prod(wanted)
-        if self.expert is not None or wanted != [self.number, self.shape[-2] // self.number, self.shape[-1]]:
-            raise TypeError(f"{list(self.shape)} is viewed as {wanted}")
-        return replace(self, shape=torch.Size(wanted))
-
     # Products
-
-    @property
-    def number(self) -> int:
-        """Number of experts that have linears."""
-        return sum(name.isdecimal() for name in self.owner._modules)
 
     def product(self, expert: int, x: Tensor) -> Tensor:
         """Return x [n, d] times the weight of an expert [n, o]."""
@@ -183,6 +156,6 @@ _PRODUCTS: Mapping[str, Callable[..., Tensor]] = {
 def experts_with_hooks(weights: Sequence[FusedWeight]) -> Iterator[tuple[FusedWeight, int]]:
     """Yield each weight and expert that no product has reached since `called` was cleared, and that hooks wait for."""
     for weight in weights:
-        for expert in range(weight.number):
+        for expert in range(len(weight)):
             if expert not in weight.called and weight.has_hooks(expert):
                 yield weight, expert

@@ -115,8 +115,7 @@ def export(
         out / model, config, {file: source.weights(file, to == "dense", dtype) for file in source.files}
     )
     shards = [
-        _Shard(str(model / f"model-{i:05d}-of-{count:05d}.safetensors"), of)
-        for i, of in enumerate(tensors.values(), 1)
+        _Shard(str(model / f"model-{i:05d}-of-{count:05d}.safetensors"), of) for i, of in enumerate(tensors.values(), 1)
     ]
     index = index_json(
         {name: Path(shard.path).name for shard in shards for name, *_ in shard.tensors},

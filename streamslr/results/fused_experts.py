@@ -32,7 +32,7 @@ def fuse_experts(
         for parameter, weight in experts.weights.items():
             if f"{path}.{parameter}" in apart.named_here:
                 transposed[f"{path}.{parameter}"] = weight.transposed
-                for expert in range(experts.number):
+                for expert in range(len(weight)):
                     places[f"{path}.{expert}.{parameter}"] = f"{path}.{parameter}", expert
     files: dict[str, tuple[TensorSource, ...]] = {}
     for file, sources in tensors.items():
@@ -53,7 +53,9 @@ def fuse_experts(
     return files
 
 
-def _fuse(model: PreTrainedModel, path: str, name: str, experts: Sequence[TensorSource], transposed: bool) -> TensorSource:
+def _fuse(
+    model: PreTrainedModel, path: str, name: str, experts: Sequence[TensorSource], transposed: bool
+) -> TensorSource:
     """Return the tensor that holds the weights [o, d] of all experts.
 
     Args:

@@ -1,4 +1,4 @@
-"""Experts that a checkpoint stores fused, end to end: planned, compressed, resumed, loaded, exported, saved, evaluated."""
+"""Experts that a checkpoint stores fused, end to end: compressed, resumed, loaded, exported, saved and evaluated."""
 
 import json
 import shutil
@@ -7,15 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import streamslr
-from streamslr.io.packed_layout import packed_linears
-from streamslr.io.safetensors_file import shard_header
 from streamslr.memory import free_host_memory
-from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
@@ -102,7 +98,11 @@ def test_tokens_are_counted_for_the_experts_that_they_are_routed_to(architecture
     linears = summary(folder, read_run(folder))["blocks"][0]["linears"]
     chosen = shrunk_config(architecture).num_experts_per_tok if architecture != "aria_text" else 2
     for kind in ("gate_up_proj", "down_proj"):
-        rows = [linear["rows"] for linear in linears if linear["name"].endswith(f".{kind}") and ".experts." in linear["name"]]
+        rows = [
+            linear["rows"]
+            for linear in linears
+            if linear["name"].endswith(f".{kind}") and ".experts." in linear["name"]
+        ]
         assert len(rows) == EXPERTS
         assert sum(rows) == 6 * 16 * chosen
 
@@ -148,4 +148,3 @@ def test_killed_it_goes_on_to_the_same_bytes(text: Path, tmp_path: Path) -> None
     shutil.rmtree(tmp_path / "slr" / ".scratch")  # the finished block is passed again, packed experts taken apart alike
     assert compress_in_child(settings | {"out": tmp_path / "slr"}) == 0
     assert run_contents(tmp_path / "slr") == run_contents(tmp_path / "whole")
-
