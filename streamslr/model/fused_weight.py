@@ -56,7 +56,7 @@ class FusedWeight:
     def __getitem__(self, expert: int | Tensor) -> "FusedWeight":
         if self.expert is not None or len(self.shape) != 3:
             raise TypeError("a part of an expert's weight is asked for")
-        return replace(self, shape=self.shape[1:], expert=range(self.shape[0])[int(expert)])
+        return replace(self, shape=torch.Size(self.shape[1:]), expert=range(self.shape[0])[int(expert)])
 
     @property
     def T(self) -> "FusedWeight":  # noqa: N802  # as torch names it
