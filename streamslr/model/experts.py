@@ -93,8 +93,8 @@ class TakenApart:
         conversions: how transformers renames and fuses keys, without what fuses these experts.
         slices: key of an expert's weight -> where it is, for experts that the checkpoint stores fused.
         refused: path of a parameter that stays fused -> why.
-        named_here: path of each parameter whose experts' linears are called `EXPERT.PARAMETER`, which transformers does
-            not put together again.
+        named_here: path of each parameter of experts whose linears are called `EXPERT.PARAMETER`, which transformers
+            does not put together again.
     """
 
     experts: Mapping[str, Experts]
@@ -132,6 +132,40 @@ def unfuse(model: PreTrainedModel, conversions: Iterable[WeightTransform], store
         stored: the checkpoint's keys, dense or packed.
     """
     conversions, stored = list(conversions), list(stored)
+    found, refused = _find_experts(model, conversions)
+    if not found:
+        return TakenApart({}, conversions, {}, refused, frozenset())
+    single = _stored_singly(model, found, stored)
+    by_key = ParameterNames(model, (), conversions, stored)
+    experts: dict[str, Experts] = {}
+    cuts: dict[str, list[Slice]] = {}
+    named_here: set[str] = set()
+    fusing: list[WeightTransform] = []
+    for path, of in found.items():
+        cut = {name: _slices(by_key, path, name, of) for name in of.transposed if not single[path, name]}
+        if uncut := [name for name, slices in cut.items() if not slices]:
+            refused[f"{path}.{uncut[0]}"] = "the checkpoint stores them in a way that streamslr cannot cut by experts"
+            continue
+        names = {name: single[path, name] or (name,) for name in of.transposed}
+        experts[path] = _take_apart(of, names)
+        cuts |= {f"{path}.{name}": slices for name, slices in cut.items()}
+        if any(names[name] != of.names(name) for name in names):
+            named_here |= {f"{path}.{name}" for name in names}
+        fusing += [c for c in of.converters.values() if c]
+    conversions = [c for c in conversions if c not in fusing]
+    apart = ParameterNames(model, (), conversions, ())
+    slices = {
+        name: part
+        for parameter, cut_here in cuts.items()
+        for name, part in zip(_name_slices(apart, parameter, cut_here), cut_here, strict=True)
+    }
+    return TakenApart(experts, conversions, slices, refused, frozenset(named_here))
+
+
+def _find_experts(
+    model: PreTrainedModel, conversions: Sequence[WeightTransform]
+) -> tuple[dict[str, _Found], dict[str, str]]:
+    """Return the modules of experts by path; and path of a parameter -> why its module cannot be taken apart."""
     found: dict[str, _Found] = {}
     refused: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -143,46 +177,38 @@ def unfuse(model: PreTrainedModel, conversions: Iterable[WeightTransform], store
         if isinstance(transposed, str):
             refused |= dict.fromkeys((f"{path}.{name}" for name in parameters), transposed)
             log.debug("%s stays fused: %s", path, transposed)
-            continue
-        converters = {name: _find_converter(path, name, conversions) for name in parameters}
-        found[path] = _Found(module, transposed, converters)
+        else:
+            converters = {name: _find_converter(path, name, conversions) for name in parameters}
+            found[path] = _Found(module, transposed, converters)
+    return found, refused
 
-    # Linears that may be stored, experts one by one or already taken apart -> path of their experts.
+
+def _stored_singly(
+    model: PreTrainedModel, found: Mapping[str, _Found], stored: Iterable[str]
+) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Return, for path and parameter of experts, the names of an expert's linears in the checkpoint; none where fused.
+
+    They are those of the conversion, or the parameter's own where experts were taken apart before.
+    """
     linears = {
-        f"{path}.{expert}.{name}": path
+        f"{path}.{expert}.{name}": (path, name)
         for path, of in found.items()
         for parameter in of.transposed
         for expert in range(len(of.module.get_parameter(parameter)))
         for name in {parameter, *of.names(parameter)}
     }
-    present = set(find_modules(model, {key.rpartition(".")[0] for key in stored}, linears).values()) if found else set()
-    by_key = ParameterNames(model, (), conversions, stored) if found else None
-    experts: dict[str, Experts] = {}
-    slices: dict[str, Slice] = {}
-    named_here: set[str] = set()
-    fusing: list[WeightTransform] = []
-    for path, of in found.items():
-        names: dict[str, tuple[str, ...]] = {}
-        sliced: dict[str, Slice] = {}
-        for parameter in of.transposed:
-            single = of.names(parameter)
-            if single and any(f"{path}.0.{name}" in present for name in single) and not of.transposed[parameter]:
-                names[parameter] = single
-            elif f"{path}.0.{parameter}" in present:
-                names[parameter] = (parameter,)
-            elif by_key and (cut := _slices(by_key, path, parameter, of)):
-                names[parameter] = (parameter,)
-                sliced |= cut
-        if names.keys() != of.transposed.keys():
-            missing = next(name for name in of.transposed if name not in names)
-            refused |= {f"{path}.{missing}": "the checkpoint stores them in a way that streamslr cannot cut by experts"}
-            continue
-        experts[path] = _take_apart(of, names)
-        slices |= sliced
-        named_here |= {f"{path}.{parameter}" for parameter in names if names[parameter] != of.names(parameter)}
-        fusing += [c for c in of.converters.values() if c]
-    conversions = [c for c in conversions if c not in fusing]
-    return TakenApart(experts, conversions, slices, refused, frozenset(named_here))
+    modules = {key.rpartition(".")[0] for key in stored}
+    present = {linears[linear] for linear in find_modules(model, modules, linears).values()}
+
+    def names(path: str, parameter: str) -> tuple[str, ...]:
+        of = found[path]
+        choices = [of.names(parameter)] if not of.transposed[parameter] else []
+        for choice in (*choices, (parameter,)):
+            if any((path, name) in present for name in choice):
+                return choice
+        return ()
+
+    return {(path, parameter): names(path, parameter) for path, of in found.items() for parameter in of.transposed}
 
 
 def _fused_parameters(path: str, module: nn.Module) -> tuple[str, ...]:
@@ -219,21 +245,30 @@ def _take_apart(found: _Found, names: Mapping[str, tuple[str, ...]]) -> Experts:
     return made
 
 
-def _slices(names: ParameterNames, path: str, parameter: str, found: _Found) -> dict[str, Slice]:
-    """Return key -> slice for each expert of a parameter that is stored fused; none where it cannot be cut."""
+def _slices(names: ParameterNames, path: str, parameter: str, found: _Found) -> list[Slice]:
+    """Return the weight of each expert in a parameter that is stored fused; none where it cannot be cut."""
     keys, converter = names.made_of(f"{path}.{parameter}")
     if not keys or (converter and not can_convert_slices(converter)):
-        return {}
+        return []
     number, *matrix = found.module.get_parameter(parameter).shape
     d, o = matrix if found.transposed[parameter] else matrix[::-1]
-    own = f"{path}.{{}}.{parameter}.weight"
-    beside = f"{keys[0].removesuffix(parameter)}{{}}.{parameter}.weight"  # with the key's own prefix
-    ahead = [beside] if keys[0].endswith(f".{parameter}") else []
-    name = next((n for n in (*ahead, own) if names.parameters_of(n.format(0)) == (own.format(0),)), None)
-    if name is None:
-        return {}
-    cut = {e: Slice(keys, e, (o, d), found.transposed[parameter], converter) for e in range(number)}
-    return {name.format(e): part for e, part in cut.items()}
+    return [Slice(keys, expert, (o, d), found.transposed[parameter], converter) for expert in range(number)]
+
+
+def _name_slices(names: ParameterNames, parameter: str, cut: Sequence[Slice]) -> list[str]:
+    """Return the key of each expert's weight: beside the tensor that holds it, where the model finds it there.
+
+    Args:
+        names: names of the model whose experts are taken apart.
+        parameter: path of the parameter that they were.
+        cut: its slices.
+    """
+    path, _, leaf = parameter.rpartition(".")
+    key = cut[0].sources[0]
+    heads = [key.removesuffix(f".{leaf}")] if key.endswith(f".{leaf}") else []
+    first = f"{path}.0.{leaf}.weight"
+    head = next((h for h in heads if names.parameters_of(f"{h}.0.{leaf}.weight") == (first,)), path)
+    return [f"{head}.{part.expert}.{leaf}.weight" for part in cut]
 
 
 def _find_converter(path: str, name: str, conversions: Iterable[WeightTransform]) -> WeightConverter | None:
