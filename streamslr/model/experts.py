@@ -22,8 +22,8 @@ from streamslr.model.transformers_compat import WeightTransform
 
 log = logging.getLogger("streamslr")
 
-_TRIAL_NUMBERS = 2**25
-"""Most numbers in the weights of a module that is tried."""
+_TRIAL_EXPERTS, _TRIAL_NUMBERS = 4, 2**25
+"""Experts, and most numbers in the weights, of a module that is tried."""
 
 
 class Experts(nn.Module):
@@ -67,7 +67,7 @@ class Experts(nn.Module):
             return torch.empty_like(hidden_states)
         for weight in weights:
             weight.called.clear()
-        out: Tensor = super().forward(hidden_states, *routing, **named)  # type: ignore[misc]
+        out: Tensor = super().forward(hidden_states, *routing, **named)
         for weight, expert in experts_with_hooks(weights):
             weight.product(expert, hidden_states.new_empty(0, _inputs(weight)))
         return out
@@ -234,12 +234,13 @@ def _take_apart(found: _Found, names: Mapping[str, tuple[str, ...]]) -> Experts:
                     linear = nn.Linear(d, o // len(names[parameter]), bias=False, dtype=fused.dtype)
                 linears.setdefault(str(expert), {})[name] = linear
         weights[parameter] = FusedWeight(module, names[parameter], fused.shape, transposed)
-    for expert, of in linears.items():
-        module.add_module(expert, nn.ModuleDict(of).train(module.training))
+    for name, of in linears.items():
+        module.add_module(name, nn.ModuleDict(of).train(module.training))
     for parameter, weight in weights.items():
         del module._parameters[parameter]
         vars(module)[parameter] = weight
-    module.__class__ = _mixed(type(module))
+    kind: Any = type(module)
+    module.__class__ = _mixed(kind)
     made = cast(Experts, module)
     made.weights, made.number, made.top_k = weights, len(linears), 0
     return made
@@ -350,25 +351,26 @@ def _apart(twin: nn.Module, transposed: Mapping[str, bool]) -> Experts:
 
 
 def _shrink(module: nn.Module) -> nn.Module | str:
-    """Return a copy of a module of experts on meta, each width divided by what divides all of them."""
+    """Return a copy of a module of experts on meta: few experts, each width divided by what divides all of them."""
     own = {name: p for name, p in module._parameters.items() if p is not None}
-    number = next(len(p) for p in own.values() if p.dim() == 3)
+    numbers = {len(p) for p in own.values()}
     widths = {width for p in own.values() for width in p.shape[1:]}
     factor = max(1, math.gcd(*widths) // 4)
     while any(width % factor for width in widths):
         factor -= 1
-    if number in widths:  # its own attributes do not say which of them they mean
-        factor = 1
+    small = {width: width // factor for width in widths} | {number: min(number, _TRIAL_EXPERTS) for number in numbers}
+    if numbers & widths or len(numbers) > 1:  # its own attributes do not say which of them they mean
+        small = {}
     twin = copy.copy(module)
     twin._parameters = {
-        name: nn.Parameter(torch.empty(len(p), *(width // factor for width in p.shape[1:]), device="meta"))
+        name: nn.Parameter(torch.empty([small.get(size, size) for size in p.shape], device="meta"))
         for name, p in own.items()
     }
     if sum(p.numel() for p in twin.parameters(recurse=False)) > _TRIAL_NUMBERS:
-        return f"it is too large to be tried: {number} experts, widths {sorted(widths)}"
+        return f"it is too large to be tried: {sorted(numbers)} experts, widths {sorted(widths)}"
     for name, value in vars(module).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value in widths and value != number:
-            vars(twin)[name] = value // factor
+        if isinstance(value, int) and not isinstance(value, bool):
+            vars(twin)[name] = small.get(value, value)
     return twin
 
 

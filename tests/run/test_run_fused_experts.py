@@ -116,6 +116,7 @@ def test_matching_lowers_the_loss(folder: Path) -> None:
     matching = read_run(folder).blocks[1].matching
     assert matching is not None
     assert matching.applied
+    assert matching.loss_after is not None
     assert matching.loss_after < matching.loss_before
 
 
