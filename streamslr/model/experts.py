@@ -72,6 +72,30 @@ class Experts(nn.Module):
             weight.product(expert, hidden_states.new_empty(0, _inputs(weight)))
         return out
 
+    def run(self, number: int, x: Tensor) -> Tensor:
+        """Pass tokens x [m, h] through one expert by the module's own code, weighted by 1; return [m, h].
+
+        Linears of this expert alone are called, without tokens too.
+        """
+        if not len(x):
+            for weight in self.weights.values():
+                if number < len(weight):
+                    weight.product(number, x.new_empty(0, _inputs(weight)))
+            return x
+        index = torch.full((len(x), 1), number, device=x.device)
+        out: Tensor = super().forward(x, index, x.new_ones(len(x), 1))
+        return out
+
+    def tokens_of(self, top_k_index: Tensor) -> Sequence[Tensor]:
+        """Return for each expert the tokens that `forward` passes it, in its order: int64 [m] each.
+
+        Args:
+            top_k_index: experts chosen for each token, [n, k].
+        """
+        chosen = top_k_index.flatten()
+        counts = chosen.bincount(minlength=self.number).tolist()
+        return [mine // top_k_index.shape[1] for mine in torch.split(chosen.argsort(stable=True), counts)]
+
 
 def _inputs(weight: FusedWeight) -> int:
     """Return the width d of the inputs of an expert."""

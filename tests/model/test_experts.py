@@ -81,6 +81,23 @@ def test_hooks_meet_every_expert_on_meta_and_where_it_has_no_token() -> None:
     assert {seen[f"{number}.w2"] for number in range(4)} == {(20, 128)}
 
 
+@torch.no_grad()
+def test_experts_run_one_by_one_see_what_they_see_together() -> None:
+    _, made = pair("mixtral")
+    seen: dict[str, list[Tensor]] = {}
+    for number in range(4):
+        for name in NAMES["mixtral"]:
+            made.get_submodule(f"{number}.{name}").register_forward_pre_hook(
+                lambda _, args, key=f"{number}.{name}": seen.setdefault(key, []).append(args[0])
+            )
+    x, chosen, weights = routed(20, 2, range(1, 4), torch.float32)
+    made(x, chosen, weights)
+    for number, mine in enumerate(made.tokens_of(chosen)):
+        made.run(number, x[mine])
+    assert len(seen) == 12
+    assert all(torch.equal(together, alone) for together, alone in seen.values())
+
+
 def test_names_are_the_checkpoints_own_and_routers_are_not_among_them(tmp_path: Path) -> None:
     blockwise = BlockwiseModel(
         open_checkpoint(str(tiny_checkpoint(tmp_path / "m", "mixtral"))), torch.float32, torch.device("cpu")
