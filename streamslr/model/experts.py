@@ -87,14 +87,17 @@ class Experts(nn.Module):
         return out
 
     def tokens_of(self, top_k_index: Tensor) -> Sequence[Tensor]:
-        """Return for each expert the tokens that `forward` passes it, in its order: int64 [m] each.
+        """Return for each expert the tokens that `forward` passes it: int64 [m] each.
+
+        They are in the order of transformers' grouped product, which Grams have by default. Code that passes them in
+        another order gives other last bits.
 
         Args:
-            top_k_index: experts chosen for each token, [n, k].
+            top_k_index: experts chosen for each token, int64 [n, k].
         """
         chosen = top_k_index.flatten()
         counts = chosen.bincount(minlength=self.number).tolist()
-        return [mine // top_k_index.shape[1] for mine in torch.split(chosen.argsort(stable=True), counts)]
+        return [mine // top_k_index.shape[1] for mine in torch.split(torch.sort(chosen).indices, counts)]
 
 
 def _inputs(weight: FusedWeight) -> int:
