@@ -36,8 +36,12 @@ class Experts(nn.Module):
         weights: the parameters that were taken apart, by their names in the module.
         number: number E of experts.
         top_k: experts k that a token passes; 0 until a token has.
+        received: shape of the last input.
+        only: experts that pass their tokens while their inputs are wanted, and no output; None for all.
     """
 
+    received: tuple[int, ...] = ()
+    only: frozenset[int] | None = None
     weights: Mapping[str, FusedWeight]
     number: int
     top_k: int
@@ -57,6 +61,7 @@ class Experts(nn.Module):
             What the module's own code returns.
         """
         chosen = next(iter((*routing, *named.values())), None)
+        self.received = hidden_states.shape
         self.top_k = self.number if chosen is None else chosen.shape[-1]
         weights = tuple(self.weights.values())
         if hidden_states.is_meta:
@@ -70,34 +75,7 @@ class Experts(nn.Module):
         out: Tensor = super().forward(hidden_states, *routing, **named)
         for weight, expert in experts_with_hooks(weights):
             weight.product(expert, hidden_states.new_empty(0, _inputs(weight)))
-        return out
-
-    def run(self, number: int, x: Tensor) -> Tensor:
-        """Pass tokens x [m, h] through one expert by the module's own code, weighted by 1; return [m, h].
-
-        Linears of this expert alone are called, without tokens too.
-        """
-        if not len(x):
-            for weight in self.weights.values():
-                if number < len(weight):
-                    weight.product(number, x.new_empty(0, _inputs(weight)))
-            return x
-        index = torch.full((len(x), 1), number, device=x.device)
-        out: Tensor = super().forward(x, index, x.new_ones(len(x), 1))
-        return out
-
-    def tokens_of(self, top_k_index: Tensor) -> Sequence[Tensor]:
-        """Return for each expert the tokens that `forward` passes it: int64 [m] each.
-
-        They are in the order of transformers' grouped product, which Grams have by default. Code that passes them in
-        another order gives other last bits.
-
-        Args:
-            top_k_index: experts chosen for each token, int64 [n, k].
-        """
-        chosen = top_k_index.flatten()
-        counts = chosen.bincount(minlength=self.number).tolist()
-        return [mine // top_k_index.shape[1] for mine in torch.split(torch.sort(chosen).indices, counts)]
+        return out if self.only is None else torch.empty_like(out)
 
 
 def _inputs(weight: FusedWeight) -> int:

@@ -76,7 +76,10 @@ class FusedWeight:
 
     def product(self, expert: int, x: Tensor) -> Tensor:
         """Return x [n, d] times the weight of an expert [n, o]."""
+        only: frozenset[int] | None = getattr(self.owner, "only", None)
         self.called.add(expert)
+        if only is not None and expert not in only:
+            return x.new_zeros(len(x), self.shape[-1 if self.transposed else -2])
         outputs = [linear(x) for linear in self._linears(expert)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 

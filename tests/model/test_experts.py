@@ -82,7 +82,7 @@ def test_hooks_meet_every_expert_on_meta_and_where_it_has_no_token() -> None:
 
 
 @torch.no_grad()
-def test_experts_run_one_by_one_see_what_they_see_together() -> None:
+def test_some_experts_alone_see_what_they_see_among_all() -> None:
     _, made = pair("mixtral")
     seen: dict[str, list[Tensor]] = {}
     for number in range(4):
@@ -90,12 +90,13 @@ def test_experts_run_one_by_one_see_what_they_see_together() -> None:
             made.get_submodule(f"{number}.{name}").register_forward_pre_hook(
                 lambda _, args, key=f"{number}.{name}": seen.setdefault(key, []).append(args[0])
             )
-    x, chosen, weights = routed(20, 2, range(1, 4), torch.float32)
-    made(x, chosen, weights)
-    for number, mine in enumerate(made.tokens_of(chosen)):
-        made.run(number, x[mine])
-    assert len(seen) == 12
-    assert all(torch.equal(together, alone) for together, alone in seen.values())
+    for only in (None, frozenset({0, 2})):
+        made.only = only
+        made(*routed(20, 2, range(1, 4), torch.float32))
+    assert made.received == (20, 64)
+    twice = {key: inputs for key, inputs in seen.items() if len(inputs) == 2}
+    assert {key[0] for key in twice} == {"0", "2"}
+    assert all(torch.equal(one, other) for one, other in twice.values())
 
 
 def test_names_are_the_checkpoints_own_and_routers_are_not_among_them(tmp_path: Path) -> None:
