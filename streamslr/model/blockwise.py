@@ -120,7 +120,9 @@ class BlockwiseModel:
         require_modest_buffers(dict(self._model.named_non_persistent_buffers()), checkpoint.tensors)
         self._writers = find_writers(self._model)
         conversions = get_model_conversion_mapping(self._model)
-        self._experts, self._conversions = unfuse(self._model, conversions, checkpoint.tensors)
+        apart = unfuse(self._model, conversions, checkpoint.tensors)
+        self._experts, self._conversions, self._fused = apart.experts, apart.conversions, apart.refused
+        checkpoint.show_slices(apart.slices)
         list_name, self._blocks = find_blocks(self._model)
         self.block_names = tuple(f"{list_name}.{i}" for i in range(len(self._blocks)))
         self._transposed = hold_as_linears(self._model, dict(zip(self.block_names, self._blocks, strict=True)))
@@ -205,7 +207,7 @@ class BlockwiseModel:
 
     def _refuse_obstacles(self) -> None:
         blocks = dict(zip(self.block_names, self._blocks, strict=True))
-        for why in find_obstacles(blocks, self.linears, self._routers, self._shared, self.dense):
+        for why in find_obstacles(blocks, self.linears, self._routers, self._shared, self.dense, self._fused):
             raise self._not_compressible(
                 f"{why}; streamslr compresses blocks whose weights are plain linears of their own; choose another model"
             )

@@ -32,6 +32,7 @@ from streamslr.io.safetensors_file import WEIGHT_DTYPES, ShardHeader, TensorInfo
 from streamslr.model.border import refusing
 from streamslr.model.bounds import refuse_huge_counts
 from streamslr.model.decoders import Decoder, PackedWeight, TransposedWeight, packed_weights
+from streamslr.model.expert_slices import Slice, slice_weight
 from streamslr.model.other_files import is_auxiliary, refuse_other_model
 from streamslr.model.pinned_shards import PinnedShards, ShardDigest, Times
 from streamslr.model.quantization import ENTRIES, Quantization, read_quantization, without_quantization
@@ -125,6 +126,15 @@ class Checkpoint:
         found = {name: TransposedWeight.of(self._stored[name]) for name in as_they_are}
         self._decoders = {**self._decoders, **found}
         self.tensors = {**self.tensors, **{name: decoder.info for name, decoder in found.items()}}
+
+    def show_slices(self, slices: Mapping[str, Slice]) -> None:
+        """Show the weights of experts by these keys from here on, in the place of the fused tensors that hold them."""
+        found = {name: slice_weight(name, part, self.tensors, self._decoders) for name, part in slices.items()}
+        fused = {source for part in slices.values() for source in part.sources}
+        self.tensors = {name: info for name, info in self.tensors.items() if name not in fused} | {
+            name: weight.info for name, weight in found.items()
+        }
+        self._decoders = {**self._decoders, **found}
 
     @property
     def packed_linears(self) -> dict[str, tuple[SparsityPattern, tuple[int, int], int]]:

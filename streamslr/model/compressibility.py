@@ -14,6 +14,7 @@ def find_obstacles(
     routers: Container[str],
     shared: tuple[str, str] | None,
     dense: Sequence[Mapping[str, str]],
+    fused: Mapping[str, str],
 ) -> Iterator[str]:
     """Yield each reason why a block's weights are not plain linears of its own, the most telling first.
 
@@ -26,6 +27,7 @@ def find_obstacles(
         routers: parameters that stay dense.
         shared: two names of one parameter, from `find_shared_parameter`.
         dense: per block, each linear that has to stay dense -> why.
+        fused: each parameter of experts that cannot be taken apart -> why.
     """
     mostly_others = []
     for (name, block), found, kept in zip(blocks.items(), linears, dense, strict=True):
@@ -37,10 +39,8 @@ def find_obstacles(
                 text = f"{path}.{leaf} {list(parameter.shape)} in a {type(module).__name__}"
                 others.append((parameter.numel(), text))
                 if parameter.dim() >= 3 and "expert" in f"{path}.{type(module).__name__}".removeprefix(name).lower():
-                    yield (
-                        f"it is a mixture of experts that cannot be taken apart, {text}: they are not plain gated "
-                        f"ones, or the checkpoint does not store them one by one"
-                    )
+                    why = fused.get(f"{path}.{leaf}", "its parameters are not one for each kind of weight")
+                    yield f"it is a mixture of experts that cannot be taken apart, {text}: {why}"
         largest = max(others, default=(0, "none"))[1]
         if kept and not found:
             linear, why = next(iter(kept.items()))

@@ -94,6 +94,18 @@ class ParameterNames:
         keys = self.sources[name]
         return keys[0] if len(keys) == 1 and self._rename(keys[0])[1] is None else None
 
+    def made_of(self, name: str) -> tuple[tuple[str, ...], WeightConverter | None]:
+        """Return the keys that a parameter is made of, in the order of the conversion that makes it, and that one.
+
+        No key where the checkpoint lacks one; no conversion where the parameter is as it is stored.
+        """
+        keys = {self._rename(key)[1]: key for key in self.sources.get(name, ())}
+        if not keys.keys() - {None}:
+            return tuple(keys.values()), None
+        converter = next(c for c in self._converters if keys.keys() & set(c.source_patterns))
+        complete = keys.keys() == set(converter.source_patterns)
+        return tuple(keys[pattern] for pattern in converter.source_patterns) if complete else (), converter
+
     def joined_keys(self, name: str) -> tuple[int, tuple[str, ...]] | None:
         """Return the dimension along which a parameter is its keys joined, and these in order; None where it is not."""
         keys = {self._rename(key)[1]: key for key in self.sources[name]}

@@ -10,6 +10,10 @@ _STREAM_TENSORS, _NORM_TENSORS, _WIDE_TENSORS = 3, 3, 3
 """Tensors [tokens, h] of the residual stream and of its norms, and tensors as wide as the block's widest linear. In one
 Llama-3-70B block on a pretended GPU, a float32 stream takes 6 bytes more for each token and channel than a bf16 one."""
 
+_GATE_TENSORS = 3
+"""Tensors as large as the outputs [tokens · k, 2i] that a gate of experts takes, these included: 2 for a plain gate
+(counted by torch's profiler), 3.5 for one with clamps."""
+
 
 def activation_bytes(block: BlockShape, tokens: int, hidden_size: int, value_bytes: int, stream_bytes: int) -> int:
     """Return the bytes of the activations that exist at once.
@@ -32,12 +36,15 @@ def activation_bytes(block: BlockShape, tokens: int, hidden_size: int, value_byt
 def routed_bytes(block: BlockShape, tokens: int, hidden_size: int, value_bytes: int) -> int:
     """Return the bytes that a pass through experts holds in addition; 0 for a block without experts.
 
-    Counted are the inputs of the experts' linears, which stay alive while Grams are collected, and the float32 outputs
-    [tokens · k, h] of the k experts of each token in two orders. Arguments as of `activation_bytes`.
+    Counted are the inputs of the experts' linears, which stay alive while Grams are collected, and the more of two: the
+    float32 outputs [tokens · k, h] of the k experts of each token in two orders; what a gate makes of the outputs
+    [tokens · k, 2i] that it takes, with them. Arguments as of `activation_bytes`.
     """
     inputs = sum(block.token_fraction(name) * d for name, d in block.expert_grams.items())
     chosen = max((k for k, _ in block.routing.values()), default=0)
-    return round(tokens * (value_bytes * inputs + 2 * 4 * chosen * hidden_size))
+    outputs = sum(block.token_fraction(name) * block.linears[name][0] for name in block.routing)
+    gated = value_bytes * _GATE_TENSORS * max(0, outputs - chosen * hidden_size)  # without those of the last linear
+    return round(tokens * (value_bytes * inputs + max(2 * 4 * chosen * hidden_size, gated)))
 
 
 def kept_input_bytes(block: BlockShape, tokens: int, value_bytes: int) -> int:

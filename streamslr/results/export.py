@@ -112,18 +112,17 @@ def export(
         raise InputError(f"{out} lies in the compressed folder itself; export to a folder outside of {folder}")
     source = _Source(folder)
     model = Path("base" if to == "peft" else "")
-    count = len(source.files)
+    config, count = source.config(dtype), len(source.files)
+    on_meta, tensors = open_on_meta(
+        out / model, config, {file: source.weights(file, to == "dense", dtype) for file in source.files}
+    )
     shards = [
-        _Shard(str(model / f"model-{i:05d}-of-{count:05d}.safetensors"), source.weights(file, to == "dense", dtype))
-        for i, file in enumerate(source.files, 1)
+        _Shard(str(model / f"model-{i:05d}-of-{count:05d}.safetensors"), of) for i, of in enumerate(tensors.values(), 1)
     ]
     index = index_json(
         {name: Path(shard.path).name for shard in shards for name, *_ in shard.tensors},
         sum(shard.nbytes for shard in shards),
     )
-    config = source.config(dtype)
-    tensors = zip(source.files, (shard.tensors for shard in shards), strict=True)
-    on_meta = open_on_meta(out / model, config, dict(tensors))
     adapter: dict[str, Any] = {}
     if to == "peft":
         modules = source.module_paths(on_meta)

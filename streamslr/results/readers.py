@@ -17,6 +17,7 @@ from streamslr.io.safetensors_file import TensorInfo, TensorSource
 from streamslr.model.border import refusing
 from streamslr.model.meta_model import build_on_meta
 from streamslr.model.sources import CONFIG_FILE
+from streamslr.results.fused_experts import fuse_experts
 from streamslr.runtime.stored_model import StoredModel, require_complete
 
 LORA_PREFIX = "base_model.model."
@@ -27,13 +28,16 @@ log = logging.getLogger("streamslr")
 
 def open_on_meta(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Iterable[TensorSource]]
-) -> PreTrainedModel:
-    """Return the model that transformers builds from a config.json, on meta, and check that the tensors fill it.
+) -> tuple[PreTrainedModel, dict[str, tuple[TensorSource, ...]]]:
+    """Return the model that transformers builds from a config.json, on meta, and the tensors that fill it.
 
     Args:
         folder: Folder that is going to be written, for error messages.
         config: Its config.json.
-        tensors: Its tensors, by the file of the compressed folder that they come from.
+        tensors: Its tensors, by the file of the compressed folder that they come from, experts taken apart.
+
+    Returns:
+        The model, and the tensors by file as the model takes them (`fuse_experts`).
 
     Raises:
         InputError: transformers does not read the configuration, or names, shapes or dtypes do not fit its model.
@@ -43,14 +47,18 @@ def open_on_meta(
         what = f"transformers does not read the config.json that {folder} would get"
         with refusing(what, "update transformers, or compress the model again"):
             parsed = AutoConfig.from_pretrained(made, trust_remote_code=False, local_files_only=True)
-    infos = {
+    model = build_on_meta(parsed, torch.float32, _infos(tensors))
+    fused = fuse_experts(model, tensors)
+    require_complete(model, StoredModel(folder, _infos(fused), {}, advice="nothing was exported"))
+    return model, fused
+
+
+def _infos(tensors: Mapping[str, Iterable[TensorSource]]) -> dict[str, TensorInfo]:
+    return {
         name: TensorInfo(name, dtype, tuple(shape), file, torch.Size(shape).numel() * dtype.itemsize)
         for file, sources in tensors.items()
         for name, dtype, shape, _ in sources
     }
-    model = build_on_meta(parsed, torch.float32, infos)
-    require_complete(model, StoredModel(folder, infos, {}, advice="nothing was exported"))
-    return model
 
 
 def try_adapter(model: nn.Module, config: Mapping[str, Any], tensors: Iterable[TensorSource]) -> None:

@@ -119,8 +119,9 @@ def _read_config(folder: str, commit: str | None, state: JournalState | None) ->
             f"{folder} was not written by streamslr; load it with AutoModelForCausalLM.from_pretrained, "
             f"or compress it with `streamslr run`"
         )
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if state and depth != state.blocks_total:  # before as many blocks are built
+    text = config.get_text_config()
+    depth = getattr(text, "num_hidden_layers", None)  # of some models that of the halves of their blocks
+    if state and state.blocks_total not in (depth, getattr(text, "num_layers", depth)):  # before all are built
         raise InputError(
             f"config.json of {folder} speaks of {depth} blocks, the journal of {state.blocks_total}: one of them is "
             f"damaged; copy both again"

@@ -24,7 +24,7 @@ def pair(architecture: str, dtype: torch.dtype = torch.float32, top_k: int = 3) 
     fused = model.get_submodule(path)
     names = NAMES[architecture]
     stored = [f"{path}.{number}.{name}.weight" for number in range(4) for name in names]
-    made = unfuse(other, get_model_conversion_mapping(other), stored)[0][path].to_empty(device="cpu")
+    made = unfuse(other, get_model_conversion_mapping(other), stored).experts[path].to_empty(device="cpu")
     for number in range(4):
         parts = (*fused.get_parameter("gate_up_proj")[number].chunk(2), fused.get_parameter("down_proj")[number])
         for name, part in zip(names, parts, strict=True):
@@ -81,6 +81,24 @@ def test_hooks_meet_every_expert_on_meta_and_where_it_has_no_token() -> None:
     assert {seen[f"{number}.w2"] for number in range(4)} == {(20, 128)}
 
 
+@torch.no_grad()
+def test_some_experts_alone_see_what_they_see_among_all() -> None:
+    _, made = pair("mixtral")
+    seen: dict[str, list[Tensor]] = {}
+    for number in range(4):
+        for name in NAMES["mixtral"]:
+            made.get_submodule(f"{number}.{name}").register_forward_pre_hook(
+                lambda _, args, key=f"{number}.{name}": seen.setdefault(key, []).append(args[0])
+            )
+    for only in (None, frozenset({0, 2})):
+        made.only = only
+        made(*routed(20, 2, range(1, 4), torch.float32))
+    assert made.received == (20, 64)
+    twice = {key: inputs for key, inputs in seen.items() if len(inputs) == 2}
+    assert {key[0] for key in twice} == {"0", "2"}
+    assert all(torch.equal(one, other) for one, other in twice.values())
+
+
 def test_names_are_the_checkpoints_own_and_routers_are_not_among_them(tmp_path: Path) -> None:
     blockwise = BlockwiseModel(
         open_checkpoint(str(tiny_checkpoint(tmp_path / "m", "mixtral"))), torch.float32, torch.device("cpu")
@@ -112,16 +130,19 @@ def test_the_gate_of_shared_experts_stays_dense(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.shared_expert_gate" not in blockwise.linears[0]
 
 
-def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_needs_the_numbers_of_weights_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tiny_config("mixtral"))
     module = model.get_submodule("model.layers.0.mlp.experts")
     forward = inspect.unwrap(type(module).forward)
 
-    def clamped(self: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        out: Tensor = forward(self, x, index, weights)
-        return out.clamp(-7, 7)
+    def normalized(self: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out: Tensor = forward(self, x / self.get_parameter("gate_up_proj").norm(), index, weights)
+        return out
 
-    monkeypatch.setattr(type(module), "forward", clamped)
+    monkeypatch.setattr(type(module), "forward", normalized)
     stored = [f"model.layers.0.mlp.experts.0.{name}.weight" for name in NAMES["mixtral"]]
     conversions = get_model_conversion_mapping(model)
-    assert unfuse(model, conversions, stored) == ({}, conversions)
+    apart = unfuse(model, conversions, stored)
+    assert not apart.experts
+    assert apart.conversions == conversions
+    assert apart.refused["model.layers.0.mlp.experts.down_proj"].startswith("its own code needs their numbers")

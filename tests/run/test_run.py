@@ -393,9 +393,8 @@ def test_a_finished_block_is_kept_when_a_later_one_is_damaged(settings: dict[str
     assert len(read_run(settings["out"]).blocks) == 2
 
 
-@pytest.mark.parametrize("architecture", ["gpt_oss", "granitemoe"])
-def test_other_experts_are_refused_before_any_work(settings: dict[str, Any], tmp_path: Path, architecture: str) -> None:
-    model = tiny_checkpoint(tmp_path / "moe", architecture)
+def test_other_experts_are_refused_before_any_work(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "moe", "jetmoe")
     with pytest.raises(InputError, match="mixture of experts that cannot be taken apart"):
         streamslr.compress(**settings | {"model": model})
     assert not settings["out"].exists()

@@ -94,7 +94,7 @@ def test_a_mixture_in_fp8_is_decoded_expert_by_expert(text: Path, tmp_path: Path
     assert {path.name: path.read_bytes() for path in (tmp_path / "quantized-out").glob("*.safetensors")} == shards
 
 
-def test_gpt_oss_in_mxfp4_evaluates_as_its_dense_twin(text: Path, tmp_path: Path) -> None:
+def test_gpt_oss_in_mxfp4_is_evaluated_and_compressed_as_its_dense_twin(text: Path, tmp_path: Path) -> None:
     made = tiny_checkpoint(tmp_path / "m", "gpt_oss", blocks=2, shards=1)
     tensors, random = load_file(made / "model.safetensors"), np.random.default_rng(0)
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
@@ -111,3 +111,7 @@ def test_gpt_oss_in_mxfp4_evaluates_as_its_dense_twin(text: Path, tmp_path: Path
     save_file(checkpoint.read(checkpoint.tensors), twin / "model.safetensors", {"format": "pt"})
     found = [evaluate(str(folder), text, 16, windows=4, free_memory=FREE) for folder in (made, twin)]
     assert found[0].nll == found[1].nll
+    for folder in (made, twin):
+        streamslr.compress(**settings(folder, tmp_path / f"{folder.name}-out", text, match=False))
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "twin-out").glob("*.safetensors")}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m-out").glob("*.safetensors")} == shards
