@@ -509,8 +509,6 @@ class Family:
     unread: tuple[str, ...] = ()
 
 
-_FUSED = ("evaluated", "it is a mixture of experts that cannot be taken apart")
-_SHARED = ("refused", "blocks share state: block 0 is handed a KVSharingDict as 'shared_kv_states'")
 _PREDICTS = "a layer for multi-token prediction"
 FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": Family(
@@ -525,11 +523,10 @@ FAMILIES: Mapping[str, Family] = {
         "Qwen3.5-MoE",
         "bf16, experts fused; with a part for images; `mtp.*`",
         qwen3_5_moe,
-        *_FUSED,
         unread=("mtp (19 tensors)",),
     ),
-    "gpt_oss": Family("gpt-oss", "mxfp4, experts fused, with biases", gpt_oss, *_FUSED),
-    "llama4": Family("Llama 4", "bf16, experts fused and transposed; with a part for images", llama4, *_FUSED),
+    "gpt_oss": Family("gpt-oss", "mxfp4, experts fused, with biases", gpt_oss),
+    "llama4": Family("Llama 4", "bf16, experts fused and transposed; with a part for images", llama4),
     "mixtral": Family("Mixtral", "bf16, experts one by one (`w1`, `w2`, `w3`)", mixtral),
     "glm4_moe": Family(
         "GLM-4.5",
@@ -542,29 +539,21 @@ FAMILIES: Mapping[str, Family] = {
     "kimi_k2_6": Family(
         "Kimi K2.6", "the same, within a model with a part for images; model_type `kimi_k25`", kimi_k2_6
     ),
-    "granite_4_small": Family(
-        "Granite 4 H Small", "bf16, Mamba-2 and attention, experts fused", granite_4_small, *_FUSED
-    ),
+    "granite_4_small": Family("Granite 4 H Small", "bf16, Mamba-2 and attention, experts fused", granite_4_small),
     "granite_4_micro": Family("Granite 4 H Micro", "bf16, Mamba-2 and attention", granite_4_micro),
     "nemotron_h": Family("Nemotron-H", "bf16, blocks of Mamba-2, attention or an MLP", nemotron_h),
-    "nemotron_3_nano": Family("Nemotron 3 Nano", "bf16, with experts without gates", nemotron_3_nano, *_FUSED),
+    "nemotron_3_nano": Family("Nemotron 3 Nano", "bf16, with experts without gates", nemotron_3_nano),
     "jamba": Family("Jamba", "bf16, Mamba-1 and attention, experts one by one", jamba),
     "falcon_h1": Family("Falcon-H1", "bf16, Mamba-2 beside attention", falcon_h1),
-    "gemma_3n": Family(
-        "Gemma 3n", "bf16, the decoder alone", gemma_3n, "refused", "block 0 takes a tensor [4, 2, 5, 64]"
-    ),
+    "gemma_3n": Family("Gemma 3n", "bf16, the decoder alone", gemma_3n),
     "gemma_4_e2b": Family(
-        "Gemma 4 E2B", "bf16, with a part for images", gemma_4_e2b, *_SHARED, r"\.2\.self_attn\.[kv]_"
+        "Gemma 4 E2B", "bf16, with a part for images", gemma_4_e2b, left_out=r"\.2\.self_attn\.[kv]_"
     ),
-    "gemma_4_26b_a4b": Family(
-        "Gemma 4 26B-A4B", "bf16, experts fused; with a part for images", gemma_4_26b_a4b, *_SHARED
-    ),
+    "gemma_4_26b_a4b": Family("Gemma 4 26B-A4B", "bf16, experts fused; with a part for images", gemma_4_26b_a4b),
     "gpt2": Family(
         "GPT-2",
         "float32, weights transposed, masks stored",
         gpt2,
-        "evaluated",
-        "transformer.h.0 holds no linear that can be packed",
         unread=("h.*.attn.bias (2 tensors)",),
     ),
     "olmo3": Family("OLMo 3", "bf16", olmo3),
