@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from streamslr.model.buffers import compute_buffers, find_writers
 from streamslr.model.call_recorder import PROBE_SHAPE, Call, find_recorder
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.compressibility import find_obstacles, find_shared_parameter
-from streamslr.model.experts import unfuse
+from streamslr.model.experts import Experts, unfuse
 from streamslr.model.float32_stream import Float32Stream, find_float32_stream
 from streamslr.model.meta_model import build_on_meta, find_blocks, get_tensor, set_tensor
 from streamslr.model.parameter_names import (
@@ -58,6 +58,7 @@ class Block:
             expert beside it.
         parameters: return the parameters by stored name, without the routers, which nothing may change.
         run: hidden states [b, T, h] -> [b, T, h], as the model runs the block, with its masks and positions.
+        expert_of: stored name of each of these -> the module of experts that it is in, and the expert's number there.
     """
 
     index: int
@@ -66,6 +67,7 @@ class Block:
     experts: Mapping[str, str]
     parameters: Callable[[], Mapping[str, nn.Parameter]]
     run: Callable[[Tensor], Tensor]
+    expert_of: Mapping[str, tuple[Experts, int]] = field(default_factory=dict)
 
 
 class BlockwiseModel:
@@ -197,8 +199,13 @@ class BlockwiseModel:
 
     def routing(self, name: str) -> tuple[int, int]:
         """Return (k, E) for a linear of an expert: each token passes k of E experts. The block must have run once."""
-        experts = self._experts[self._names.module_path(name).rsplit(".", 2)[0]]
-        return experts.top_k, experts.number
+        path, _ = self.expert_of(name)
+        return self._experts[path].top_k, self._experts[path].number
+
+    def expert_of(self, name: str) -> tuple[str, int]:
+        """Return the path of the module of experts that a linear of an expert is in, and the expert's number there."""
+        path, number, _ = self._names.module_path(name).rsplit(".", 2)
+        return path, int(number)
 
     @property
     def positions(self) -> int | None:
@@ -289,7 +296,9 @@ class BlockwiseModel:
         self._blocks[i].requires_grad_(False)
         linears = {name: self.linear(name) for name in self.linears[i]}
         parameters, run = partial(self._parameters, i), partial(self.run_block, i)
-        return Block(i, self.block_names[i], linears, self.experts[i], parameters, run)
+        experts = {name: self.expert_of(name) for name in self.experts[i]}
+        expert_of = {name: (self._experts[path], number) for name, (path, number) in experts.items()}
+        return Block(i, self.block_names[i], linears, self.experts[i], parameters, run, expert_of)
 
     def as_stored(self, i: int) -> dict[str, Tensor]:
         """Return live block i's parameters and buffers by stored name, without its linears' weights.

@@ -380,11 +380,10 @@ class Compression:
         self.check_block(block, self.check.pass_dense)
         # Collect Gram matrices and targets in one pass of the dense block, on each rank those of its linears.
         grams, targets = self.solver.collect(block, boundary)
-        # Solve each linear: S + U·V takes the place of its weight.
-        with timer.phase("solve", steps=len(block.linears), block=i) as step:
-            packed, records = self.solver.solve(block, grams, step)
-            if self.context.plan.solved_at == "host":
-                packed = {name: {part: t.cpu() for part, t in parts.items()} for name, parts in packed.items()}
+        # Solve each linear: S + U·V takes the place of its weight. Grams of many experts are collected as it goes on.
+        packed, records = self.solver.solve(block, grams)
+        if self.context.plan.solved_at == "host":
+            packed = {name: {part: t.cpu() for part, t in parts.items()} for name, parts in packed.items()}
         solved = BlockWeights(packed, blockwise.as_stored(i))
         # Match the block to its targets; pass the windows through it; write its shard.
         if targets:
