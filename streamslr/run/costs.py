@@ -49,6 +49,20 @@ class PhaseCost:
 
 
 @dataclass(frozen=True)
+class SolveStage:
+    """Linears that are solved while the same Grams wait.
+
+    linears: Names, by block.
+    waiting: Bytes of the Grams that wait on a rank at most.
+    packed: Bytes of the linears that are packed when the last one is.
+    """
+
+    linears: Sequence[Sequence[str]]
+    waiting: int
+    packed: int
+
+
+@dataclass(frozen=True)
 class Costs:
     """Costs of a run's phases on its busiest rank. Bytes are of the largest block where blocks differ."""
 
@@ -89,28 +103,48 @@ class Costs:
         flops = sum(max(deal.loads) for deal in self.deals)
         waiting = self.kept_gram_bytes if grams_at == "host" else 0
         sent = max(ring_bytes(self._packed_linears_bytes(block), self.world) for block in self.model.blocks)
-        compute = self.beside_solver(grams_at) + self.solver_bytes(workspace)
+        compute = max(self._beside(stage, grams_at) + self._solver_bytes(stage, workspace) for stage in self._stages)
         return self._cost("solve", compute, waiting, flops, sent)
 
     def solver_bytes(self, workspace: int | None) -> int:
         """Return the most bytes that one solve takes, or merging its result: two float32 matrices [o, d]."""
+        return max(self._solver_bytes(stage, workspace) for stage in self._stages)
+
+    def beside_solver(self, grams_at: str) -> int:
+        """Return the most bytes beside a solve: block, Grams, packed linears, and W in float32 where the block is not.
+
+        Where experts are blended as they are solved, the sums of all their kinds are there too.
+        """
+        return max(self._beside(stage, grams_at) for stage in self._stages)
+
+    @cached_property
+    def _stages(self) -> list[SolveStage]:
+        """What is solved of a block while the same Grams wait: all of it, or the experts' linears behind the others."""
+        blocks = self.model.blocks
+        if not self.keeps_inputs:
+            return [SolveStage([tuple(block.linears) for block in blocks], self.kept_gram_bytes, self._packed_bytes)]
+        of_experts = [tuple(block.expert_of) for block in blocks]
+        others = [tuple(block.linears.keys() - block.expert_of.keys()) for block in blocks]
+        packed = max(starmap(self._packed_linears_bytes, zip(blocks, others, strict=True)))
+        stages = [(others, self._waiting_of_passes, packed), (of_experts, self._waiting_of_experts, self._packed_bytes)]
+        return [SolveStage(*stage) for stage in stages if any(stage[0])]
+
+    def _solver_bytes(self, stage: SolveStage, workspace: int | None) -> int:
         gpu, solver, most = self.device.type == "cuda", self.method.solver, 0
-        for block, deal in zip(self.model.blocks, self.deals, strict=True):
-            for name, (o, d) in block.linears.items():
+        for block, deal, names in zip(self.model.blocks, self.deals, stage.linears, strict=True):
+            for name in names:
+                o, d = block.linears[name]
                 spec, rows = self.allocation[name], -(-o // self.world) if name in deal.by_rows else o
                 most = max(most, peak_bytes(solver, spec, rows, d, workspace, gpu), 8 * o * d)
         return most
 
-    def beside_solver(self, grams_at: str) -> int:
-        """Return the bytes beside a solve: block, Grams, packed linears, and W in float32 where the block is not.
-
-        Where experts are blended as they are solved, the sums of all their kinds are there too.
-        """
-        grams = self.kept_gram_bytes if grams_at == "device" else grams_bytes([self.widest])
+    def _beside(self, stage: SolveStage, grams_at: str) -> int:
+        pairs = zip(self.model.blocks, stage.linears, strict=True)
+        shapes = [block.linears[name] for block, names in pairs for name in names]
+        grams = stage.waiting if grams_at == "device" else grams_bytes([max(d for _, d in shapes)])
         grams += self._expert_sum_bytes if self._blends_late else 0
-        largest = max(o * d for block in self.model.blocks for o, d in block.linears.values())
-        weight = 0 if self._value_bytes == 4 else 4 * largest
-        return self._block_bytes + grams + self._choices_bytes + self._packed_bytes + weight
+        weight = 0 if self._value_bytes == 4 else 4 * max(o * d for o, d in shapes)
+        return self._block_bytes + grams + self._choices_bytes + stage.packed + weight
 
     @property
     def fixed_bytes(self) -> int:
@@ -122,10 +156,10 @@ class Costs:
         dense = sum(o * d for o, d in block.linears.values())
         return self._packed_linears_bytes(block) + (block.parameters - dense) * self.model.value_bytes
 
-    def _packed_linears_bytes(self, block: BlockShape) -> int:
+    def _packed_linears_bytes(self, block: BlockShape, names: Iterable[str] | None = None) -> int:
         packed = 0
-        for name, (o, d) in block.linears.items():
-            spec = self.allocation[name]
+        for name in block.linears if names is None else names:
+            (o, d), spec = block.linears[name], self.allocation[name]
             rank, formats = min(spec.rank, o, d), (spec.values, spec.low_rank_values)
             packed += packed_bytes(spec.pattern, (o, d), rank, self.model.value_bytes, *formats)
         return packed
@@ -356,16 +390,20 @@ class Costs:
     @cached_property
     def kept_gram_bytes(self) -> int:
         """Bytes of the Grams of a block that wait on a rank for the linears that it solves, the most at a time."""
-        waiting = [self._waiting_of_passes]
-        for block, deal, (_, from_inputs) in zip(self.model.blocks, self.deals, self._groups, strict=True):
-            waiting += [self._waiting_bytes(block, deal, group) for group in from_inputs]
-        return max(waiting)
+        return max(self._waiting_of_passes, self._waiting_of_experts)
 
     @cached_property
     def _waiting_of_passes(self) -> int:
         """Bytes of the Grams that passes of a block have collected, on the rank that keeps most of them."""
         owners = [[owner for group in in_passes for owner in group] for in_passes, _ in self._groups]
         return max(starmap(self._waiting_bytes, zip(self.model.blocks, self.deals, owners, strict=True)))
+
+    @cached_property
+    def _waiting_of_experts(self) -> int:
+        """Bytes of the Grams of one group that were collected from kept inputs, on the rank that keeps most of them."""
+        of_blocks = zip(self.model.blocks, self.deals, self._groups, strict=True)
+        owners = [(block, deal, group) for block, deal, (_, from_inputs) in of_blocks for group in from_inputs]
+        return max(starmap(self._waiting_bytes, owners), default=0)
 
     def _waiting_bytes(self, block: BlockShape, deal: Deal, owners: Iterable[str]) -> int:
         wanted = frozenset(owners)
