@@ -197,7 +197,7 @@ def make_plan(
         room = budgets.left_on_device(costs, costs.match(1))
         costs = replace(costs, solved_on_host=room is not None and room < 0)
     micro_batch = pieces.micro_batch if pieces else _choose_micro_batch(costs, budgets)
-    costs = _enlarge_groups(costs, budgets, micro_batch, workspace)
+    costs = _enlarge_groups(costs, budgets, micro_batch)
     grams_at = _choose_gram_tier(costs, budgets, workspace)
     if not pieces:
         workspace = _choose_workspace(costs, budgets, grams_at)
@@ -320,21 +320,18 @@ def _cut_grams(costs: Costs, budgets: _Budgets, workspace: int | None) -> Costs:
     return costs if whole else replace(costs, grams_at_once=0)
 
 
-def _enlarge_groups(costs: Costs, budgets: _Budgets, micro_batch: int, workspace: int | None) -> Costs:
+def _enlarge_groups(costs: Costs, budgets: _Budgets, micro_batch: int) -> Costs:
     """Return the costs with as many Grams in a group as the budget leaves memory for, but at least one.
 
-    Grams of experts take EXPERT_GRAMS_AT_ONCE at most, and no more than the budget leaves beside a solve, unless not
-    even one group fits there.
+    Grams of experts take EXPERT_GRAMS_AT_ONCE at most.
     """
     if costs.grams_at_once is not None:
         room = budgets.left_on_device(costs, costs.passes(micro_batch, "disk"))
         costs = replace(costs, grams_at_once=costs.largest_group_bytes + max(0, room or 0))
     if costs.expert_grams_at_once is not None:
-        phases = [costs.replays(micro_batch, "device"), costs.solve("device", workspace)]
-        rooms = [budgets.left_on_device(costs, phase) or 0 for phase in phases]
-        room = min([room for room in rooms if room >= 0], default=0)
-        least = costs.largest_expert_group_bytes
-        costs = replace(costs, expert_grams_at_once=max(least, min(least + room, EXPERT_GRAMS_AT_ONCE)))
+        room = budgets.left_on_device(costs, costs.replays(micro_batch, "device"))
+        most = EXPERT_GRAMS_AT_ONCE if room is None else costs.largest_expert_group_bytes + max(0, room)
+        costs = replace(costs, expert_grams_at_once=min(most, EXPERT_GRAMS_AT_ONCE))
     return costs
 
 
