@@ -73,6 +73,8 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
     config, display, ranks = context.config, display or NoDisplay(), context.ranks
     if config.out == default_out(config.model):
         log.info("the output folder is ./%s", config.out)
+    if context.plan.expert_gram_groups:
+        log.info("%s", context.plan.expert_grams_in_words)
     tokenizer = context.checkpoint.tokenizer()
     prefix = window_prefix(tokenizer, config.bos)
     calibration = calibration_windows(

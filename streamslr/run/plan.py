@@ -97,7 +97,10 @@ class Plan:
         return sum(phase.sent_bytes for phase in self.phases)
 
     def memory(self) -> dict[str, dict[str, int]]:
-        """Return {phase: planned and budgeted bytes}, which the journal keeps beside what is measured."""
+        """Return {phase: planned and budgeted bytes}, which the journal keeps beside what is measured.
+
+        Phase grams also has the number of groups of experts' Grams, if they are cut.
+        """
         memory = {}
         for phase in self.phases:
             memory[phase.name] = {"host_planned_bytes": phase.host_bytes, "host_budget_bytes": self.host_mem}
@@ -107,7 +110,20 @@ class Plan:
                     "gpu_context_bytes": self.gpu_context,
                     "gpu_budget_bytes": self.gpu_mem,
                 }
+        if self.expert_gram_groups:
+            memory["grams"]["expert_gram_groups"] = self.expert_gram_groups
         return memory
+
+    @property
+    def expert_grams_in_words(self) -> str:
+        """Sentence on Grams of experts that are collected in groups; "" where they are not."""
+        if not self.expert_gram_groups:
+            return ""
+        size, kept = format_bytes(self.expert_gram_bytes_at_once or 0), format_bytes(self.kept_input_bytes)
+        return (
+            f"Gram matrices of experts do not fit at once: they are made in {self.expert_gram_groups} groups of at "
+            f"most {size} a block, from {kept} of inputs in the scratch folder"
+        )
 
     def require_memory(self) -> None:
         """Raise BudgetError where a phase does not fit a budget; name the phase, its bytes and the flag that helps."""
