@@ -232,6 +232,21 @@ def test_grams_of_experts_in_groups_give_the_bytes_of_all_at_once(
 # Resume
 
 
+@pytest.mark.parametrize(
+    ("world", "call"), [(1, 3), *slow((2, 3)), *long((1, 0), (1, 2), (1, 4), (1, 6), (2, 0), (2, 4), (2, 6))]
+)
+def test_killed_between_groups_the_same_line_goes_on_to_the_bytes_of_all_grams_at_once(
+    settings: dict[str, Any], experts: Path, tmp_path: Path, world: int, call: int
+) -> None:
+    settings |= {"model": experts}
+    in_groups = IN_GROUPS["inputs"]  # three in each of two blocks, each collected twice
+    fault = Fault(world - 1, Passes, "collect_experts", call=call)
+    require_ended(compress_by_ranks(world, settings, fault, plan=in_groups), fault.rank)
+    require_done(compress_by_ranks(world, settings, plan=in_groups))
+    require_done(compress_by_ranks(world, settings | {"out": tmp_path / "whole"}))
+    assert run_contents(settings["out"]) == run_contents(tmp_path / "whole")
+
+
 def require_ended(results: list[Any], rank: int) -> None:
     """Assert that the rank was killed, and that each other ended in an error that names it."""
     for other, result in enumerate(results):
