@@ -228,7 +228,7 @@ class GramCollector:
         return self._block.run(hidden)
 
     def add(self, windows: Sequence[int], run: Callable[[], object]) -> None:
-        """Add what reaches the linears in `run`, which passes inputs of windows of these numbers through an expert."""
+        """Add what reaches the linears in `run`, which passes inputs of windows of these numbers through experts."""
         self._windows = windows
         run()
         self._hooks.end_pass()

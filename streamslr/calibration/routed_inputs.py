@@ -1,10 +1,9 @@
 """Inputs of a block's experts, kept while the block is solved: Grams in groups then need no pass of the block each."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from streamslr.calibration.hidden_states import HiddenStates
@@ -12,25 +11,9 @@ from streamslr.errors import InputError
 from streamslr.model.experts import Experts
 
 
-def choices_bytes(tokens: int, chosen: int) -> int:
-    """Return the bytes of the routers' choices of k = `chosen` experts for each token, on the compute device."""
-    return 4 * tokens * chosen
-
-
-def replay_bytes(tokens: int, chosen: int, hidden: int, inner: int, value_bytes: int) -> int:
-    """Return the bytes that a replay of one micro-batch takes beside its inputs, if one expert gets every token.
-
-    Counted are the order of the choices, the input of the expert and its output, and three tensors as wide as its
-    inner width.
-
-    Args:
-        tokens: Tokens of one micro-batch, b · T.
-        chosen: Experts k that each token passes.
-        hidden: Width h of the expert's input.
-        inner: Width i of the expert's down projection.
-        value_bytes: Bytes of one number in the compute dtype.
-    """
-    return tokens * (value_bytes * (2 * hidden + 3 * inner) + 3 * 8 * chosen)
+def routing_bytes(tokens: int, chosen: int) -> int:
+    """Return the bytes of the k = `chosen` experts of each token, int32, and of their weights, at most float32."""
+    return (4 + 4) * tokens * chosen
 
 
 @dataclass(frozen=True)
@@ -39,16 +22,27 @@ class RoutedInputs:
 
     experts: The module.
     states: Its inputs [windows, T, h], in the scratch folder.
-    choices: Numbers of the experts that each token passes [windows, T, k] int32, on the compute device.
+    routing: Its other arguments, experts of each token and their weights [windows, T, k], on the compute device.
     """
 
     experts: Experts
     states: HiddenStates
-    choices: Tensor
+    routing: Sequence[Tensor]
 
-    def tokens_of(self, first: int, windows: int) -> Sequence[Tensor]:
-        """Return for each expert its tokens among those of windows from number `first` on, int64 [m] each."""
-        return self.experts.tokens_of(self.choices[first : first + windows].flatten(0, 1).long())
+    def replay(self, first: int, inputs: Tensor, only: Collection[int]) -> None:
+        """Pass the kept inputs of windows through some experts again, as the block did.
+
+        Args:
+            first: First window.
+            inputs: Inputs of the windows from there on, [b, T, h].
+            only: Experts to pass, which must be dense still.
+        """
+        index, *others = [part[first : first + len(inputs)].flatten(0, 1) for part in self.routing]
+        self.experts.only = frozenset(only)
+        try:
+            self.experts(inputs.flatten(0, 1), index.long(), *others)
+        finally:
+            self.experts.only = None
 
 
 class InputRecorder:
@@ -63,7 +57,7 @@ class InputRecorder:
             write: Function of (first window, inputs [b, T, h]) that stores them there.
         """
         self._experts, self._states, self._write = experts, states, write
-        self._choices: Tensor | None = None
+        self._routing: list[Tensor] = []
 
     @contextmanager
     def passing(self, first: int, hidden: Tensor) -> Iterator[None]:
@@ -78,13 +72,15 @@ class InputRecorder:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             nonlocal calls
             calls += 1
-            if calls > 1 or len(args) < 2 or len(args[0]) != windows * T:
+            if calls > 1 or len(args) < 2 or {len(arg) for arg in args} != {windows * T}:
                 raise _not_once()
-            x, index = args[:2]
-            if self._choices is None:
-                shape = self._states.windows, T, index.shape[-1]
-                self._choices = torch.empty(shape, dtype=torch.int32, device=index.device)
-            self._choices[first : first + windows] = index.view(windows, T, -1)
+            x, *routing = args
+            if not self._routing:
+                index, *others = routing
+                like = [index.int(), *others]
+                self._routing = [part.new_empty(self._states.windows, T, *part.shape[1:]) for part in like]
+            for kept, part in zip(self._routing, routing, strict=True):
+                kept[first : first + windows] = part.view(windows, T, *part.shape[1:])
             self._write(first, x.view(windows, T, -1))
 
         handle = self._experts.register_forward_pre_hook(record)
@@ -97,8 +93,7 @@ class InputRecorder:
 
     def recorded(self) -> RoutedInputs:
         """Return what was recorded."""
-        assert self._choices is not None  # at least one window is not held out
-        return RoutedInputs(self._experts, self._states, self._choices)
+        return RoutedInputs(self._experts, self._states, self._routing)
 
 
 def _not_once() -> InputError:

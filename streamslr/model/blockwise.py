@@ -207,6 +207,14 @@ class BlockwiseModel:
         path, number, _ = self._names.module_path(name).rsplit(".", 2)
         return path, int(number)
 
+    def can_keep(self, name: str) -> bool:
+        """Tell if a module of experts takes each token once, in the width of hidden states, given one of its linears.
+
+        The block must have run once, on meta.
+        """
+        path, _ = self.expert_of(name)
+        return self._experts[path].received == (PROBE_SHAPE[0] * PROBE_SHAPE[1], self.hidden_size)
+
     @property
     def positions(self) -> int | None:
         """The max_position_embeddings that the model was made for; None where config.json has none."""

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -33,7 +33,12 @@ class Experts(nn.Module):
     Attributes:
         number: number E of experts.
         top_k: experts k that a token passes; 0 until a token has.
+        received: shape of the last input.
+        only: experts that pass their tokens while their inputs are wanted, and no output; None for all.
     """
+
+    received: tuple[int, ...] = ()
+    only: frozenset[int] | None = None
 
     def __init__(self, down: tuple[int, ...], names: tuple[str, ...], act_fn: Any) -> None:
         """Allocate the linears.
@@ -72,36 +77,25 @@ class Experts(nn.Module):
             Weighted sum of the experts' outputs [n, h].
         """
         n, self.top_k = top_k_index.shape
+        self.received = hidden_states.shape
         chosen = top_k_index.flatten()  # [n·k]: choice j of token t is at t·k + j
         order = chosen.argsort(stable=True)
-        choices = (order[:n],) * self.number if chosen.is_meta else self._split(chosen, order)
-        weights, outputs = top_k_weights.flatten(), []
-        for number, mine in enumerate(choices):
-            if len(mine) or self.linears(number)[0]._forward_pre_hooks:
-                outputs.append(self.run(number, hidden_states[mine // self.top_k]) * weights[mine, None])
         if chosen.is_meta:
+            choices = (order[:n],) * self.number
+        else:
+            choices = torch.split(order, chosen.bincount(minlength=self.number).tolist())
+        weights, outputs = top_k_weights.flatten(), []
+        for number, mine in enumerate(choices):  # mine: the choices of this expert, in the order of the tokens
+            gate, up, down = self.linears(number)
+            if self.only is not None and number not in self.only:
+                continue
+            if len(mine) or gate._forward_pre_hooks:
+                x = hidden_states[mine // self.top_k]
+                outputs.append(down(self.act_fn(gate(x)) * up(x)) * weights[mine, None])
+        if chosen.is_meta or self.only is not None:
             return torch.empty_like(hidden_states)
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
         return torch.cat(outputs)[back].view(n, self.top_k, -1).sum(1).to(hidden_states.dtype)
-
-    def run(self, number: int, x: Tensor) -> Tensor:
-        """Pass tokens x [m, h] through one expert; return down(act(gate(x)) · up(x)) [m, h]."""
-        gate, up, down = self.linears(number)
-        output: Tensor = down(self.act_fn(gate(x)) * up(x))
-        return output
-
-    def tokens_of(self, top_k_index: Tensor) -> Sequence[Tensor]:
-        """Return for each expert the tokens that `forward` passes it, in its order: int64 [m] each.
-
-        Args:
-            top_k_index: experts chosen for each token, [n, k].
-        """
-        chosen = top_k_index.flatten()
-        return [mine // self.top_k for mine in self._split(chosen, chosen.argsort(stable=True))]
-
-    def _split(self, chosen: Tensor, order: Tensor) -> Sequence[Tensor]:
-        """Return the choices of each expert, in the order of the tokens."""
-        return torch.split(order, chosen.bincount(minlength=self.number).tolist())
 
 
 def unfuse(

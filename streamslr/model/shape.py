@@ -16,7 +16,7 @@ class BlockShape:
     routing: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Linear of an expert -> (k, E): each token passes k of E experts."""
     expert_of: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    """The same linears -> the module of experts that it is in, and the expert's number there."""
+    """Linear of an expert whose inputs can be kept -> the module of experts that it is in, and the expert's number."""
 
     @cached_property
     def grams(self) -> Mapping[str, int]:
@@ -39,13 +39,9 @@ class BlockShape:
         return {name: d for name, d in self.grams.items() if name in self.routing}
 
     @cached_property
-    def modules_of_experts(self) -> Mapping[str, tuple[int, int, int]]:
-        """Module of experts -> experts k that a token passes, width h of its input, inner width i of an expert."""
-        found: dict[str, tuple[int, int, int]] = {}
-        for name, (module, _) in self.expert_of.items():
-            inner, width = self.linears[name]
-            found.setdefault(module, (self.routing[name][0], width, inner))
-        return found
+    def modules_of_experts(self) -> Mapping[str, int]:
+        """Module of experts whose inputs can be kept -> experts k that a token passes."""
+        return {module: self.routing[name][0] for name, (module, _) in self.expert_of.items()}
 
     @property
     def expert_sum_bytes(self) -> int:

@@ -22,6 +22,7 @@ from streamslr.errors import InputError
 from streamslr.io.packing import merge
 from streamslr.io.scratch import rank_scratch
 from streamslr.model.blockwise import Block
+from streamslr.model.shape import BlockShape
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.context import RunContext
 from streamslr.run.dealing import Deal, deal_linears
@@ -79,13 +80,14 @@ class BlockSolver:
         """
         context, passes, ranks = self.context, self.passes, self.context.ranks
         plan, folder = context.plan, rank_scratch(context.config, ranks)
+        shape = context.shape.blocks[block.index]
         if ranks.world == 1 and plan.gram_bytes_at_once is None and plan.expert_gram_bytes_at_once is None:
             collected = passes.retry("grams", partial(passes.collect, block, boundary))
+            collected.grams.sort(key=_order(shape))
             linears = [gram.linears for gram in collected.grams]
             deal = self._deal(block, linears)
             takes = offload_grams(collected.grams, plan.grams_at, folder)
             return WaitingGrams(deal, deque(zip(linears, takes, strict=True))), collected.targets
-        shape = context.shape.blocks[block.index]
         in_passes, from_inputs = group_grams(shape, plan.gram_bytes_at_once, plan.expert_gram_bytes_at_once)
         keep = dict.fromkeys(block.expert_of[owner][0] for group in from_inputs for owner in group)
         waiting = WaitingGrams(self._deal(block, shape.groups), groups=from_inputs)
@@ -95,11 +97,11 @@ class BlockSolver:
             collected = passes.retry("grams", collect)
             with passes.timer.phase("grams", steps=0, block=block.index):
                 if not waiting.rows:  # the first pass
-                    seen = count_rows(collected.seen, ranks)
+                    seen = count_rows(sorted(collected.seen, key=_order(shape)), ranks)
                     waiting.rows.update((gram.linears[0], gram.rows) for gram in seen)
                     waiting.kept.extend(collected.kept)
                     targets, entering = collected.targets, Boundary(boundary.hidden, None)
-                grams = waiting.with_rows_of_all(collected.grams)
+                grams = sorted(waiting.with_rows_of_all(collected.grams), key=_order(shape))
                 add_experts(waiting.expert_sums, grams, block.experts)
                 self._let_wait(waiting, grams)
         if [gram.linears for gram in seen] != list(shape.groups):
@@ -121,7 +123,8 @@ class BlockSolver:
     def _collect_experts(self, block: Block, waiting: WaitingGrams, owners: Sequence[str]) -> list[Gram]:
         """Return the Grams of experts from this rank's kept inputs, with the rows of all ranks."""
         collect = partial(self.passes.collect_experts, block, waiting.kept, owners)
-        return waiting.with_rows_of_all(self.passes.retry("grams", collect))
+        grams = waiting.with_rows_of_all(self.passes.retry("grams", collect))
+        return sorted(grams, key=_order(self.context.shape.blocks[block.index]))
 
     def _let_wait(self, waiting: WaitingGrams, grams: list[Gram]) -> None:
         """Sum Grams to the ranks that need them, where they wait to be solved. Empties `grams`."""
@@ -194,6 +197,12 @@ class BlockSolver:
                 step(1)
             del gram, cache
         return solved
+
+
+def _order(shape: BlockShape) -> Callable[[Gram], int]:
+    """Return the key by which Grams are in the order of their block's shape; in a pass, rare experts may come last."""
+    places = {group: place for place, group in enumerate(shape.groups)}
+    return lambda gram: places.get(gram.linears, len(places))
 
 
 def exchange_solved(

@@ -243,7 +243,9 @@ def _model_shape(blockwise: BlockwiseModel) -> ModelShape:
                 parameters=sum(prod(info.shape) for info in infos),
                 source_bytes=sum(info.nbytes for info in infos),
                 routing={name: blockwise.routing(name) for name in blockwise.experts[i]},
-                expert_of={name: blockwise.expert_of(name) for name in blockwise.experts[i]},
+                expert_of={
+                    name: blockwise.expert_of(name) for name in filter(blockwise.can_keep, blockwise.experts[i])
+                },
             )
         )
     non_block = [tensors[key] for key in blockwise.non_block_tensors]

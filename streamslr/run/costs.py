@@ -11,12 +11,12 @@ from streamslr.calibration.expert_grams import blend_bytes
 from streamslr.calibration.gram_products import product_bytes
 from streamslr.calibration.grams import grams_bytes, group_grams
 from streamslr.calibration.hidden_states import boundary_bytes, transfer_bytes
-from streamslr.calibration.routed_inputs import choices_bytes, replay_bytes
+from streamslr.calibration.routed_inputs import routing_bytes
 from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes, pinned_bytes
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
 from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, refine_micro_batches, refine_steps
-from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, score_bytes
+from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, routed_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.run.dealing import Deal, deal_linears
 from streamslr.run.quality import logits_bytes
@@ -144,7 +144,7 @@ class Costs:
         grams = stage.waiting if grams_at == "device" else grams_bytes([max(d for _, d in shapes)])
         grams += self._expert_sum_bytes if self._blends_late else 0
         weight = 0 if self._value_bytes == 4 else 4 * max(o * d for o, d in shapes)
-        return self._block_bytes + grams + self._choices_bytes + stage.packed + weight
+        return self._block_bytes + grams + self._routing_bytes + stage.packed + weight
 
     @property
     def fixed_bytes(self) -> int:
@@ -208,7 +208,7 @@ class Costs:
             blending = max(blend_bytes(b.expert_grams.values()) for b in self.model.blocks)  # after all windows
             passing = max(passing, self._expert_sum_bytes if self._blends_late else blending)
         on_gpu, writing = self._moving_inputs(micro_batch, writes=1)
-        kept = on_gpu + self._choices_bytes
+        kept = on_gpu + self._routing_bytes
         pairs = [(block, in_passes) for block, (in_passes, _) in zip(self.model.blocks, self._groups, strict=True)]
         products = sum(b.token_fraction(o) * b.grams[o] ** 2 for b, groups in pairs for group in groups for o in group)
         flops = self._forward_flops + 2.0 * self._tokens(self.windows) * products
@@ -223,10 +223,9 @@ class Costs:
         Each Gram of an expert is collected twice: for the sum that rare experts are blended with, and to be solved.
         """
         on_gpu, host = self._moving_inputs(micro_batch, reads=1)
-        passing = on_gpu + self._choices_bytes + self._product_bytes(micro_batch)
-        modules = [sizes for block in self.model.blocks for sizes in block.modules_of_experts.values()]
-        tokens = self._tokens(micro_batch)
-        passing += max((replay_bytes(tokens, *sizes, self._value_bytes) for sizes in modules), default=0)
+        passing = on_gpu + self._routing_bytes + self._product_bytes(micro_batch)
+        sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes
+        passing += max(routed_bytes(block, *sizes) for block in self.model.blocks)
         grams = self.largest_expert_group_bytes + self._expert_sum_bytes
         grams += self._waiting_of_passes if grams_at == "device" else 0
         host += self.kept_gram_bytes if grams_at == "host" else 0
@@ -445,16 +444,16 @@ class Costs:
         """Bytes of the kept inputs of a block's experts, in the scratch folder."""
         if not self.keeps_inputs:
             return 0
-        widths = [sum(h for _, h, _ in block.modules_of_experts.values()) for block in self.model.blocks]
-        return self._tokens(self._fitted) * max(widths) * self._value_bytes
+        modules = max(len(block.modules_of_experts) for block in self.model.blocks)
+        return modules * self._fitted * self.window_bytes("hidden")
 
     @property
-    def _choices_bytes(self) -> int:
-        """Bytes of what routers chose for kept inputs."""
+    def _routing_bytes(self) -> int:
+        """Bytes of the routing that is kept with the inputs of experts."""
         if not self.keeps_inputs:
             return 0
-        chosen = [sum(k for k, *_ in block.modules_of_experts.values()) for block in self.model.blocks]
-        return choices_bytes(self._tokens(self._fitted), max(chosen))
+        chosen = max(sum(block.modules_of_experts.values()) for block in self.model.blocks)
+        return routing_bytes(self._tokens(self._fitted), chosen)
 
     def _moving_inputs(self, micro_batch: int, reads: int = 0, writes: int = 0) -> tuple[int, int]:
         """Return the bytes on the GPU and on the host of kept inputs on their way.
@@ -463,15 +462,12 @@ class Costs:
         """
         if not self.keeps_inputs:
             return 0, 0
-        modules = [[h for _, h, _ in block.modules_of_experts.values()] for block in self.model.blocks]
-        width = max(sum(widths) if writes else max(widths, default=0) for widths in modules)
-        moved = self._tokens(micro_batch) * width * self._value_bytes
+        writes *= max(len(block.modules_of_experts) for block in self.model.blocks)
+        moved = self._hidden_bytes(micro_batch)
         if not self._on_gpu:
             return 0, transfer_bytes(moved, reads, writes)
-        streams = writes * max(map(len, modules))
-        return gpu_transfer_bytes(moved, reads, writes), host_transfer_bytes(
-            self.window_bytes("targets"), reads, streams
-        )
+        host = host_transfer_bytes(self.window_bytes("targets"), reads, writes)
+        return gpu_transfer_bytes(moved, reads, writes), host
 
     @property
     def _blends_late(self) -> bool:

@@ -256,12 +256,10 @@ class Passes:
         ):
             for inputs in kept:
                 parts = [block.expert_of[owner] for owner in only]
-                numbers = dict.fromkeys(number for module, number in parts if module is inputs.experts)
+                numbers = {number for module, number in parts if module is inputs.experts}
                 for first, x in self._batches(inputs.states, step, self._fitted_spans()) if numbers else ():
-                    windows, tokens = self.windows[first : first + len(x)], inputs.tokens_of(first, len(x))
-                    for number in numbers:
-                        mine = x.flatten(0, 1)[tokens[number]]
-                        collector.add(windows, partial(inputs.experts.run, number, mine))
+                    windows = self.windows[first : first + len(x)]
+                    collector.add(windows, partial(inputs.replay, first, x, numbers))
             return collector.grams()
 
     def match(
@@ -503,9 +501,8 @@ class Passes:
     @contextmanager
     def _recording(self, number: int, experts: Experts) -> Iterator[InputRecorder]:
         """Yield a recorder of what a module of experts, of this number in its block, receives of the fitted windows."""
-        weight = experts.linears(0)[0].get_parameter("weight")
-        shape = (self.fitted, self.config.seq_len, weight.shape[1])
-        stream = HiddenStateStream(self._scratch, f"routed-{number}", shape, weight.dtype, False, self._writers)
+        shape = (self.fitted, self.config.seq_len, self.blockwise.hidden_size)
+        stream = HiddenStateStream(self._scratch, f"routed-{number}", shape, self.blockwise.dtype, False, self._writers)
         with self._dropped_if_it_fails(stream.new(0)) as states, self._writing(states) as write:
             yield InputRecorder(experts, states, write)
 

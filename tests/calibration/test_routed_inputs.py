@@ -49,9 +49,23 @@ def test_an_expert_receives_its_kept_tokens_as_in_the_block_to_the_bit(experts: 
     in_block, kept = inputs.copy(), recorder.recorded()
     inputs.clear()
     for first in range(0, WINDOWS, 2):
-        x, tokens = kept.states.read(first, first + 2).flatten(0, 1), kept.tokens_of(first, 2)
-        kept.experts.run(number, x[tokens[number]])
+        kept.replay(first, kept.states.read(first, first + 2), {number})
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(inputs, in_block, strict=True))
+
+
+def test_no_other_expert_is_passed_again(experts: Experts) -> None:
+    hidden, index, weights = routed()
+    states = InMemory(WINDOWS, T, H, torch.float32)
+    recorder = InputRecorder(experts, states, states.write)
+    with recorder.passing(0, hidden):
+        whole = experts(hidden.flatten(0, 1), index, weights)
+    others: list[Tensor] = []
+    for number in (0, 2, 3, 4):
+        for linear in experts.linears(number):
+            watch(linear, others)
+    recorder.recorded().replay(0, hidden, {1})
+    assert others == []
+    assert torch.equal(experts(hidden.flatten(0, 1), index, weights), whole), "afterwards all pass"
 
 
 @pytest.mark.parametrize(

@@ -437,7 +437,7 @@ def test_grams_of_experts_are_never_more_than_8_gb_at_a_time(gpu: int, world: in
     assert made.expert_gram_groups == -(-of_experts // made.expert_gram_bytes_at_once)
     assert made.gram_bytes_at_once is None, "all others are collected in one pass"
     block = 2 * deepseek_v3().blocks[0].parameters
-    assert phase(made, "grams").gpu_bytes < block + 19 * GB < block + of_experts
+    assert phase(made, "grams").gpu_bytes < block + 30 * GB < block + of_experts
 
 
 def test_kept_inputs_of_experts_take_disk_and_every_gram_is_made_twice() -> None:
