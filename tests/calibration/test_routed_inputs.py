@@ -1,24 +1,34 @@
 """Kept inputs of experts: they reach the linears as they did in the block, and odd calls are refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamslr.calibration.hidden_states import InMemory
 from streamslr.calibration.routed_inputs import InputRecorder
 from streamslr.errors import InputError
+from streamslr.model.blockwise import Block, BlockwiseModel
+from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.experts import Experts
+from tests.support.tiny_models import starved_checkpoint
 
-WINDOWS, T, H = 4, 6, 8
+WINDOWS, T, H = 4, 6, 64
+
+
+@pytest.fixture(scope="module")
+def block(tmp_path_factory: pytest.TempPathFactory) -> Block:
+    """A live block with five experts, of which a token passes two."""
+    folder = starved_checkpoint(tmp_path_factory.mktemp("models") / "mixtral", "mixtral", blocks=1)
+    return BlockwiseModel(open_checkpoint(str(folder)), torch.float32, torch.device("cpu")).load_block(0)
 
 
 @pytest.fixture
-def experts() -> Experts:
-    """Five experts, of which a token passes two."""
-    torch.manual_seed(0)
-    return Experts((5, H, 3), ("gate", "up", "down"), nn.SiLU())
+def experts(block: Block) -> Experts:
+    return next(experts for experts, _ in block.expert_of.values())
 
 
 def routed() -> tuple[Tensor, Tensor, Tensor]:
@@ -29,42 +39,49 @@ def routed() -> tuple[Tensor, Tensor, Tensor]:
     return hidden, torch.stack([first, torch.full_like(first, 4)], 1), torch.rand(WINDOWS * T, 2, generator=draw)
 
 
-def watch(linear: nn.Module, seen: list[Tensor]) -> None:
-    linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+@contextmanager
+def watching(block: Block, numbers: set[int]) -> Iterator[dict[str, list[Tensor]]]:
+    """Yield what reaches each linear of some experts while entered."""
+    seen: dict[str, list[Tensor]] = {name: [] for name, (_, number) in block.expert_of.items() if number in numbers}
+    hooks = [
+        block.linears[name].register_forward_pre_hook(lambda _, args, to=found: to.append(args[0]))
+        for name, found in seen.items()
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_an_expert_receives_its_kept_tokens_as_in_the_block_to_the_bit(experts: Experts, number: int) -> None:
+def test_an_expert_receives_its_kept_tokens_as_in_the_block_to_the_bit(
+    block: Block, experts: Experts, number: int
+) -> None:
     hidden, index, weights = routed()
     states = InMemory(WINDOWS, T, H, torch.float32)
     recorder = InputRecorder(experts, states, states.write)
-    gate, _, down = experts.linears(number)
-    inputs: list[Tensor] = []
-    watch(gate, inputs)
-    watch(down, inputs)
-    for first in range(0, WINDOWS, 2):
-        mine = slice(first * T, (first + 2) * T)
-        with recorder.passing(first, hidden[first : first + 2]):
-            experts(hidden[first : first + 2].flatten(0, 1), index[mine], weights[mine])
-    in_block, kept = inputs.copy(), recorder.recorded()
-    inputs.clear()
-    for first in range(0, WINDOWS, 2):
-        kept.replay(first, kept.states.read(first, first + 2), {number})
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(inputs, in_block, strict=True))
+    with watching(block, {number}) as in_block:
+        for first in range(0, WINDOWS, 2):
+            mine = slice(first * T, (first + 2) * T)
+            with recorder.passing(first, hidden[first : first + 2]):
+                experts(hidden[first : first + 2].flatten(0, 1), index[mine], weights[mine])
+    kept = recorder.recorded()
+    with watching(block, {number}) as again:
+        for first in range(0, WINDOWS, 2):
+            kept.replay(first, kept.states.read(first, first + 2), {number})
+    assert all(len(inputs) == 2 for inputs in in_block.values())
+    for name, inputs in in_block.items():
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(again[name], inputs, strict=True))
 
 
-def test_no_other_expert_is_passed_again(experts: Experts) -> None:
+def test_no_other_expert_is_passed_again(block: Block, experts: Experts) -> None:
     hidden, index, weights = routed()
     states = InMemory(WINDOWS, T, H, torch.float32)
     recorder = InputRecorder(experts, states, states.write)
     with recorder.passing(0, hidden):
         whole = experts(hidden.flatten(0, 1), index, weights)
-    others: list[Tensor] = []
-    for number in (0, 2, 3, 4):
-        for linear in experts.linears(number):
-            watch(linear, others)
-    recorder.recorded().replay(0, hidden, {1})
-    assert others == []
+    with watching(block, {0, 2, 3, 4}) as others:
+        recorder.recorded().replay(0, hidden, {1})
+    assert not any(others.values())
     assert torch.equal(experts(hidden.flatten(0, 1), index, weights), whole), "afterwards all pass"
 
 
