@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from streamslr.calibration.gram_products import Product, add_upper_panels, find_
 from streamslr.config import format_bytes
 from streamslr.errors import BudgetError, InputError, StreamslrError, first_line
 from streamslr.model.blockwise import Block
+from streamslr.model.shape import BlockShape
 from streamslr.ranks import Ranks
 
 log = logging.getLogger("streamslr")
@@ -56,19 +57,43 @@ def grams_bytes(widths: Iterable[int]) -> int:
     return sum(4 * d * d for d in widths)
 
 
-def gram_groups(widths: Mapping[str, int], at_once: int | None) -> list[list[str]]:
-    """Return the Grams of a block in groups, in their order, each to be collected in a pass of its own.
+def gram_groups(
+    widths: Mapping[str, int], at_once: int | None, part_of: Mapping[str, Hashable] | None = None
+) -> list[list[str]]:
+    """Return the Grams of a block in groups, in their order, each to be collected apart from the others.
 
     Args:
         widths: Owner of a Gram [d, d] -> d.
         at_once: Bytes that the Grams of one group may take; a larger Gram is a group by itself. None for one group.
+        part_of: Owner -> what is never parted: the expert whose Grams stay in one group. None: any may be parted.
     """
-    groups: list[list[str]] = []
+    units: dict[Hashable, list[str]] = {}
     for owner in widths:
-        if not groups or (at_once is not None and grams_bytes(widths[o] for o in (*groups[-1], owner)) > at_once):
+        units.setdefault((part_of or {}).get(owner, owner), []).append(owner)
+    groups: list[list[str]] = []
+    for unit in units.values():
+        if not groups or (at_once is not None and grams_bytes(widths[o] for o in (*groups[-1], *unit)) > at_once):
             groups.append([])
-        groups[-1].append(owner)
+        groups[-1] += unit
     return groups
+
+
+def group_grams(
+    block: BlockShape, at_once: int | None, of_experts_at_once: int | None
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the owners of a block's Grams by group: those of each pass of the block, and those of kept inputs.
+
+    Args:
+        block: Shapes of the block.
+        at_once: Bytes of the Grams that one pass collects; None: one pass collects all of them.
+        of_experts_at_once: Bytes of the experts' Grams that are collected from kept inputs at a time; None: they are
+            collected in passes of the block as the others are.
+    """
+    if of_experts_at_once is None:
+        return gram_groups(block.grams, at_once), []
+    kept = {owner: d for owner, d in block.grams.items() if owner in block.expert_of}
+    others = {owner: d for owner, d in block.grams.items() if owner not in kept}
+    return gram_groups(others, at_once) or [[]], gram_groups(kept, of_experts_at_once, block.expert_of)
 
 
 def offload_grams(grams: list[Gram], tier: str, folder: Path, first: int = 0) -> list[Callable[[], Gram]]:
@@ -202,6 +227,12 @@ class GramCollector:
         self._hooks.__exit__()
         return self._block.run(hidden)
 
+    def add(self, windows: Sequence[int], run: Callable[[], object]) -> None:
+        """Add what reaches the linears in `run`, which passes inputs of windows of these numbers through experts."""
+        self._windows = windows
+        run()
+        self._hooks.end_pass()
+
     def _add(self, owner: str, x: Tensor) -> None:
         if self._only is not None and owner not in self._only:
             return
@@ -250,6 +281,16 @@ class GramCollector:
                 f"earlier linear; which linears share one must be the same in every pass"
             )
         return [Gram(group, grams[group[0]], rows[group[0]]) for group in groups if group[0] in grams]
+
+    def seen(self) -> list[Gram]:
+        """Return all Grams of the block, those not collected too, with their rows; the matrices are on meta."""
+        rows, linears = self._hooks.rows, self._block.linears
+        groups = self._hooks.groups()
+        widths = [linears[owner].in_features for owner, *_ in groups]
+        return [
+            Gram(group, torch.empty(d, d, device="meta"), rows[group[0]])
+            for group, d in zip(groups, widths, strict=True)
+        ]
 
     def _require_finite(self) -> None:
         for owner, batches in self._not_finite.items():

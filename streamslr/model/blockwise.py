@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from streamslr.model.carried import Carried
 from streamslr.model.chain import Chain
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.compressibility import find_obstacles, find_shared_parameter
-from streamslr.model.experts import unfuse
+from streamslr.model.experts import Experts, unfuse
 from streamslr.model.float32_stream import Float32Stream, find_float32_stream
 from streamslr.model.meta_model import build_on_meta, find_blocks, get_tensor, set_tensor
 from streamslr.model.parameter_names import (
@@ -66,6 +66,7 @@ class Block:
         run: what enters the block [b, T, w] -> its hidden states [b, T, h], as the model runs the block, with its
             masks and positions.
         hand_on: the same -> these hidden states, and what enters the next block [b, T, w'].
+        expert_of: stored name of each of these -> the module of experts that it is in, and the expert's number there.
     """
 
     index: int
@@ -75,6 +76,7 @@ class Block:
     parameters: Callable[[], Mapping[str, nn.Parameter]]
     run: Callable[[Tensor], Tensor]
     hand_on: Callable[[Tensor], tuple[Tensor, Tensor]]
+    expert_of: Mapping[str, tuple[Experts, int]] = field(default_factory=dict)
 
 
 class BlockwiseModel:
@@ -254,8 +256,21 @@ class BlockwiseModel:
 
     def routing(self, name: str) -> tuple[int, int]:
         """Return (k, E) for a linear of an expert: each token passes k of E experts. The block must have run once."""
-        experts = self._experts[self._names.module_path(name).rsplit(".", 2)[0]]
-        return experts.top_k, experts.number
+        path, _ = self.expert_of(name)
+        return self._experts[path].top_k, self._experts[path].number
+
+    def expert_of(self, name: str) -> tuple[str, int]:
+        """Return the path of the module of experts that a linear of an expert is in, and the expert's number there."""
+        path, number, _ = self._names.module_path(name).rsplit(".", 2)
+        return path, int(number)
+
+    def can_keep(self, name: str) -> bool:
+        """Tell if a module of experts takes each token once, in the width of hidden states, given one of its linears.
+
+        The block must have run once, on meta.
+        """
+        path, _ = self.expert_of(name)
+        return self._experts[path].received == (PROBE_SHAPE[0] * PROBE_SHAPE[1], self.hidden_size)
 
     @property
     def positions(self) -> int | None:
@@ -348,7 +363,9 @@ class BlockwiseModel:
         self._blocks[i].requires_grad_(False)
         linears = {name: self.linear(name) for name in self.linears[i]}
         parameters, run, hand_on = partial(self._parameters, i), partial(self.run_block, i), partial(self.pass_block, i)
-        return Block(i, self.block_names[i], linears, self.experts[i], parameters, run, hand_on)
+        experts = {name: self.expert_of(name) for name in self.experts[i]}
+        expert_of = {name: (self._experts[path], number) for name, (path, number) in experts.items()}
+        return Block(i, self.block_names[i], linears, self.experts[i], parameters, run, hand_on, expert_of)
 
     def as_stored(self, i: int) -> dict[str, Tensor]:
         """Return live block i's parameters and buffers by stored name, without its linears' weights.

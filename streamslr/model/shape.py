@@ -15,6 +15,8 @@ class BlockShape:
     source_bytes: int  # of these parameters in the source checkpoint
     routing: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Linear of an expert -> (k, E): each token passes k of E experts."""
+    expert_of: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Linear of an expert whose inputs can be kept -> the module of experts that it is in, and the expert's number."""
 
     @cached_property
     def grams(self) -> Mapping[str, int]:
@@ -35,6 +37,11 @@ class BlockShape:
     def expert_grams(self) -> Mapping[str, int]:
         """The part of `grams` that belongs to experts."""
         return {name: d for name, d in self.grams.items() if name in self.routing}
+
+    @cached_property
+    def modules_of_experts(self) -> Mapping[str, int]:
+        """Module of experts whose inputs can be kept -> experts k that a token passes."""
+        return {module: self.routing[name][0] for name, (module, _) in self.expert_of.items()}
 
     @property
     def expert_sum_bytes(self) -> int:

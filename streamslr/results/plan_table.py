@@ -32,6 +32,7 @@ def plan_table(plan: Plan) -> Table:
         f"scratch {format_bytes(plan.scratch_bytes)} (hidden states: {tier}){choices}"
         + (f", to download {format_bytes(plan.download_bytes)}" if plan.download_bytes else "")
         + f"\nlinears become {plan.linears}: S, U and V keep {plan.parameter_fraction:.1%} of their parameters"
+        + (f"\n{plan.expert_grams_in_words}" if plan.expert_gram_groups else "")
         + "".join(f"\nstay dense: {which}" for which in plan.dense)
         + "".join(f"\n{line}" for line in who_solves(plan)),
     )

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -12,15 +12,17 @@ from streamslr.calibration.expert_grams import ExpertSum, add_experts, blend_exp
 from streamslr.calibration.grams import (
     Gram,
     count_rows,
-    gram_groups,
+    group_grams,
     offload_grams,
     sum_grams,
 )
 from streamslr.calibration.hidden_states import HiddenStates
+from streamslr.calibration.routed_inputs import RoutedInputs
 from streamslr.errors import InputError
 from streamslr.io.packing import merge
 from streamslr.io.scratch import rank_scratch
 from streamslr.model.blockwise import Block
+from streamslr.model.shape import BlockShape
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.context import RunContext
 from streamslr.run.dealing import Deal, deal_linears
@@ -33,16 +35,28 @@ from streamslr.spec.pattern import SparsityPattern
 
 @dataclass(frozen=True)
 class WaitingGrams:
-    """Grams of a block that wait to be solved on this rank.
+    """Grams of a block that wait to be solved on this rank, and what those of experts in groups are collected from.
 
     deal: Who solves which linear.
-    expert_sums: For each kind of experts, the sum of their Grams, to blend rare ones with; empty where that is done.
     grams: Linears that share a Gram, and a function that returns it once.
+    expert_sums: For each kind of experts, the sum of their Grams, to blend rare ones with; empty where that is done.
+    kept: Inputs of experts, for Grams that are collected when it is their turn.
+    groups: Owners of these Grams, by group.
+    rows: Owner of a Gram -> its rows over all ranks.
     """
 
     deal: Deal
-    expert_sums: dict[str, ExpertSum]
-    grams: deque[tuple[tuple[str, ...], Callable[[], Gram]]]
+    grams: deque[tuple[tuple[str, ...], Callable[[], Gram]]] = field(default_factory=deque)
+    expert_sums: dict[str, ExpertSum] = field(default_factory=dict)
+    kept: list[RoutedInputs] = field(default_factory=list)
+    groups: Sequence[Sequence[str]] = ()
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def with_rows_of_all(self, grams: list[Gram]) -> list[Gram]:
+        """Return Grams of this rank's windows, with the rows of all ranks; empties `grams`, whose matrices they are."""
+        counted = [replace(gram, rows=self.rows[gram.linears[0]]) for gram in grams]
+        grams.clear()
+        return counted
 
 
 Solved = tuple[Mapping[str, Tensor], LinearRecord]
@@ -61,42 +75,65 @@ class BlockSolver:
     def collect(self, block: Block, boundary: Boundary) -> tuple[WaitingGrams, HiddenStates | None]:
         """Collect the Grams of the dense block and its targets; each Gram goes to the ranks that need it.
 
-        Where not all Grams fit at once, the windows pass the block once for each group of them.
+        Where not all Grams fit at once, the inputs of experts are kept, from which `solve` collects their Grams group
+        by group. Where the others do not fit either, the windows pass the block once for each group of them.
         """
         context, passes, ranks = self.context, self.passes, self.context.ranks
-        at_once, folder = context.plan.gram_bytes_at_once, rank_scratch(context.config, ranks)
-        if ranks.world == 1 and at_once is None:
-            grams, targets = passes.retry("grams", partial(passes.collect, block, boundary))
-            deal = self._deal(block, [gram.linears for gram in grams])
-            linears = [gram.linears for gram in grams]
-            takes = offload_grams(grams, context.plan.grams_at, folder)
-            return WaitingGrams(deal, {}, deque(zip(linears, takes, strict=True))), targets
+        plan, folder = context.plan, rank_scratch(context.config, ranks)
         shape = context.shape.blocks[block.index]
-        waiting = WaitingGrams(self._deal(block, shape.groups), {}, deque())
-        targets, entering, seen = None, boundary, []
-        for owners in gram_groups(shape.grams, at_once):
-            collect = partial(passes.collect, block, entering, owners, blend=False)
-            grams, of_block = passes.retry("grams", collect)
-            targets, entering = targets or of_block, Boundary(boundary.hidden, None)
-            with self.passes.timer.phase("grams", steps=0, block=block.index):
-                grams = count_rows(grams, ranks)
-                seen += [replace(gram, matrix=gram.matrix.to("meta")) for gram in grams]
+        if ranks.world == 1 and plan.gram_bytes_at_once is None and plan.expert_gram_bytes_at_once is None:
+            collected = passes.retry("grams", partial(passes.collect, block, boundary))
+            collected.grams.sort(key=_order(shape))
+            linears = [gram.linears for gram in collected.grams]
+            deal = self._deal(block, linears)
+            takes = offload_grams(collected.grams, plan.grams_at, folder)
+            return WaitingGrams(deal, deque(zip(linears, takes, strict=True))), collected.targets
+        in_passes, from_inputs = group_grams(shape, plan.gram_bytes_at_once, plan.expert_gram_bytes_at_once)
+        keep = dict.fromkeys(block.expert_of[owner][0] for group in from_inputs for owner in group)
+        waiting = WaitingGrams(self._deal(block, shape.groups), groups=from_inputs)
+        targets, entering = None, boundary
+        for owners in in_passes:
+            collect = partial(passes.collect, block, entering, owners, blend=False, keep=() if waiting.rows else keep)
+            collected = passes.retry("grams", collect)
+            with passes.timer.phase("grams", steps=0, block=block.index):
+                if not waiting.rows:  # the first pass
+                    seen = count_rows(sorted(collected.seen, key=_order(shape)), ranks)
+                    waiting.rows.update((gram.linears[0], gram.rows) for gram in seen)
+                    waiting.kept.extend(collected.kept)
+                    targets, entering = collected.targets, Boundary(boundary.hidden, None)
+                grams = sorted(waiting.with_rows_of_all(collected.grams), key=_order(shape))
                 add_experts(waiting.expert_sums, grams, block.experts)
-                grams = sum_grams(grams, lambda gram: waiting.deal.needs(gram.linears, ranks.world), ranks)
-                linears = [gram.linears for gram in grams]
-                takes = offload_grams(grams, context.plan.grams_at, folder, first=len(waiting.grams))
-                waiting.grams.extend(zip(linears, takes, strict=True))
+                self._let_wait(waiting, grams)
         if [gram.linears for gram in seen] != list(shape.groups):
             raise InputError(
                 f"{block.name}: its linears share their inputs in another way for these windows than its shapes say; "
                 "start without torchrun, with memory for all Gram matrices at once"
             )
-        for kind in waiting.expert_sums.keys() - kinds_to_blend(seen, block.experts):
+        warn_of_few_tokens(block, seen)
+        blended = kinds_to_blend(seen, block.experts)
+        for group in from_inputs:
+            if owners := [owner for owner in group if block.experts[owner] in blended]:
+                add_experts(waiting.expert_sums, self._collect_experts(block, waiting, owners), block.experts)
+        for kind in waiting.expert_sums.keys() - blended:
             del waiting.expert_sums[kind]
         for of_kind in waiting.expert_sums.values():
             ranks.sum_(of_kind.matrix)
-        warn_of_few_tokens(block, seen)
         return waiting, targets
+
+    def _collect_experts(self, block: Block, waiting: WaitingGrams, owners: Sequence[str]) -> list[Gram]:
+        """Return the Grams of experts from this rank's kept inputs, with the rows of all ranks."""
+        collect = partial(self.passes.collect_experts, block, waiting.kept, owners)
+        grams = waiting.with_rows_of_all(self.passes.retry("grams", collect))
+        return sorted(grams, key=_order(self.context.shape.blocks[block.index]))
+
+    def _let_wait(self, waiting: WaitingGrams, grams: list[Gram]) -> None:
+        """Sum Grams to the ranks that need them, where they wait to be solved. Empties `grams`."""
+        ranks = self.context.ranks
+        needed = sum_grams(grams, lambda gram: waiting.deal.needs(gram.linears, ranks.world), ranks)
+        linears = [gram.linears for gram in needed]
+        folder = rank_scratch(self.context.config, ranks)
+        takes = offload_grams(needed, self.context.plan.grams_at, folder, first=len(waiting.grams))
+        waiting.grams.extend(zip(linears, takes, strict=True))
 
     def _deal(self, block: Block, groups: Sequence[tuple[str, ...]]) -> Deal:
         """Deal the block's linears to ranks; groups: those that share a Gram."""
@@ -105,12 +142,35 @@ class BlockSolver:
         return deal_linears(groups, shapes, self.allocation, context.method, context.ranks.world, on_gpu)
 
     def solve(
-        self, block: Block, waiting: WaitingGrams, step: Callable[[int], None]
+        self, block: Block, waiting: WaitingGrams
     ) -> tuple[dict[str, Mapping[str, Tensor]], tuple[LinearRecord, ...]]:
         """Compress every linear of the live block; return them packed, and their records. Empties `waiting`.
 
         Each rank solves its own linears, after those that all solve together, and then gets those of the others.
+        Grams of experts in groups are collected when their turn comes; no expert is in two groups.
         """
+        ranks, deal, timer = self.context.ranks, waiting.deal, self.passes.timer
+        solved: dict[str, Solved] = {}
+        for owners in ((), *waiting.groups):
+            if owners:
+                grams = self._collect_experts(block, waiting, owners)
+                with timer.phase("grams", steps=0, block=block.index):
+                    self._let_wait(waiting, grams)
+            with timer.phase("solve", steps=len(block.linears), block=block.index) as step:
+                step(len(solved))
+                solved |= self._solve_waiting(block, waiting, step)
+        for inputs in waiting.kept:
+            inputs.states.drop()
+        with timer.phase("solve", steps=len(block.linears), block=block.index) as step:
+            step(len(solved))
+            patterns = {name: self.allocation[name].pattern for name in block.linears}
+            others = exchange_solved(block, solved, deal, patterns, ranks)
+            step(len(others))
+        solved |= others
+        return {name: solved[name][0] for name in deal.linears}, tuple(solved[name][1] for name in deal.linears)
+
+    def _solve_waiting(self, block: Block, waiting: WaitingGrams, step: Callable[[int], None]) -> dict[str, Solved]:
+        """Compress the linears whose Grams wait on this rank."""
         context, ranks, deal = self.context, self.context.ranks, waiting.deal
         solved: dict[str, Solved] = {}
         # Linears that all ranks solve together come first, so that no rank waits for another's own.
@@ -136,10 +196,13 @@ class BlockSolver:
                 solved[name] = packed, replace(record, rows=gram.rows, warnings=warnings)
                 step(1)
             del gram, cache
-        step(len(block.linears) - len(solved))
-        patterns = {name: self.allocation[name].pattern for name in block.linears}
-        solved |= exchange_solved(block, solved, deal, patterns, ranks)
-        return {name: solved[name][0] for name in deal.linears}, tuple(solved[name][1] for name in deal.linears)
+        return solved
+
+
+def _order(shape: BlockShape) -> Callable[[Gram], int]:
+    """Return the key by which Grams are in the order of their block's shape; in a pass, rare experts may come last."""
+    places = {group: place for place, group in enumerate(shape.groups)}
+    return lambda gram: places.get(gram.linears, len(places))
 
 
 def exchange_solved(

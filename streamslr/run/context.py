@@ -243,6 +243,9 @@ def _model_shape(blockwise: BlockwiseModel, seq_len: int) -> ModelShape:
                 parameters=sum(prod(tensors[key].shape) for key in (*keys, *blockwise.borrowed_tensors[i])),
                 source_bytes=sum(tensors[key].nbytes for key in keys),
                 routing={name: blockwise.routing(name) for name in blockwise.experts[i]},
+                expert_of={
+                    name: blockwise.expert_of(name) for name in filter(blockwise.can_keep, blockwise.experts[i])
+                },
             )
         )
     non_block = [tensors[key] for key in blockwise.non_block_tensors]

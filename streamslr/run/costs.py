@@ -1,20 +1,22 @@
 """Bytes and FLOPs of each phase of a run on its busiest rank, from shapes alone: sums of what the parts take."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import starmap
 
 import torch
 
 from streamslr.calibration.expert_grams import blend_bytes
 from streamslr.calibration.gram_products import product_bytes
-from streamslr.calibration.grams import gram_groups, grams_bytes
+from streamslr.calibration.grams import grams_bytes, group_grams
 from streamslr.calibration.hidden_states import boundary_bytes, transfer_bytes
+from streamslr.calibration.routed_inputs import routing_bytes
 from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes, pinned_bytes
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
 from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, refine_micro_batches, refine_steps
-from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, score_bytes
+from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, routed_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.run.dealing import Deal, deal_linears
 from streamslr.run.quality import logits_bytes
@@ -27,6 +29,9 @@ from streamslr.spec.owl import scoring_bytes
 _LIBRARY_BUFFERS, _EARLY_BUFFERS = 120 * 2**20, 76 * 2**20
 """Host memory that torch, zarr and the tokenizer hold beside tensors, for buffers and pages of their code; and the part
 of it that they hold before the first block. Measured by tools/bench_run.py with the process alone on its machine."""
+
+Groups = list[list[str]]
+"""Owners of Grams, by group."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,20 @@ class PhaseCost:
 
 
 @dataclass(frozen=True)
+class SolveStage:
+    """Linears that are solved while the same Grams wait.
+
+    linears: Names, by block.
+    waiting: Bytes of the Grams that wait on a rank at most.
+    packed: Bytes of the linears that are packed when the last one is.
+    """
+
+    linears: Sequence[Sequence[str]]
+    waiting: int
+    packed: int
+
+
+@dataclass(frozen=True)
 class Costs:
     """Costs of a run's phases on its busiest rank. Bytes are of the largest block where blocks differ."""
 
@@ -57,6 +76,7 @@ class Costs:
     gpu_workspaces: int = 0  # bytes of libraries in torch's allocator, from the first product on
     world: int = 1  # ranks that share the run
     grams_at_once: int | None = None  # bytes of the Grams that one pass collects; None: one pass collects all
+    expert_grams_at_once: int | None = None  # bytes of experts' Grams collected from kept inputs; None: in passes too
     solved_on_host: bool = False  # solved and refined linears wait in host memory while a block is matched
 
     def phases(self, micro_batch: int, grams_at: str, workspace: int | None) -> tuple[PhaseCost, ...]:
@@ -83,28 +103,48 @@ class Costs:
         flops = sum(max(deal.loads) for deal in self.deals)
         waiting = self.kept_gram_bytes if grams_at == "host" else 0
         sent = max(ring_bytes(self._packed_linears_bytes(block), self.world) for block in self.model.blocks)
-        compute = self.beside_solver(grams_at) + self.solver_bytes(workspace)
+        compute = max(self._beside(stage, grams_at) + self._solver_bytes(stage, workspace) for stage in self._stages)
         return self._cost("solve", compute, waiting, flops, sent)
 
     def solver_bytes(self, workspace: int | None) -> int:
         """Return the most bytes that one solve takes, or merging its result: two float32 matrices [o, d]."""
+        return max(self._solver_bytes(stage, workspace) for stage in self._stages)
+
+    def beside_solver(self, grams_at: str) -> int:
+        """Return the most bytes beside a solve: block, Grams, packed linears, and W in float32 where the block is not.
+
+        Where experts are blended as they are solved, the sums of all their kinds are there too.
+        """
+        return max(self._beside(stage, grams_at) for stage in self._stages)
+
+    @cached_property
+    def _stages(self) -> list[SolveStage]:
+        """What is solved of a block while the same Grams wait: all of it, or the experts' linears behind the others."""
+        blocks = self.model.blocks
+        if not self.keeps_inputs:
+            return [SolveStage([tuple(block.linears) for block in blocks], self.kept_gram_bytes, self._packed_bytes)]
+        of_experts = [tuple(block.expert_of) for block in blocks]
+        others = [tuple(block.linears.keys() - block.expert_of.keys()) for block in blocks]
+        packed = max(starmap(self._packed_linears_bytes, zip(blocks, others, strict=True)))
+        stages = [(others, self._waiting_of_passes, packed), (of_experts, self._waiting_of_experts, self._packed_bytes)]
+        return [SolveStage(*stage) for stage in stages if any(stage[0])]
+
+    def _solver_bytes(self, stage: SolveStage, workspace: int | None) -> int:
         gpu, solver, most = self.device.type == "cuda", self.method.solver, 0
-        for block, deal in zip(self.model.blocks, self.deals, strict=True):
-            for name, (o, d) in block.linears.items():
+        for block, deal, names in zip(self.model.blocks, self.deals, stage.linears, strict=True):
+            for name in names:
+                o, d = block.linears[name]
                 spec, rows = self.allocation[name], -(-o // self.world) if name in deal.by_rows else o
                 most = max(most, peak_bytes(solver, spec, rows, d, workspace, gpu), 8 * o * d)
         return most
 
-    def beside_solver(self, grams_at: str) -> int:
-        """Return the bytes beside a solve: block, Grams, packed linears, and W in float32 where the block is not.
-
-        Where experts are blended as they are solved, the sums of all their kinds are there too.
-        """
-        grams = self.kept_gram_bytes if grams_at == "device" else grams_bytes([self.widest])
+    def _beside(self, stage: SolveStage, grams_at: str) -> int:
+        pairs = zip(self.model.blocks, stage.linears, strict=True)
+        shapes = [block.linears[name] for block, names in pairs for name in names]
+        grams = stage.waiting if grams_at == "device" else grams_bytes([max(d for _, d in shapes)])
         grams += self._expert_sum_bytes if self._blends_late else 0
-        largest = max(o * d for block in self.model.blocks for o, d in block.linears.values())
-        weight = 0 if self._value_bytes == 4 else 4 * largest
-        return self._block_bytes + grams + self._packed_bytes + weight
+        weight = 0 if self._value_bytes == 4 else 4 * max(o * d for o, d in shapes)
+        return self._block_bytes + grams + self._routing_bytes + stage.packed + weight
 
     @property
     def fixed_bytes(self) -> int:
@@ -116,10 +156,10 @@ class Costs:
         dense = sum(o * d for o, d in block.linears.values())
         return self._packed_linears_bytes(block) + (block.parameters - dense) * self.model.value_bytes
 
-    def _packed_linears_bytes(self, block: BlockShape) -> int:
+    def _packed_linears_bytes(self, block: BlockShape, names: Iterable[str] | None = None) -> int:
         packed = 0
-        for name, (o, d) in block.linears.items():
-            spec = self.allocation[name]
+        for name in block.linears if names is None else names:
+            (o, d), spec = block.linears[name], self.allocation[name]
             rank, formats = min(spec.rank, o, d), (spec.values, spec.low_rank_values)
             packed += packed_bytes(spec.pattern, (o, d), rank, self.model.value_bytes, *formats)
         return packed
@@ -147,26 +187,55 @@ class Costs:
     def grams(self, micro_batch: int, grams_at: str) -> PhaseCost:
         """Return the cost of phase grams; arguments as of `phases`.
 
-        Each group of Grams has a pass of its own, after which the Grams that the rank keeps go where they wait.
+        Each group of Grams has a pass of its own, after which the Grams that the rank keeps go where they wait. Where
+        the inputs of experts are kept, their Grams are collected from these by group.
         """
+        passes, replays = self.passes(micro_batch, grams_at), self.replays(micro_batch, grams_at)
+        host, gpu = max(passes.host_bytes, replays.host_bytes), max(passes.gpu_bytes, replays.gpu_bytes)
+        return replace(passes, host_bytes=host, gpu_bytes=gpu, flops=passes.flops + replays.flops)
+
+    def passes(self, micro_batch: int, grams_at: str) -> PhaseCost:
+        """Return the cost of the passes of the block in phase grams; arguments as of `phases`."""
         on_gpu, host = self._moving(micro_batch, reads=self._streams, writes=self._streams[1:])
         passing = self._pass_bytes(micro_batch) + self._product_bytes(micro_batch) + on_gpu
         sizes = self._tokens(micro_batch), self._value_bytes
         passing += max(kept_input_bytes(block, *sizes) for block in self.model.blocks)
+        grams = self.largest_group_bytes
         if self.grams_at_once is not None:
-            grams = self.largest_group_bytes + self._expert_sum_bytes
+            grams += 0 if self.keeps_inputs else self._expert_sum_bytes
             host += self.kept_gram_bytes if grams_at == "host" else 0
-        else:
+        elif not self.keeps_inputs:
             blending = max(blend_bytes(b.expert_grams.values()) for b in self.model.blocks)  # after all windows
-            grams = self.gram_bytes
             passing = max(passing, self._expert_sum_bytes if self._blends_late else blending)
-        products = sum(b.token_fraction(name) * d * d for b in self.model.blocks for name, d in b.grams.items())
+        on_gpu, writing = self._moving_inputs(micro_batch, writes=1)
+        kept = on_gpu + self._routing_bytes
+        pairs = [(block, in_passes) for block, (in_passes, _) in zip(self.model.blocks, self._groups, strict=True)]
+        products = sum(b.token_fraction(o) * b.grams[o] ** 2 for b, groups in pairs for group in groups for o in group)
         flops = self._forward_flops + 2.0 * self._tokens(self.windows) * products
-        passes = zip(self.model.blocks, self._groups, strict=True)
-        again = sum(block.active_parameters * (len(groups) - 1) for block, groups in passes)
+        again = sum(block.active_parameters * (len(groups) - 1) for block, groups in pairs)
         flops += 2.0 * self._tokens(self._fitted) * again
         sent = max(gram_traffic(*pair, self.world) for pair in zip(self.model.blocks, self.deals, strict=True))
-        return self._cost("grams", self._block_bytes + grams + passing, host, flops, sent)
+        return self._cost("grams", self._block_bytes + grams + passing + kept, host + writing, flops, sent)
+
+    def replays(self, micro_batch: int, grams_at: str) -> PhaseCost:
+        """Return the cost of collecting Grams from kept inputs in phase grams; arguments as of `phases`.
+
+        Each Gram of an expert is collected twice: for the sum that rare experts are blended with, and to be solved.
+        """
+        on_gpu, host = self._moving_inputs(micro_batch, reads=1)
+        passing = on_gpu + self._routing_bytes + self._product_bytes(micro_batch)
+        sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes
+        passing += max(routed_bytes(block, *sizes) for block in self.model.blocks)
+        grams = self.largest_expert_group_bytes + self._expert_sum_bytes
+        grams += self._waiting_of_passes if grams_at == "device" else 0
+        host += self.kept_gram_bytes if grams_at == "host" else 0
+        work = 0.0
+        for block in self.model.blocks if self.keeps_inputs else ():
+            for group in (group for group in block.groups if group[0] in block.expert_of):
+                products = sum(o * d for o, d in (block.linears[name] for name in group))
+                work += block.token_fraction(group[0]) * (products + block.grams[group[0]] ** 2)
+        flops = 2 * 2.0 * self._tokens(self._fitted) * work
+        return self._cost("grams", self._block_bytes + grams + passing, host, flops)
 
     def match(self, micro_batch: int) -> PhaseCost:
         """Return the cost of phase match; arguments as of `phases`."""
@@ -312,38 +381,101 @@ class Costs:
         return [deal_linears(block.groups, block.linears, *who) for block in self.model.blocks]
 
     @cached_property
-    def _groups(self) -> list[list[list[str]]]:
-        """Owners of the Grams that each pass of a block collects, by block."""
-        return [gram_groups(block.grams, self.grams_at_once) for block in self.model.blocks]
+    def _groups(self) -> list[tuple[Groups, Groups]]:
+        """Owners of the Grams that each pass of a block collects, and those of kept inputs, by block."""
+        return [group_grams(block, self.grams_at_once, self.expert_grams_at_once) for block in self.model.blocks]
 
     @cached_property
     def _block_bytes(self) -> int:
         return max(block.parameters for block in self.model.blocks) * self._value_bytes
 
     @cached_property
-    def gram_bytes(self) -> int:
-        """Bytes of all Grams of the block."""
-        return max(grams_bytes(block.grams.values()) for block in self.model.blocks)
+    def kept_gram_bytes(self) -> int:
+        """Bytes of the Grams of a block that wait on a rank for the linears that it solves, the most at a time."""
+        return max(self._waiting_of_passes, self._waiting_of_experts)
 
     @cached_property
-    def kept_gram_bytes(self) -> int:
-        """Bytes of the Grams of a block that a rank keeps, for the linears that it solves."""
-        return max(max(self._kept_of_ranks(*pair)) for pair in zip(self.model.blocks, self.deals, strict=True))
+    def _waiting_of_passes(self) -> int:
+        """Bytes of the Grams that passes of a block have collected, on the rank that keeps most of them."""
+        owners = [[owner for group in in_passes for owner in group] for in_passes, _ in self._groups]
+        return max(starmap(self._waiting_bytes, zip(self.model.blocks, self.deals, owners, strict=True)))
 
-    def _kept_of_ranks(self, block: BlockShape, deal: Deal) -> Iterator[int]:
-        needs = [(deal.needs(group, self.world), block.grams[group[0]]) for group in block.groups]
-        return (grams_bytes(d for ranks, d in needs if rank in ranks) for rank in range(self.world))
+    @cached_property
+    def _waiting_of_experts(self) -> int:
+        """Bytes of the Grams of one group that were collected from kept inputs, on the rank that keeps most of them."""
+        of_blocks = zip(self.model.blocks, self.deals, self._groups, strict=True)
+        owners = [(block, deal, group) for block, deal, (_, from_inputs) in of_blocks for group in from_inputs]
+        return max(starmap(self._waiting_bytes, owners), default=0)
+
+    def _waiting_bytes(self, block: BlockShape, deal: Deal, owners: Iterable[str]) -> int:
+        wanted = frozenset(owners)
+        needs = [(deal.needs(g, self.world), block.grams[g[0]]) for g in block.groups if g[0] in wanted]
+        return max(grams_bytes(d for ranks, d in needs if rank in ranks) for rank in range(self.world))
 
     @cached_property
     def largest_group_bytes(self) -> int:
         """Bytes of the Grams that one pass collects."""
-        pairs = zip(self.model.blocks, self._groups, strict=True)
-        return max(grams_bytes(block.grams[owner] for owner in group) for block, groups in pairs for group in groups)
+        return self._largest(in_passes for in_passes, _ in self._groups)
+
+    @cached_property
+    def largest_expert_group_bytes(self) -> int:
+        """Bytes of the Grams that are collected from kept inputs at a time."""
+        return self._largest(from_inputs for _, from_inputs in self._groups)
+
+    def _largest(self, of_blocks: Iterable[Groups]) -> int:
+        pairs = zip(self.model.blocks, of_blocks, strict=True)
+        sizes = [grams_bytes(block.grams[owner] for owner in group) for block, groups in pairs for group in groups]
+        return max(sizes, default=0)
+
+    @property
+    def most_expert_groups(self) -> int:
+        """Groups of experts' Grams that a block is cut into, at most; 0 where no inputs are kept."""
+        return max(len(from_inputs) for _, from_inputs in self._groups)
+
+    @property
+    def has_experts(self) -> bool:
+        """True where a block has experts whose inputs can be kept."""
+        return any(block.expert_of for block in self.model.blocks)
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """True where the inputs of experts are kept, and their Grams collected from these."""
+        return self.expert_grams_at_once is not None
+
+    @property
+    def kept_input_bytes(self) -> int:
+        """Bytes of the kept inputs of a block's experts, in the scratch folder."""
+        if not self.keeps_inputs:
+            return 0
+        modules = max(len(block.modules_of_experts) for block in self.model.blocks)
+        return modules * self._fitted * self.window_bytes("hidden")
+
+    @property
+    def _routing_bytes(self) -> int:
+        """Bytes of the routing that is kept with the inputs of experts."""
+        if not self.keeps_inputs:
+            return 0
+        chosen = max(sum(block.modules_of_experts.values()) for block in self.model.blocks)
+        return routing_bytes(self._tokens(self._fitted), chosen)
+
+    def _moving_inputs(self, micro_batch: int, reads: int = 0, writes: int = 0) -> tuple[int, int]:
+        """Return the bytes on the GPU and on the host of kept inputs on their way.
+
+        A pass writes those of all modules of experts in the block, and later one module's are read at a time.
+        """
+        if not self.keeps_inputs:
+            return 0, 0
+        writes *= max(len(block.modules_of_experts) for block in self.model.blocks)
+        moved = self._hidden_bytes(micro_batch)
+        if not self._on_gpu:
+            return 0, transfer_bytes(moved, reads, writes)
+        host = host_transfer_bytes(self.window_bytes("targets"), reads, writes)
+        return gpu_transfer_bytes(moved, reads, writes), host
 
     @property
     def _blends_late(self) -> bool:
         """True where a Gram of an expert is blended as it is solved, with sums over groups and ranks."""
-        return self.world > 1 or self.grams_at_once is not None
+        return self.world > 1 or self.grams_at_once is not None or self.keeps_inputs
 
     @cached_property
     def _expert_sum_bytes(self) -> int:

@@ -74,6 +74,8 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
     config, display, ranks = context.config, display or NoDisplay(), context.ranks
     if config.out == default_out(config.model):
         log.info("the output folder is ./%s", config.out)
+    if context.plan.expert_gram_groups:
+        log.info("%s", context.plan.expert_grams_in_words)
     tokenizer = context.checkpoint.tokenizer()
     prefix = window_prefix(tokenizer, config.bos)
     calibration = calibration_windows(
@@ -382,11 +384,10 @@ class Compression:
         self.check_block(block, self.check.pass_dense)
         # Collect Gram matrices and targets in one pass of the dense block, on each rank those of its linears.
         grams, targets = self.solver.collect(block, boundary)
-        # Solve each linear: S + U·V takes the place of its weight.
-        with timer.phase("solve", steps=len(block.linears), block=i) as step:
-            packed, records = self.solver.solve(block, grams, step)
-            if self.context.plan.solved_at == "host":
-                packed = {name: {part: t.cpu() for part, t in parts.items()} for name, parts in packed.items()}
+        # Solve each linear: S + U·V takes the place of its weight. Grams of many experts are collected as it goes on.
+        packed, records = self.solver.solve(block, grams)
+        if self.context.plan.solved_at == "host":
+            packed = {name: {part: t.cpu() for part, t in parts.items()} for name, parts in packed.items()}
         solved = BlockWeights(packed, blockwise.as_stored(i))
         # Match the block to its targets; pass the windows through it; write its shard.
         if targets:

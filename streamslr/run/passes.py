@@ -1,9 +1,10 @@
 """Passes of the calibration windows through the blocks: embed, survey, dense pass, matching, compressed, replay."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
@@ -24,16 +25,18 @@ from streamslr.calibration.hidden_states import (
     read_batches,
     spans,
 )
+from streamslr.calibration.routed_inputs import InputRecorder, RoutedInputs
 from streamslr.calibration.transfers import Resident, Transfers, pinned_windows
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError, first_line, says_out_of_memory
-from streamslr.gpu import retry_in_any_order
+from streamslr.gpu import deterministic_operators, retry_in_any_order
 from streamslr.io.scratch import rank_scratch
 from streamslr.masters import BlockWeights, MatchSettings
 from streamslr.matching import CompressedBlock, LossSums
 from streamslr.memory import release_memory, retry_on_oom
 from streamslr.model.blockwise import Block, BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint
+from streamslr.model.experts import Experts
 from streamslr.ranks import ALONE, MemoryOfRanksError, Ranks
 from streamslr.run.journal import Sample
 from streamslr.run.progress import Agreed, PhaseTimer, agreed
@@ -65,6 +68,22 @@ class Boundary:
     def drop(self) -> None:
         for states in self.streams:
             states.drop()
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a pass of a dense block collected of this rank's windows.
+
+    grams: Grams that were asked for.
+    seen: All Grams of the block, their matrices on meta.
+    targets: Targets of the block, if these are wanted.
+    kept: Inputs of the modules of experts that were to be kept.
+    """
+
+    grams: list[Gram]
+    seen: Sequence[Gram]
+    targets: HiddenStates | None
+    kept: Sequence[RoutedInputs]
 
 
 @dataclass
@@ -199,26 +218,53 @@ class Passes:
         return outlier_fraction(scored, self.config.owl_outlier or DEFAULT_OUTLIER_FACTOR)
 
     def collect(
-        self, block: Block, boundary: Boundary, only: Collection[str] | None = None, blend: bool = True
-    ) -> tuple[list[Gram], HiddenStates | None]:
-        """Pass the dense block; return the Grams of this rank's windows, and the block's targets if these are wanted.
+        self,
+        block: Block,
+        boundary: Boundary,
+        only: Collection[str] | None = None,
+        blend: bool = True,
+        keep: Collection[Experts] = (),
+    ) -> Collected:
+        """Pass the dense block; collect the Grams of this rank's windows, and the block's targets if these are wanted.
 
         Args:
             block: Live block.
             boundary: What enters it, without targets where those of the block are not wanted.
             only: Owners of the Grams to collect; None for all.
             blend: Blend the Grams of experts with few tokens.
+            keep: Modules of experts whose inputs are kept, to collect the Grams of their experts later.
         """
         with (
             self.timer.phase("grams", steps=len(self.ids), block=block.index) as step,
             GramCollector(block, only=only) as collector,
+            ExitStack() as stack,
         ):
-            targets = self._dense_pass(block, boundary, partial(self._run_in, collector), step)
+            recorders = [stack.enter_context(self._recording(*each)) for each in enumerate(keep)]
+            run = partial(self._run_in, collector, recorders=recorders)
+            targets = self._dense_pass(block, boundary, run, step)
             grams = collector.grams()
             if blend:
                 warn_of_few_tokens(block, grams)
                 grams = blend_experts(grams, block.experts)
-            return grams, targets
+            return Collected(grams, collector.seen(), targets, [recorder.recorded() for recorder in recorders])
+
+    def collect_experts(self, block: Block, kept: Sequence[RoutedInputs], only: Collection[str]) -> list[Gram]:
+        """Return the Grams with these owners, of this rank's windows, from the kept inputs of their experts.
+
+        These experts must be dense still; others may be compressed already.
+        """
+        with (
+            self.timer.phase("grams", steps=self.fitted, block=block.index) as step,
+            GramCollector(block, only=only) as collector,
+            deterministic_operators(),
+        ):
+            for inputs in kept:
+                parts = [block.expert_of[owner] for owner in only]
+                numbers = {number for module, number in parts if module is inputs.experts}
+                for first, x in self._batches(inputs.states, step, self._fitted_spans()) if numbers else ():
+                    windows = self.windows[first : first + len(x)]
+                    collector.add(windows, partial(inputs.replay, first, x, numbers))
+            return collector.grams()
 
     def match(
         self, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
@@ -386,18 +432,32 @@ class Passes:
         Hidden states are stored in the compute dtype, as the whole model hands them on, and so are the targets of
         boundary 0, which equal them.
         """
-        config, blockwise = self.config, self.blockwise
+        blockwise, seq_len = self.blockwise, self.config.seq_len
         of_targets = name == "targets" and index > 0
-        width = blockwise.hidden_size if of_targets else blockwise.widths(config.seq_len)[index]
-        shape = (len(self.ids), config.seq_len, width)
+        width = blockwise.hidden_size if of_targets else blockwise.widths(seq_len)[index]
+        shape = (len(self.ids), seq_len, width)
         dtype = blockwise.stream_dtype if of_targets else blockwise.dtype
-        writers = 1 if blockwise.device.type == "cpu" else pinned_windows(self._window_bytes)
-        return HiddenStateStream(rank_scratch(config, self.ranks), name, shape, dtype, self.in_memory, writers)
+        return HiddenStateStream(self._scratch, name, shape, dtype, self.in_memory, self._writers)
+
+    @property
+    def _scratch(self) -> Path:
+        """Folder of this rank's hidden states."""
+        return rank_scratch(self.config, self.ranks)
+
+    @property
+    def _writers(self) -> int:
+        """Threads that write a boundary to the disk."""
+        return 1 if self.blockwise.device.type == "cpu" else pinned_windows(self._window_bytes)
 
     @contextmanager
     def _new(self, stream: str, index: int) -> Iterator[HiddenStates]:
-        """Yield a boundary to write; drop it if that fails, so that no writer is left when it is tried again."""
-        states = self._stream(stream, index).new(index)
+        """Yield a boundary to write; drop it if that fails."""
+        with self._dropped_if_it_fails(self._stream(stream, index).new(index)) as states:
+            yield states
+
+    @contextmanager
+    def _dropped_if_it_fails(self, states: HiddenStates) -> Iterator[HiddenStates]:
+        """Yield hidden states to write; drop them if that fails, so that no writer is left when it is tried again."""
         try:
             yield states
         except BaseException:
@@ -445,14 +505,33 @@ class Passes:
         """Number of this rank's windows that Grams and matching see."""
         return len(self.ranks.share(self._all_fitted, "windows that are not held out"))
 
-    def _run_in(self, collector: GramCollector, first: int, x: Tensor) -> Tensor:
-        """Pass windows [b, T, h], from this rank's `first` on, through the block; Grams see those that are fitted."""
-        if first < self.fitted:
+    @contextmanager
+    def _recording(self, number: int, experts: Experts) -> Iterator[InputRecorder]:
+        """Yield a recorder of what a module of experts, of this number in its block, receives of the fitted windows."""
+        shape = (self.fitted, self.config.seq_len, self.blockwise.hidden_size)
+        stream = HiddenStateStream(self._scratch, f"routed-{number}", shape, self.blockwise.dtype, False, self._writers)
+        with self._dropped_if_it_fails(stream.new(0)) as states, self._writing(states) as write:
+            yield InputRecorder(experts, states, write)
+
+    def _run_in(
+        self, collector: GramCollector, first: int, x: Tensor, recorders: Iterable[InputRecorder] = ()
+    ) -> Tensor:
+        """Pass windows [b, T, h], from this rank's `first` on, through the block.
+
+        Grams and recorders see those that are fitted.
+        """
+        if first >= self.fitted:
+            return collector.pass_by(x)
+        with ExitStack() as stack:
+            for recorder in recorders:
+                stack.enter_context(recorder.passing(first, x))
             return collector.run(self.windows[first : first + len(x)], x)
-        return collector.pass_by(x)
 
     def _spans(self) -> list[Span]:
-        return spans([(0, self.fitted), (self.fitted, len(self.ids))], self.micro_batch)
+        return self._fitted_spans() + spans([(self.fitted, len(self.ids))], self.micro_batch)
+
+    def _fitted_spans(self) -> list[Span]:
+        return spans([(0, self.fitted)], self.micro_batch)
 
     def _batches(
         self, states: HiddenStates, step: Callable[[int], None] | None = None, wanted: Sequence[Span] | None = None

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from streamslr.calibration.grams import grams_bytes
 from streamslr.calibration.hidden_states import held_bytes, scratch_bytes
 from streamslr.config import LARGEST, RunConfig, format_bytes
 from streamslr.errors import BudgetError
@@ -23,6 +22,10 @@ from streamslr.spec.allocation import Allocation, in_words, parameter_fraction
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 16384
 """Most tokens of a micro-batch on a CPU, one window of the papers' length, and on a GPU. There products of 4,096 tokens
 and more run at their full rate, and a micro-batch of 8 windows halves what is lost between kernels once more."""
+
+EXPERT_GRAMS_AT_ONCE = 8 * 10**9
+"""Most bytes of experts' Grams that are collected at a time, where not all are: those of a block of DeepSeek-V3 take
+57 GB. Each group reads the kept inputs once, 3.8 GB there by default, which is little beside its solves."""
 
 _BATCH_PHASES = ("survey", "embed", "grams", "match", "propagate")
 """Phases that windows pass through; their memory grows with the micro-batch."""
@@ -41,6 +44,9 @@ class Plan:
     in_memory: bool  # hidden states are kept in host memory beside the scratch folder
     resident_windows: int  # windows of a boundary that stay on the GPU while a block is matched and passed
     gram_bytes_at_once: int | None  # bytes of the Grams that one pass of a block collects; None: one pass collects all
+    expert_gram_bytes_at_once: int | None  # bytes of experts' Grams that are collected from kept inputs at a time
+    expert_gram_groups: int  # of a block, at most; 0 where no inputs are kept
+    kept_input_bytes: int  # of these inputs, in the scratch folder
     grams_at: str  # tier where Gram matrices wait to be solved: "device", "host" or "disk"
     solved_at: str  # tier where solved and refined linears wait while their block is matched: "device" or "host"
     solver_workspace: int | None  # bytes that one solve may take, which then works in tiles; None: as many as it likes
@@ -91,7 +97,10 @@ class Plan:
         return sum(phase.sent_bytes for phase in self.phases)
 
     def memory(self) -> dict[str, dict[str, int]]:
-        """Return {phase: planned and budgeted bytes}, which the journal keeps beside what is measured."""
+        """Return {phase: planned and budgeted bytes}, which the journal keeps beside what is measured.
+
+        Phase grams also has the number of groups of experts' Grams, if they are cut.
+        """
         memory = {}
         for phase in self.phases:
             memory[phase.name] = {"host_planned_bytes": phase.host_bytes, "host_budget_bytes": self.host_mem}
@@ -101,7 +110,20 @@ class Plan:
                     "gpu_context_bytes": self.gpu_context,
                     "gpu_budget_bytes": self.gpu_mem,
                 }
+        if self.expert_gram_groups:
+            memory["grams"]["expert_gram_groups"] = self.expert_gram_groups
         return memory
+
+    @property
+    def expert_grams_in_words(self) -> str:
+        """Sentence on Grams of experts that are collected in groups; "" where they are not."""
+        if not self.expert_gram_groups:
+            return ""
+        size, kept = format_bytes(self.expert_gram_bytes_at_once or 0), format_bytes(self.kept_input_bytes)
+        return (
+            f"Gram matrices of experts do not fit at once: they are made in {self.expert_gram_groups} groups of at "
+            f"most {size} a block, from {kept} of inputs in the scratch folder"
+        )
 
     def require_memory(self) -> None:
         """Raise BudgetError where a phase does not fit a budget; name the phase, its bytes and the flag that helps."""
@@ -185,17 +207,13 @@ def make_plan(
     workspaces = (gpu or GpuMemory(0)).workspaces
     costs = Costs(config, model, allocation, method, device, dtype, baseline, workspaces, ranks.world)
     budgets = _Budgets(host_mem, gpu.usable if gpu else None)
-    room = budgets.left_on_device(costs, costs.grams(1, "device"))
-    in_groups = room is not None and room < 0
-    if in_groups:
-        costs = replace(costs, grams_at_once=grams_bytes([costs.widest]))
+    workspace = pieces.solver_workspace if pieces else None
+    costs = _cut_grams(costs, budgets, workspace)
     if config.match and device.type != "cpu":
         room = budgets.left_on_device(costs, costs.match(1))
         costs = replace(costs, solved_on_host=room is not None and room < 0)
     micro_batch = pieces.micro_batch if pieces else _choose_micro_batch(costs, budgets)
-    if in_groups:
-        costs = replace(costs, grams_at_once=_choose_grams_at_once(costs, budgets, micro_batch))
-    workspace = pieces.solver_workspace if pieces else None
+    costs = _enlarge_groups(costs, budgets, micro_batch)
     grams_at = _choose_gram_tier(costs, budgets, workspace)
     if not pieces:
         workspace = _choose_workspace(costs, budgets, grams_at)
@@ -219,11 +237,14 @@ def make_plan(
         in_memory=in_memory,
         resident_windows=resident_windows,
         gram_bytes_at_once=costs.grams_at_once,
+        expert_gram_bytes_at_once=costs.largest_expert_group_bytes if costs.keeps_inputs else None,
+        expert_gram_groups=costs.most_expert_groups,
+        kept_input_bytes=costs.kept_input_bytes,
         grams_at=grams_at,
         solved_at="host" if costs.solved_on_host else "device",
         solver_workspace=workspace,
         phases=phases,
-        scratch_bytes=scratch + (costs.kept_gram_bytes if grams_at == "disk" else 0),
+        scratch_bytes=scratch + costs.kept_input_bytes + (costs.kept_gram_bytes if grams_at == "disk" else 0),
         output_bytes=model.non_block_bytes + sum(costs.packed_bytes(block) for block in model.blocks),
         source_bytes=model.non_block_bytes + sum(block.source_bytes for block in model.blocks),
         download_bytes=model.download_bytes,
@@ -255,6 +276,11 @@ class _Budgets:
             return self.host - phase.host_bytes
         return None if self.gpu is None else self.gpu - phase.gpu_bytes
 
+    def fit_on_device(self, costs: Costs, phase: PhaseCost) -> bool:
+        """Tell if a phase fits the memory that blocks are computed in."""
+        left = self.left_on_device(costs, phase)
+        return left is None or left >= 0
+
     def hold(self, phases: Iterable[PhaseCost]) -> bool:
         phases = tuple(phases)
         on_gpu = self.gpu is None or all(phase.gpu_bytes <= self.gpu for phase in phases)
@@ -285,7 +311,7 @@ def _choose_gram_tier(costs: Costs, budgets: _Budgets, workspace: int | None) ->
     """Return the tier where Grams wait: the fastest that leaves a solve enough memory.
 
     Where no tier does, it is the fastest off the device that the host can hold, since a smaller workspace can make
-    the solve fit there. Grams that are collected in groups never wait on the device, which cannot hold them all.
+    the solve fit there. Grams of passes in groups never wait on the device, which cannot hold them all.
     """
     tiers = ("device", "disk") if costs.device.type == "cpu" else ("device", "host", "disk")
     phases = {tier: [costs.solve(tier, workspace)] for tier in tiers}
@@ -296,11 +322,33 @@ def _choose_gram_tier(costs: Costs, budgets: _Budgets, workspace: int | None) ->
     return (whole or offloaded or ["disk"])[0]
 
 
-def _choose_grams_at_once(costs: Costs, budgets: _Budgets, micro_batch: int) -> int:
-    """Return the bytes that the budget leaves to the Grams of one pass; those of one Gram where it leaves less."""
-    room = budgets.left_on_device(costs, costs.grams(micro_batch, "disk"))
-    assert room is not None  # without a limit all Grams are collected at once
-    return costs.largest_group_bytes + max(0, room)
+def _cut_grams(costs: Costs, budgets: _Budgets, workspace: int | None) -> Costs:
+    """Return the costs with Grams in groups where not all can be collected in one pass; as small as groups can be.
+
+    Those of experts are cut first, since they need no pass for each group. They are cut too where all fit while windows
+    pass, but would have to leave the device to be solved.
+    """
+    if costs.has_experts:
+        whole = budgets.fit_on_device(costs, costs.grams(1, "device"))
+        if not (whole and _choose_gram_tier(costs, budgets, workspace) == "device"):
+            costs = replace(costs, expert_grams_at_once=0)
+    whole = budgets.fit_on_device(costs, costs.grams(1, "device"))
+    return costs if whole else replace(costs, grams_at_once=0)
+
+
+def _enlarge_groups(costs: Costs, budgets: _Budgets, micro_batch: int) -> Costs:
+    """Return the costs with as many Grams in a group as the budget leaves memory for, but at least one.
+
+    Grams of experts take EXPERT_GRAMS_AT_ONCE at most.
+    """
+    if costs.grams_at_once is not None:
+        room = budgets.left_on_device(costs, costs.passes(micro_batch, "disk"))
+        costs = replace(costs, grams_at_once=costs.largest_group_bytes + max(0, room or 0))
+    if costs.expert_grams_at_once is not None:
+        room = budgets.left_on_device(costs, costs.replays(micro_batch, "device"))
+        most = EXPERT_GRAMS_AT_ONCE if room is None else costs.largest_expert_group_bytes + max(0, room)
+        costs = replace(costs, expert_grams_at_once=min(most, EXPERT_GRAMS_AT_ONCE))
+    return costs
 
 
 def _choose_workspace(costs: Costs, budgets: _Budgets, grams_at: str) -> int | None:

@@ -259,6 +259,13 @@ def test_groups_hold_as_many_grams_as_may_be_at_once_but_at_least_one() -> None:
     assert gram_groups(widths, 799) == [["a"], ["b"], ["c"], ["d"]]
 
 
+def test_grams_of_one_expert_are_never_parted() -> None:
+    widths = {"0.up": 10, "0.down": 20, "1.up": 10, "1.down": 20, "2.up": 10, "2.down": 20}
+    experts = {owner: int(owner[0]) for owner in widths}
+    assert gram_groups(widths, 1, experts) == [["0.up", "0.down"], ["1.up", "1.down"], ["2.up", "2.down"]]
+    assert gram_groups(widths, 4400, experts) == [["0.up", "0.down", "1.up", "1.down"], ["2.up", "2.down"]]
+
+
 def test_every_group_still_checks_what_reached_the_linears() -> None:
     block, hidden = Attention(), torch.randn(2, 3, 4)
     hidden[1, 1, 2] = float("nan")

@@ -41,8 +41,12 @@ def llama(h: int, ffn: int, kv: int = 1024) -> ModelShape:
     return ModelShape((block,) * 80, h, non_block, 2 * non_block, 2)
 
 
-def deepseek_v3() -> ModelShape:
-    """Return two of its blocks with experts: one shared by all tokens, and 256 of which a token passes 8."""
+def deepseek_v3(can_keep: bool = True) -> ModelShape:
+    """Return two of its blocks with experts: one shared by all tokens, and 256 of which a token passes 8.
+
+    Args:
+        can_keep: Whether what enters the experts can be kept, as it can.
+    """
     h, ffn = 7168, 2048
     linears = {"qa": (1536, h), "kva": (576, h), "qb": (24576, 1536), "kvb": (32768, 512), "o": (h, 16384)}
     groups: list[tuple[str, ...]] = [("qa", "kva"), ("qb",), ("kvb",), ("o",)]
@@ -54,7 +58,8 @@ def deepseek_v3() -> ModelShape:
         if name != "shared":
             routing |= dict.fromkeys(own, (8, 256))
     parameters = sum(o * d for o, d in linears.values()) + 256 * h
-    block = BlockShape(linears, tuple(groups), parameters, 2 * parameters, routing)
+    expert_of = {name: ("experts", int(name.partition(".")[0])) for name in routing if can_keep}
+    block = BlockShape(linears, tuple(groups), parameters, 2 * parameters, routing, expert_of)
     return ModelShape((block,) * 2, h, 2 * 129280 * h, 4 * 129280 * h, 2)
 
 
@@ -393,20 +398,22 @@ def test_eight_cards_of_80_gb_fit_a_block_of_405b() -> None:
 
 @pytest.mark.parametrize("world", [1, 8])
 def test_grams_that_do_not_fit_beside_the_block_are_collected_in_groups(world: int) -> None:
-    made = plan(deepseek_v3(), world=world, gpu=80 * GB, host_mem=100 * GB, samples=128, match=False)
+    made = plan(deepseek_v3(can_keep=False), world=world, gpu=80 * GB, host_mem=100 * GB, samples=128, match=False)
     made.require_memory()
     assert made.grams_at == "host"
     assert made.gram_bytes_at_once is not None
-    roomy = plan(deepseek_v3(), world=world, gpu=200 * GB, host_mem=100 * GB, samples=128, match=False)
+    roomy = plan(deepseek_v3(can_keep=False), world=world, gpu=200 * GB, host_mem=100 * GB, samples=128, match=False)
     again = phase(made, "grams").flops - phase(roomy, "grams").flops
     assert again == pytest.approx(phase(made, "propagate").flops)  # a second pass of the block
-    poor = plan(deepseek_v3(), world=world, gpu=80 * GB, host_mem=35 * GB // world, samples=128, match=False)
+    poor = plan(
+        deepseek_v3(can_keep=False), world=world, gpu=80 * GB, host_mem=35 * GB // world, samples=128, match=False
+    )
     assert poor.grams_at == "disk"
     assert poor.scratch_bytes > made.scratch_bytes
 
 
 def test_no_more_is_collected_at_once_than_the_budget_leaves() -> None:
-    tight, roomy = (plan(deepseek_v3(), gpu=gpu * GB, samples=8, match=False) for gpu in (40, 60))
+    tight, roomy = (plan(deepseek_v3(can_keep=False), gpu=gpu * GB, samples=8, match=False) for gpu in (40, 60))
     assert tight.gram_bytes_at_once is not None
     assert roomy.gram_bytes_at_once is not None
     assert tight.gram_bytes_at_once < roomy.gram_bytes_at_once
@@ -415,6 +422,45 @@ def test_no_more_is_collected_at_once_than_the_budget_leaves() -> None:
 
 
 def test_grams_are_collected_in_groups_on_a_cpu_too() -> None:
-    made = plan(deepseek_v3(), device="cpu", host_mem=80 * GB, samples=8, seq_len=64, match=False)
+    made = plan(deepseek_v3(can_keep=False), device="cpu", host_mem=80 * GB, samples=8, seq_len=64, match=False)
     made.require_memory()
     assert (made.gram_bytes_at_once is not None, made.grams_at) == (True, "disk")
+
+
+@pytest.mark.parametrize(("gpu", "world"), [(40, 1), (45, 1), (80, 1), (80, 8)])
+def test_grams_of_experts_are_never_more_than_8_gb_at_a_time(gpu: int, world: int) -> None:
+    made = plan(deepseek_v3(), gpu=gpu * GB, host_mem=100 * GB, world=world, match=False)
+    made.require_memory()
+    of_experts = 4 * 256 * (7168**2 + 2048**2)
+    assert made.expert_gram_bytes_at_once is not None
+    assert made.expert_gram_bytes_at_once <= 8 * GB
+    assert made.expert_gram_groups == -(-of_experts // made.expert_gram_bytes_at_once)
+    assert made.gram_bytes_at_once is None, "all others are collected in one pass"
+    block = 2 * deepseek_v3().blocks[0].parameters
+    assert phase(made, "grams").gpu_bytes < block + 30 * GB < block + of_experts
+
+
+def test_kept_inputs_of_experts_take_disk_and_every_gram_is_made_twice() -> None:
+    budgets: dict[str, Any] = {"host_mem": 100 * GB, "samples": 128, "match": False}
+    made, roomy = (plan(deepseek_v3(), gpu=gpu * GB, **budgets) for gpu in (80, 200))
+    assert (roomy.expert_gram_bytes_at_once, roomy.expert_gram_groups) == (None, 0)
+    tokens = 128 * 2048
+    assert made.scratch_bytes - roomy.scratch_bytes == 2 * tokens * 7168
+    experts = 2 * tokens * 8 * 3 * 2048 * 7168  # a pass of all of them
+    products = 2 * tokens * 8 * (7168**2 + 2048**2)
+    again = phase(made, "grams").flops - phase(roomy, "grams").flops
+    assert again == pytest.approx(2 * (2 * experts + products))  # two blocks
+    assert "made in 8 groups of at most 7.8 GB a block, from 3.8 GB of inputs" in made.expert_grams_in_words
+    assert made.memory()["grams"]["expert_gram_groups"] == 8
+
+
+def test_grams_of_experts_that_would_have_to_leave_the_gpu_are_made_in_groups() -> None:
+    fits_while_collected = plan(deepseek_v3(), gpu=93 * GB, host_mem=100 * GB, samples=8, seq_len=64, match=False)
+    assert fits_while_collected.expert_gram_groups == 8
+    assert fits_while_collected.grams_at == "device"
+
+
+def test_a_cpu_collects_grams_of_experts_in_groups_too() -> None:
+    made = plan(deepseek_v3(), device="cpu", host_mem=80 * GB, samples=8, seq_len=64, match=False)
+    made.require_memory()
+    assert (made.expert_gram_groups, made.gram_bytes_at_once, made.grams_at) == (8, None, "device")

@@ -27,7 +27,7 @@ from streamslr.runtime.loader import packed_modules
 from tests.support.compressed_folders import dense_model, run_contents
 from tests.support.killing import compress_in_child
 from tests.support.markers import slow
-from tests.support.tiny_models import starved_checkpoint
+from tests.support.tiny_models import starved_checkpoint, tiny_checkpoint
 
 ARCHITECTURES = ["mixtral", *slow("qwen3_moe", "deepseek_v2", "deepseek_v3")]
 RUN: dict[str, Any] = {
@@ -178,3 +178,30 @@ def test_outliers_of_experts_decide_the_patterns_of_blocks(mixtral: Path, text: 
     assert all(len(of_block) == 1 for of_block in patterns)
     assert patterns[0] != patterns[1]
     assert verify(tmp_path / "slr").problems == ()
+
+
+@pytest.fixture(scope="module")
+def many_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A block of DeepSeek-V3 with its 256 experts, of small widths."""
+    routing: dict[str, Any] = {"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
+    widths: dict[str, Any] = {"hidden": 512, "moe_intermediate_size": 64, "intermediate_size": 64}
+    folder = tmp_path_factory.mktemp("models") / "deepseek"
+    return tiny_checkpoint(folder, "deepseek_v3", blocks=1, first_k_dense_replace=0, **routing, **widths)
+
+
+@pytest.mark.long
+def test_256_experts_in_groups_take_what_was_planned_and_give_the_bytes_of_all_at_once(
+    many_experts: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = {"model": many_experts, "calibration": text, "samples": 8, "seq_len": 64, "device": "cpu"}
+    settings |= {"method": "wanda", "rank": 0, "match": False, "check_windows": 0}
+    peaks = {}
+    for name, budget in (("whole", "8GB"), ("groups", "800MB")):
+        assert compress_in_child({**settings, "out": tmp_path / name, "host_mem": budget}) == 0
+        measured = read_run(tmp_path / name).blocks[0].measured
+        peaks[name] = measured["grams"]["host_peak_bytes"]
+        for phase in ("grams", "solve"):
+            assert 1 <= measured[phase]["host_planned_bytes"] / measured[phase]["host_peak_bytes"] <= 1.15, phase
+    assert measured["grams"]["expert_gram_groups"] > 1
+    assert peaks["whole"] - peaks["groups"] > 0.25 * 256 * 4 * (512**2 + 64**2)
+    assert run_contents(tmp_path / "whole") == run_contents(tmp_path / "groups")

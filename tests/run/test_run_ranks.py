@@ -191,6 +191,15 @@ def test_outliers_decide_alike(settings: dict[str, Any], tmp_path: Path) -> None
     assert len({linear.pattern for block in ours.blocks for linear in block.linears}) > 1
 
 
+IN_GROUPS: dict[str, dict[str, Any]] = {
+    "passes": {"gram_bytes_at_once": 40_000, "grams_at": "disk"},
+    "inputs": {"expert_gram_bytes_at_once": 200_000},
+    "inputs on disk": {"expert_gram_bytes_at_once": 1, "grams_at": "disk"},
+    "both": {"expert_gram_bytes_at_once": 1, "gram_bytes_at_once": 1, "grams_at": "disk"},
+}
+"""Plans that cut Grams into groups: each in a pass of the block, or those of experts from their kept inputs."""
+
+
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture of experts, one of which no token reaches."""
@@ -205,22 +214,37 @@ def test_experts_are_shared_out_and_rare_ones_blended(settings: dict[str, Any], 
     require_alike(settings["out"], tmp_path / "alone")
     ours, theirs = blocks_of(settings["out"]), blocks_of(tmp_path / "alone")
     assert [linear.warnings for linear in ours[0].linears] == [linear.warnings for linear in theirs[0].linears]
-    in_groups = {"gram_bytes_at_once": 40_000}
-    require_done(compress_by_ranks(2, settings | {"out": tmp_path / "groups"}, plan=in_groups))
-    assert shards_of(tmp_path / "groups") == shards_of(settings["out"])
+    for name, in_groups in IN_GROUPS.items():
+        require_done(compress_by_ranks(2, settings | {"out": tmp_path / name}, plan=in_groups))
+        assert shards_of(tmp_path / name) == shards_of(settings["out"]), name
 
 
+@pytest.mark.parametrize("in_groups", IN_GROUPS.values(), ids=IN_GROUPS)
 def test_grams_of_experts_in_groups_give_the_bytes_of_all_at_once(
-    settings: dict[str, Any], experts: Path, tmp_path: Path
+    settings: dict[str, Any], experts: Path, tmp_path: Path, in_groups: dict[str, Any]
 ) -> None:
     settings |= {"model": experts}
     assert compress_in_child(settings) == 0
-    in_groups = {"gram_bytes_at_once": 40_000, "grams_at": "disk"}
     require_done(compress_by_ranks(1, settings | {"out": tmp_path / "groups"}, plan=in_groups))
-    assert shards_of(tmp_path / "groups") == shards_of(settings["out"])
+    assert run_contents(tmp_path / "groups") == run_contents(settings["out"])
 
 
 # Resume
+
+
+@pytest.mark.parametrize(
+    ("world", "call"), [(1, 3), *slow((2, 3)), *long((1, 0), (1, 2), (1, 4), (1, 6), (2, 0), (2, 4), (2, 6))]
+)
+def test_killed_between_groups_the_same_line_goes_on_to_the_bytes_of_all_grams_at_once(
+    settings: dict[str, Any], experts: Path, tmp_path: Path, world: int, call: int
+) -> None:
+    settings |= {"model": experts}
+    in_groups = IN_GROUPS["inputs"]  # three in each of two blocks, each collected twice
+    fault = Fault(world - 1, Passes, "collect_experts", call=call)
+    require_ended(compress_by_ranks(world, settings, fault, plan=in_groups), fault.rank)
+    require_done(compress_by_ranks(world, settings, plan=in_groups))
+    require_done(compress_by_ranks(world, settings | {"out": tmp_path / "whole"}))
+    assert run_contents(settings["out"]) == run_contents(tmp_path / "whole")
 
 
 def require_ended(results: list[Any], rank: int) -> None:
