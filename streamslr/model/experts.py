@@ -363,8 +363,9 @@ def _shrink(module: nn.Module) -> nn.Module | str:
     factor = max(1, math.gcd(*widths) // 4)
     while any(width % factor for width in widths):
         factor -= 1
-    small = {width: width // factor for width in widths} | {number: min(number, _TRIAL_EXPERTS) for number in numbers}
-    if numbers & widths or len(numbers) > 1:  # its own attributes do not say which of them they mean
+    small = {number: min(number, _TRIAL_EXPERTS) for number in numbers}
+    small |= {width: width // factor for width in widths}  # also where as many experts are: Qwen3-Next, 512 of each
+    if len(numbers) > 1:  # its own attributes do not say which of them they mean
         small = {}
     twin = copy.copy(module)
     twin._parameters = {

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from streamslr.model.blockwise import BlockwiseModel
@@ -45,6 +46,16 @@ def test_few_experts_are_taken_apart_too(count: int, tmp_path: Path) -> None:
     blockwise = BlockwiseModel(open_checkpoint(str(model)), torch.float32, torch.device("cpu"))
     blockwise.require_compressible()
     assert len(blockwise.experts[0]) == 3 * count
+
+
+def test_large_experts_are_taken_apart_where_there_are_as_many_as_each_is_wide() -> None:
+    config = tiny_config("qwen3_moe", blocks=1, hidden_size=2048, moe_intermediate_size=512, num_experts=512)
+    with torch.device("meta"):  # the shapes of Qwen3-Next
+        model = AutoModelForCausalLM.from_config(config)
+    stored = [f"model.layers.0.mlp.experts.0.{name}.weight" for name in NAMES["qwen3_moe"]]
+    apart = unfuse(model, get_model_conversion_mapping(model), stored)
+    assert not apart.refused
+    assert [len(experts.weights["down_proj"]) for experts in apart.experts.values()] == [512]
 
 
 @pytest.mark.parametrize("architecture", NAMES)
