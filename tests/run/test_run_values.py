@@ -154,13 +154,13 @@ def test_saved_it_evaluates_as_the_folder_does(finished: Path, tmp_path: Path) -
     assert first == second
 
 
-def test_finetuning_trains_u_and_v_and_leaves_codes_and_scales(finished: Path, text: Path, tmp_path: Path) -> None:
+def test_finetuning_trains_u_v_and_scales_and_leaves_codes(finished: Path, text: Path, tmp_path: Path) -> None:
     finetune(finished, text, tmp_path / "tuned", seq_len=32, batch=8, lr=0.05, steps=3, device="cpu")
     assert verify(tmp_path / "tuned").problems == ()
     for shard in finished.glob("model-block-*.safetensors"):
         before, after = load_file(shard), load_file(tmp_path / "tuned" / shard.name)
         changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
-        assert changed == {"U", "V"}
+        assert changed == {"U", "V", "scales"}
 
 
 def test_an_allocation_gives_some_linears_a_format(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from pretended_gpu.operators import (
     NOT_DETERMINISTIC,
     TAKES_HOST_SCALARS,
     argument,
+    counted,
     name_and_written,
     tensors_in,
     widened,
@@ -65,6 +66,10 @@ class FunctionMode(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         gpu, options = self.gpu, dict(kwargs or {})
+        own = next((a for a in args if not isinstance(a, Tensor) and hasattr(a, "__torch_function__")), None)
+        if own is not None:  # its code asks for devices too
+            with self:
+                return type(own).__torch_function__(func, types, args, options)
         if func in _GETTERS:
             where, asked = gpu.where(args[0]), _GETTERS[func]
             return _DEVICES.get(where) or func(*args) if asked == "device" else where == asked.removeprefix("is_")
@@ -271,8 +276,12 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with gpu.workspace(extra, name) if extra else nullcontext():
             done, out = (False, None) if gpu.values else self._without_values(name, args, kwargs)
             if not done:
-                wider = name in CUBLAS and "dtype" in func._overloadname
-                out = widened(func, args, kwargs) if wider else func(*args, **kwargs)
+                if name in CUBLAS and "dtype" in func._overloadname:
+                    out = widened(func, args, kwargs)
+                elif name == "histc" and not args[0].is_floating_point():
+                    out = counted(func, args, kwargs)
+                else:
+                    out = func(*args, **kwargs)
             self._place(name, kwargs, tensors, out)
         if name not in NO_KERNEL:
             self._count(name, args, kwargs, tensors, changed, out)

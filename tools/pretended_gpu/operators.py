@@ -70,6 +70,12 @@ def argument(which: tuple[int, str], args: Sequence[Any], kwargs: Mapping[str, A
     return args[position] if position < len(args) else kwargs.get(name)
 
 
+def counted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Compute histc of integers, which only CUDA does."""
+    made: Tensor = func(args[0].to(torch.float32), *args[1:], **kwargs)
+    return made.to(args[0].dtype)
+
+
 def widened(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Compute mm, addmm, bmm or baddbmm with an `out_dtype` wider than the operands, which only CUDA does."""
     tensors = [a.to(torch.float32) for a in args if isinstance(a, Tensor)]
