@@ -423,8 +423,8 @@ def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> 
 def finetune(folder: Path, quiet: bool, **settings: Any) -> None:
     """Train U, V and the scales of S of a compressed FOLDER on a text.
 
-    S stays as it is, frozen and packed. The result is a new compressed folder. After an interruption the same line
-    goes on.
+    Values and codes of S stay as they are, packed. The result is a new compressed folder. After an interruption the
+    same line goes on.
     """
     with report_errors(f"the same line goes on in {settings['out']}.partial", parts="checkpoints"):
         silence_libraries()
