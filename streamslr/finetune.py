@@ -133,7 +133,9 @@ def finetune(
         log.info("%s holds the result of this fine-tuning already", out)
         return done
     dtypes = _stored_dtypes(folder, state)
-    with _claimed(out, {"folder": [asdict(shard) for shard in state.shards], **training}) as work:
+    parts = "U, V and scales"  # version 0.8 trained no scales: what it began does not go on
+    settings = {"folder": [asdict(shard) for shard in state.shards], "parts": parts, **training}
+    with _claimed(out, settings) as work:
         _require_space(work, state)
         model = load(folder, where)
         in_bf16 = where.type == "cuda" and model.dtype == torch.bfloat16
