@@ -30,7 +30,7 @@ class Experts(nn.Module):
     """Experts of a model, its own module, whose weights have become linears `EXPERT.NAME`.
 
     The class is mixed into that of the module, so that its own code runs: routing, biases, clamps, activation. On a CPU
-    both give the same bits, but of a module that gives F.linear a bias in bf16: here that is added to a rounded product.
+    both give the same bits, except in bf16 where a module gives F.linear a bias: here a rounded product is added to it.
 
     Attributes:
         weights: the parameters that were taken apart, by their names in the module.
