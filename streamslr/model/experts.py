@@ -6,15 +6,18 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import Concatenate, MergeModulelist, PreTrainedModel, WeightConverter
 
 from streamslr.errors import first_line
+from streamslr.gpu import in_any_order
 from streamslr.model.expert_slices import Slice, can_convert_slices
 from streamslr.model.fused_weight import FusedWeight, experts_with_hooks
 from streamslr.model.parameter_names import ParameterNames, find_modules
@@ -72,10 +75,23 @@ class Experts(nn.Module):
             return torch.empty_like(hidden_states)
         for weight in weights:
             weight.called.clear()
-        out: Tensor = super().forward(hidden_states, *routing, **named)
+        with _ExactCounts() if torch.are_deterministic_algorithms_enabled() else nullcontext():
+            out: Tensor = super().forward(hidden_states, *routing, **named)
         for weight, expert in experts_with_hooks(weights):
             weight.product(expert, hidden_states.new_empty(0, _inputs(weight)))
         return out if self.only is None else torch.empty_like(out)
+
+
+class _ExactCounts(TorchFunctionMode):
+    """Let histc count integers while deterministic operators are wanted: such counts are the same in any order.
+
+    transformers counts the tokens of experts so, and CUDA refuses it there whatever the dtype.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        exact = func is torch.histc and not args[0].is_floating_point()
+        with in_any_order() if exact else nullcontext():
+            return func(*args, **(kwargs or {}))
 
 
 def _inputs(weight: FusedWeight) -> int:

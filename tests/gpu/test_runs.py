@@ -108,10 +108,13 @@ def test_every_kind_of_method_mixes_no_devices(one_block: Path, text: Path, tmp_
     "architecture",
     ["gpt_neox", *slow("mixtral", "gemma2", "opt", "bloom", "falcon", "gptj", "phi3", "deepseek_v3")],
 )
-def test_other_architectures_mix_no_devices(architecture: str, text: Path, tmp_path: Path) -> None:
+def test_other_architectures_mix_no_devices(
+    architecture: str, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_checkpoint(tmp_path / "model", architecture, blocks=2 if architecture == "deepseek_v3" else 1)
     state, _ = run_on_gpu(model, text, tmp_path / "out", method="eora-wanda")
     assert state.complete
+    assert "no deterministic form" not in caplog.text
 
 
 @pytest.mark.slow
