@@ -90,7 +90,7 @@ def group_grams(
             collected in passes of the block as the others are.
     """
     if of_experts_at_once is None:
-        return gram_groups(block.grams, at_once), []
+        return gram_groups(block.grams, at_once) or [[]], []
     kept = {owner: d for owner, d in block.grams.items() if owner in block.expert_of}
     others = {owner: d for owner, d in block.grams.items() if owner not in kept}
     return gram_groups(others, at_once) or [[]], gram_groups(kept, of_experts_at_once, block.expert_of)

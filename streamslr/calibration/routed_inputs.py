@@ -18,7 +18,7 @@ def routing_bytes(tokens: int, chosen: int) -> int:
 
 @dataclass(frozen=True)
 class RoutedInputs:
-    """What one module of experts received of the windows that Grams see.
+    """Inputs of one module of experts in the windows that Grams see.
 
     experts: The module.
     states: Its inputs [windows, T, h], in the scratch folder.

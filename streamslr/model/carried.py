@@ -1,4 +1,4 @@
-"""What blocks hand on beside hidden states (shared keys and values, inputs of each block), as columns of a boundary."""
+"""State that blocks hand on beside hidden states (shared keys and values, their inputs), as columns of a boundary."""
 
 import math
 from collections.abc import Mapping

@@ -379,10 +379,9 @@ def _shrink(module: nn.Module) -> nn.Module | str:
     factor = max(1, math.gcd(*widths) // 4)
     while any(width % factor for width in widths):
         factor -= 1
-    small = {number: min(number, _TRIAL_EXPERTS) for number in numbers}
+    # Where numbers of experts differ, its own attributes do not say which of them they mean.
+    small = {number: min(number, _TRIAL_EXPERTS) for number in numbers} if len(numbers) == 1 else {}
     small |= {width: width // factor for width in widths}  # also where as many experts are: Qwen3-Next, 512 of each
-    if len(numbers) > 1:  # its own attributes do not say which of them they mean
-        small = {}
     twin = copy.copy(module)
     twin._parameters = {
         name: nn.Parameter(torch.empty([small.get(size, size) for size in p.shape], device="meta"))

@@ -1,6 +1,7 @@
 """Experts that a compressed folder holds one by one, for a dense model whose files hold them fused."""
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -11,6 +12,8 @@ from streamslr.io.safetensors_file import TensorSource
 from streamslr.model.experts import unfuse
 from streamslr.model.parameter_names import find_modules
 from streamslr.model.transformers_compat import get_model_conversion_mapping, revert_weight_conversion
+
+log = logging.getLogger("streamslr")
 
 
 def fuse_experts(
@@ -71,6 +74,12 @@ def _fuse(
     # Names that still have the source's prefix are the source's own.
     saved = revert_weight_conversion(model, {path: on_meta}) if name == path else {}
     key, like = next(iter(saved.items())) if len(saved) == 1 else (name, on_meta)
+    if name == path and len(saved) != 1:
+        log.warning(
+            "%s: transformers would save it as %d tensors; it is written as the model holds it, under this name",
+            path,
+            len(saved),
+        )
 
     def make() -> Tensor:
         fused = torch.empty(shape, dtype=dtype)

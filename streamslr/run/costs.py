@@ -119,7 +119,7 @@ class Costs:
 
     @cached_property
     def _stages(self) -> list[SolveStage]:
-        """What is solved of a block while the same Grams wait: all of it, or the experts' linears behind the others."""
+        """Parts of a block that are solved while the same Grams wait: all of it, or the experts' behind the others."""
         blocks = self.model.blocks
         if not self.keeps_inputs:
             return [SolveStage([tuple(block.linears) for block in blocks], self.kept_gram_bytes, self._packed_bytes)]

@@ -72,7 +72,7 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Collected:
-    """What a pass of a dense block collected of this rank's windows.
+    """Grams and targets that a pass of a dense block collected of this rank's windows.
 
     grams: Grams that were asked for.
     seen: All Grams of the block, their matrices on meta.

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.experts import Experts, unfuse
+from tests.support.architectures import shrunk_config
 from tests.support.tiny_models import starved_checkpoint, tiny_checkpoint, tiny_config, tiny_model
 
 NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
@@ -56,6 +57,18 @@ def test_large_experts_are_taken_apart_where_there_are_as_many_as_each_is_wide()
     apart = unfuse(model, get_model_conversion_mapping(model), stored)
     assert not apart.refused
     assert [len(experts.weights["down_proj"]) for experts in apart.experts.values()] == [512]
+
+
+def test_large_experts_are_taken_apart_where_parameters_have_different_numbers_of_them() -> None:
+    config = shrunk_config("longcat_flash")
+    config.num_layers = 1
+    config.hidden_size, config.expert_ffn_hidden_size, config.n_routed_experts = 2048, 1024, 16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    assert len({len(parameter) for parameter in experts.parameters(recurse=False)}) > 1
+    stored = [f"model.layers.0.mlp.experts.0.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+    assert not unfuse(model, get_model_conversion_mapping(model), stored).refused
 
 
 @pytest.mark.parametrize("architecture", NAMES)
