@@ -6,6 +6,8 @@ bytes with and without them.
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +22,7 @@ from streamslr.calibration.hidden_states import (
     read_batches,
     spans,
 )
+from streamslr.errors import StreamslrError
 from streamslr.model.blockwise import Block, BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.ranks import ALONE, Ranks
@@ -95,6 +98,12 @@ class Check:
         """Drop what entered the block, once what leaves it is committed."""
         self.drop()
         self._entering, self._leaving = self._leaving, {}
+
+    def settle(self) -> None:
+        """Wait for all writes, so that nothing is written any more once a run has ended, however it did."""
+        for states in (*self._entering.values(), *self._leaving.values()):
+            with suppress(StreamslrError, ValueError, CancelledError):  # another error ended the run; some lack windows
+                states.seal()
 
     def drop(self) -> None:
         """Free the memory and the disk space of what enters the next block."""

@@ -154,6 +154,8 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                     f"memory ran out: {first_line(error)}. Free some or raise the budget, then start the same "
                     f"line again; finished blocks are kept"
                 ) from error
+            finally:
+                check.settle()
         return journal.state
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import streamslr
+from streamslr.calibration.hidden_states import OnDisk
 from streamslr.calibration.tokens import calibration_windows
 from streamslr.cli import main
 from streamslr.config import RunConfig
 from streamslr.errors import InputError, ResumeError
 from streamslr.memory import free_host_memory
+from streamslr.model.blockwise import BlockwiseModel
 from streamslr.results.check import Checked, check
 from streamslr.results.inspect import read_run, run_table, summary
 from streamslr.run.check import Check
@@ -150,6 +153,28 @@ def test_a_run_killed_before_its_last_commit_only_compares(settings: dict[str, A
     assert read_run(settings["out"]).quality is None
     shutil.rmtree(settings["out"] / ".scratch")
     assert streamslr.compress(**settings).quality == read_run(finished).quality
+
+
+def test_a_run_that_fails_has_stopped_writing(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_store, embed, store = threading.Event(), threading.Event(), BlockwiseModel.embed, OnDisk._store
+
+    def store_when_allowed(self: OnDisk, *args: Any) -> None:
+        if "check-" in self.folder.name:
+            begun.set()
+            may_store.wait()
+        store(self, *args)
+
+    def fail_in_the_check(self: BlockwiseModel, ids: Tensor) -> Tensor:
+        if begun.is_set():  # the first check window is being written
+            threading.Timer(0.01, may_store.set).start()
+            raise KeyboardInterrupt
+        return embed(self, ids)
+
+    monkeypatch.setattr(OnDisk, "_store", store_when_allowed)
+    monkeypatch.setattr(BlockwiseModel, "embed", fail_in_the_check)
+    with pytest.raises(KeyboardInterrupt):  # not that windows are missing
+        streamslr.compress(**settings)
+    assert may_store.is_set()
 
 
 def test_lost_hidden_states_are_made_again(settings: dict[str, Any], finished: Path, caplog: Any) -> None:
