@@ -22,7 +22,7 @@ from streamslr.run.block_solver import BlockSolver
 from streamslr.run.context import open_run
 from tests.support.compressed_folders import run_contents
 from tests.support.killing import compress_by_ranks, compress_in_child
-from tests.support.markers import slow
+from tests.support.markers import long, slow
 from tests.support.tiny_models import tiny_checkpoint
 
 SETTINGS: dict[str, Any] = {"samples": 6, "seq_len": 16, "rank": 4, "device": "cpu", "method": "eora-wanda"}
@@ -30,7 +30,7 @@ SETTINGS |= {"match_epochs": 8, "owl": 0.08, "pattern": "50%"}
 WINDOWS = 3
 
 
-@pytest.fixture(scope="module", params=["gemma3n_text", *slow("gemma4_text", "glm_moe_dsa", "zamba")])
+@pytest.fixture(scope="module", params=["gemma3n_text", *slow("zamba"), *long("gemma4_text", "glm_moe_dsa")])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, tie = tmp_path_factory.mktemp("models") / request.param, request.param == "zamba"
     return tiny_checkpoint(folder, request.param, shards=3, tie=tie)
