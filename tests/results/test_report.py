@@ -130,8 +130,9 @@ def test_time_and_memory_are_those_of_each_phase_in_the_order_of_the_run(state: 
     solve = drawn["time"]["data"][2]
     assert solve["y"] == [block.measured["solve"]["seconds"] for block in state.blocks]
     traces = {trace["name"]: trace for trace in drawn["host-memory"]["data"]}
-    assert traces["solve"]["y"] == [block.measured["solve"]["host_peak_bytes"] / 1e6 for block in state.blocks]
-    assert state.blocks[0].measured["solve"]["host_planned_bytes"] / 1e6 in traces["planned"]["y"]
+    unit = 1e9 if drawn["host-memory"]["layout"]["yaxis"]["title"]["text"] == "host, GB" else 1e6
+    assert traces["solve"]["y"] == [block.measured["solve"]["host_peak_bytes"] / unit for block in state.blocks]
+    assert state.blocks[0].measured["solve"]["host_planned_bytes"] / unit in traces["planned"]["y"]
     assert state.blocks[0].measured["solve"]["host_budget_bytes"] == 4 * 10**9
     starts = [x for trace in traces.values() if trace["type"] == "bar" for x in trace["x"]]
     parts = [state.measured, *(block.measured for block in state.blocks)]

@@ -121,10 +121,10 @@ def test_a_pace_too_fast_for_the_series_is_factored() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_series_costs_no_loss(precision: str) -> None:
-    problems = [made_problem(seed=seed) for seed in range(4)]
+    problems = [made_problem(seed=seed) for seed in range(8)]
     series = sum(error(p, ThreeBasil(precision=precision, inverses="series").solve(p)) for p in problems)
     factored = sum(error(p, ThreeBasil(precision=precision, inverses="factor").solve(p)) for p in problems)
-    assert series == pytest.approx(factored, rel=0.02)
+    assert series < 1.02 * factored
 
 
 # Linears that share a Gram matrix
