@@ -1,4 +1,4 @@
-"""Which rank solves which linear of a block, by the work that each takes."""
+"""Which rank solves which linear of a block, by the time that each takes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,11 @@ from streamslr.spec.allocation import Allocation
 _SMALL_GROUP = 0.1
 """Fraction of a rank's fair share up to which linears that share a Gram matrix stay together, which saves a copy of it
 and the inverses that they share."""
+_PASSES = 2500
+"""Passes over a weight take as long as twice so many FLOPs of a product, which itself takes 2 d for each weight of an
+iteration. Fitted to solves of 256×256 to 512×2048 on a Xeon with AMX; an H200 gives 2900 (fused-h200.json in
+tools/results). By FLOPs alone the gate and up projections of an 8 M Llama are two thirds of its down projection; they
+take 1.5 of its time."""
 _WORTH_SPLITTING = 1.05
 """Load of the busiest rank, relative to the least that splitting linears by rows can give, that is near enough."""
 
@@ -23,7 +28,7 @@ class Deal:
     groups: linears that share a Gram matrix.
     owners: linear -> the rank that solves it alone.
     by_rows: linears that all ranks solve together, each some rows of the weight.
-    loads: FLOPs of each rank.
+    loads: FLOPs of each rank; as many as they are, ranks need not take as long.
     """
 
     groups: Sequence[tuple[str, ...]]
@@ -56,7 +61,7 @@ def deal_linears(
     world: int,
     gpu: bool,
 ) -> Deal:
-    """Deal the linears of a block to ranks so that the busiest has little to do.
+    """Deal the linears of a block to ranks so that the busiest takes little time.
 
     The largest remaining linear goes to the rank with the least work (longest processing time first). Linears that
     dwarf the rest are split by rows over all ranks, where the method and the pattern allow it: as many of the largest
@@ -78,32 +83,38 @@ def deal_linears(
             return method.solver.flops(o, d, spec.rank, gpu=gpu) + rounding
         return cast(SolverByRows, method.solver).flops(o, d, spec.rank, gpu=gpu, ranks=ranks) + rounding
 
-    work = {name: flops(name) for group in groups for name in group}
+    def time(name: str, ranks: int = 1) -> float:  # in FLOPs of a product
+        return flops(name, ranks) * (1 + _PASSES / shapes[name][1])
+
+    work = {name: time(name) for group in groups for name in group}
     fair = sum(work.values()) / world
     splittable = [
         name
         for name in sorted(work, key=lambda name: -work[name])
         if method.by_rows and allocation[name].pattern.by_row and shapes[name][0] >= world
     ]
-    deals: list[Deal] = []
+    deals: list[tuple[float, Deal]] = []
     for count in range(len(splittable) + 1 if world > 1 else 1):
         by_rows = frozenset(splittable[:count])
-        together = sum(flops(name, world) for name in by_rows)
-        if deals and together >= min(max(deal.loads) for deal in deals):
+        together = sum(time(name, world) for name in by_rows)
+        if deals and together >= min(longest for longest, _ in deals):
             break  # every rank does these, so no further split lowers the load
         units = []
         for group in groups:
             alone = [name for name in group if name not in by_rows]
             small = sum(work[name] for name in alone) <= _SMALL_GROUP * fair
             units += [alone] if small and alone else [[name] for name in alone]
-        loads = [together] * world
+        times = [together] * world
         owners: dict[str, int] = {}
         for unit in sorted(units, key=lambda unit: -sum(work[name] for name in unit)):
-            rank = loads.index(min(loads))
-            loads[rank] += sum(work[name] for name in unit)
+            rank = times.index(min(times))
+            times[rank] += sum(work[name] for name in unit)
             owners |= dict.fromkeys(unit, rank)
-        deals.append(Deal(groups, owners, by_rows, tuple(loads)))
-        if max(loads) <= _WORTH_SPLITTING * fair:
-            break  # rows of a linear never take less than their share of its work
-    least = min(max(deal.loads) for deal in deals)
-    return next(deal for deal in deals if max(deal.loads) <= _WORTH_SPLITTING * least)
+        loads = [sum(flops(name, world) for name in by_rows)] * world
+        for name, rank in owners.items():
+            loads[rank] += flops(name)
+        deals.append((max(times), Deal(groups, owners, by_rows, tuple(loads))))
+        if max(times) <= _WORTH_SPLITTING * fair:
+            break  # rows of a linear never take less than their share of its time
+    least = min(longest for longest, _ in deals)
+    return next(deal for longest, deal in deals if longest <= _WORTH_SPLITTING * least)

@@ -51,6 +51,16 @@ def test_a_linear_that_dwarfs_the_rest_is_split_where_method_and_pattern_can() -
     assert not deal(*llama_70b(), world=1).by_rows
 
 
+def test_narrow_linears_are_dealt_by_their_weights_too() -> None:
+    """Passes over the weights take longer there than products, so FLOPs alone would give one rank two thirds of all."""
+    h, ffn = 256, 704
+    shapes = dict.fromkeys("qkvo", (h, h)) | {"gate": (ffn, h), "up": (ffn, h), "down": (h, ffn)}
+    dealt = deal([("q", "k", "v"), ("o",), ("gate", "up"), ("down",)], shapes, world=2)
+    whole = sum(o * d for o, d in shapes.values())
+    share = sum(o * d for name, (o, d) in shapes.items() if dealt.owners[name] == 0) / whole
+    assert 0.4 < share < 0.6
+
+
 def test_a_series_of_inverses_that_ranks_share_is_each_ones_part() -> None:
     groups: Groups = [("down",)]
     shapes: Shapes = {"down": (8192, 28672)}
