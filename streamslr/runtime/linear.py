@@ -195,7 +195,7 @@ class SparseLowRankLinear(nn.Module):
         kernel = self._require_gpu_kernel()
         if kernel.weight is None or x.dtype != kernel.weight.dtype:
             return self._by_operator(x)
-        if kernel.triton_for_few and triton_product.picks(len(x), self.pattern):
+        if kernel.triton_for_few and triton_product.picks(len(x), self.pattern, False):
             return self._by_operator(x)
         rest = kernel.weight, self.values, self.meta, str(self.pattern), self.in_features
         y: Tensor = _SemiStructuredProduct.apply(x, *rest)  # type: ignore[no-untyped-call]
@@ -383,8 +383,8 @@ class _GpuKernel:
         weight: S in torch's 2:4 layout, a torch.sparse.SparseSemiStructuredTensor [o, d]; None where S stays packed.
         on_tensor_cores: True where there is that weight; torch.compile can ask this, but not for the weight.
         triton_for_few: True where few tokens are multiplied by the Triton kernel for 2:4 all the same. One call of
-            cuSPARSELt takes 1 ms of the host, and in a CUDA graph still 2.5 times as long as a dense product of one
-            token (28672×8192 on an H200).
+            cuSPARSELt takes 1 ms of the host, and in a CUDA graph 2.6 times as long as a dense product of one token,
+            the kernel 1.5 times for one token and 3.9 for four (28672×8192 on an H200).
     """
 
     name: str
@@ -447,7 +447,7 @@ def _choose_gpu_kernel(linear: SparseLowRankLinear) -> _GpuKernel:
     # The kernels and their layouts are a prototype in torch: after one wrong product S stays packed instead.
     if not torch.allclose(got, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
         return packed(f"{name}'s product of a {shape[0]}x{shape[1]} linear was wrong")
-    few = f"Triton up to {triton_product.PICKING.tokens} tokens" if fault is None else f"for few tokens too: {fault}"
+    few = f"Triton up to {triton_product.PICKING_NUMBERS} tokens" if fault is None else f"for few tokens too: {fault}"
     return _GpuKernel(f"{name} {_TENSOR_CORE_PATTERN}, {few}", weight, True, fault is None)
 
 

@@ -41,6 +41,10 @@ class Blocks(NamedTuple):
 FEW_TOKENS, MANY_TOKENS = Blocks(16, 16, 512, 8, 3), Blocks(64, 128, 64, 8, 3)
 PICKING = Blocks(4, 8, 12 * 128, 4, 1)
 """Blocks of the kernel for 2:4 and so few tokens; columns: those of 128 bytes of meta."""
+PICKING_NUMBERS = 4
+"""Most tokens that it multiplies where S holds numbers, not codes. On an H200, 28672×8192, time / dense for 1, 4 and 8
+tokens: 1.5, 3.9 and 10.5, and for 8 the kernel for every pattern takes 9.5, sparse tensor cores 2.6. With int4: 1.6,
+3.9 and 10.2, and 21.5 (tools/results/inference-graphs-*-h200.json)."""
 MOST_TOKENS = 256
 """Most tokens that the kernels multiply; tiles are faster for more: on an H200 2048 tokens through a 28672×8192 linear
 in int4 took 57 ms by the kernel and 7 ms in tiles (tools/results/gpu-nvidia-h200.json)."""
@@ -108,9 +112,9 @@ def in_tiles(tokens: int, device: torch.device, pattern: SparsityPattern) -> boo
     )
 
 
-def picks(tokens: int, pattern: SparsityPattern) -> bool:
+def picks(tokens: int, pattern: SparsityPattern, of_codes: bool) -> bool:
     """Return True where `multiply` takes the kernel that picks numbers of x, instead of unpacking S."""
-    return pattern == _TWO_OF_FOUR and tokens <= PICKING.tokens
+    return pattern == _TWO_OF_FOUR and tokens <= (PICKING.tokens if of_codes else PICKING_NUMBERS)
 
 
 def multiply(
@@ -153,7 +157,7 @@ def multiply(
         "columns_of_group": 0 if scales is None else group_columns(d, scales.shape[1]),
     }
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        if picks(n, pattern):
+        if picks(n, pattern, scales is not None):
             rows, bytes_ = PICKING.rows, PICKING.columns // columns_of_byte
             kernels.multiply_2_of_4[(-(-o // rows),)](
                 x,
