@@ -38,13 +38,18 @@ def test_the_bytes_are_those_that_a_run_stores(model: Path, text: Path, tmp_path
     assert ours.weight_bytes <= sum(shard.nbytes for shard in state.shards) < ours.weight_bytes + 40_000  # of headers
 
 
-def test_what_fits_is_listed_the_largest_first(model: Path, text: Path, tmp_path: Path) -> None:
+def test_what_fits_is_listed_the_dense_first_and_of_each_kind_the_largest(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
     config = some_config(model, text, tmp_path)
     shape = open_run(config).shape
     every = settings_that_fit(config, shape, 0, 10**12)
-    assert [fit.needed_bytes for fit in every] == sorted((fit.needed_bytes for fit in every), reverse=True)
-    card = every[3].needed_bytes
-    assert settings_that_fit(config, shape, 0, card) == every[3:]
+    dense, sparse = ([fit for fit in every if (fit.pattern == "dense") == kind] for kind in (True, False))
+    assert every == dense + sparse
+    for kind in (dense, sparse):
+        assert [fit.needed_bytes for fit in kind] == sorted((fit.needed_bytes for fit in kind), reverse=True)
+    card = sparse[3].needed_bytes
+    assert settings_that_fit(config, shape, 0, card) == [fit for fit in every if fit.needed_bytes <= card]
     with pytest.raises(InputError, match=r"no setting fits 1\.0 MB: 1:4 in int4 at rank 4 needs"):
         settings_that_fit(config, shape, 0, 10**6)
 
