@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from streamslr.model import decode_codes
+from streamslr.model.bitsandbytes import TABLES
 from streamslr.model.checkpoint import open_checkpoint
 
 NAME = "model.layers.0.self_attn.q_proj."
@@ -58,6 +59,16 @@ def formats(n: int) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     four = {"num_bits": 4, "group_size": 128}
     packed = {f"{NAME}weight_packed": words.view(n, n // 8), f"{NAME}weight_scale": groups}
     packed[f"{NAME}weight_shape"] = torch.tensor([n, n])
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [n, n]}
+    nested = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
+
+    def nf4(absmax: Tensor, state: dict[str, Any], **more: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        table = torch.tensor(TABLES["nf4"])
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        parts = {"absmax": absmax, "quant_map": table, "quant_state.bitsandbytes__nf4": text, **more}
+        tensors = {f"{NAME}weight.{name}": part for name, part in parts.items()}
+        return {"quant_method": "bitsandbytes"}, {f"{NAME}weight": random_ints(torch.uint8, n * n // 2, 1), **tensors}
+
     transposed = {f"{NAME}scales": groups.half().t().contiguous()}
     transposed[f"{NAME}qzeros"] = torch.full((n // 128, n // 8), 0x77777777, dtype=torch.int32)
     return {
@@ -85,6 +96,17 @@ def formats(n: int) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
         "awq": (
             {"quant_method": "awq", "bits": 4, "group_size": 128},
             {f"{NAME}qweight": words.view(n, n // 8), **transposed},
+        ),
+        "nf4 by 64": nf4(torch.rand(n * n // 64), state),
+        "nf4 nested": nf4(
+            random_ints(torch.uint8, n * n // 64),
+            state | nested,
+            nested_absmax=torch.rand(n * n // 2**14),
+            nested_quant_map=torch.rand(256),
+        ),
+        "llm.int8": (
+            {"quant_method": "bitsandbytes"},
+            {f"{NAME}weight": random_ints(torch.int8, n, n), f"{NAME}SCB": torch.rand(n)},
         ),
     }
 

@@ -114,13 +114,14 @@ class WrittenShard:
 
 def shard_header(path: Path) -> ShardHeader:
     """Read the header of a safetensors file on this machine. Errors as `read_header`."""
-    return read_header(partial(read_start, path), path.name, str(path.parent))
+    return read_header(partial(read_part, path, 0), path.name, str(path.parent))
 
 
-def read_start(path: Path, nbytes: int) -> tuple[bytes, int]:
-    """Return up to the first `nbytes` of a regular file, and the size of the whole. Raises InputError."""
+def read_part(path: Path, first: int, nbytes: int) -> tuple[bytes, int]:
+    """Return up to `nbytes` of a regular file from `first` on, and the size of the whole. Raises InputError."""
     with open_regular(path) as file:
         try:
+            file.seek(first)
             return file.read(nbytes), os.fstat(file.fileno()).st_size
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error

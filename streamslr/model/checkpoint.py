@@ -28,7 +28,7 @@ from transformers import (
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError
 from streamslr.io.packed_layout import read_quantization_config
-from streamslr.io.safetensors_file import WEIGHT_DTYPES, ShardHeader, TensorInfo, read_header, read_start
+from streamslr.io.safetensors_file import WEIGHT_DTYPES, ShardHeader, TensorInfo, read_header, read_part
 from streamslr.model.border import refusing
 from streamslr.model.bounds import refuse_huge_counts
 from streamslr.model.decoders import Decoder, PackedWeight, TransposedWeight, packed_weights
@@ -295,7 +295,18 @@ class Checkpoint:
         return found
 
     def _read_header(self, shard: str) -> ShardHeader:
-        return read_header(partial(self._source.read_start, shard), shard, self._source.label)
+        return read_header(partial(self._source.read_part, shard, 0), shard, self._source.label)
+
+    def _read_small(self, names: Iterable[str]) -> list[bytes]:
+        """Return the bytes of small stored tensors, of which no shard is downloaded."""
+
+        def read(name: str) -> bytes:
+            info = self._stored[name]
+            first, end = self._headers[info.shard].ranges[name]
+            return self._source.read_part(info.shard, first, end - first)[0]
+
+        with ThreadPoolExecutor(8) as pool:  # on the hub each costs a round trip
+            return list(pool.map(read, names))
 
     def _require_unchanged(self, shard: str, path: Path) -> None:
         """Raise InputError where a shard has another size, or once it is pinned another header, than when opened."""
@@ -303,7 +314,7 @@ class Checkpoint:
         size = path.stat().st_size
         changed = "" if size == header.size else f"had {header.size} bytes when it was opened and has {size} now"
         if not changed and self.pinned and self.pinned.read(shard, path):
-            start, _ = read_start(path, 8 + len(header.raw))
+            start, _ = read_part(path, 0, 8 + len(header.raw))
             changed = "" if start[8:] == header.raw else "has another header than when it was opened"
         if changed:
             raise InputError(f"{path} {changed}: something else writes there; let it end, then run the same line again")
@@ -316,7 +327,11 @@ class Checkpoint:
         if quantization is None:
             return {}
         found = quantized_weights(
-            quantization, self._stored, dtype if dtype in WEIGHT_DTYPES else torch.bfloat16, label
+            quantization,
+            self._stored,
+            dtype if dtype in WEIGHT_DTYPES else torch.bfloat16,
+            label,
+            self._read_small,
         )
         log.info("%s is quantized (%s): %d weights are decoded", label, quantization.quant_method, len(found))
         if unread := [name for weight in found.values() for name in weight.unread]:

@@ -1,5 +1,5 @@
-/* Decode weights [o, d] from codes of 8 or 4 bits: (code - zero) · scale in float32, rounded to 16 bits; decode_codes.py
-   calls this through ctypes, and dequantize.py says what the layouts are.
+/* Decode weights [o, d] from codes of 8 or 4 bits: (number - zero) · scale · unit in float32, rounded to 16 bits;
+   decode_codes.py calls this through ctypes, and dequantize.py says what the layouts are.
 
    16 neighbouring codes share few results, so most kinds are looked up, 32 codes at a time, in a table of 16 numbers for
    each scale: codes of 4 bits have no more, and those of FP8 with one scale differ in their exponents alone, which are
@@ -21,10 +21,10 @@
 /* Found in the OpenMP library that torch has loaded; null where that has another interface, and one thread works. */
 extern void GOMP_parallel(void (*work)(void *), void *job, unsigned threads, unsigned flags) __attribute__((weak));
 
-enum { UINT4, FP4, UINT8, INT8, FP8 };  /* kinds of codes */
-enum { ROWS, COLUMNS, AWQ };            /* layouts */
-enum { FLOAT32, BFLOAT16, FLOAT16 };    /* dtypes */
-enum { BLOCK = 128, SLOTS = 256 };      /* rows and columns of codes unpacked together; tables kept */
+enum { UINT4, FP4, TABLE, UINT8, INT8, FP8 }; /* kinds of codes */
+enum { ROWS, COLUMNS, AWQ, UPPER_FIRST };     /* layouts */
+enum { FLOAT32, BFLOAT16, FLOAT16 };          /* dtypes */
+enum { BLOCK = 128, SLOTS = 256 };            /* rows and columns of codes unpacked together; tables kept */
 enum { HUGE_PAGE = 1 << 21 };
 
 struct coded { /* the fields of _Coded in decode_codes.py */
@@ -32,9 +32,11 @@ struct coded { /* the fields of _Coded in decode_codes.py */
     const void *scales;   /* float32 [.., groups], of FP4 uint8 */
     const float *zeros;   /* the same shape; null where all are 0 */
     const int32_t *order; /* [d], the group of each column; null where `group` columns after another have one */
+    const float *table;   /* numbers of codes 0 to 15 of TABLE; else null */
     uint16_t *weight;     /* [o, d], or [d, o] where it is transposed, which codes of FP4 in rows can be alone */
     int64_t o, d, groups, rows, group; /* rows, group: of the weight that have one scale */
     int32_t kind, layout, via, dtype, transposed;
+    float unit; /* 1, but for INT8 */
 };
 
 /* bfloat16 of the codes of FP4: the lower bytes, the upper ones, and -1 where it is not 0. */
@@ -60,7 +62,10 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 /* Return 1 where numbers are rounded to bfloat16, and to nothing else before. */
 static int rounds_once(const struct coded *c) { return c->dtype == BFLOAT16 && c->via != FLOAT16; }
 
-static int bits_of(int kind) { return kind <= FP4 ? 4 : 8; }
+/* Return 1 where codes are stored row by row. */
+static int in_rows(const struct coded *c) { return c->layout == ROWS || c->layout == UPPER_FIRST; }
+
+static int bits_of(int kind) { return kind <= TABLE ? 4 : 8; }
 
 /* Return the numbers of 8 codes, a byte each. */
 AVX2 static INLINE __m256 widen(const uint8_t *codes, int kind) {
@@ -103,22 +108,23 @@ AVX2 static INLINE __m256i round16(__m256 a, __m256 b, int via, int dtype) {
 }
 
 /* Return the numbers of 16 codes that have one scale. */
-AVX2 static INLINE __m256i compute16(const uint8_t *codes, __m256 scale, __m256 zero, int kind, int via, int dtype) {
+AVX2 static INLINE __m256i compute16(const uint8_t *codes, __m256 scale, __m256 zero, __m256 unit, int kind,
+                                      int via, int dtype) {
     const __m256 a = _mm256_mul_ps(_mm256_sub_ps(widen(codes, kind), zero), scale);
     const __m256 b = _mm256_mul_ps(_mm256_sub_ps(widen(codes + 8, kind), zero), scale);
-    return round16(a, b, via, dtype);
+    return round16(_mm256_mul_ps(a, unit), _mm256_mul_ps(b, unit), via, dtype);
 }
 
 /* Compute n numbers, a multiple of 16, that have one scale. */
 AVX2 static void compute(const struct coded *c, const uint8_t *codes, int64_t n, float scale, float zero,
                          uint16_t *out) {
-    const __m256 s = _mm256_set1_ps(scale), z = _mm256_set1_ps(zero);
+    const __m256 s = _mm256_set1_ps(scale), z = _mm256_set1_ps(zero), u = _mm256_set1_ps(c->unit);
     const int kind = c->kind, via = c->via, dtype = c->dtype;
     int64_t i = 0;
     if (rounds_once(c) && kind == INT8) /* constants make it faster */
         for (; i < n; i += 16)
-            _mm256_storeu_si256((__m256i *)(out + i), compute16(codes + i, s, z, INT8, FLOAT32, BFLOAT16));
-    for (; i < n; i += 16) _mm256_storeu_si256((__m256i *)(out + i), compute16(codes + i, s, z, kind, via, dtype));
+            _mm256_storeu_si256((__m256i *)(out + i), compute16(codes + i, s, z, u, INT8, FLOAT32, BFLOAT16));
+    for (; i < n; i += 16) _mm256_storeu_si256((__m256i *)(out + i), compute16(codes + i, s, z, u, kind, via, dtype));
 }
 
 /* Compute n numbers, a multiple of 16, each with the scale and zero point that its column has. */
@@ -134,7 +140,7 @@ AVX2 static void compute_in_order(const struct coded *c, const uint8_t *codes, c
             scale = _mm256_blendv_ps(scale, _mm256_set1_ps(NAN), _mm256_cmp_ps(scale, scale, _CMP_UNORD_Q));
             x[k] = widen(codes + i + 8 * k, c->kind);
             if (c->zeros) x[k] = _mm256_sub_ps(x[k], _mm256_i32gather_ps(c->zeros + first, groups, 4));
-            x[k] = _mm256_mul_ps(x[k], scale);
+            x[k] = _mm256_mul_ps(_mm256_mul_ps(x[k], scale), _mm256_set1_ps(c->unit));
         }
         _mm256_storeu_si256((__m256i *)(out + i), round16(x[0], x[1], c->via, c->dtype));
     }
@@ -143,8 +149,10 @@ AVX2 static void compute_in_order(const struct coded *c, const uint8_t *codes, c
 AVX2 static INLINE void fill_table(const struct coded *c, float scale, float zero, struct table *table) {
     static const uint8_t codes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const __m256i exponents = _mm256_set_m128i(_mm_set1_epi16(0x80), _mm_setzero_si128()); /* of codes 8 to 15 */
-    const __m256 s = _mm256_set1_ps(scale), z = _mm256_set1_ps(zero);
-    __m256i bits = compute16(codes, s, z, c->kind, c->via, c->dtype);
+    const __m256 s = _mm256_set1_ps(scale), z = _mm256_set1_ps(zero), one = _mm256_set1_ps(1);
+    __m256i bits = c->kind == TABLE ? round16(_mm256_mul_ps(_mm256_loadu_ps(c->table), s),
+                                              _mm256_mul_ps(_mm256_loadu_ps(c->table + 8), s), c->via, c->dtype)
+                                    : compute16(codes, s, z, one, c->kind, c->via, c->dtype);
     if (c->kind == FP8) bits = _mm256_sub_epi16(bits, exponents);
     const __m256i low = _mm256_and_si256(bits, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(bits, 8);
     const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
@@ -256,12 +264,13 @@ static void decode_row(const struct coded *c, struct table *tables, int64_t row,
     }
 }
 
-/* Spread the halves of 16 bytes over 32, the lower ones first. */
-AVX2 static INLINE void spread_halves(__m128i bytes, uint8_t *out) {
+/* Spread the halves of 16 bytes over 32, the lower or the upper ones first. */
+AVX2 static INLINE void spread_halves(__m128i bytes, int upper_first, uint8_t *out) {
     const __m128i mask = _mm_set1_epi8(15);
     const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
-    _mm_storeu_si128((__m128i *)out, _mm_unpacklo_epi8(low, high));
-    _mm_storeu_si128((__m128i *)(out + 16), _mm_unpackhi_epi8(low, high));
+    const __m128i first = upper_first ? high : low, second = upper_first ? low : high;
+    _mm_storeu_si128((__m128i *)out, _mm_unpacklo_epi8(first, second));
+    _mm_storeu_si128((__m128i *)(out + 16), _mm_unpackhi_epi8(first, second));
 }
 
 /* Transpose 16 x 16 bytes in each lane: each step moves the upper bit of the row behind the bits of the column. */
@@ -284,11 +293,12 @@ AVX2 static INLINE __m256i two_lanes(const uint8_t *low, const uint8_t *high) {
 /* Unpack at most BLOCK codes of a row from an even column on. */
 AVX2 static void unpack_halves(const struct coded *c, int64_t row, int64_t column, int64_t n, uint8_t *out) {
     const uint8_t *in = c->codes + (row * c->d + column) / 2;
+    const int upper_first = c->layout == UPPER_FIRST;
     int64_t i = 0;
-    for (; i + 32 <= n; i += 32) spread_halves(_mm_loadu_si128((const __m128i *)(in + i / 2)), out + i);
+    for (; i + 32 <= n; i += 32) spread_halves(_mm_loadu_si128((const __m128i *)(in + i / 2)), upper_first, out + i);
     for (; i < n; i += 2) {
-        out[i] = in[i / 2] & 15;
-        out[i + 1] = in[i / 2] >> 4;
+        out[i + upper_first] = in[i / 2] & 15;
+        out[i + !upper_first] = in[i / 2] >> 4;
     }
 }
 
@@ -316,7 +326,7 @@ AVX2 static INLINE void unpack_along_columns(const uint8_t *in, int64_t pitch, i
                              _mm_unpackhi_epi64(e, f)};
     for (int k = 0; k < 4; k++) {
         if (bits == 4)
-            spread_halves(rows[k], out[k]);
+            spread_halves(rows[k], 0, out[k]);
         else
             _mm_storeu_si128((__m128i *)out[k], rows[k]);
     }
@@ -357,7 +367,7 @@ AVX2 static void unpack_block(const struct coded *c, int64_t row, int64_t column
 
 static void decode_rows(const struct coded *c, struct table *tables, int64_t start, int64_t stop) {
     uint8_t codes[BLOCK][BLOCK];
-    if (c->layout == ROWS) {
+    if (in_rows(c)) {
         for (int64_t row = start; row < stop; row++) {
             uint16_t *out = c->weight + row * c->d;
             if (bits_of(c->kind) == 8) {
@@ -474,7 +484,7 @@ void streamslr_decode(const struct coded *coded, int threads) {
     struct job job = {.coded = coded, .step = BLOCK, .end = coded->o};
     if (coded->transposed)
         job.end = coded->d;
-    else if (coded->layout == ROWS)
+    else if (in_rows(coded))
         job.step = 1 + (1 << 16) / coded->d; /* microseconds of work */
     ask_for_huge_pages(coded);
     if (GOMP_parallel && threads > 1 && job.step < job.end)

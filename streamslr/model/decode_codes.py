@@ -19,9 +19,10 @@ class _Coded(ctypes.Structure):
     """struct coded of decode_codes.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "order", "weight")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "order", "table", "weight")),
         *((name, ctypes.c_int64) for name in ("o", "d", "groups", "rows", "group")),
         *((name, ctypes.c_int32) for name in ("kind", "layout", "via", "dtype", "transposed")),
+        ("unit", ctypes.c_float),
     )
 
 
@@ -59,6 +60,7 @@ def decode_native(codes: Codes, scales: Scales, weight: Tensor, via: torch.dtype
     if codes.kind != Kind.FP4:
         factors = (powers_of_two(factors) if factors.dtype == torch.uint8 else factors).float()
     factors, stored = factors.contiguous(), codes.stored.contiguous()
+    table = None if codes.table is None else codes.table.float().contiguous()
     grid = -(-o // scales.rows), -(-d // group) if order is None else factors.shape[1]
     words = {Layout.COLUMNS: (d * codes.kind.bits // 32, o), Layout.AWQ: (d, o // 8)}
     fits = (
@@ -71,17 +73,20 @@ def decode_native(codes: Codes, scales: Scales, weight: Tensor, via: torch.dtype
         and (codes.kind == Kind.FP4) == (factors.dtype == torch.uint8)
         and (codes.kind != Kind.FP4 or (codes.layout, group, zeros) == (Layout.ROWS, 32, None))
         and (codes.kind == Kind.FP4 or not transposed)
+        and (codes.kind == Kind.TABLE) == (codes.layout == Layout.UPPER_FIRST) == (table is not None)
+        and (table is None or (table.shape, zeros, order) == ((16,), None, None))
+        and (codes.kind == Kind.INT8 or scales.unit == 1)
     )
     if not fits:
         raise ValueError(
             f"{codes.kind.name} codes {list(stored.shape)} in {codes.layout.name} and scales {list(factors.shape)} for "
             f"{scales.rows} rows and {group} columns do not make a weight {[o, d]} of strides {weight.stride()}"
         )
-    held = stored, factors, zeros, order, weight
+    held = stored, factors, zeros, order, table, weight
     coded = _Coded(
         *(None if tensor is None else tensor.data_ptr() for tensor in held),
         *(o, d, factors.shape[1], scales.rows, group),
-        *(codes.kind, codes.layout, _DTYPES[via or torch.float32], _DTYPES[weight.dtype], transposed),
+        *(codes.kind, codes.layout, _DTYPES[via or torch.float32], _DTYPES[weight.dtype], transposed, scales.unit),
     )
     _library().streamslr_decode(coded, torch.get_num_threads())
 
@@ -120,11 +125,13 @@ def _find_fault(kind: Kind, layout: Layout, dtype: torch.dtype) -> str | None:
         stored = stored.view(torch.float8_e4m3fn)
     elif kind == Kind.INT8:
         stored = stored.view(torch.int8)
-    elif layout != Layout.ROWS:
+    elif layout in (Layout.COLUMNS, Layout.AWQ):
         stored = stored.view(torch.int32).view((d, o // 8) if layout == Layout.AWQ else (d * kind.bits // 32, o))
     zeros = factors.round() if kind in (Kind.UINT4, Kind.UINT8) else None
-    codes, scales = Codes(stored, kind, layout), Scales(factors, 1, group, zeros)
-    for via in (None, torch.float16):
+    table = torch.randn(16, generator=random, device="cpu") if kind == Kind.TABLE else None
+    codes = Codes(stored, kind, layout, table)
+    for via, unit in ((None, 1.0), (torch.float16, 1 / 127 if kind == Kind.INT8 else 1.0)):
+        scales = Scales(factors, 1, group, zeros, unit)
         native, expected = (torch.empty(d, o, dtype=dtype, device="cpu") for _ in range(2))
         if kind == Kind.FP4:
             native, expected = native.t(), expected.t()

@@ -1,4 +1,4 @@
-"""Weights from codes and scales, (code - zero) · scale, by torch: some rows at a time, to keep values in the cache."""
+"""Weights from codes and scales, (number - zero) · scale, by torch: some rows at a time, to keep them in the cache."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +17,17 @@ class Kind(IntEnum):
     UINT4 = 0
     FP4 = 1
     """e2m1 (OCP Microscaling Formats, version 1.0)."""
-    UINT8 = 2
-    INT8 = 3
-    FP8 = 4
+    TABLE = 2
+    """Those of a table of 16."""
+    UINT8 = 3
+    INT8 = 4
+    FP8 = 5
     """e4m3 without infinities (OCP 8-bit Floating Point Specification)."""
 
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return 4 if self in (Kind.UINT4, Kind.FP4) else 8
+        return 4 if self in (Kind.UINT4, Kind.FP4, Kind.TABLE) else 8
 
 
 class Layout(IntEnum):
@@ -37,6 +39,8 @@ class Layout(IntEnum):
     """GPTQ: int32 words [d · bits / 32, o], each with neighbours of a row."""
     AWQ = 2
     """AWQ: int32 words [d, o / 8], each with 8 neighbours of a column, 0, 2, 4, 6, 1, 3, 5, 7 from its lowest bits."""
+    UPPER_FIRST = 3
+    """bitsandbytes: as ROWS, but the upper half of a byte is the first; for TABLE alone."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Codes:
     """Bytes or words, in memory without gaps."""
     kind: Kind
     layout: Layout = Layout.ROWS
+    table: Tensor | None = None
+    """Numbers of the codes 0 to 15 of TABLE, float32 [16]."""
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return the numbers of the rows from start to before stop, [n, d], in a dtype that float32 holds exactly."""
@@ -56,6 +62,8 @@ class Codes:
         if self.layout == Layout.COLUMNS:
             return unpack_words(self.stored[:, start:stop].t(), self.kind.bits)
         part = self.stored[start:stop].flatten(1)
+        if self.table is not None:
+            return _table_values(part, self.table)
         if self.kind == Kind.FP8:
             return _fp8_values(part)
         if self.kind == Kind.FP4:
@@ -75,10 +83,13 @@ class Scales:
     """Columns of a block; or the scale's column of each column of the weight, int64 [d]."""
     zeros: Tensor | None = None
     """Code that stands for 0 [O, D]; None where that is 0."""
+    unit: float = 1.0
+    """Factor of all values, by which each is multiplied after its scale. One more rounding tells it from a part of the
+    scales."""
 
 
 def dequantize(codes: Codes, scales: Scales, weight: Tensor, via: torch.dtype | None = None) -> None:
-    """Write (code - zero) · scale into a weight [o, d], computed in float32 and rounded to the weight's dtype.
+    """Write (number - zero) · scale · unit into a weight [o, d], computed in float32 and rounded to the weight's dtype.
 
     Args:
         codes: codes of the weight.
@@ -100,6 +111,8 @@ def dequantize(codes: Codes, scales: Scales, weight: Tensor, via: torch.dtype | 
         if scales.zeros is not None:
             _apply(values, scales.zeros[block].float(), scales.columns, Tensor.sub_)
         _apply(values, factors[block].float(), scales.columns, Tensor.mul_)
+        if scales.unit != 1:
+            values.mul_(scales.unit)
         rows[start:stop] = values if via is None else values.to(via)
     if rows is not weight:
         weight.t().copy_(rows.t())  # torch is fast where it writes without gaps
@@ -155,6 +168,12 @@ def _fp4_values(codes: Tensor) -> Tensor:
     bits = torch.stack((pairs << 4 >> 4, pairs >> 4), -1).flatten(1).to(torch.int16)  # sign in the 13 upper bits
     bits.bitwise_left_shift_(9).bitwise_and_(~(7 << 12))
     return bits.view(torch.float16).mul_(2**14)  # biases of the exponents: 15 and 1
+
+
+def _table_values(codes: Tensor, table: Tensor) -> Tensor:
+    """Return the numbers of a table [16] for the codes in bytes [n, w], two in each, the upper one first: [n, 2w]."""
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), -1)  # of each byte
+    return pairs.index_select(0, codes.flatten().int()).view(len(codes), -1)
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:

@@ -84,6 +84,8 @@ def read_quantization(config: Mapping[str, Any], label: str) -> Quantization | N
     text = config.get(TEXT_PART)
     parts = (config, text if isinstance(text, Mapping) else {})
     entry = next((part[name] for part in parts for name in ENTRIES if part.get(name)), None)
+    if isinstance(entry, Mapping) and (entry.get("load_in_4bit") or entry.get("load_in_8bit")):
+        entry = {"quant_method": "bitsandbytes", **entry}  # early versions of transformers wrote no quant_method
     method = entry.get("quant_method") if isinstance(entry, Mapping) else None
     if entry is None or method == QUANT_METHOD:
         return None

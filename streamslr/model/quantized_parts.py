@@ -1,6 +1,6 @@
 """Parts of a weight that another tool quantized: what of it is stored, checked by headers, and its decoder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -49,6 +49,8 @@ class Stored:
     quantization: Quantization
     dtype: torch.dtype  # of decoded weights
     label: str
+    read: Callable[[Iterable[str]], list[bytes]]
+    """Returns the bytes of small stored tensors, before any weight is read."""
 
     def companion(self, name: str, of: TensorInfo) -> TensorInfo:
         """Return the tensor of a name, without which another one cannot be read. Raises InputError."""
@@ -98,9 +100,8 @@ class Stored:
         for name, info in self.tensors.items():
             module = name.removesuffix(suffix)
             if module != name and not any(module + of in self.tensors for of in codes):
-                raise self.refusal(
-                    info, f"belongs to {module}{codes[0]}, which no shard holds; download the model again"
-                )
+                needed = " or ".join(module + of for of in codes)
+                raise self.refusal(info, f"belongs to {needed}, which no shard holds; download the model again")
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -1,6 +1,6 @@
 """Weights that other tools stored in 8 or 4 bits: found by what is stored, checked by headers, decoded one by one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from math import prod
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.io.safetensors_file import DTYPE_NAMES, TensorInfo
+from streamslr.model.bitsandbytes import four_bits, llm_int8
 from streamslr.model.decode_codes import decode
 from streamslr.model.dequantize import Codes, Kind, Layout, Scales, unpack_awq, unpack_words
 from streamslr.model.quantization import Block, Quantization
@@ -18,7 +19,11 @@ _SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantized_weights(
-    quantization: Quantization, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, label: str
+    quantization: Quantization,
+    tensors: Mapping[str, TensorInfo],
+    dtype: torch.dtype,
+    label: str,
+    read: Callable[[Iterable[str]], list[bytes]],
 ) -> dict[str, QuantizedWeight]:
     """Find the weights of a checkpoint that are stored as codes and scales, by the names of the dense weights.
 
@@ -29,12 +34,13 @@ def quantized_weights(
         tensors: stored tensors by name.
         dtype: dtype of decoded weights.
         label: folder or repository, for error messages.
+        read: returns the bytes of small stored tensors by name.
 
     Raises:
         InputError: a format that streamslr does not decode, or a weight that lacks a part or has one that does not fit.
     """
     _require_known(quantization, label)
-    stored = Stored(tensors, quantization, dtype, label)
+    stored = Stored(tensors, quantization, dtype, label, read)
     weights: dict[str, QuantizedWeight] = {}
     for find in _FINDERS[quantization.quant_method]:
         for weight in find(stored):
@@ -57,8 +63,7 @@ def _require_known(quantization: Quantization, label: str) -> None:
     method = quantization.quant_method
     already = f"{label} is already quantized ({method}"
     if method not in _FINDERS:
-        why = "its headers do not say the shapes of weights, and " if method == "bitsandbytes" else ""
-        raise InputError(f"{already}); {why}streamslr decodes {', '.join(_FINDERS)}; {ORIGINAL}")
+        raise InputError(f"{already}); streamslr decodes {', '.join(_FINDERS)}; {ORIGINAL}")
     if unknown := sorted(quantization.formats - _FORMATS) if method == "compressed-tensors" else ():
         known = ", ".join(sorted(_FORMATS - {"dense", "mixed-precision"}))
         raise InputError(f"{already}, {unknown[0]}); of its formats streamslr decodes {known}; {ORIGINAL}")
@@ -334,6 +339,7 @@ _FINDERS: Mapping[str, tuple[Callable[[Stored], Iterator[QuantizedWeight]], ...]
     "compressed-tensors": (partial(_coded_bytes, suffix="_scale", dtypes=_BYTES), _packed_words),
     "gptq": (_gptq,),
     "awq": (_awq,),
+    "bitsandbytes": (four_bits, llm_int8),
 }
 """quant_method of config.json -> what finds the weights that it stores."""
 _FORMATS = {"dense", "float-quantized", "int-quantized", "mixed-precision", "naive-quantized", "pack-quantized"}

@@ -18,7 +18,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 )
 
 from streamslr.errors import BudgetError, HubError, InputError, StreamslrError, first_line
-from streamslr.io.safetensors_file import read_start
+from streamslr.io.safetensors_file import read_part
 
 CONFIG_FILE = "config.json"
 
@@ -43,8 +43,8 @@ class ModelSource(Protocol):
         """Names of the files, without those in subfolders."""
         ...
 
-    def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
-        """Return up to the first `nbytes` of a file, and the size of the whole."""
+    def read_part(self, name: str, first: int, nbytes: int) -> tuple[bytes, int]:
+        """Return up to `nbytes` of a file from `first` on, and the size of the whole."""
         ...
 
     def local_path(self, name: str) -> Path | None:
@@ -106,8 +106,8 @@ class LocalFolder:
         if odd:
             raise InputError(f"{odd[0]} is a pipe, a socket or a device, not a file; remove it from the model's folder")
 
-    def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
-        return read_start(self.path / name, nbytes)
+    def read_part(self, name: str, first: int, nbytes: int) -> tuple[bytes, int]:
+        return read_part(self.path / name, first, nbytes)
 
     def local_path(self, name: str) -> Path | None:
         return self.path / name
@@ -155,27 +155,28 @@ class HubRepo:
         self.label = f"{repo} at {self.commit[:12]}"
         self.identity: str | None = f"hub:{repo}@{self.commit}"
 
-    def read_start(self, name: str, nbytes: int) -> tuple[bytes, int]:
+    def read_part(self, name: str, first: int, nbytes: int) -> tuple[bytes, int]:
         path = self.local_path(name)
         if path is not None:
-            return read_start(path, nbytes)
+            return read_part(path, first, nbytes)
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self._api.endpoint)
-        headers = build_hf_headers() | {"Range": f"bytes=0-{nbytes - 1}", "Accept-Encoding": "identity"}
-        start = bytearray()
+        headers = build_hf_headers() | {"Range": f"bytes={first}-{first + nbytes - 1}", "Accept-Encoding": "identity"}
+        part = bytearray()
         with (
             self._errors(name),
             http_stream_backoff("GET", url, max_retries=2, headers=headers, follow_redirects=True) as response,
         ):
             hf_raise_for_status(response)
             # "bytes 0-131071/4976698672". A mirror that ignores Range sends the whole file: stop early.
-            size = int(
-                response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers["Content-Length"]
-            )
-            for chunk in response.iter_bytes():
-                start += chunk
-                if len(start) >= nbytes:
-                    break
-        return bytes(start[:nbytes]), size
+            span = response.headers.get("Content-Range", "")
+            if span or first == 0:
+                size = int(span.rpartition("/")[2] or response.headers["Content-Length"])
+                for chunk in response.iter_bytes():
+                    part += chunk
+                    if len(part) >= nbytes:
+                        break
+                return bytes(part[:nbytes]), size
+        return read_part(self.fetch(name), first, nbytes)
 
     def local_path(self, name: str) -> Path | None:
         path = try_to_load_from_cache(self.repo, name, revision=self.commit)

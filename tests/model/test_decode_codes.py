@@ -21,8 +21,9 @@ STORED = [
     (Kind.FP8, Layout.ROWS),
     (Kind.INT8, Layout.ROWS),
     (Kind.FP4, Layout.ROWS),
+    (Kind.TABLE, Layout.UPPER_FIRST),
     *((Kind.UINT8, layout) for layout in (Layout.ROWS, Layout.COLUMNS)),
-    *((Kind.UINT4, layout) for layout in Layout),
+    *((Kind.UINT4, layout) for layout in (Layout.ROWS, Layout.COLUMNS, Layout.AWQ)),
 ]
 reason = why_not_native(Kind.INT8, Layout.ROWS, torch.bfloat16)
 needs_library = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -43,10 +44,11 @@ def random_codes(kind: Kind, layout: Layout, o: int, d: int, random: torch.Gener
         stored = stored.view(torch.float8_e4m3fn)
     elif kind == Kind.INT8:
         stored = stored.view(torch.int8)
-    elif kind != Kind.FP4:
+    elif kind not in (Kind.FP4, Kind.TABLE):
         stored = stored.view(torch.int32)
-    shapes = {Layout.ROWS: (o, -1), Layout.COLUMNS: (-1, o), Layout.AWQ: (d, -1)}
-    return Codes(stored.view(shapes[layout]), kind, layout)
+    shapes = {Layout.ROWS: (o, -1), Layout.COLUMNS: (-1, o), Layout.AWQ: (d, -1), Layout.UPPER_FIRST: (o, -1)}
+    table = torch.randn(16, generator=random) if kind == Kind.TABLE else None
+    return Codes(stored.view(shapes[layout]), kind, layout, table)
 
 
 def make(
@@ -97,18 +99,21 @@ def test_nothing_is_left_to_torch(kind: Kind, layout: Layout, dtype: torch.dtype
 def test_decodes_to_the_same_bits(data: st.DataObject) -> None:
     kind, layout = data.draw(st.sampled_from(STORED))
     o, d = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 300))
-    d = d if kind in (Kind.FP8, Kind.INT8) else -(-d // 32) * 32
+    if kind not in (Kind.FP8, Kind.INT8):
+        d = 2 * d if kind == Kind.TABLE else -(-d // 32) * 32
     o = -(-o // 8) * 8 if layout == Layout.AWQ else o
     block, zeros, order = (1, 32), False, False
     if kind != Kind.FP4:
         in_words = kind in (Kind.UINT4, Kind.UINT8)
         block = 1 if in_words else data.draw(st.integers(1, 2 * o)), data.draw(st.integers(1, 2 * d))
-        zeros, order = data.draw(st.booleans()), in_words and data.draw(st.booleans())
+        zeros, order = kind != Kind.TABLE and data.draw(st.booleans()), in_words and data.draw(st.booleans())
     codes, scales = make(kind, layout, o, d, block, zeros, order, data.draw(st.integers(0, 1000)))
     if kind != Kind.FP4:
         for odd in data.draw(st.lists(st.sampled_from(ODD_SCALES), max_size=3)):
             scales.scales.view(-1)[data.draw(st.integers(0, scales.scales.numel() - 1))] = odd
         scales = replace(scales, scales=scales.scales.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16]))))
+    if kind == Kind.INT8:
+        scales = replace(scales, unit=data.draw(st.sampled_from([1.0, 1 / 127, -1e30])))
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
     via = data.draw(st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]))
     expected = decoded(dequantize, codes, scales, (o, d), dtype, via)
@@ -162,6 +167,29 @@ def test_threads_do_not_change_a_bit(kind: Kind, layout: Layout) -> None:
 def test_parts_that_do_not_fit_are_refused(codes: Tensor, scales: Scales) -> None:
     with pytest.raises(ValueError, match="do not make a weight"):
         decode_native(Codes(codes, Kind.INT8), scales, torch.zeros(8, 32, dtype=torch.bfloat16), None)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("kind", "layout", "table", "scales"),
+    [
+        (Kind.TABLE, Layout.UPPER_FIRST, None, Scales(torch.ones(8, 1), 1, 32)),
+        (Kind.TABLE, Layout.UPPER_FIRST, torch.ones(15), Scales(torch.ones(8, 1), 1, 32)),
+        (Kind.TABLE, Layout.ROWS, torch.ones(16), Scales(torch.ones(8, 1), 1, 32)),
+        (Kind.UINT4, Layout.UPPER_FIRST, torch.ones(16), Scales(torch.ones(8, 1), 1, 32)),
+        (Kind.UINT4, Layout.ROWS, torch.ones(16), Scales(torch.ones(8, 1), 1, 32)),
+        (Kind.TABLE, Layout.UPPER_FIRST, torch.ones(16), Scales(torch.ones(8, 1), 1, 32, torch.ones(8, 1))),
+        (Kind.TABLE, Layout.UPPER_FIRST, torch.ones(16), Scales(torch.ones(8, 1), 1, torch.zeros(32).long())),
+        (Kind.TABLE, Layout.UPPER_FIRST, torch.ones(16), Scales(torch.ones(8, 1), 1, 32, unit=0.5)),
+        (Kind.UINT4, Layout.ROWS, None, Scales(torch.ones(8, 1), 1, 32, unit=0.5)),
+    ],
+)
+def test_a_table_or_unit_in_another_place_is_refused(
+    kind: Kind, layout: Layout, table: Tensor | None, scales: Scales
+) -> None:
+    codes = Codes(torch.zeros(8, 16, dtype=torch.uint8), kind, layout, table)
+    with pytest.raises(ValueError, match="do not make a weight"):
+        decode_native(codes, scales, torch.zeros(8, 32, dtype=torch.bfloat16), None)
 
 
 # Where the library is left aside

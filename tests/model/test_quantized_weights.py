@@ -177,7 +177,7 @@ def test_nothing_is_decoded_before_the_loader_asks(write: Write, monkeypatch: py
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_missing_part_is_refused_by_name(write: Write, layout: str) -> None:
-    for part in made(LAYOUTS[layout], 40, 64)[0].keys() - {"input_scale", "g_idx", "weight_g_idx"}:
+    for part in made(LAYOUTS[layout], 40, 64)[0].keys() - {"input_scale", "g_idx", "weight_g_idx", "weight_format"}:
         tensors, _ = made(LAYOUTS[layout], 40, 64)
         del tensors[part]
         if part == "weight_zero_point" and "weight" in tensors:
@@ -210,6 +210,19 @@ def test_a_missing_part_is_refused_by_name(write: Write, layout: str) -> None:
         ("awq", "scales", torch.ones(3, 40)),
         ("awq", "qzeros", torch.ones(2, 4, dtype=torch.int32)),
         ("awq", "qweight", torch.ones(64, dtype=torch.int32)),
+        ("nf4", "weight", torch.zeros(1281, 1, dtype=torch.uint8)),
+        ("nf4", "weight", torch.zeros(1280, dtype=torch.uint8)),
+        ("nf4", "weight", torch.zeros(1280, 1, dtype=torch.int8)),
+        ("nf4", "weight.absmax", torch.ones(41)),
+        ("nf4", "weight.absmax", torch.ones(40, dtype=torch.uint8)),
+        ("nf4", "weight.quant_map", torch.ones(15)),
+        ("nf4", "weight.quant_state.bitsandbytes__nf4", torch.ones(5000, dtype=torch.uint8)),
+        ("nf4 nested", "weight.absmax", torch.ones(80)),
+        ("nf4 nested", "weight.nested_absmax", torch.ones(2)),
+        ("nf4 nested", "weight.nested_quant_map", torch.ones(255)),
+        ("llm.int8", "SCB", torch.ones(41)),
+        ("llm.int8", "SCB", torch.ones(40, dtype=torch.bfloat16)),
+        ("llm.int8", "weight_format", torch.zeros(2, dtype=torch.uint8)),
     ],
 )  # fmt: skip
 def test_a_part_of_another_shape_or_dtype_is_refused(write: Write, layout: str, part: str, wrong: Tensor) -> None:
@@ -225,6 +238,9 @@ def test_a_part_of_another_shape_or_dtype_is_refused(write: Write, layout: str, 
         ("int4 groups", "weight_shape", torch.tensor([40, 63]), "its weight_shape says [40, 63]"),
         ("int4 groups out of order", "weight_g_idx", torch.full((64,), 2), "2 groups, its g_idx goes from 2 to 2"),
         ("gptq", "qzeros", torch.full((2, 5), -1), "a zero point of 16"),
+        ("nf4", "weight.quant_map", torch.linspace(-1, 1, 16), "says nf4, and the 16 numbers beside it are others"),
+        ("nf4", "weight.quant_map", torch.full((16,), torch.nan), "the 16 numbers beside it are others"),
+        ("llm.int8", "weight_format", torch.tensor(3), "has weight_format 3, an order of older GPU kernels"),
     ],
 )
 def test_numbers_that_contradict_the_headers_are_refused_when_read(
@@ -241,7 +257,7 @@ def test_numbers_that_contradict_the_headers_are_refused_when_read(
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "(bitsandbytes); its headers do not say the shapes"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "(bitsandbytes), but no weight is stored so"),
         ({"quant_method": "hqq"}, "is already quantized (hqq); streamslr decodes fp8, fbgemm_fp8, mxfp4, compressed-"),
         ({"bits": 4}, "is already quantized (an unnamed method)"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "is already quantized (fp8), in a way that streamslr"),

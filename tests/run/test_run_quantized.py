@@ -19,7 +19,10 @@ from streamslr.run.context import open_run
 from tests.support.quantized import LAYOUTS, mxfp4_experts, quantize_checkpoint
 from tests.support.tiny_models import tiny_checkpoint
 
-LAYOUT_OF_EACH_FAMILY = ("fp8 blocks", "float channel", "int8 groups, zeros", "int4 groups, zeros", "gptq", "awq")
+LAYOUT_OF_EACH_FAMILY = (
+    *("fp8 blocks", "float channel", "int8 groups, zeros", "int4 groups, zeros", "gptq", "awq"),
+    *("nf4 nested", "llm.int8"),
+)
 FREE = 10**10
 
 
@@ -55,8 +58,9 @@ def test_evaluation_reads_what_the_dense_twin_has(source: Path, text: Path, tmp_
     assert found[0].nll == found[1].nll
 
 
-def test_the_plan_counts_decoded_bytes(source: Path, text: Path, tmp_path: Path) -> None:
-    quantize_checkpoint(source, tmp_path / "quantized", tmp_path / "twin", LAYOUTS["int4 groups"])
+@pytest.mark.parametrize("layout", ["int4 groups", "nf4"])
+def test_the_plan_counts_decoded_bytes(source: Path, text: Path, tmp_path: Path, layout: str) -> None:
+    quantize_checkpoint(source, tmp_path / "quantized", tmp_path / "twin", LAYOUTS[layout])
     plans = []
     for name in ("quantized", "twin"):
         config = RunConfig(**settings(tmp_path / name, tmp_path / f"{name}-out", text) | {"host_mem": 4 * 10**9})
@@ -83,6 +87,20 @@ def test_files_of_the_quantizer_do_not_travel(source: Path, text: Path, tmp_path
     names = {path.name for path in open_checkpoint(str(tmp_path / "quantized")).auxiliary_files()}
     assert "tokenizer.json" in names
     assert "quantize_config.json" not in names
+
+
+def test_nf4_goes_from_plan_to_load_and_eval_as_the_dense_twin(source: Path, text: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(source, tmp_path / "quantized", tmp_path / "twin", LAYOUTS["nf4"])
+    ids, logits, losses = torch.arange(24).view(2, 12), [], []
+    for name in ("quantized", "twin"):
+        config = settings(tmp_path / name, tmp_path / f"{name}-out", text)
+        assert open_run(RunConfig(**config | {"host_mem": 4 * 10**9})).plan.phases
+        streamslr.compress(**config)
+        with torch.no_grad():
+            logits.append(streamslr.load(tmp_path / f"{name}-out")(ids).logits)
+        losses.append(evaluate(str(tmp_path / f"{name}-out"), text, 16, windows=4, free_memory=FREE).nll)
+    assert torch.equal(logits[0], logits[1])
+    assert losses[0] == losses[1]
 
 
 def test_a_mixture_in_fp8_is_decoded_expert_by_expert(text: Path, tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ class Hub:
         """Tokens that may read gated and private repositories."""
         self.status = 0
         """When set, every request is answered with this status: 503 for a hub that is down."""
+        self.ranges = True
+        """When unset, whole files are sent to who asks for a part, as some mirrors do."""
         self.requests: list[Request] = []
 
     def add(
@@ -205,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, path: Path, headers: Mapping[str, str]) -> None:
         data = path.read_bytes()
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if match is None:
+        if match is None or not self.hub.ranges:
             return self._send(200, headers, data)
         first, last = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
         if first > last:

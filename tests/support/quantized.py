@@ -186,6 +186,65 @@ def mxfp4_experts(experts: int, d: int, o: int, random: np.random.Generator) -> 
     return blocks, torch.from_numpy(powers.astype(np.uint8)), weights
 
 
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022833]
+NF4 += [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+NF4 += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+BNB_FP4 = [x / 12 for x in (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3)]
+
+
+def four_bit_layout(
+    kind: str, block: int, nested: bool = False, dtype: str = "bfloat16", storage: torch.dtype = torch.uint8
+) -> Layout:
+    """Return bitsandbytes' 4 bits: a scale for each `block` weights along memory, which may be codes themselves."""
+    numbers = np.array(NF4 if kind == "nf4" else BNB_FP4, dtype=np.float32)
+
+    def make(o: int, d: int, random: np.random.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        codes, blocks = random.integers(0, 16, o * d), -(-o * d // block)
+        state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": dtype, "shape": [o, d]}
+        tensors = {
+            "weight": torch.from_numpy((codes[::2] << 4 | codes[1::2]).astype(np.uint8)).view(storage)[:, None],
+            "weight.quant_map": torch.tensor(numbers),
+        }
+        scales = random.uniform(0.05, 0.2, blocks).astype(np.float32)
+        if nested:
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.1171875}
+            scale_codes = random.integers(0, 256, blocks)
+            scale_map = random.uniform(-1, 1, 256).astype(np.float32)
+            largest = random.uniform(0.05, 0.1, -(-blocks // 256)).astype(np.float32)
+            for i in range(blocks):
+                scales[i] = np.float32(scale_map[scale_codes[i]] * largest[i // 256]) + np.float32(0.1171875)
+            tensors["weight.absmax"] = torch.from_numpy(scale_codes.astype(np.uint8))
+            tensors["weight.nested_absmax"] = torch.from_numpy(largest)
+            tensors["weight.nested_quant_map"] = torch.from_numpy(scale_map)
+        else:
+            tensors["weight.absmax"] = torch.from_numpy(scales)
+        tensors[f"weight.quant_state.bitsandbytes__{kind}"] = text_tensor(json.dumps(state))
+        values = np.array([numbers[code] * scales[i // block] for i, code in enumerate(codes)], dtype=np.float32)
+        return tensors, torch.from_numpy(values).view(o, d).to(getattr(torch, dtype)).to(torch.bfloat16)
+
+    entry = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    return Layout({**entry, "bnb_4bit_use_double_quant": nested, "llm_int8_skip_modules": None}, make)
+
+
+def text_tensor(text: str) -> Tensor:
+    """Return the bytes of a text, as bitsandbytes stores JSON."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def llm_int8_layout() -> Layout:
+    """Return bitsandbytes' LLM.int8(): codes, and the largest magnitude of each row, which is 127."""
+
+    def make(o: int, d: int, random: np.random.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        codes = random.integers(-128, 128, (o, d)).astype(np.int8)
+        largest = random.uniform(0.05, 0.2, (o, 1)).astype(np.float32)
+        values = codes.astype(np.float32) * largest * np.float32(7.874015718698502e-3)  # rounded twice
+        tensors = {"weight": torch.from_numpy(codes), "SCB": torch.from_numpy(largest[:, 0].copy())}
+        tensors["weight_format"] = torch.tensor(0, dtype=torch.uint8)
+        return tensors, torch.from_numpy(values).to(torch.bfloat16)
+
+    return Layout({"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}, make)
+
+
 def blocks_of(rows: int, columns: int) -> Callable[[int, int], tuple[int, ...]]:
     return lambda o, d: (-(-o // rows), -(-d // columns))
 
@@ -241,6 +300,10 @@ LAYOUTS: Mapping[str, Layout] = {
     "gptq": gptq_layout(4, "gptq"),
     "gptq v2 out of order": gptq_layout(8, "gptq_v2", order=True),
     "awq": awq_layout(),
+    "nf4": four_bit_layout("nf4", 64),
+    "nf4 nested": four_bit_layout("nf4", 32, nested=True, dtype="float16"),
+    "fp4 over rows": four_bit_layout("fp4", 1024, dtype="float32", storage=torch.bfloat16),
+    "llm.int8": llm_int8_layout(),
 }
 
 
