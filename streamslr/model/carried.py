@@ -35,6 +35,7 @@ class _Columns:
 
     Attributes:
         axes: axes of the tensor that count windows and tokens.
+        shared: all windows have one tensor in common (RoFormer's positions); `axes` then count one more axis before it.
         rest: its shape without these.
         dtype: its dtype.
         start: first column.
@@ -42,6 +43,7 @@ class _Columns:
     """
 
     axes: tuple[int, int]
+    shared: bool
     rest: tuple[int, ...]
     dtype: torch.dtype
     start: int
@@ -81,15 +83,17 @@ class Layout:
                     raise ValueError(f"blocks hand on a {type(tensor).__name__}")
                 leaves.append(tensor)
                 continue
-            axes = _axes(tuple(tensor.shape), tuple(other.shape), tokens)
-            rest = tuple(size for axis, size in enumerate(tensor.shape) if axis not in axes)
+            shared = tensor.shape == other.shape
+            shape, other_shape = (((n,) if shared else ()) + tuple(t.shape) for n, t in ((1, tensor), (2, other)))
+            axes = _axes(shape, other_shape, tokens)
+            rest = tuple(size for axis, size in enumerate(shape) if axis not in axes)
             width = -(-math.prod(rest) * tensor.dtype.itemsize // dtype.itemsize)
-            leaves.append(_Columns(axes, rest, tensor.dtype, start, width))
+            leaves.append(_Columns(axes, shared, rest, tensor.dtype, start, width))
             start += width
         return cls(spec, tuple(leaves), dtype, start)
 
-    def pack(self, carried: Carried) -> Tensor:
-        """Return the columns [b, T, width] for what is carried.
+    def pack(self, carried: Carried, windows: int) -> Tensor:
+        """Return the columns [b, T, width] for what is carried beside b = `windows` windows.
 
         Raises:
             ValueError: it has another structure, shape or dtype than this layout.
@@ -98,14 +102,20 @@ class Layout:
         if spec != self.spec:
             raise ValueError("a block hands on other values than it did on the meta device")
         pairs = [pair for pair in zip(tensors, self.leaves, strict=True) if isinstance(pair[1], _Columns)]
-        return torch.cat([self._to_columns(tensor, place) for tensor, place in pairs], -1)
+        return torch.cat([self._to_columns(tensor, place, windows) for tensor, place in pairs], -1)
 
     def unpack(self, columns: Tensor) -> Carried:
-        """Return what is carried from its columns [b, T, width]."""
+        """Return what is carried from its columns [b, T, width].
+
+        Raises:
+            ValueError: a tensor that the windows have in common differs from window to window.
+        """
         values = [self._from_columns(columns, leaf) if isinstance(leaf, _Columns) else leaf for leaf in self.leaves]
         return Carried(*tree_unflatten(values, self.spec))
 
-    def _to_columns(self, tensor: Tensor, place: _Columns) -> Tensor:
+    def _to_columns(self, tensor: Tensor, place: _Columns, windows: int) -> Tensor:
+        if place.shared:
+            tensor = tensor.expand(windows, *tensor.shape)
         rows = tensor.movedim(place.axes, (0, 1))
         if tensor.dtype != place.dtype or tuple(rows.shape[2:]) != place.rest:
             raise ValueError(
@@ -121,10 +131,13 @@ class Layout:
 
     def _from_columns(self, columns: Tensor, place: _Columns) -> Tensor:
         rows = columns[..., place.start : place.start + place.width]
+        if place.shared and not rows.is_meta and not torch.equal(rows, rows[:1].expand_as(rows)):
+            raise ValueError(f"blocks hand on a tensor {list(place.rest)} that depends on which windows pass together")
         if place.dtype != self.dtype:
             bytes_ = rows.clone(memory_format=torch.contiguous_format).view(torch.uint8)
             rows = bytes_[..., : math.prod(place.rest) * place.dtype.itemsize].contiguous().view(place.dtype)
-        return rows.reshape(*rows.shape[:2], *place.rest).movedim((0, 1), place.axes).contiguous()
+        tensor = rows.reshape(*rows.shape[:2], *place.rest).movedim((0, 1), place.axes)
+        return (tensor[0] if place.shared else tensor).contiguous()
 
 
 def _axes(one: tuple[int, ...], two: tuple[int, ...], tokens: int) -> tuple[int, int]:

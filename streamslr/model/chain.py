@@ -1,7 +1,7 @@
 """The blocks of a model as a chain: what enters each one, as a boundary holds it, and how the model calls it."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -180,17 +180,27 @@ class Chain:
         layout = self.layouts(hidden.shape[1])[i] if self._carries else None
         if layout is None or not layout.width:
             return hidden
-        try:
-            return torch.cat([hidden.to(self._dtype), layout.pack(carried)], -1)
-        except ValueError as error:
-            raise InputError(f"{self._recorder.label} cannot be taken block by block: {error}") from error
+        with self._refusing():
+            return torch.cat([hidden.to(self._dtype), layout.pack(carried, len(hidden))], -1)
 
     def _apart(self, i: int, entering: Tensor) -> tuple[Tensor, Carried]:
         """Return the hidden states [b, T, h] of boundary i, and what is carried."""
         if not self._carries:
             return entering, Carried()
         hidden, columns = entering[..., : self.hidden_size], entering[..., self.hidden_size :]
-        return hidden.contiguous(), self.layouts(entering.shape[1])[i].unpack(columns)
+        with self._refusing():
+            return hidden.contiguous(), self.layouts(entering.shape[1])[i].unpack(columns)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Give a value that does not fit its columns the model's name."""
+        try:
+            yield
+        except ValueError as error:
+            raise InputError(
+                f"{self._recorder.label} cannot be taken block by block: {error}; what was finished is kept, but "
+                f"choose another model"
+            ) from error
 
     def _flat(self, hidden: Tensor) -> Tensor:
         """Return hidden states as the model shapes them as [b, T, h]."""
