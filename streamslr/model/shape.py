@@ -1,6 +1,6 @@
 """Shapes of a model, read from headers and the meta device: all that a plan needs to know of it."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -48,6 +48,23 @@ class BlockShape:
         """Bytes of one float32 sum [d, d] of the Grams of all E experts for each kind of them; 0 without experts."""
         return round(sum(4 * d * d / self.routing[name][1] for name, d in self.expert_grams.items()))
 
+    @cached_property
+    def kind(self) -> Hashable:
+        """All shapes of the block without names, which are equal for blocks of one kind.
+
+        Linears and modules of experts stand by their place in the block.
+        """
+        place = {name: i for i, name in enumerate(self.linears)}
+        module_place = {module: i for i, module in enumerate(self.modules_of_experts)}
+        return (
+            tuple(self.linears.values()),
+            tuple(tuple(place[name] for name in group) for group in self.groups),
+            self.parameters,
+            self.source_bytes,
+            tuple((place[name], experts) for name, experts in self.routing.items()),
+            tuple((place[name], module_place[module], i) for name, (module, i) in self.expert_of.items()),
+        )
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -65,3 +82,11 @@ class ModelShape:
     float32_stream: bool = False  # hidden states inside blocks, and targets, are float32 whatever the compute dtype
     carried: int = 0
     """Most numbers of the compute dtype that blocks hand on for a token beside its hidden states."""
+
+    @cached_property
+    def block_kinds(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of the blocks of each kind; the kind of block 0 comes first."""
+        kinds: dict[Hashable, list[int]] = {}
+        for i, block in enumerate(self.blocks):
+            kinds.setdefault(block.kind, []).append(i)
+        return tuple(map(tuple, kinds.values()))

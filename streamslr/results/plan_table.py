@@ -7,11 +7,17 @@ from itertools import groupby, takewhile
 from rich.table import Table
 
 from streamslr.config import format_bytes
-from streamslr.run.plan import Plan
+from streamslr.run.plan import BlockKind, Plan
+
+_MOST_RANGES = 4
+"""Ranges of block numbers that are shown of a kind of blocks."""
 
 
 def plan_table(plan: Plan) -> Table:
-    """Return a table with one row a phase, and the choices and totals of the plan around it."""
+    """Return a table with one row a phase, and the choices and totals of the plan around it.
+
+    Where blocks differ, a row for each kind of them follows: the most that one of them takes, and the FLOPs of all.
+    """
     budget = f"host budget {format_bytes(plan.host_mem)}"
     if plan.device != "cpu":
         budget += ", no gpu budget given" if plan.gpu_mem is None else f", gpu budget {format_bytes(plan.gpu_mem)}"
@@ -25,12 +31,15 @@ def plan_table(plan: Plan) -> Table:
     if plan.gram_bytes_at_once is not None:
         choices += f", Gram matrices are collected {format_bytes(plan.gram_bytes_at_once)} at a time"
     ranks = f" on each of {plan.world} ranks" if plan.world > 1 else ""
+    kinds = plan.kinds if len(plan.kinds) > 1 else ()
+    blocks = f"{plan.blocks} blocks" + (f" of {len(kinds)} kinds" if kinds else "")
     table = Table(
         min_width=76,
-        title=f"plan: {plan.blocks} blocks on {plan.device}{ranks}, {plan.micro_batch} windows at a time, {budget}",
+        title=f"plan: {blocks} on {plan.device}{ranks}, {plan.micro_batch} windows at a time, {budget}",
         caption=f"output {format_bytes(plan.output_bytes)} (source {format_bytes(plan.source_bytes)}), "
         f"scratch {format_bytes(plan.scratch_bytes)} (hidden states: {tier}){choices}"
         + (f", to download {format_bytes(plan.download_bytes)}" if plan.download_bytes else "")
+        + (f", each rank sends {format_bytes(plan.sent_bytes_in_all)}" if kinds and plan.world > 1 else "")
         + f"\nlinears become {plan.linears}: S, U and V keep {plan.parameter_fraction:.1%} of their parameters"
         + (f"\n{plan.expert_grams_in_words}" if plan.expert_gram_groups else "")
         + "".join(f"\nstay dense: {which}" for which in plan.dense)
@@ -41,8 +50,22 @@ def plan_table(plan: Plan) -> Table:
     for phase in plan.phases:
         table.add_row(phase.name, *_figures(plan, phase.host_bytes, phase.gpu_bytes, phase.flops, phase.sent_bytes))
     table.add_section()
+    for kind in kinds:
+        peaks = max(phase.host_bytes for phase in kind.phases), max(phase.gpu_bytes for phase in kind.phases)
+        table.add_row(_blocks_in_words(kind), *_figures(plan, *peaks, kind.flops, kind.sent_bytes))
+    table.add_section()
     table.add_row("peak", *_figures(plan, plan.host_bytes, plan.gpu_bytes, plan.flops, plan.sent_bytes))
     return table
+
+
+def _blocks_in_words(kind: BlockKind) -> str:
+    """Return the number of blocks of a kind, and which they are: "3 blocks: 0, 4–5"."""
+    shown = []
+    for _, run in groupby(enumerate(kind.blocks), key=lambda pair: pair[1] - pair[0]):
+        first, *others = (block for _, block in run)
+        shown.append(f"{first}–{others[-1]}" if others else f"{first}")
+    which = ", ".join(shown if len(shown) <= _MOST_RANGES else [*shown[:_MOST_RANGES], "…"])
+    return f"{len(kind.blocks)} block{'s' if len(kind.blocks) > 1 else ''}: {which}"
 
 
 def who_solves(plan: Plan) -> list[str]:

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of each phase of a run on its busiest rank, from shapes alone: sums of what the parts take."""
+"""Bytes and FLOPs of each phase on the busiest rank, for blocks of one kind: sums of what the parts take."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -36,9 +36,9 @@ Groups = list[list[str]]
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """Peak bytes while a phase runs, for the largest block where blocks differ, and FLOPs of all its runs together.
+    """Peak bytes while a phase runs, and FLOPs of all its runs together.
 
-    sent_bytes: what a rank sends to others for the largest block, on average over ranks; 0 in one process.
+    sent_bytes: what a rank sends to others for one block, on average over ranks; 0 in one process.
     """
 
     name: str
@@ -64,10 +64,13 @@ class SolveStage:
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of a run's phases on its busiest rank. Bytes are of the largest block where blocks differ."""
+    """Costs of a run's phases on its busiest rank, in blocks of one kind.
+
+    Bytes are those of the block that takes most, where the linears of blocks have different specs.
+    """
 
     config: RunConfig
-    model: ModelShape
+    model: ModelShape  # with the blocks of one kind alone
     allocation: Allocation
     method: Method
     device: torch.device
@@ -142,7 +145,7 @@ class Costs:
         pairs = zip(self.model.blocks, stage.linears, strict=True)
         shapes = [block.linears[name] for block, names in pairs for name in names]
         grams = stage.waiting if grams_at == "device" else grams_bytes([max(d for _, d in shapes)])
-        grams += self._expert_sum_bytes if self._blends_late else 0
+        grams += self._block.expert_sum_bytes if self._blends_late else 0
         weight = 0 if self._value_bytes == 4 else 4 * max(o * d for o, d in shapes)
         return self._block_bytes + grams + self._routing_bytes + stage.packed + weight
 
@@ -182,7 +185,7 @@ class Costs:
     def _load(self) -> PhaseCost:
         # beside the weights, values that calls of blocks share: angles of the positions, masks
         shared = 0 if self.device.type == "cpu" else self._hidden_bytes(1) // 4
-        return self._cost("load", self._block_bytes + shared, max(b.source_bytes for b in self.model.blocks), 0.0)
+        return self._cost("load", self._block_bytes + shared, self._block.source_bytes, 0.0)
 
     def grams(self, micro_batch: int, grams_at: str) -> PhaseCost:
         """Return the cost of phase grams; arguments as of `phases`.
@@ -199,14 +202,14 @@ class Costs:
         on_gpu, host = self._moving(micro_batch, reads=self._streams, writes=self._streams[1:])
         passing = self._pass_bytes(micro_batch) + self._product_bytes(micro_batch) + on_gpu
         sizes = self._tokens(micro_batch), self._value_bytes
-        passing += max(kept_input_bytes(block, *sizes) for block in self.model.blocks)
+        passing += kept_input_bytes(self._block, *sizes)
         grams = self.largest_group_bytes
         if self.grams_at_once is not None:
-            grams += 0 if self.keeps_inputs else self._expert_sum_bytes
+            grams += 0 if self.keeps_inputs else self._block.expert_sum_bytes
             host += self.kept_gram_bytes if grams_at == "host" else 0
         elif not self.keeps_inputs:
-            blending = max(blend_bytes(b.expert_grams.values()) for b in self.model.blocks)  # after all windows
-            passing = max(passing, self._expert_sum_bytes if self._blends_late else blending)
+            blending = blend_bytes(self._block.expert_grams.values())  # after all windows
+            passing = max(passing, self._block.expert_sum_bytes if self._blends_late else blending)
         on_gpu, writing = self._moving_inputs(micro_batch, writes=1)
         kept = on_gpu + self._routing_bytes
         pairs = [(block, in_passes) for block, (in_passes, _) in zip(self.model.blocks, self._groups, strict=True)]
@@ -225,8 +228,8 @@ class Costs:
         on_gpu, host = self._moving_inputs(micro_batch, reads=1)
         passing = on_gpu + self._routing_bytes + self._product_bytes(micro_batch)
         sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes
-        passing += max(routed_bytes(block, *sizes) for block in self.model.blocks)
-        grams = self.largest_expert_group_bytes + self._expert_sum_bytes
+        passing += routed_bytes(self._block, *sizes)
+        grams = self.largest_expert_group_bytes + self._block.expert_sum_bytes
         grams += self._waiting_of_passes if grams_at == "device" else 0
         host += self.kept_gram_bytes if grams_at == "host" else 0
         work = 0.0
@@ -347,8 +350,7 @@ class Costs:
         """Activations and attention scores of a pass without gradients, and what blocks hand on, in and out."""
         sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes, self._stream_bytes
         carried = 2 * self._tokens(micro_batch) * self.model.carried * self._value_bytes
-        activations = max(activation_bytes(block, *sizes) for block in self.model.blocks)
-        return activations + self._score_bytes(micro_batch) + carried
+        return activation_bytes(self._block, *sizes) + self._score_bytes(micro_batch) + carried
 
     def _score_bytes(self, micro_batch: int) -> int:
         return score_bytes(micro_batch, self.config.seq_len, self.model.eager_heads)
@@ -385,9 +387,14 @@ class Costs:
         """Owners of the Grams that each pass of a block collects, and those of kept inputs, by block."""
         return [group_grams(block, self.grams_at_once, self.expert_grams_at_once) for block in self.model.blocks]
 
-    @cached_property
+    @property
+    def _block(self) -> BlockShape:
+        """Shape of every block; only names and specs of linears differ."""
+        return self.model.blocks[0]
+
+    @property
     def _block_bytes(self) -> int:
-        return max(block.parameters for block in self.model.blocks) * self._value_bytes
+        return self._block.parameters * self._value_bytes
 
     @cached_property
     def kept_gram_bytes(self) -> int:
@@ -415,27 +422,25 @@ class Costs:
     @cached_property
     def largest_group_bytes(self) -> int:
         """Bytes of the Grams that one pass collects."""
-        return self._largest(in_passes for in_passes, _ in self._groups)
+        return self._largest(self._groups[0][0])
 
     @cached_property
     def largest_expert_group_bytes(self) -> int:
         """Bytes of the Grams that are collected from kept inputs at a time."""
-        return self._largest(from_inputs for _, from_inputs in self._groups)
+        return self._largest(self._groups[0][1])
 
-    def _largest(self, of_blocks: Iterable[Groups]) -> int:
-        pairs = zip(self.model.blocks, of_blocks, strict=True)
-        sizes = [grams_bytes(block.grams[owner] for owner in group) for block, groups in pairs for group in groups]
-        return max(sizes, default=0)
+    def _largest(self, groups: Groups) -> int:
+        return max((grams_bytes(self._block.grams[owner] for owner in group) for group in groups), default=0)
 
     @property
-    def most_expert_groups(self) -> int:
-        """Groups of experts' Grams that a block is cut into, at most; 0 where no inputs are kept."""
-        return max(len(from_inputs) for _, from_inputs in self._groups)
+    def expert_gram_groups(self) -> int:
+        """Groups of experts' Grams that a block is cut into; 0 where no inputs are kept."""
+        return len(self._groups[0][1])
 
     @property
     def has_experts(self) -> bool:
-        """True where a block has experts whose inputs can be kept."""
-        return any(block.expert_of for block in self.model.blocks)
+        """True where the blocks have experts whose inputs can be kept."""
+        return bool(self._block.expert_of)
 
     @property
     def keeps_inputs(self) -> bool:
@@ -447,16 +452,14 @@ class Costs:
         """Bytes of the kept inputs of a block's experts, in the scratch folder."""
         if not self.keeps_inputs:
             return 0
-        modules = max(len(block.modules_of_experts) for block in self.model.blocks)
-        return modules * self._fitted * self.window_bytes("hidden")
+        return len(self._block.modules_of_experts) * self._fitted * self.window_bytes("hidden")
 
     @property
     def _routing_bytes(self) -> int:
         """Bytes of the routing that is kept with the inputs of experts."""
         if not self.keeps_inputs:
             return 0
-        chosen = max(sum(block.modules_of_experts.values()) for block in self.model.blocks)
-        return routing_bytes(self._tokens(self._fitted), chosen)
+        return routing_bytes(self._tokens(self._fitted), sum(self._block.modules_of_experts.values()))
 
     def _moving_inputs(self, micro_batch: int, reads: int = 0, writes: int = 0) -> tuple[int, int]:
         """Return the bytes on the GPU and on the host of kept inputs on their way.
@@ -465,7 +468,7 @@ class Costs:
         """
         if not self.keeps_inputs:
             return 0, 0
-        writes *= max(len(block.modules_of_experts) for block in self.model.blocks)
+        writes *= len(self._block.modules_of_experts)
         moved = self._hidden_bytes(micro_batch)
         if not self._on_gpu:
             return 0, transfer_bytes(moved, reads, writes)
@@ -476,10 +479,6 @@ class Costs:
     def _blends_late(self) -> bool:
         """True where a Gram of an expert is blended as it is solved, with sums over groups and ranks."""
         return self.world > 1 or self.grams_at_once is not None or self.keeps_inputs
-
-    @cached_property
-    def _expert_sum_bytes(self) -> int:
-        return max(block.expert_sum_bytes for block in self.model.blocks)
 
     @cached_property
     def _packed_bytes(self) -> int:
@@ -493,7 +492,7 @@ class Costs:
     @cached_property
     def widest(self) -> int:
         """Width of the widest input."""
-        return max(d for block in self.model.blocks for d in block.grams.values())
+        return max(self._block.grams.values())
 
     @cached_property
     def _forward_flops(self) -> float:

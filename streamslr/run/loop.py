@@ -89,7 +89,6 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
         config.check_windows,
     )
     context.blockwise.require_windows(config.seq_len, torch.cat([calibration.ids, calibration.check]))
-    planned = context.plan.memory()
     first_state = _first_state(context, calibration, bos=bool(prefix))
     _require_same_on_all_ranks(ranks, first_state.fingerprint)
     with WarningsOfRanks(ranks) as warnings, Journal(config.out, first_state, ranks) as journal:
@@ -107,13 +106,13 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
             )
         if state.blocks:
             log.info("%s: %d of %d blocks are done, going on", config.out, len(state.blocks), state.blocks_total)
-        progress = BlockProgress(display, len(state.blocks), state.blocks_total)
+        progress = BlockProgress(display, len(state.blocks), context.plan.kinds)
         with (
             PhaseTimer(
                 context.device,
                 display,
                 config.host_mem,
-                planned,
+                context.plan.memory,
                 context.gpu.context if context.gpu else 0,
                 ranks.traffic if ranks.world > 1 else None,
             ) as timer,

@@ -1,7 +1,8 @@
 """The plan of a run, before any work: what each phase takes, what fits the budgets, and what is refused."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,39 @@ _BATCH_PHASES = ("survey", "embed", "grams", "match", "propagate")
 _MATCHED = ("match", "propagate")
 """Phases that read hidden states and targets of the same two boundaries."""
 
+_BESIDE_BLOCKS = ("embed", "compare")
+"""Phases of the whole model, which pass no block."""
+
+
+Kinds = Sequence[Costs]
+"""Costs of each kind of blocks; all of them obey the same choices."""
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """Blocks of one kind: their shapes are equal. Their costs are those of a model that has no others."""
+
+    blocks: tuple[int, ...]  # their numbers
+    phases: tuple[PhaseCost, ...]  # without those that pass no block
+    expert_gram_groups: int  # of a block; 0 where no inputs of experts are kept
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all blocks of the kind."""
+        return sum(phase.flops for phase in self.phases)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that a rank sends to others for one block, on average over ranks."""
+        return sum(phase.sent_bytes for phase in self.phases)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Cost of a run on its busiest rank, and the choices that it obeys: `micro_batch` to `solver_workspace`."""
+    """Cost of a run on its busiest rank, and the choices that it obeys: `micro_batch` to `solver_workspace`.
+
+    Blocks of all kinds obey the same choices, which the most demanding kind decides.
+    """
 
     device: str
     blocks: int
@@ -46,11 +76,12 @@ class Plan:
     gram_bytes_at_once: int | None  # bytes of the Grams that one pass of a block collects; None: one pass collects all
     expert_gram_bytes_at_once: int | None  # bytes of experts' Grams that are collected from kept inputs at a time
     expert_gram_groups: int  # of a block, at most; 0 where no inputs are kept
-    kept_input_bytes: int  # of these inputs, in the scratch folder
+    kept_input_bytes: int  # of these inputs, in the scratch folder, at most
     grams_at: str  # tier where Gram matrices wait to be solved: "device", "host" or "disk"
     solved_at: str  # tier where solved and refined linears wait while their block is matched: "device" or "host"
     solver_workspace: int | None  # bytes that one solve may take, which then works in tiles; None: as many as it likes
-    phases: tuple[PhaseCost, ...]
+    phases: tuple[PhaseCost, ...]  # bytes of the kind of blocks that takes most in the phase, FLOPs of all blocks
+    kinds: tuple[BlockKind, ...]  # that of block 0 first
     scratch_bytes: int  # of one rank
     output_bytes: int
     source_bytes: int
@@ -73,7 +104,7 @@ class Plan:
             fields["deal"]["by_rows"] = sorted(self.deal.by_rows)
         budgets = {"host_budget_bytes": fields.pop("host_mem"), "gpu_budget_bytes": fields.pop("gpu_mem")}
         totals = {"host_bytes": self.host_bytes, "gpu_bytes": self.gpu_bytes, "flops": self.flops}
-        totals |= {"sent_bytes": self.sent_bytes}
+        totals |= {"sent_bytes": self.sent_bytes, "sent_bytes_in_all": self.sent_bytes_in_all}
         return fields | totals | budgets
 
     @property
@@ -93,16 +124,28 @@ class Plan:
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that a rank sends to others for one block, on average over ranks."""
-        return sum(phase.sent_bytes for phase in self.phases)
+        """Bytes that a rank sends to others for one block, of the kind with most, on average over ranks."""
+        return max(kind.sent_bytes for kind in self.kinds)
 
-    def memory(self) -> dict[str, dict[str, int]]:
+    @property
+    def sent_bytes_in_all(self) -> int:
+        """Bytes that a rank sends to others for all blocks, on average over ranks."""
+        return sum(len(kind.blocks) * kind.sent_bytes for kind in self.kinds)
+
+    def memory(self, block: int | None = None) -> dict[str, dict[str, int]]:
         """Return {phase: planned and budgeted bytes}, which the journal keeps beside what is measured.
 
         Phase grams also has the number of groups of experts' Grams, if they are cut.
+
+        Args:
+            block: Number of the block whose phases these are; None: those of the whole model.
         """
+        phases, groups = self.phases, self.expert_gram_groups
+        if block is not None:
+            (kind,) = (kind for kind in self.kinds if block in kind.blocks)
+            phases, groups = kind.phases, kind.expert_gram_groups
         memory = {}
-        for phase in self.phases:
+        for phase in phases:
             memory[phase.name] = {"host_planned_bytes": phase.host_bytes, "host_budget_bytes": self.host_mem}
             if self.gpu_mem is not None:
                 memory[phase.name] |= {
@@ -110,8 +153,8 @@ class Plan:
                     "gpu_context_bytes": self.gpu_context,
                     "gpu_budget_bytes": self.gpu_mem,
                 }
-        if self.expert_gram_groups:
-            memory["grams"]["expert_gram_groups"] = self.expert_gram_groups
+        if groups:
+            memory["grams"]["expert_gram_groups"] = groups
         return memory
 
     @property
@@ -205,31 +248,37 @@ def make_plan(
         ranks: Ranks that share the run. The plan is that of the one with the most windows, Grams and work.
     """
     workspaces = (gpu or GpuMemory(0)).workspaces
-    costs = Costs(config, model, allocation, method, device, dtype, baseline, workspaces, ranks.world)
-    budgets = _Budgets(host_mem, gpu.usable if gpu else None)
+    kinds: Kinds = [
+        Costs(config, of_kind, allocation, method, device, dtype, baseline, workspaces, ranks.world)
+        for of_kind in (replace(model, blocks=tuple(model.blocks[i] for i in kind)) for kind in model.block_kinds)
+    ]
+    budgets = _Budgets(host_mem, gpu.usable if gpu else None, device.type == "cpu")
     workspace = pieces.solver_workspace if pieces else None
-    costs = _cut_grams(costs, budgets, workspace)
+    kinds = _cut_grams(kinds, budgets, workspace)
     if config.match and device.type != "cpu":
-        room = budgets.left_on_device(costs, costs.match(1))
-        costs = replace(costs, solved_on_host=room is not None and room < 0)
-    micro_batch = pieces.micro_batch if pieces else _choose_micro_batch(costs, budgets)
-    costs = _enlarge_groups(costs, budgets, micro_batch)
-    grams_at = _choose_gram_tier(costs, budgets, workspace)
+        room = budgets.left_on_device(costs.match(1) for costs in kinds)
+        kinds = [replace(costs, solved_on_host=room is not None and room < 0) for costs in kinds]
+    micro_batch = pieces.micro_batch if pieces else _choose_micro_batch(kinds, budgets)
+    kinds = _enlarge_groups(kinds, budgets, micro_batch)
+    grams_at = _choose_gram_tier(kinds, budgets, workspace)
     if not pieces:
-        workspace = _choose_workspace(costs, budgets, grams_at)
-    phases = costs.phases(micro_batch, grams_at, workspace)
+        workspace = _choose_workspace(kinds, budgets, grams_at)
+    costs = kinds[0]  # for what all kinds have in common
+    by_kind = [kind.phases(micro_batch, grams_at, workspace) for kind in kinds]
 
-    resident_windows = _choose_resident_windows(costs, budgets, phases)
+    resident_windows = _choose_resident_windows(costs, budgets, chain.from_iterable(by_kind))
     kept = resident_windows * (costs.window_bytes("hidden") + costs.window_bytes("targets"))
-    phases = tuple(replace(p, gpu_bytes=p.gpu_bytes + kept) if p.name in _MATCHED else p for p in phases)
-
     boundaries = costs.boundary_bytes("hidden"), costs.boundary_bytes("targets"), costs.check_bytes
     scratch = scratch_bytes(*boundaries)
     # half of what is left stays free for what else runs on the machine
-    in_memory = scratch <= (host_mem - max(phase.host_bytes for phase in phases)) // 2
-    if in_memory:
-        held = [held_bytes(phase.name, *boundaries) for phase in phases]
-        phases = tuple(replace(p, host_bytes=p.host_bytes + more) for p, more in zip(phases, held, strict=True))
+    in_memory = scratch <= (host_mem - max(phase.host_bytes for phase in chain.from_iterable(by_kind))) // 2
+
+    def with_windows(phase: PhaseCost) -> PhaseCost:
+        on_host = held_bytes(phase.name, *boundaries) if in_memory else 0
+        on_gpu = kept if phase.name in _MATCHED else 0
+        return replace(phase, host_bytes=phase.host_bytes + on_host, gpu_bytes=phase.gpu_bytes + on_gpu)
+
+    by_kind = [tuple(map(with_windows, phases)) for phases in by_kind]
     return Plan(
         device=device.type,
         blocks=len(model.blocks),
@@ -237,14 +286,19 @@ def make_plan(
         in_memory=in_memory,
         resident_windows=resident_windows,
         gram_bytes_at_once=costs.grams_at_once,
-        expert_gram_bytes_at_once=costs.largest_expert_group_bytes if costs.keeps_inputs else None,
-        expert_gram_groups=costs.most_expert_groups,
-        kept_input_bytes=costs.kept_input_bytes,
+        expert_gram_bytes_at_once=max(k.largest_expert_group_bytes for k in kinds) if costs.keeps_inputs else None,
+        expert_gram_groups=max(kind.expert_gram_groups for kind in kinds),
+        kept_input_bytes=max(kind.kept_input_bytes for kind in kinds),
         grams_at=grams_at,
         solved_at="host" if costs.solved_on_host else "device",
         solver_workspace=workspace,
-        phases=phases,
-        scratch_bytes=scratch + costs.kept_input_bytes + (costs.kept_gram_bytes if grams_at == "disk" else 0),
+        phases=tuple(_over_kinds(same) for same in zip(*by_kind, strict=True)),
+        kinds=tuple(
+            BlockKind(blocks, tuple(p for p in phases if p.name not in _BESIDE_BLOCKS), kind.expert_gram_groups)
+            for blocks, phases, kind in zip(model.block_kinds, by_kind, kinds, strict=True)
+        ),
+        scratch_bytes=scratch
+        + max(kind.kept_input_bytes + (kind.kept_gram_bytes if grams_at == "disk" else 0) for kind in kinds),
         output_bytes=model.non_block_bytes + sum(costs.packed_bytes(block) for block in model.blocks),
         source_bytes=model.non_block_bytes + sum(block.source_bytes for block in model.blocks),
         download_bytes=model.download_bytes,
@@ -256,7 +310,20 @@ def make_plan(
         gpu_context=gpu.context if gpu else 0,
         world=ranks.world,
         local_world=ranks.local_world,
-        deal=max(costs.deals, key=lambda deal: sum(deal.loads)) if ranks.world > 1 else None,
+        deal=max(chain.from_iterable(kind.deals for kind in kinds), key=lambda deal: sum(deal.loads))
+        if ranks.world > 1
+        else None,
+    )
+
+
+def _over_kinds(costs: Sequence[PhaseCost]) -> PhaseCost:
+    """Return the cost of a phase over all kinds of blocks: bytes of the kind that takes most, FLOPs of all."""
+    return PhaseCost(
+        costs[0].name,
+        max(cost.host_bytes for cost in costs),
+        max(cost.gpu_bytes for cost in costs),
+        sum(cost.flops for cost in costs),
+        max(cost.sent_bytes for cost in costs),
     )
 
 
@@ -266,19 +333,20 @@ class _Budgets:
 
     host: int
     gpu: int | None
+    on_cpu: bool  # blocks are computed in host memory
 
     def hold_on_host(self, phases: Iterable[PhaseCost]) -> bool:
         return all(phase.host_bytes <= self.host for phase in phases)
 
-    def left_on_device(self, costs: Costs, phase: PhaseCost) -> int | None:
-        """Return the bytes that a phase leaves of the memory that blocks are computed in; None: no limit."""
-        if costs.device.type == "cpu":
-            return self.host - phase.host_bytes
-        return None if self.gpu is None else self.gpu - phase.gpu_bytes
+    def left_on_device(self, phases: Iterable[PhaseCost]) -> int | None:
+        """Return the least that a phase leaves of the memory that blocks are computed in; None: no limit."""
+        if self.on_cpu:
+            return self.host - max(phase.host_bytes for phase in phases)
+        return None if self.gpu is None else self.gpu - max(phase.gpu_bytes for phase in phases)
 
-    def fit_on_device(self, costs: Costs, phase: PhaseCost) -> bool:
-        """Tell if a phase fits the memory that blocks are computed in."""
-        left = self.left_on_device(costs, phase)
+    def fit_on_device(self, phases: Iterable[PhaseCost]) -> bool:
+        """Tell if phases fit the memory that blocks are computed in."""
+        left = self.left_on_device(phases)
         return left is None or left >= 0
 
     def hold(self, phases: Iterable[PhaseCost]) -> bool:
@@ -287,78 +355,85 @@ class _Budgets:
         return on_gpu and self.hold_on_host(phases)
 
 
-def _choose_micro_batch(costs: Costs, budgets: _Budgets) -> int:
+def _choose_micro_batch(kinds: Kinds, budgets: _Budgets) -> int:
     """Return the windows that pass together, halved until every pass fits, but at least one.
 
     On a CPU they begin with BATCH_TOKENS of tokens. On a GPU they are a power of two, at most GPU_BATCH_TOKENS of
     tokens, and no more than a step of matching takes.
     """
-    config = costs.config
-    if costs.device.type == "cpu":
-        micro_batch = max(1, min(costs.windows, BATCH_TOKENS // config.seq_len))
+    config, windows = kinds[0].config, kinds[0].windows
+    if budgets.on_cpu:
+        micro_batch = max(1, min(windows, BATCH_TOKENS // config.seq_len))
     else:
-        most = min(costs.windows, GPU_BATCH_TOKENS // config.seq_len, config.match_batch if config.match else LARGEST)
+        most = min(windows, GPU_BATCH_TOKENS // config.seq_len, config.match_batch if config.match else LARGEST)
         micro_batch = 1 << max(0, most.bit_length() - 1)
     while micro_batch > 1:
-        phases = costs.phases(micro_batch, "device", None)
+        phases = chain.from_iterable(costs.phases(micro_batch, "device", None) for costs in kinds)
         if budgets.hold(phase for phase in phases if phase.name in _BATCH_PHASES):
             break
         micro_batch //= 2
     return micro_batch
 
 
-def _choose_gram_tier(costs: Costs, budgets: _Budgets, workspace: int | None) -> str:
+def _choose_gram_tier(kinds: Kinds, budgets: _Budgets, workspace: int | None) -> str:
     """Return the tier where Grams wait: the fastest that leaves a solve enough memory.
 
     Where no tier does, it is the fastest off the device that the host can hold, since a smaller workspace can make
     the solve fit there. Grams of passes in groups never wait on the device, which cannot hold them all.
     """
-    tiers = ("device", "disk") if costs.device.type == "cpu" else ("device", "host", "disk")
-    phases = {tier: [costs.solve(tier, workspace)] for tier in tiers}
-    if costs.grams_at_once is not None:
-        phases = {tier: [*phases[tier], costs.grams(1, tier)] for tier in tiers[1:]}
+    tiers = ("device", "disk") if budgets.on_cpu else ("device", "host", "disk")
+    phases = {tier: [costs.solve(tier, workspace) for costs in kinds] for tier in tiers}
+    if kinds[0].grams_at_once is not None:
+        phases = {tier: [*phases[tier], *(costs.grams(1, tier) for costs in kinds)] for tier in tiers[1:]}
     whole = [tier for tier in phases if budgets.hold(phases[tier])]
     offloaded = [tier for tier in tiers[1:] if budgets.hold_on_host(phases[tier])]
     return (whole or offloaded or ["disk"])[0]
 
 
-def _cut_grams(costs: Costs, budgets: _Budgets, workspace: int | None) -> Costs:
+def _cut_grams(kinds: Kinds, budgets: _Budgets, workspace: int | None) -> Kinds:
     """Return the costs with Grams in groups where not all can be collected in one pass; as small as groups can be.
 
     Those of experts are cut first, since they need no pass for each group. They are cut too where all fit while windows
     pass, but would have to leave the device to be solved.
     """
-    if costs.has_experts:
-        whole = budgets.fit_on_device(costs, costs.grams(1, "device"))
-        if not (whole and _choose_gram_tier(costs, budgets, workspace) == "device"):
-            costs = replace(costs, expert_grams_at_once=0)
-    whole = budgets.fit_on_device(costs, costs.grams(1, "device"))
-    return costs if whole else replace(costs, grams_at_once=0)
+    if any(costs.has_experts for costs in kinds):
+        whole = budgets.fit_on_device(costs.grams(1, "device") for costs in kinds)
+        if not (whole and _choose_gram_tier(kinds, budgets, workspace) == "device"):
+            kinds = [replace(costs, expert_grams_at_once=0) for costs in kinds]
+    whole = budgets.fit_on_device(costs.grams(1, "device") for costs in kinds)
+    return kinds if whole else [replace(costs, grams_at_once=0) for costs in kinds]
 
 
-def _enlarge_groups(costs: Costs, budgets: _Budgets, micro_batch: int) -> Costs:
+def _enlarge_groups(kinds: Kinds, budgets: _Budgets, micro_batch: int) -> Kinds:
     """Return the costs with as many Grams in a group as the budget leaves memory for, but at least one.
 
     Grams of experts take EXPERT_GRAMS_AT_ONCE at most.
     """
-    if costs.grams_at_once is not None:
-        room = budgets.left_on_device(costs, costs.passes(micro_batch, "disk"))
-        costs = replace(costs, grams_at_once=costs.largest_group_bytes + max(0, room or 0))
-    if costs.expert_grams_at_once is not None:
-        room = budgets.left_on_device(costs, costs.replays(micro_batch, "device"))
-        most = EXPERT_GRAMS_AT_ONCE if room is None else costs.largest_expert_group_bytes + max(0, room)
-        costs = replace(costs, expert_grams_at_once=min(most, EXPERT_GRAMS_AT_ONCE))
-    return costs
+    if kinds[0].grams_at_once is not None:
+        rooms = [budgets.left_on_device([costs.passes(micro_batch, "disk")]) for costs in kinds]
+        most = min(costs.largest_group_bytes + max(0, room or 0) for costs, room in zip(kinds, rooms, strict=True))
+        kinds = [replace(costs, grams_at_once=most) for costs in kinds]
+    if kinds[0].expert_grams_at_once is not None:
+        most = EXPERT_GRAMS_AT_ONCE
+        for costs in (costs for costs in kinds if costs.has_experts):
+            room = budgets.left_on_device([costs.replays(micro_batch, "device")])
+            most = min(most, most if room is None else costs.largest_expert_group_bytes + max(0, room))
+        kinds = [replace(costs, expert_grams_at_once=most) for costs in kinds]
+    return kinds
 
 
-def _choose_workspace(costs: Costs, budgets: _Budgets, grams_at: str) -> int | None:
+def _choose_workspace(kinds: Kinds, budgets: _Budgets, grams_at: str) -> int | None:
     """Return the bytes that the budget leaves to one solve; None where it fits as it is, or cannot do with less."""
-    on_cpu = costs.device.type == "cpu"
-    budget = budgets.host if on_cpu else budgets.gpu
-    if budget is None or budgets.hold([costs.solve(grams_at, None)]):
+    budget = budgets.host if budgets.on_cpu else budgets.gpu
+    if budget is None:
         return None
-    workspace = max(0, budget - costs.beside_solver(grams_at) - (costs.fixed_bytes if on_cpu else costs.gpu_workspaces))
-    return None if costs.solver_bytes(workspace) == costs.solver_bytes(None) else workspace
+    workspaces = []
+    for costs in (costs for costs in kinds if not budgets.hold([costs.solve(grams_at, None)])):
+        beside = costs.beside_solver(grams_at) + (costs.fixed_bytes if budgets.on_cpu else costs.gpu_workspaces)
+        workspace = max(0, budget - beside)
+        if costs.solver_bytes(workspace) != costs.solver_bytes(None):
+            workspaces.append(workspace)
+    return min(workspaces, default=None)
 
 
 def _choose_resident_windows(costs: Costs, budgets: _Budgets, phases: Iterable[PhaseCost]) -> int:
@@ -366,7 +441,7 @@ def _choose_resident_windows(costs: Costs, budgets: _Budgets, phases: Iterable[P
 
     Where no budget is known it is none: the plan then says what a GPU must have at least.
     """
-    if costs.device.type == "cpu" or not costs.config.match or budgets.gpu is None:
+    if budgets.on_cpu or not costs.config.match or budgets.gpu is None:
         return 0
     room = budgets.gpu - max(phase.gpu_bytes for phase in phases if phase.name in _MATCHED)
     window = costs.window_bytes("hidden") + costs.window_bytes("targets")

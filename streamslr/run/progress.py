@@ -19,6 +19,7 @@ from streamslr.memory import MemoryWatch
 from streamslr.printable import printable
 from streamslr.ranks import Ranks, Traffic
 from streamslr.run.journal import BlockRecord, Phases, Retries
+from streamslr.run.plan import BlockKind
 
 log = logging.getLogger("streamslr")
 
@@ -56,7 +57,7 @@ class PhaseTimer:
         device: torch.device,
         display: Display,
         host_budget: int | None = None,
-        planned: Mapping[str, Mapping[str, int]] | None = None,
+        planned: Callable[[int | None], Mapping[str, Mapping[str, int]]] = lambda block: {},
         gpu_context: int = 0,
         traffic: Traffic | None = None,
     ) -> None:
@@ -66,13 +67,14 @@ class PhaseTimer:
             device: Device that the run computes on.
             display: Display to tell of phases and their steps.
             host_budget: Private bytes that no phase may exceed; None without a limit.
-            planned: For each phase, figures to record beside the measured ones (Plan.memory).
+            planned: Function of a block's number, or of None where no block is worked on: for each phase, figures to
+                record beside the measured ones (Plan.memory).
             gpu_context: Bytes of the GPU that CUDA takes for itself, to show with what torch's allocator holds.
             traffic: What this rank exchanges with others; None where it is alone.
         """
         self._traffic = traffic
         self._device, self._display = device, display
-        self._host_budget, self._planned, self._gpu_context = host_budget, planned or {}, gpu_context
+        self._host_budget, self._planned, self._gpu_context = host_budget, planned, gpu_context
         self._watch = MemoryWatch()
         self._measured: dict[str, Any] = {}
         self._retries: dict[str, tuple[str, ...]] = {}
@@ -99,7 +101,7 @@ class PhaseTimer:
             torch.cuda.reset_peak_memory_stats(self._device)
         start = time.monotonic()
         yield self._step
-        measured: dict[str, float | int] = {}
+        measured: dict[str, float | int] = {**self._planned(block).get(name, {})}
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             measured["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(self._device)
@@ -109,12 +111,12 @@ class PhaseTimer:
         if self._traffic:
             waited, measured["exchanged_bytes"] = self._traffic.take()
             measured["waited_seconds"] = round(waited, 4)
-        if earlier := self._measured.get(name):  # the block went through this phase before
+        if earlier := self._measured.get(name):  # the block went through this phase before, or others in a survey
             for sums in ("seconds", "waited_seconds", "exchanged_bytes"):
                 if sums in measured:
                     measured[sums] = round(measured[sums] + earlier.pop(sums), 4)
             measured = {reading: max(value, earlier.get(reading, 0)) for reading, value in measured.items()}
-        self._measured[name] = {**self._planned.get(name, {}), **measured}
+        self._measured[name] = measured
 
     def _step(self, done: int) -> None:
         held = self._watch.now
@@ -205,18 +207,20 @@ class WarningsOfRanks(logging.Handler):
 class BlockProgress:
     """Count of committed blocks, with the time left and a log line a block."""
 
-    def __init__(self, display: Display, done: int, total: int) -> None:
-        """Start with `done` of `total` blocks, committed by earlier starts of the run."""
-        self._display, self._total = display, total
-        self._done_before = self._done = done
-        self._started = time.monotonic()
-        display.blocks(done, total, None)
+    def __init__(self, display: Display, done: int, kinds: Sequence[BlockKind]) -> None:
+        """Start with `done` blocks, committed by earlier starts of the run, of those in `kinds`."""
+        self._display, self._kinds, self._done = display, kinds, done
+        self._total = sum(len(kind.blocks) for kind in kinds)
+        self._seconds: dict[int, float] = {}
+        self._last = time.monotonic()
+        display.blocks(done, self._total, None)
 
     def committed(self, record: BlockRecord) -> None:
         """Count a block that was committed, and log its line."""
+        now = time.monotonic()
+        self._seconds[self._done], self._last = now - self._last, now
         self._done += 1
-        spent = time.monotonic() - self._started
-        eta = spent / (self._done - self._done_before) * (self._total - self._done)
+        eta = seconds_left(self._kinds, self._done, self._seconds)
         self._display.blocks(self._done, self._total, eta)
         seconds = sum(m["seconds"] for m in record.measured.values())
         peak = format_bytes(max(m["host_peak_bytes"] for m in record.measured.values()))
@@ -250,6 +254,27 @@ class BlockProgress:
             format_bytes(record.shard.nbytes),
             format_duration(eta),
         )
+
+
+def seconds_left(kinds: Sequence[BlockKind], done: int, seconds: Mapping[int, float]) -> float:
+    """Return the seconds that the blocks from number `done` on will take.
+
+    Each takes the mean of the timed blocks of its kind. Where none is timed yet, it takes as long for its planned FLOPs
+    as all timed blocks together took for theirs.
+
+    Args:
+        kinds: All blocks, by kind.
+        done: Blocks that are committed.
+        seconds: Number of each timed block -> its seconds. There is at least one.
+    """
+    flops = {block: kind.flops / len(kind.blocks) for kind in kinds for block in kind.blocks}
+    pace = sum(seconds.values()) / sum(flops[block] for block in seconds)
+    left = 0.0
+    for kind in kinds:
+        timed = [seconds[block] for block in kind.blocks if block in seconds]
+        each = sum(timed) / len(timed) if timed else pace * flops[kind.blocks[0]]
+        left += each * sum(block >= done for block in kind.blocks)
+    return left
 
 
 def gpu_taken_bytes(measured: Mapping[str, Any]) -> int:

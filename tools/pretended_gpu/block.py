@@ -248,7 +248,7 @@ def _compress_block(context: RunContext, iterations: int) -> None:
     assert context.allocation is not None
     traffic = context.ranks.traffic if context.ranks.world > 1 else None
     with (
-        PhaseTimer(context.device, NoDisplay(), None, plan.memory(), traffic=traffic) as timer,
+        PhaseTimer(context.device, NoDisplay(), None, plan.memory, traffic=traffic) as timer,
         held_to_gpu_limit(context.device, context.gpu.limit if context.gpu else None),
         deterministic_libraries(context.device),
         torch.no_grad(),
@@ -262,7 +262,7 @@ def _compress_block(context: RunContext, iterations: int) -> None:
             method = replace(method, max_iterations=iterations)
         compressor = LinearCompressor(method, context.allocation, config.seed, plan.solver_workspace)
         solver = block_solver.BlockSolver(context, context.allocation, passes, compressor)
-        progress = BlockProgress(NoDisplay(), 0, plan.blocks)
+        progress = BlockProgress(NoDisplay(), 0, plan.kinds)
         warnings = WarningsOfRanks(context.ranks)
         check = Check(context.blockwise, ids[: config.check_windows], scratch, plan.in_memory, context.ranks)
         compression = loop.Compression(
