@@ -69,7 +69,8 @@ def blend_expert(gram: Gram, sums: Mapping[str, ExpertSum], experts: Mapping[str
     if owner not in experts or not fraction:
         return gram
     of_all = sums[experts[owner]]
-    gram.matrix.mul_(1 - fraction).add_(of_all.matrix, alpha=fraction * ((gram.rows or of_all.tokens) / of_all.tokens))
+    share = (gram.rows or of_all.tokens) / max(1, of_all.tokens)
+    gram.matrix.mul_(1 - fraction).add_(of_all.matrix, alpha=fraction * share)
     return replace(gram, shared_fraction=fraction)
 
 

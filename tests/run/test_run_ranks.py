@@ -347,7 +347,8 @@ def test_another_number_of_ranks_goes_on_and_says_so(
 ) -> None:
     said, *others = compress_by_ranks(world, begun, Fault(0, Compression, "compress_block", what="error"))
     assert said == "ZeroDivisionError: a mistake"
-    folders = {f"rank-{rank}-of-3" for rank in range(3)} if world == 3 else {"hidden-00001.zarr", "targets-00001.zarr"}
+    alone_in_it = {f"{kind}-00001.zarr" for kind in ("hidden", "targets", "check-dense", "check-compressed")}
+    folders = {f"rank-{rank}-of-3" for rank in range(3)} if world == 3 else alone_in_it
     assert {path.name for path in (begun["out"] / ".scratch").iterdir()} == folders, "that of two ranks is gone"
     said, *others = compress_by_ranks(world, begun)
     require_done([said, *others])
@@ -409,7 +410,8 @@ def test_a_rank_that_runs_out_of_memory_cuts_for_all_and_says_so(
 
 @pytest.mark.long
 def test_a_solve_that_runs_out_of_memory_on_one_rank_is_done_in_tiles_on_all(settings: dict[str, Any]) -> None:
-    said, *others = compress_by_ranks(2, settings | MAIN, Fault(1, ThreeBasil, "solve", "memory", call=2))
+    """The third solve of rank 1 is of a linear that tiles can divide."""
+    said, *others = compress_by_ranks(2, settings | MAIN, Fault(1, ThreeBasil, "solve", "memory", call=3))
     require_done([said, *others])
     state = read_run(settings["out"])
     assert state.solver_workspace
