@@ -209,7 +209,7 @@ class BlockProgress:
 
     def __init__(self, display: Display, done: int, kinds: Sequence[BlockKind]) -> None:
         """Start with `done` blocks, committed by earlier starts of the run, of those in `kinds`."""
-        self._display, self._kinds, self._done = display, kinds, done
+        self._display, self._kinds = display, kinds
         self._total = sum(len(kind.blocks) for kind in kinds)
         self._seconds: dict[int, float] = {}
         self._last = time.monotonic()
@@ -217,11 +217,10 @@ class BlockProgress:
 
     def committed(self, record: BlockRecord) -> None:
         """Count a block that was committed, and log its line."""
-        now = time.monotonic()
-        self._seconds[self._done], self._last = now - self._last, now
-        self._done += 1
-        eta = seconds_left(self._kinds, self._done, self._seconds)
-        self._display.blocks(self._done, self._total, eta)
+        now, done = time.monotonic(), record.index + 1  # a block whose shard was lost is made anew
+        self._seconds[record.index], self._last = now - self._last, now
+        eta = seconds_left(self._kinds, done, self._seconds)
+        self._display.blocks(done, self._total, eta)
         seconds = sum(m["seconds"] for m in record.measured.values())
         peak = format_bytes(max(m["host_peak_bytes"] for m in record.measured.values()))
         if on_gpu := [gpu_taken_bytes(m) for m in record.measured.values() if "gpu_peak_bytes" in m]:
@@ -242,7 +241,7 @@ class BlockProgress:
         log.info(
             "block %d of %d, %s: mean relative error %.3g (pruning alone %.3g),%s %.1f s,%s peak %s, "
             "%s written, %s left",
-            self._done,
+            done,
             self._total,
             record.name,
             sum(errors) / len(errors),
