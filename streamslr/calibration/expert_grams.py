@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from streamslr.calibration.grams import ENOUGH_TOKENS, Gram
+from streamslr.errors import InputError
 from streamslr.model.blockwise import Block
 
 log = logging.getLogger("streamslr")
@@ -64,11 +65,18 @@ def blend_expert(gram: Gram, sums: Mapping[str, ExpertSum], experts: Mapping[str
 
     Returns:
         The Gram with its shared fraction 1 - w; `gram` itself where enough tokens reached it, or it is no expert's.
+
+    Raises:
+        InputError: No token reached any expert of the kind.
     """
     owner, fraction = gram.linears[0], _lacking(gram)
     if owner not in experts or not fraction:
         return gram
     of_all = sums[experts[owner]]
+    if not of_all.tokens and not gram.matrix.is_meta:  # on the meta device nothing is counted
+        raise InputError(
+            f"{owner}: no token reached any expert of its kind, so its Gram is 0; give other --calibration"
+        )
     share = (gram.rows or of_all.tokens) / max(1, of_all.tokens)
     gram.matrix.mul_(1 - fraction).add_(of_all.matrix, alpha=fraction * share)
     return replace(gram, shared_fraction=fraction)

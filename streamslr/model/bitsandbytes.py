@@ -34,7 +34,7 @@ TABLES: Mapping[str, tuple[float, ...]] = {
 """Numbers of the codes 0 to 15: `nf4_dequantization_lut` and `fp4_dequantization_lut` of its csrc/kernels.cu."""
 
 _MARK = ".quant_state.bitsandbytes__"
-"""What stands between a weight's name and its `quant_type` in the name of its state."""
+"""Part between a weight's name and its `quant_type` in the name of its state."""
 _LARGEST_STATE = 4096
 """Bytes of the largest state that is read; bitsandbytes writes about 150."""
 _STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -46,7 +46,7 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 
 
 class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is no tensor in the state of a weight of 4 bits."""
+    """State of a weight of 4 bits, without its tensors."""
 
     quant_type: Literal["nf4", "fp4"]
     blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]

@@ -18,7 +18,7 @@ class Kind(IntEnum):
     FP4 = 1
     """e2m1 (OCP Microscaling Formats, version 1.0)."""
     TABLE = 2
-    """Those of a table of 16."""
+    """Numbers of a table of 16."""
     UINT8 = 3
     INT8 = 4
     FP8 = 5

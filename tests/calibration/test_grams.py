@@ -340,3 +340,11 @@ def test_a_gpu_multiplies_bf16_inputs_on_tensor_cores_without_a_copy_or_a_wait()
     assert held < 4 * width**2 + 2**20
     assert torch.equal(matrix, matrix.T)
     torch.testing.assert_close(matrix, x[0].float().T @ x[0].float(), rtol=1e-5, atol=1e-4)
+
+
+def test_experts_that_no_token_reached_are_refused_by_name() -> None:
+    """Their Gram is 0, by which any weights would be as good."""
+    name, kind = next(iter(KINDS.items()))
+    gram = Gram((name,), torch.zeros(4, 4), 0)
+    with pytest.raises(InputError, match=f"{name}: no token reached any expert of its kind"):
+        blend_expert(gram, {kind: ExpertSum(torch.zeros(4, 4))}, KINDS)

@@ -32,6 +32,7 @@ from tests.support.started_ranks import StartedRanks
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLOAT32 = ThreeBasil(precision="float32", max_iterations=20)
+SETTLED = ThreeBasil(precision="float32")
 BFLOAT16 = ThreeBasil(precision="bfloat16")
 
 
@@ -159,7 +160,7 @@ def compress(pattern: str, ranks: Ranks = ALONE, weight: Callable[[], Tensor] | 
     problem = made_problem(o=49, d=120, pattern=pattern)
     linear = nn.Linear(120, 49, bias=False, dtype=torch.bfloat16)
     specs: Any = {problem.name: LinearSpec(problem.pattern, problem.rank)}
-    compressor = LinearCompressor(FLOAT32, specs, seed=0, workspace=None)
+    compressor = LinearCompressor(SETTLED, specs, seed=0, workspace=None)
     tensors, record = compressor.compress(
         problem.name, linear, weight or problem.weight.clone, problem.gram, torch.bfloat16, ranks=ranks
     )
@@ -318,9 +319,10 @@ def test_rows_packed_apart_are_what_packing_the_whole_gives(found: Found, patter
 
 @pytest.mark.parametrize("pattern", PACKED)
 def test_the_record_is_that_of_the_whole(found: Found, pattern: str) -> None:
-    """20 iterations do not settle 1:4, and last bits decide between supports whose errors are 9 % apart."""
     ours, alone = found[0]["packed"][pattern].record, compress(pattern).record
-    assert ours.error == pytest.approx(alone.error, rel=0.12 if pattern == "1:4" else 2e-3)
+    assert ours.error == pytest.approx(
+        alone.error, rel=1e-2 if pattern == "1:4" else 2e-3
+    )  # last bits alone move 1:4 by 2.4e-3
     assert ours.wanda_error == pytest.approx(alone.wanda_error, rel=1e-9)
     assert ours.density == pytest.approx(alone.density, abs=1e-3)
     for field in ("name", "shape", "pattern", "rank", "damping", "nbytes", "dense_nbytes", "warnings"):
