@@ -64,6 +64,15 @@ class MatchSettings:
         return self.final_lr_ratio + (1 - self.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def epochs_on_grid(epochs: int) -> int:
+    """Return the epochs of a matching that goes on behind one of `epochs`, once S has come onto its grid.
+
+    The first only measures. Half as many steps bring nearly all that there is to gain (tools/results/matching.md,
+    "Values on a grid").
+    """
+    return 1 + epochs // 2
+
+
 @dataclass(frozen=True)
 class BlockWeights:
     """All that a compressed block stores, by full names: its packed linears, and its other parameters and buffers."""

@@ -272,7 +272,7 @@ def measure(one: Combination, line: Sequence[str], folder: Path, threads: int) -
         for phase, measured in part.items():
             seconds[phase] = seconds.get(phase, 0.0) + measured["seconds"]
     peaks = [measured["host_peak_bytes"] for part in parts for measured in part.values()]
-    matchings = [block.matching for block in state.blocks if block.matching]
+    matchings = [matching for block in state.blocks if (matching := block.whole_matching)]
     return asdict(one) | {
         "linear_bytes": totals(state.blocks)["linear_bytes"],
         "dense_linear_bytes": totals(state.blocks)["dense_linear_bytes"],

@@ -70,7 +70,7 @@ def list_warnings(block: BlockRecord) -> list[str]:
     """Return the warnings of a block: those of its linears, phases tried again, a matching that was not applied."""
     found = [warning for linear in block.linears for warning in linear.warnings]
     found += _list_retries(block.name, block.retries)
-    if block.matching and not block.matching.applied:
+    if (matching := block.whole_matching) and not matching.applied:
         found.append(f"matching did not lower the loss of {block.name}; its weights stay as they were solved")
     return found
 
@@ -142,7 +142,7 @@ def describe_specs(linears: Iterable[LinearRecord]) -> str:
 
 def _describe_matching(block: BlockRecord) -> str:
     """Return the block's loss before and after matching: "0.0077 → 0.0037"."""
-    matching = block.matching
+    matching = block.whole_matching
     if matching is None:
         return "–"
     after = f"{matching.loss_after:.3g}" if matching.applied else "not applied"
@@ -209,6 +209,7 @@ def block_summary(folder: Path, block: BlockRecord) -> dict[str, Any]:
         "bytes": block.shard.nbytes,
         **totals((block,)),
         "matching": asdict(block.matching) if block.matching else None,
+        "matching_off_grid": asdict(block.matching_off_grid) if block.matching_off_grid else None,
         "cosine": block.check.cosine if block.check else None,
         "warnings": list_warnings(block),
         "phases": sort_phases(block.measured),
@@ -271,7 +272,11 @@ _ERROR_CAPTIONS = (
     "pruning alone: the same error for the pattern without U·V, chosen by Wanda's score",
     "of dense: bytes of the packed linears, relative to the dense ones",
 )
-_ROUNDING_CAPTION = "before rounding: the same error with numbers of S as they were before they came onto their grid"
+_ROUNDINGS = {
+    "unrounded_error": ("before\nrounding", "the same error before S came onto its grid"),
+    "rounding_error": ("rounding", "the same error of S + U·V on the grid of S, against S + U·V as matched before"),
+}
+"""Name of the error in the record of a linear -> its column and what that says."""
 _MATCHING_CAPTION = "matching: error of the block's output, ‖f̂(X) − T‖² / ‖T‖², before → after"
 _COSINE_CAPTION = "cosine: between the hidden states behind the block and the dense model's, mean over check tokens"
 
@@ -363,8 +368,10 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
     matching = [f"{_MATCHING_CAPTION}: {_describe_matching(block)}"] if block.matching else []
     matching += [f"{_COSINE_CAPTION}: {describe_cosine(block)}"] if block.check else []
     retries = _list_retries(block.name, block.retries)
-    rounded = any(linear.unrounded_error is not None for linear in block.linears)
-    captions = [*_ERROR_CAPTIONS[:1], *([_ROUNDING_CAPTION] if rounded else []), *_ERROR_CAPTIONS[1:], *matching]
+    found = [name for name in _ROUNDINGS if any(getattr(linear, name) is not None for linear in block.linears)]
+    roundings = {name: _ROUNDINGS[name] for name in found}
+    captions = [*_ERROR_CAPTIONS, *matching]
+    captions[1:1] = [f"{column}: {meaning}".replace("\n", " ") for column, meaning in roundings.values()]
     captions += [f"time: {phases}", *describe_ranks([block]), *_describe_gpu(block), *retries]
     table = Table(
         title=f"{folder / block.shard.file}: {block.name}, {format_bytes(block.shard.nbytes)}, "
@@ -374,8 +381,7 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
     )
     table.add_column("linear", no_wrap=True)
     columns = ["shape", "pattern", "density", "rank", "error", "pruning\nalone", "iterations", "bytes", "of\ndense"]
-    if rounded:
-        columns.insert(5, "before\nrounding")
+    columns[5:5] = [column for column, _ in roundings.values()]
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("warnings")
@@ -387,7 +393,7 @@ def block_table(folder: Path, block: BlockRecord) -> Table:
             f"{linear.density:.4f}",
             str(linear.rank) + ("" if linear.low_rank_values == STORED else f" {linear.low_rank_values}"),
             f"{linear.error:.3g}",
-            *([_or_dash(linear.unrounded_error)] if rounded else []),
+            *(_or_dash(getattr(linear, name)) for name in roundings),
             f"{linear.wanda_error:.3g}",
             str(linear.iterations),
             format_bytes(linear.nbytes),

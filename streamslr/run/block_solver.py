@@ -28,7 +28,8 @@ from streamslr.run.context import RunContext
 from streamslr.run.dealing import Deal, deal_linears
 from streamslr.run.journal import LinearRecord
 from streamslr.run.passes import Boundary, Passes
-from streamslr.run.solve_linear import LinearCompressor
+from streamslr.run.solve_linear import LinearCompressor, Solved
+from streamslr.solvers.base import GramCache
 from streamslr.spec.allocation import Allocation
 from streamslr.spec.pattern import SparsityPattern
 
@@ -59,8 +60,9 @@ class WaitingGrams:
         return counted
 
 
-Solved = tuple[Mapping[str, Tensor], LinearRecord]
-"""A packed linear and its record."""
+Compress = Callable[[str, Tensor, GramCache, Ranks], Solved]
+"""Function of (name of a linear, its Gram, what those before it with that Gram left, ranks that do it together) that
+puts what is stored of the linear into the live block and returns it, with its record."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class BlockSolver:
     linear_compressor: LinearCompressor
 
     def collect(self, block: Block, boundary: Boundary) -> tuple[WaitingGrams, HiddenStates | None]:
-        """Collect the Grams of the dense block and its targets; each Gram goes to the ranks that need it.
+        """Collect the Grams of the live block and its targets; each Gram goes to the ranks that need it.
+
+        The block is dense, or matched already where the boundary has no targets.
 
         Where not all Grams fit at once, the inputs of experts are kept, from which `solve` collects their Grams group
         by group. Where the others do not fit either, the windows pass the block once for each group of them.
@@ -144,10 +148,50 @@ class BlockSolver:
     def solve(
         self, block: Block, waiting: WaitingGrams
     ) -> tuple[dict[str, Mapping[str, Tensor]], tuple[LinearRecord, ...]]:
-        """Compress every linear of the live block; return them packed, and their records. Empties `waiting`.
+        """Compress every linear of the live dense block; return them packed, and their records. Empties `waiting`."""
 
-        Each rank solves its own linears, after those that all solve together, and then gets those of the others.
-        Grams of experts in groups are collected when their turn comes; no expert is in two groups.
+        def compress(name: str, gram: Tensor, cache: GramCache, ranks: Ranks) -> Solved:
+            weight, dtype = partial(self.context.blockwise.stored_weight, name), self._dtype(name)
+            return self.linear_compressor.compress(name, block.linears[name], weight, gram, dtype, cache, ranks)
+
+        return self._for_each_linear(block, waiting, compress)
+
+    def round(
+        self,
+        block: Block,
+        waiting: WaitingGrams,
+        matched: Mapping[str, Mapping[str, Tensor]],
+        records: Sequence[LinearRecord],
+    ) -> tuple[dict[str, Mapping[str, Tensor]], tuple[LinearRecord, ...]]:
+        """Bring S of every linear of the live matched block onto its grid; return as `solve`. Empties `waiting`.
+
+        Args:
+            block: Live block, with S + U·V as matched.
+            waiting: Gram matrices of what it gives its linears.
+            matched: Its packed linears.
+            records: Their records.
+        """
+        record_of = {record.name: record for record in records}
+
+        def round_one(name: str, gram: Tensor, cache: GramCache, ranks: Ranks) -> Solved:
+            before = matched[name], record_of[name]
+            return self.linear_compressor.round(
+                name, block.linears[name], gram, self._dtype(name), before, cache, ranks
+            )
+
+        return self._for_each_linear(block, waiting, round_one)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a linear's weight is stored in."""
+        return self.context.blockwise.stored_dtype(f"{name}.weight")
+
+    def _for_each_linear(
+        self, block: Block, waiting: WaitingGrams, work: Compress
+    ) -> tuple[dict[str, Mapping[str, Tensor]], tuple[LinearRecord, ...]]:
+        """Do `work` for every linear of the live block; return them packed, and their records. Empties `waiting`.
+
+        Each rank takes its own linears, after those that all take together, and then gets those of the others. Grams of
+        experts in groups are collected when their turn comes; no expert is in two groups.
         """
         ranks, deal, timer = self.context.ranks, waiting.deal, self.passes.timer
         solved: dict[str, Solved] = {}
@@ -158,7 +202,7 @@ class BlockSolver:
                     self._let_wait(waiting, grams)
             with timer.phase("solve", steps=len(block.linears), block=block.index) as step:
                 step(len(solved))
-                solved |= self._solve_waiting(block, waiting, step)
+                solved |= self._work_on_waiting(block, waiting, work, step)
         for inputs in waiting.kept:
             inputs.states.drop()
         with timer.phase("solve", steps=len(block.linears), block=block.index) as step:
@@ -169,8 +213,10 @@ class BlockSolver:
         solved |= others
         return {name: solved[name][0] for name in deal.linears}, tuple(solved[name][1] for name in deal.linears)
 
-    def _solve_waiting(self, block: Block, waiting: WaitingGrams, step: Callable[[int], None]) -> dict[str, Solved]:
-        """Compress the linears whose Grams wait on this rank."""
+    def _work_on_waiting(
+        self, block: Block, waiting: WaitingGrams, work: Compress, step: Callable[[int], None]
+    ) -> dict[str, Solved]:
+        """Do `work` for the linears whose Grams wait on this rank."""
         context, ranks, deal = self.context, self.context.ranks, waiting.deal
         solved: dict[str, Solved] = {}
         # Linears that all ranks solve together come first, so that no rank waits for another's own.
@@ -187,12 +233,8 @@ class BlockSolver:
                 order.append((gram.linears, partial(replace, gram)))
             cache = self.linear_compressor.gram_cache(block.linears, together or own)
             for name in together or own:
-                dtype = context.blockwise.stored_dtype(f"{name}.weight")
-                weight = partial(context.blockwise.stored_weight, name)
-                packed, record = self.linear_compressor.compress(
-                    name, block.linears[name], weight, gram.matrix, dtype, cache, ranks if together else ALONE
-                )
-                warnings = (*gram.warnings(name), *record.warnings)
+                packed, record = work(name, gram.matrix, cache, ranks if together else ALONE)
+                warnings = tuple(dict.fromkeys((*gram.warnings(name), *record.warnings)))
                 solved[name] = packed, replace(record, rows=gram.rows, warnings=warnings)
                 step(1)
             del gram, cache

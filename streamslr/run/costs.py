@@ -15,6 +15,7 @@ from streamslr.calibration.routed_inputs import routing_bytes
 from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes, pinned_bytes
 from streamslr.config import RunConfig
 from streamslr.io.packed_layout import packed_bytes
+from streamslr.masters import epochs_on_grid
 from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, refine_micro_batches, refine_steps
 from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, routed_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
@@ -22,8 +23,8 @@ from streamslr.run.dealing import Deal, deal_linears
 from streamslr.run.quality import logits_bytes
 from streamslr.run.traffic import gram_traffic, match_traffic, ring_bytes
 from streamslr.solvers.methods import Method
-from streamslr.solvers.rounding import peak_bytes
-from streamslr.spec.allocation import Allocation
+from streamslr.solvers.rounding import peak_bytes, rounding_bytes
+from streamslr.spec.allocation import Allocation, rounds_late
 from streamslr.spec.owl import scoring_bytes
 
 _LIBRARY_BUFFERS, _EARLY_BUFFERS = 120 * 2**20, 76 * 2**20
@@ -106,8 +107,13 @@ class Costs:
         flops = sum(max(deal.loads) for deal in self.deals)
         waiting = self.kept_gram_bytes if grams_at == "host" else 0
         sent = max(ring_bytes(self._packed_linears_bytes(block), self.world) for block in self.model.blocks)
+        if self._rounds_late:
+            of_numbers = (self._packed_linears_bytes(block, off_grid=True) for block in self.model.blocks)
+            sent += max(ring_bytes(numbers, self.world) for numbers in of_numbers)
         compute = max(self._beside(stage, grams_at) + self._solver_bytes(stage, workspace) for stage in self._stages)
-        return self._cost("solve", compute, waiting, flops, sent)
+        if self._rounds_late:
+            compute = max(compute, max(self._rounding(stage, grams_at) for stage in self._stages))
+        return self._cost("solve", compute, waiting + self._matched_bytes[1], flops, sent)
 
     def solver_bytes(self, workspace: int | None) -> int:
         """Return the most bytes that one solve takes, or merging its result: two float32 matrices [o, d]."""
@@ -128,7 +134,7 @@ class Costs:
             return [SolveStage([tuple(block.linears) for block in blocks], self.kept_gram_bytes, self._packed_bytes)]
         of_experts = [tuple(block.expert_of) for block in blocks]
         others = [tuple(block.linears.keys() - block.expert_of.keys()) for block in blocks]
-        packed = max(starmap(self._packed_linears_bytes, zip(blocks, others, strict=True)))
+        packed = max(starmap(self._waiting_linears_bytes, zip(blocks, others, strict=True)))
         stages = [(others, self._waiting_of_passes, packed), (of_experts, self._waiting_of_experts, self._packed_bytes)]
         return [SolveStage(*stage) for stage in stages if any(stage[0])]
 
@@ -138,6 +144,7 @@ class Costs:
             for name in names:
                 o, d = block.linears[name]
                 spec, rows = self.allocation[name], -(-o // self.world) if name in deal.by_rows else o
+                spec = spec.off_grid if self._rounds_late else spec
                 most = max(most, peak_bytes(solver, spec, rows, d, workspace, gpu), 8 * o * d)
         return most
 
@@ -149,6 +156,16 @@ class Costs:
         weight = 0 if self._value_bytes == 4 else 4 * max(o * d for o, d in shapes)
         return self._block_bytes + grams + self._routing_bytes + stage.packed + weight
 
+    def _rounding(self, stage: SolveStage, grams_at: str) -> int:
+        """Return the bytes of coming onto a grid once blocks are matched, beside what `_beside` counts."""
+        pairs = zip(self.model.blocks, stage.linears, strict=True)
+        shapes = [(name, *block.linears[name]) for block, names in pairs for name in names]
+        rounding = max(max(rounding_bytes(self.allocation[n], o, d, self._on_gpu), 8 * o * d) for n, o, d in shapes)
+        as_matched = 4 * max(o * d for _, o, d in shapes) if self._value_bytes == 4 else 0  # else in place of W
+        packed = max(map(self._packed_linears_bytes, self.model.blocks))
+        beside = self._beside(replace(stage, packed=packed), grams_at)
+        return beside + rounding + as_matched + self._matched_bytes[0]
+
     @property
     def fixed_bytes(self) -> int:
         """Host bytes of the process and its libraries, in every phase but embed."""
@@ -156,13 +173,24 @@ class Costs:
 
     def packed_bytes(self, block: BlockShape) -> int:
         """Return the bytes of a compressed block as its shard stores it."""
-        dense = sum(o * d for o, d in block.linears.values())
-        return self._packed_linears_bytes(block) + (block.parameters - dense) * self.model.value_bytes
+        return self._packed_linears_bytes(block) + self._others_bytes(block)
 
-    def _packed_linears_bytes(self, block: BlockShape, names: Iterable[str] | None = None) -> int:
+    def _others_bytes(self, block: BlockShape) -> int:
+        """Return the bytes of what a compressed block stores beside its linears."""
+        return (block.parameters - sum(o * d for o, d in block.linears.values())) * self.model.value_bytes
+
+    def _waiting_linears_bytes(self, block: BlockShape, names: Iterable[str] | None = None) -> int:
+        """Return the bytes of a block's packed linears, or of some, on their grids or before that, the larger."""
+        on_grid = self._packed_linears_bytes(block, names)
+        return max(on_grid, self._packed_linears_bytes(block, names, off_grid=True)) if self._rounds_late else on_grid
+
+    def _packed_linears_bytes(
+        self, block: BlockShape, names: Iterable[str] | None = None, off_grid: bool = False
+    ) -> int:
         packed = 0
         for name in block.linears if names is None else names:
             (o, d), spec = block.linears[name], self.allocation[name]
+            spec = spec.off_grid if off_grid else spec
             rank, formats = min(spec.rank, o, d), (spec.values, spec.low_rank_values)
             packed += packed_bytes(spec.pattern, (o, d), rank, self.model.value_bytes, *formats)
         return packed
@@ -195,7 +223,10 @@ class Costs:
         """
         passes, replays = self.passes(micro_batch, grams_at), self.replays(micro_batch, grams_at)
         host, gpu = max(passes.host_bytes, replays.host_bytes), max(passes.gpu_bytes, replays.gpu_bytes)
-        return replace(passes, host_bytes=host, gpu_bytes=gpu, flops=passes.flops + replays.flops)
+        flops, sent = passes.flops + replays.flops, passes.sent_bytes
+        if self._rounds_late:  # Grams of the dense block, then of the matched one
+            flops, sent = 2 * flops, 2 * sent
+        return replace(passes, host_bytes=host, gpu_bytes=gpu, flops=flops, sent_bytes=sent)
 
     def passes(self, micro_batch: int, grams_at: str) -> PhaseCost:
         """Return the cost of the passes of the block in phase grams; arguments as of `phases`."""
@@ -218,7 +249,9 @@ class Costs:
         again = sum(block.active_parameters * (len(groups) - 1) for block, groups in pairs)
         flops += 2.0 * self._tokens(self._fitted) * again
         sent = max(gram_traffic(*pair, self.world) for pair in zip(self.model.blocks, self.deals, strict=True))
-        return self._cost("grams", self._block_bytes + grams + passing + kept, host + writing, flops, sent)
+        computed, waiting = self._matched_bytes
+        compute = self._block_bytes + grams + passing + kept + computed
+        return self._cost("grams", compute, host + writing + waiting, flops, sent)
 
     def replays(self, micro_batch: int, grams_at: str) -> PhaseCost:
         """Return the cost of collecting Grams from kept inputs in phase grams; arguments as of `phases`.
@@ -238,7 +271,8 @@ class Costs:
                 products = sum(o * d for o, d in (block.linears[name] for name in group))
                 work += block.token_fraction(group[0]) * (products + block.grams[group[0]] ** 2)
         flops = 2 * 2.0 * self._tokens(self._fitted) * work
-        return self._cost("grams", self._block_bytes + grams + passing, host, flops)
+        computed, waiting = self._matched_bytes
+        return self._cost("grams", self._block_bytes + grams + passing + computed, host + waiting, flops)
 
     def match(self, micro_batch: int) -> PhaseCost:
         """Return the cost of phase match; arguments as of `phases`."""
@@ -252,13 +286,15 @@ class Costs:
             host += self._stored_bytes
         else:
             compute += self._packed_bytes  # as solved
-        epochs = self.config.match_epochs
-        sizes_of_steps = self.config.samples, self.config.match_batch, epochs
-        steps = refine_steps(*sizes_of_steps)
-        summed = refine_micro_batches(*sizes_of_steps, micro_batch, self.world)
         masters = max(count_masters(block, self.allocation) for block in self.model.blocks)
-        sent = match_traffic(masters, summed, steps, self.world)
-        flops = refine_flops(self._forward_flops / self.windows, *sizes_of_steps, self.config.held_out, self.world)
+        sent, flops, epochs = 0, 0.0, self.config.match_epochs
+        for count in (epochs, epochs_on_grid(epochs)) if self._rounds_late else (epochs,):
+            sizes_of_steps = self.config.samples, self.config.match_batch, count
+            steps = refine_steps(*sizes_of_steps)
+            summed = refine_micro_batches(*sizes_of_steps, micro_batch, self.world)
+            sent += match_traffic(masters, summed, steps, self.world)
+            forward = self._forward_flops / self.windows
+            flops += refine_flops(forward, *sizes_of_steps, self.config.held_out, self.world)
         return self._cost("match", compute, host, flops, sent)
 
     def _propagate(self, micro_batch: int) -> PhaseCost:
@@ -276,10 +312,6 @@ class Costs:
         windows = -(-self.config.check_windows // self.world)
         host = self._waiting_for_check(reads=1, writes=1)
         compute = self._block_bytes + max(self._pass_bytes(1), self._compared_bytes)
-        if self.solved_on_host:
-            host += self._packed_bytes
-        else:
-            compute += self._packed_bytes
         return self._cost("check", compute, host, 2 * windows * self._forward_flops / self.windows)
 
     def _compare(self) -> PhaseCost:
@@ -480,9 +512,21 @@ class Costs:
         """True where a Gram of an expert is blended as it is solved, with sums over groups and ranks."""
         return self.world > 1 or self.grams_at_once is not None or self.keeps_inputs
 
+    @property
+    def _rounds_late(self) -> bool:
+        """True where S comes onto its grid between two matchings."""
+        return rounds_late(self.config, self.allocation)
+
+    @property
+    def _matched_bytes(self) -> tuple[int, int]:
+        """Bytes, where blocks are computed and in host memory, of weights as matched that wait for their grid."""
+        waiting = self._packed_bytes if self._rounds_late else 0
+        return (0, waiting) if self.solved_on_host else (waiting, 0)
+
     @cached_property
     def _packed_bytes(self) -> int:
-        return max(self.packed_bytes(block) for block in self.model.blocks)
+        """Bytes of a block's weights, on their grids or before that."""
+        return max(self._waiting_linears_bytes(block) + self._others_bytes(block) for block in self.model.blocks)
 
     @property
     def _stored_bytes(self) -> int:

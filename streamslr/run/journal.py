@@ -80,7 +80,8 @@ class LinearRecord:
     rows: Count | None = None  # calibration tokens that reached it; None in folders of versions that did not count them
     values: str = STORED  # of S: its format
     low_rank_values: str = STORED  # the same of U and V
-    unrounded_error: Number | None = None  # before S came onto the grid of its format; None without one
+    unrounded_error: Number | None = None  # before S came onto its grid as it was solved; None where it did not
+    rounding_error: Number | None = None  # of S + U·V as it came onto its grid, against that as matched; the same
 
     def __post_init__(self) -> None:
         weights = prod(self.shape)
@@ -128,7 +129,7 @@ class BlockRecord:
     name: str
     shard: WrittenShard
     hidden_states: Sha256  # digest of the hidden states that leave this block
-    linears: tuple[LinearRecord, ...]  # as solved, before matching
+    linears: tuple[LinearRecord, ...]  # as solved, before matching; what is stored of them is as at the end
     targets: Sha256 | None = None  # digest of the block's targets, which the next block's start from
     matching: MatchRecord | None = None
     measured: Phases = field(default_factory=dict)
@@ -137,6 +138,7 @@ class BlockRecord:
     retries: Retries = field(default_factory=dict)
     seconds_by_rank: Mapping[str, tuple[Number, ...]] = field(default_factory=dict)  # phase -> work of each; no waiting
     check: BlockCheck | None = None  # None of a run without check windows
+    matching_off_grid: MatchRecord | None = None  # the matching before S came onto its grid; None where it did not so
 
     def __post_init__(self) -> None:
         _check_shard(self.shard, BLOCK_FILE.format(self.index))
@@ -145,6 +147,20 @@ class BlockRecord:
         _check_phases(self.measured)
         if len({len(seconds) for seconds in self.seconds_by_rank.values()}) > 1:
             raise ValueError("seconds_by_rank counts another number of ranks in each phase")
+
+    @property
+    def whole_matching(self) -> MatchRecord | None:
+        """The matching of the block, before and after S came onto its grid as if it were one; None without any."""
+        first, last = self.matching_off_grid, self.matching
+        if first is None or last is None:
+            return last
+        return MatchRecord(
+            first.loss_before,
+            last.loss_after if last.applied else last.loss_before,
+            first.applied or last.applied,
+            first.curve + last.curve,
+            first.held_out + last.held_out,
+        )
 
     @property
     def seconds_of_ranks(self) -> tuple[float, ...]:

@@ -4,7 +4,6 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 
-from streamslr.calibration.hidden_states import HiddenStates
 from streamslr.calibration.tokens import Calibration, calibration_windows, ids_digest, window_prefix
 from streamslr.config import base_name, default_out
 from streamslr.errors import BudgetError, InputError, ResumeError, first_line, says_out_of_memory
@@ -21,23 +19,21 @@ from streamslr.io.durable import is_as_written
 from streamslr.io.folder import (
     discard_uncommitted,
     write_auxiliary_files,
-    write_block,
     write_index,
     write_non_block,
 )
 from streamslr.io.safetensors_file import WrittenShard
 from streamslr.io.scratch import drop_scratch_of_others, rank_scratch
-from streamslr.masters import BlockWeights
-from streamslr.matching import CompressedBlock
 from streamslr.memory import held_to_gpu_limit
 from streamslr.model.blockwise import Block
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.parameter_names import parts_in_words
 from streamslr.ranks import Ranks
+from streamslr.run.block_compressor import BlockCompressor
 from streamslr.run.block_solver import BlockSolver
 from streamslr.run.check import Check
 from streamslr.run.context import RunContext, require_fit
-from streamslr.run.journal import BlockRecord, CheckWindows, JournalState, MatchRecord
+from streamslr.run.journal import BlockRecord, CheckWindows, JournalState
 from streamslr.run.journal_writer import Journal, made_with
 from streamslr.run.passes import (
     Boundary,
@@ -49,8 +45,14 @@ from streamslr.run.quality import describe_quality, warn_of
 from streamslr.run.samples import require_same_but_for_rounding
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.run.survey import allocation_by_outliers
-from streamslr.spec.allocation import Allocation, as_json, common_low_rank_values, common_pattern, common_values
-from streamslr.spec.pattern import SparsityPattern
+from streamslr.spec.allocation import (
+    Allocation,
+    as_json,
+    common_low_rank_values,
+    common_pattern,
+    common_values,
+    rounds_late,
+)
 
 log = logging.getLogger("streamslr")
 
@@ -136,16 +138,19 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
                 allocation = context.allocation
                 if allocation is None:
                     allocation = allocation_by_outliers(config, context.blockwise, journal, passes)
-                compressor = LinearCompressor(
+                of_linears = LinearCompressor(
                     context.method.solver,
                     allocation,
                     config.seed,
                     state.solver_workspace,
                     config.rounding,
+                    rounds_late(config, allocation),
                     timer.note_retry,
                 )
-                solver = BlockSolver(context, allocation, passes, compressor)
-                Compression(context, allocation, journal, timer, progress, passes, check, solver, warnings).run()
+                solver = BlockSolver(context, allocation, passes, of_linears)
+                compressor = BlockCompressor(context, allocation, passes, solver)
+                parts = timer, progress, passes, check, solver, compressor, warnings
+                Compression(context, allocation, journal, *parts).run()
             except (MemoryError, RuntimeError) as error:
                 if not says_out_of_memory(error):
                     raise
@@ -245,6 +250,7 @@ class Compression:
     passes: Passes
     check: Check
     solver: BlockSolver
+    compressor: BlockCompressor
     warnings: WarningsOfRanks
 
     def run(self) -> None:
@@ -385,19 +391,9 @@ class Compression:
         self.check_block(block, self.check.pass_dense)
         # Collect Gram matrices and targets in one pass of the dense block, on each rank those of its linears.
         grams, targets = self.solver.collect(block, boundary)
-        # Solve each linear: S + U·V takes the place of its weight. Grams of many experts are collected as it goes on.
-        packed, records = self.solver.solve(block, grams)
-        if self.context.plan.solved_at == "host":
-            packed = {name: {part: t.cpu() for part, t in parts.items()} for name, parts in packed.items()}
-        solved = BlockWeights(packed, blockwise.as_stored(i))
-        # Match the block to its targets; pass the windows through it; write its shard.
-        if targets:
-            with passes.resident(boundary.hidden, targets):
-                leaving, shard, matching = self.match_and_propagate(block, solved, boundary.hidden, targets)
-        else:
-            leaving, _, shard = self.propagate_and_write(block, solved, boundary.hidden, None)
-            matching = None
-        upcoming = Boundary(leaving, targets)
+        # Solve each linear, match the block to its targets, pass the windows through it, write its shard.
+        compressed = self.compressor.compress(block, grams, boundary.hidden, targets)
+        upcoming = Boundary(compressed.leaving, targets)
         self.check_block(block, self.check.pass_compressed)
         # Commit: from here on a resume starts behind this block.
         with timer.phase("commit", steps=1, block=i):
@@ -408,17 +404,18 @@ class Compression:
         record = BlockRecord(
             i,
             block.name,
-            shard,
+            compressed.shard,
             digest,
-            records,
+            compressed.linears,
             digest_of_targets,
-            matching,
+            compressed.matching,
             agreed.measured,
             sample,
             blockwise.dense[i],
             agreed.retries,
             agreed.seconds_by_rank,
             check,
+            compressed.matching_off_grid,
         )
         self.journal.commit_block(record, passes.micro_batch, self.solver.linear_compressor.workspace)
         self.context.ranks.on_first(self.write_index)
@@ -429,62 +426,6 @@ class Compression:
         self.progress.committed(record)
         return upcoming
 
-    def match_and_propagate(
-        self, block: Block, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
-    ) -> tuple[HiddenStates, WrittenShard, MatchRecord]:
-        """Match the block and pass the windows on; keep it as solved where that does not lower its loss."""
-        passes = self.passes
-        compressed = CompressedBlock(block, self.patterns(block))
-        matched, curve, held_out = passes.retry_match(partial(passes.match, compressed, solved, hidden, targets))
-        if not math.isfinite(curve[0]):
-            raise InputError(
-                f"{block.name}: its output is so large or small that its loss is {curve[0]}; check the model's weights"
-            )
-        leaving, loss, shard = self.propagate_and_write(block, matched, hidden, targets)
-        applied = loss < curve[0] and (not held_out or held_out[-1] < held_out[0])
-        if not applied:
-            first, last, where = (
-                (held_out[0], held_out[-1], " on held-out windows") if held_out else (curve[0], loss, "")
-            )
-            log.warning(
-                "%s: matching did not lower its loss of %.3g%s (%.3g); kept as solved", block.name, first, where, last
-            )
-            compressed.load(solved)
-            leaving.drop()
-            leaving, _, shard = self.propagate_and_write(block, solved, hidden, None)
-        record = MatchRecord(
-            curve[0],
-            _finite_or_none(loss),
-            applied,
-            tuple(map(_finite_or_none, curve)),
-            tuple(map(_finite_or_none, held_out)),
-        )
-        return leaving, shard, record
-
-    def propagate_and_write(
-        self, block: Block, weights: BlockWeights, hidden: HiddenStates, targets: HiddenStates | None
-    ) -> tuple[HiddenStates, float, WrittenShard]:
-        """Pass the windows through the block, while rank 0 writes `weights`, which it must hold already, as its shard.
-
-        Returns:
-            The hidden states that leave the block; their loss against `targets`, 0 without any; and the shard.
-        """
-        ranks = self.context.ranks
-        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
-            writing = writer.submit(self.write, block, weights) if ranks.rank == 0 else None
-            leaving, loss = self.passes.retry("propagate", partial(self.passes.propagate, block, hidden, targets))
-            shard = writing.result() if writing else None
-        return leaving, loss.over(ranks).relative, ranks.tell(shard)  # type: ignore[return-value]
-
-    def write(self, block: Block, weights: BlockWeights) -> WrittenShard:
-        """Write the block's shard."""
-        shapes = self.context.blockwise.linears[block.index]
-        linears = {
-            name: (weights.packed[name], pattern, shapes[name]) for name, pattern in self.patterns(block).items()
-        }
-        others = self.context.blockwise.by_key(weights.other_tensors)
-        return write_block(self.context.config.out, block.index, linears, others)
-
     def agree(self) -> Agreed:
         """Take what all ranks measured, and what the tightest of them cut, which holds for all from here on."""
         self.warnings.share()
@@ -492,11 +433,3 @@ class Compression:
         workspace = min(self.context.ranks.gather(math.inf if compressor.workspace is None else compressor.workspace))
         compressor.workspace = None if workspace == math.inf else int(workspace)
         return self.passes.agree()
-
-    def patterns(self, block: Block) -> dict[str, SparsityPattern]:
-        return {name: self.allocation[name].pattern for name in block.linears}
-
-
-def _finite_or_none(loss: float) -> float | None:
-    """Return None for NaN and infinity, which JSON does not have."""
-    return loss if math.isfinite(loss) else None

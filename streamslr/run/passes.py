@@ -225,10 +225,10 @@ class Passes:
         blend: bool = True,
         keep: Collection[Experts] = (),
     ) -> Collected:
-        """Pass the dense block; collect the Grams of this rank's windows, and the block's targets if these are wanted.
+        """Pass the live block; collect the Grams of this rank's windows, and the block's targets if these are wanted.
 
         Args:
-            block: Live block.
+            block: Live block, dense where targets are wanted.
             boundary: What enters it, without targets where those of the block are not wanted.
             only: Owners of the Grams to collect; None for all.
             blend: Blend the Grams of experts with few tokens.
@@ -267,16 +267,16 @@ class Passes:
             return collector.grams()
 
     def match(
-        self, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates
+        self, block: CompressedBlock, solved: BlockWeights, hidden: HiddenStates, targets: HiddenStates, epochs: int
     ) -> tuple[BlockWeights, tuple[float, ...], tuple[float, ...]]:
-        """Refine the live block from `solved` towards its targets.
+        """Refine the live block from `solved` towards its targets, in so many epochs.
 
         Returns:
             Its weights, the loss of each epoch, and the loss on the held-out windows after each epoch.
         """
         config = self.config
-        settings = MatchSettings(config.match_epochs, config.match_batch, config.match_lr, seed=config.seed)
-        steps = settings.epochs * len(self.ids) + len(self.ids) - self.fitted
+        settings = MatchSettings(epochs, config.match_batch, config.match_lr, seed=config.seed)
+        steps = epochs * len(self.ids) + len(self.ids) - self.fitted
         with self.timer.phase("match", steps=steps, block=block.index) as step:
 
             def batches(wanted: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -227,9 +227,9 @@ class BlockProgress:
             peak += f" on the host and {format_bytes(max(on_gpu))} on the GPU"
         errors = [linear.error for linear in record.linears]
         matched = ""
-        if record.matching:
-            matched = f" block loss {record.matching.loss_before:.3g}"
-            matched += f" -> {record.matching.loss_after:.3g}," if record.matching.applied else " (not matched),"
+        if matching := record.whole_matching:
+            matched = f" block loss {matching.loss_before:.3g}"
+            matched += f" -> {matching.loss_after:.3g}," if matching.applied else " (not matched),"
         if record.check and record.check.cosine is not None:
             matched += f" cosine {record.check.cosine:.4f},"
         slowest = ""

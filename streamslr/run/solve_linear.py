@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from streamslr.config import format_bytes
 from streamslr.errors import InputError, StreamslrError, first_line
-from streamslr.io.low_rank import pack_low_rank
-from streamslr.io.packing import merge, pack, pack_on_grid, row_chunks
+from streamslr.io.low_rank import pack_low_rank, unpack_low_rank
+from streamslr.io.packing import merge, pack, pack_on_grid, row_chunks, unpack
 from streamslr.memory import note_nothing, retry_on_oom
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.dealing import rows_of_ranks
@@ -25,15 +25,19 @@ from streamslr.solvers.base import (
     keep_weight,
     validate,
 )
-from streamslr.solvers.rounding import nearest_on_grid, peak_bytes, solved_on_grid
+from streamslr.solvers.rounding import OnGrid, nearest_on_grid, peak_bytes, solved_on_grid
 from streamslr.spec.allocation import Allocation, LinearSpec
-from streamslr.spec.pattern import Dense
+from streamslr.spec.pattern import Dense, SparsityPattern
 from streamslr.spec.values import grid_of, low_rank_text, values_text
 from streamslr.tensors import is_finite
 
 _CHECK_MODEL = "check the model's weights, or download it again"
 
 log = logging.getLogger("streamslr")
+
+
+Solved = tuple[Mapping[str, Tensor], LinearRecord]
+"""A packed linear and its record."""
 
 
 @dataclass
@@ -45,6 +49,7 @@ class LinearCompressor:
     seed: int
     workspace: int | None  # bytes that one solve may take; None: as many as it likes
     rounding: str = "solved"  # how S comes onto the grid of its values (`RunConfig.rounding`)
+    rounds_late: bool = False  # leave S off its grid in `compress`, for `round` once the block is matched
     note: Callable[[str, str], None] = note_nothing  # of a retry: phase, and what it does without
 
     def gram_cache(self, linears: Mapping[str, nn.Linear], sharing: Sequence[str]) -> GramCache:
@@ -72,7 +77,7 @@ class LinearCompressor:
         dtype: torch.dtype,
         cache: GramCache | None = None,
         ranks: Ranks = ALONE,
-    ) -> tuple[Mapping[str, Tensor], LinearRecord]:
+    ) -> Solved:
         """Replace the weight of `linear` as `compress_linear` does; once more in less memory where it runs out.
 
         Several ranks solve it by rows, and each gets the whole of it. Memory that runs out on one then ends all: it
@@ -88,14 +93,62 @@ class LinearCompressor:
             ranks: Ranks that solve it together; each passes the same linear, weight and Gram matrix.
         """
         spec = self.allocation[name]
+        if self.rounds_late:
+            spec = spec.off_grid
 
-        def work() -> tuple[Mapping[str, Tensor], LinearRecord]:
+        def work() -> Solved:
             W = weight()
             if ranks.world > 1:
                 W = W[rows_of_ranks(len(W), ranks.world)[ranks.rank]].clone()  # and the other rows are freed
-            problem = LinearProblem(name, W, gram, spec.pattern, spec.rank, self.seed, self.workspace, cache, ranks)
+            problem = self._problem(name, W, gram, cache, ranks)
             return compress_linear(problem, linear, self.solver, dtype, spec, self.rounding)
 
+        return self._in_workspace(name, linear, cache, ranks, work)
+
+    def round(
+        self,
+        name: str,
+        linear: nn.Linear,
+        gram: Tensor,
+        dtype: torch.dtype,
+        matched: Solved,
+        cache: GramCache | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Solved:
+        """Bring S of a matched linear onto its grid as `round_linear` does; as `compress` where memory runs out.
+
+        Args:
+            name: Name of the linear in the allocation.
+            linear: The live linear, with S + U·V as matched.
+            gram: Gram matrix of the inputs that the matched block gives it, [d, d] float32 on the linear's device.
+            dtype: Dtype to store factors and scales in.
+            matched: The packed linear as matched, and its record as solved.
+            cache: What earlier linears with this Gram matrix left; emptied where memory runs out.
+            ranks: Ranks that round it together; each passes the same.
+
+        Returns:
+            The packed linear and its record; those of `matched` where its values have no grid.
+        """
+        spec = self.allocation[name]
+        if spec.grid is None:
+            return matched
+
+        def work() -> Solved:
+            of_matched = _unpacked(matched[0], spec.pattern, linear, ranks).dense()
+            problem = self._problem(name, of_matched, gram, cache, ranks)
+            return round_linear(problem, linear, dtype, spec, matched)
+
+        return self._in_workspace(name, linear, cache, ranks, work)
+
+    def _problem(self, name: str, weight: Tensor, gram: Tensor, cache: GramCache | None, ranks: Ranks) -> LinearProblem:
+        spec = self.allocation[name]
+        return LinearProblem(name, weight, gram, spec.pattern, spec.rank, self.seed, self.workspace, cache, ranks)
+
+    def _in_workspace(
+        self, name: str, linear: nn.Linear, cache: GramCache | None, ranks: Ranks, work: Callable[[], Solved]
+    ) -> Solved:
+        """Call `work`; on one rank alone once more in a smaller workspace where memory runs out."""
+        spec = self.allocation[name]
         if ranks.world > 1:
             return work()
 
@@ -152,18 +205,15 @@ def compress_linear(
         StreamslrError: The solver returned no valid solution.
     """
     weight, pattern, ranks = problem.weight, problem.pattern, problem.ranks  # this rank's rows of [o, d]
-    shape = (linear.out_features, linear.in_features)
     values, low_rank = (spec.values, spec.low_rank_values) if spec else (None, None)
     grid = grid_of(values)
     number_dtype = values if isinstance(values, torch.dtype) else dtype
-    parts = rows_of_ranks(shape[0], ranks.world)
     errors = RelativeError(weight, problem.gram, ranks)
     pruned = errors.of_wanda(pattern)
-    extreme = f"{problem.name}: its weights or inputs are so large or small that"
     try:
         solution = _keep_weight(problem) if isinstance(pattern, Dense) else solver.solve(problem)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in torch's stubs
-        raise InputError(f"{extreme} the solver fails ({first_line(error)}); {_CHECK_MODEL}") from error
+        raise InputError(f"{_extreme(problem)} the solver fails ({first_line(error)}); {_CHECK_MODEL}") from error
     try:
         _require_shapes(problem, solution)
         unrounded = None
@@ -181,33 +231,24 @@ def compress_linear(
                 warnings=(*solution.warnings, *on_grid.warnings),
             )
             U, V = on_grid.U, on_grid.V
-            chunks = row_chunks(*on_grid.codes.shape)
-            kept = sum(int(on_grid.codes[rows].bfloat16().count_nonzero()) for rows in chunks)
-            tensors = pack_on_grid(on_grid.codes, on_grid.scales, pattern, dtype, grid)
+            kept, tensors = _count_codes(on_grid), pack_on_grid(on_grid.codes, on_grid.scales, pattern, dtype, grid)
             del on_grid
     except ValueError as error:
         raise StreamslrError(
             f"{problem.name}: {type(solver).__name__} returned no valid solution: {error}; tell the method's author"
         ) from error
-    rank = U.shape[1]
-    if ranks.world > 1:  # before U is rounded: its columns' largest numbers may be another rank's
-        U, V = _collect("U", U, parts, ranks), _collect("V", V, parts, ranks)
-        tensors = {part: _collect(part, tensor, parts, ranks) for part, tensor in tensors.items()}
-    tensors |= pack_low_rank(U, V, dtype, low_rank)
-    if not all(is_finite(part) for part in tensors.values() if part.is_floating_point() and part.dtype.itemsize > 1):
-        raise InputError(f"{problem.name}: its factors overflow {dtype}; give the model in bf16 or fp32")
+    rank, iterations, damping, warnings = U.shape[1], solution.iterations, solution.damping, solution.warnings
+    stored = _stored(problem, linear, tensors, U, V, dtype, low_rank)
     density = int(ranks.sum(kept)) / linear.weight.numel()
-    iterations, damping, warnings = solution.iterations, solution.damping, solution.warnings
-    del solution, U, V  # S is as large as the weight, and so is `merged`
-    merged = merge(tensors, pattern, shape, linear.weight.dtype)
-    lost = errors.of(merged[parts[ranks.rank]])
+    del solution, U, V, tensors  # S is as large as the weight, and so is what is merged
+    lost = _put_into(linear, problem, stored, errors)
     if not (math.isfinite(lost) and math.isfinite(pruned)):
-        raise InputError(f"{extreme} its error is {lost}; {_CHECK_MODEL}")
+        raise InputError(f"{_extreme(problem)} its error is {lost}; {_CHECK_MODEL}")
     for warning in warnings if ranks.rank == 0 else ():
         log.warning("%s", warning)
-    record = LinearRecord(
+    return stored, LinearRecord(
         name=problem.name,
-        shape=shape,
+        shape=(linear.out_features, linear.in_features),
         pattern=str(pattern),
         values=values_text(values),
         low_rank_values=low_rank_text(low_rank if rank else None),
@@ -218,12 +259,125 @@ def compress_linear(
         error=lost,
         iterations=iterations,
         damping=damping,
-        nbytes=sum(t.nbytes for t in tensors.values()),
+        nbytes=sum(t.nbytes for t in stored.values()),
         dense_nbytes=linear.weight.numel() * dtype.itemsize,
         warnings=warnings,
     )
+
+
+@torch.no_grad()
+def round_linear(
+    problem: LinearProblem, linear: nn.Linear, dtype: torch.dtype, spec: LinearSpec, matched: Solved
+) -> Solved:
+    """Bring S of a matched linear onto its grid, fit U·V to it, and put what is stored into the weight of `linear`.
+
+    The support of S stays. Numbers are matched more smoothly than codes are, so that the block ends nearer to its
+    targets than where codes alone are matched (tools/results/matching.md, "Values on a grid").
+
+    Args:
+        problem: The linear as matched: its weight is S + U·V, its Gram matrix of the inputs that the matched block
+            gives it; on each of several ranks, the rows that `rows_of_ranks` gives it.
+        linear: The live linear, its weight [o, d] on the problem's device.
+        dtype: Dtype of scales, and of U and V where the spec leaves them as the checkpoint stores them.
+        spec: Spec with the values of S, U and V.
+        matched: The packed linear as matched, of all rows, and its record as solved.
+
+    Returns:
+        As `compress_linear`. The record keeps the error of the solve, and gets that of the rounding beside it.
+
+    Raises:
+        InputError: A factor overflows `dtype`, or the weights or inputs are beyond what can be solved.
+    """
+    packed, record = matched
+    grid, pattern, ranks = spec.grid, problem.pattern, problem.ranks
+    assert grid is not None
+    errors = RelativeError(problem.weight, problem.gram, ranks)
+    solution = _unpacked(packed, pattern, linear, ranks)
+    try:
+        on_grid = solved_on_grid(problem, solution, grid, dtype)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in torch's stubs
+        raise InputError(f"{_extreme(problem)} the solver fails ({first_line(error)}); {_CHECK_MODEL}") from error
+    del solution
+    kept, tensors = _count_codes(on_grid), pack_on_grid(on_grid.codes, on_grid.scales, pattern, dtype, grid)
+    stored = _stored(problem, linear, tensors, on_grid.U, on_grid.V, dtype, spec.low_rank_values)
+    damping, warnings, rank = on_grid.damping, on_grid.warnings, on_grid.U.shape[1]
+    del on_grid, tensors
+    lost = _put_into(linear, problem, stored, errors)
+    if not math.isfinite(lost):
+        raise InputError(f"{_extreme(problem)} its error is {lost}; {_CHECK_MODEL}")
+    new_warnings = [warning for warning in warnings if warning not in record.warnings]
+    for warning in new_warnings if ranks.rank == 0 else ():
+        log.warning("%s", warning)
+    return stored, replace(
+        record,
+        values=values_text(grid),
+        low_rank_values=low_rank_text(spec.low_rank_values if rank else None),
+        rounding_error=lost,
+        density=int(ranks.sum(kept)) / linear.weight.numel(),
+        damping=max(record.damping, damping),
+        nbytes=sum(t.nbytes for t in stored.values()),
+        warnings=(*record.warnings, *new_warnings),
+    )
+
+
+def _unpacked(packed: Mapping[str, Tensor], pattern: SparsityPattern, linear: nn.Linear, ranks: Ranks) -> SparseLowRank:
+    """Return S, U and V of a packed linear, float32 on the device of the live one; S and U of this rank's rows."""
+    o, d = linear.out_features, linear.in_features
+    rows, device = rows_of_ranks(o, ranks.world)[ranks.rank], linear.weight.device
+    parts = {part: tensor.to(device) for part, tensor in packed.items()}
+    U, V = unpack_low_rank(parts) or (torch.zeros(o, 0, device=device), torch.zeros(0, d, device=device))
+    S = unpack(parts, pattern, (o, d))[rows].float()
+    return SparseLowRank(S, U[rows].float(), V.float(), iterations=0)
+
+
+def _extreme(problem: LinearProblem) -> str:
+    return f"{problem.name}: its weights or inputs are so large or small that"
+
+
+def _count_codes(on_grid: OnGrid) -> int:
+    """Return the codes that are not zero."""
+    chunks = row_chunks(*on_grid.codes.shape)
+    return sum(int(on_grid.codes[rows].bfloat16().count_nonzero()) for rows in chunks)
+
+
+def _stored(
+    problem: LinearProblem,
+    linear: nn.Linear,
+    tensors: Mapping[str, Tensor],
+    U: Tensor,
+    V: Tensor,
+    dtype: torch.dtype,
+    low_rank: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Return the packed linear of all ranks' rows.
+
+    Args:
+        problem: The linear.
+        linear: The live linear.
+        tensors: S of this rank's rows, packed.
+        U: U of these rows.
+        V: The whole of V.
+        dtype: Dtype of U and V where `low_rank` is None.
+        low_rank: Dtype that they are stored in.
+    """
+    ranks = problem.ranks
+    if ranks.world > 1:  # before U is rounded: its columns' largest numbers may be another rank's
+        rows = rows_of_ranks(linear.out_features, ranks.world)
+        U, V = _collect("U", U, rows, ranks), _collect("V", V, rows, ranks)
+        tensors = {part: _collect(part, tensor, rows, ranks) for part, tensor in tensors.items()}
+    stored = {**tensors, **pack_low_rank(U, V, dtype, low_rank)}
+    if not all(is_finite(part) for part in stored.values() if part.is_floating_point() and part.dtype.itemsize > 1):
+        raise InputError(f"{problem.name}: its factors overflow {dtype}; give the model in bf16 or fp32")
+    return stored
+
+
+def _put_into(linear: nn.Linear, problem: LinearProblem, stored: Mapping[str, Tensor], errors: RelativeError) -> float:
+    """Put S + U·V as it is stored into the weight of a live linear; return its error."""
+    shape = (linear.out_features, linear.in_features)
+    merged = merge(stored, problem.pattern, shape, linear.weight.dtype)
+    lost = errors.of(merged[rows_of_ranks(shape[0], problem.ranks.world)[problem.ranks.rank]])
     linear.weight.copy_(merged)
-    return tensors, record
+    return lost
 
 
 def _collect(part: str, tensor: Tensor, rows: Sequence[slice], ranks: Ranks) -> Tensor:

@@ -131,13 +131,18 @@ def solved_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Valu
 def peak_bytes(solver: Solver, spec: LinearSpec, o: int, d: int, workspace: int | None, gpu: bool) -> int:
     """Return the most bytes that a solve takes (`Solver.peak_bytes`), coming onto a grid included."""
     solve = solver.peak_bytes(o, d, spec.rank, workspace, pattern=spec.pattern, gpu=gpu)
+    return max(solve, rounding_bytes(spec, o, d, gpu))
+
+
+def rounding_bytes(spec: LinearSpec, o: int, d: int, gpu: bool) -> int:
+    """Return the most bytes that coming onto a grid takes beside the weight and its Gram matrix; 0 without one."""
     if spec.grid is None:
-        return solve
+        return 0
     tile = 4 * 7 * min(o * d, _TILE_ON_GPU if gpu else max(_TILE, d))
     factors = 4 * 8 * (o + d) * max(1, min(spec.rank, o, d))
     state = 4 * o * d + (1 + spec.grid.code_dtype.itemsize) * o * d
     unrounded = 8 * o * d  # S beside S + U·V, whose error is recorded
-    return max(solve, unrounded + factors, state + tile + factors + 4 * d * d * (3 if gpu else 1))
+    return max(unrounded + factors, state + tile + factors + 4 * d * d * (3 if gpu else 1))
 
 
 def flops(o: int, d: int, rank: int, *, gpu: bool = False, ranks: int = 1) -> float:

@@ -52,6 +52,11 @@ class LinearSpec:
         """Grid of the values of S; None for numbers."""
         return grid_of(self.values)
 
+    @property
+    def off_grid(self) -> "LinearSpec":
+        """The spec before S comes onto its grid: S, U and V as the checkpoint stores numbers; itself without one."""
+        return self if self.grid is None else replace(self, values=None, low_rank_values=None)
+
     def num_parameters(self, shape: tuple[int, int]) -> int:
         """Return the parameters of S, U and V together, for a weight of `shape` (o, d)."""
         o, d = shape
@@ -120,6 +125,11 @@ def allocate(
         for name, shape in linears.items():
             specs[name].require_fits(name, shape)
     return specs
+
+
+def rounds_late(config: RunConfig, allocation: Allocation) -> bool:
+    """Return True where S comes onto its grid when blocks have been matched once, to be matched once more on it."""
+    return config.match and config.rounding == "solved" and any(spec.grid for spec in allocation.values())
 
 
 def parse_mean_pattern(config: RunConfig) -> SparsityPattern:

@@ -49,13 +49,13 @@ def block_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BlockRun
     """Run a case's block once. The card is larger than the budget, so only the limit holds the run."""
 
     @cache
-    def run(shape: str, gigabytes: int, tokens: int, expandable: bool) -> BlockRun:
+    def run(shape: str, gigabytes: int, tokens: int, expandable: bool, values: str = "stored") -> BlockRun:
         folder: Path = tmp_path_factory.mktemp("shapes") / "model"
         folder.mkdir()
         write_sparse_checkpoint(folder, SHAPES[shape], 16384, blocks=2)
         gpu = PretendedGpu(values=False, total=141 * 10**9, expandable=expandable)
-        budgets = {"gpu_mem": gigabytes * 10**9, "host_mem": 100 * 10**9}
-        return run_block(folder, gpu, iterations=1, windows=12, seq_len=tokens, **budgets)
+        settings: dict[str, Any] = {"gpu_mem": gigabytes * 10**9, "host_mem": 100 * 10**9, "values": values}
+        return run_block(folder, gpu, iterations=1, windows=12, seq_len=tokens, **settings)
 
     return run
 
@@ -79,6 +79,17 @@ def test_no_phase_runs_out_of_what_it_may_reserve(
     run = block_of(shape, gigabytes, tokens, expandable)
     assert run.failures == 0
     assert max(peak.reserved for peak in run.peaks.values()) <= gigabytes * 10**9
+
+
+@pytest.mark.parametrize(("shape", "gigabytes"), long(("8b", 24), ("70b", 45)))
+def test_values_on_a_grid_take_what_was_planned_and_no_more_than_numbers(
+    block_of: Callable[..., BlockRun], shape: str, gigabytes: int
+) -> None:
+    numbers, on_grid = (block_of(shape, gigabytes, 2048, True, values) for values in ("stored", "int4"))
+    found = ratios(on_grid)
+    assert all(LEAST <= ratio <= MOST for ratio in found.values()), found
+    peaks = [max(peak.allocated for peak in run.peaks.values()) for run in (numbers, on_grid)]
+    assert peaks[1] < 1.03 * peaks[0]
 
 
 def run_of_ranks(folder: Path, shape: str, gigabytes: int, windows: int, world: int, **settings: Any) -> BlockRun:

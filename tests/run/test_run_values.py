@@ -74,7 +74,9 @@ def test_each_format_reaches_the_disk_and_loads(
             assert same_values(value_format(parts, linear.shape[1]), linear.values, linear.shape[1])
             assert linear.values.startswith(values)
             assert linear.nbytes == sum(part.nbytes for part in parts.values())
-            assert linear.unrounded_error is not None
+            assert linear.rounding_error is not None
+            assert linear.unrounded_error is None
+        assert block.matching_off_grid is not None
     whole = dense_model(out)
     expected = logits(whole)
     loaded = streamslr.load(out, device="cpu", dtype="float32")
@@ -90,6 +92,47 @@ def test_solving_on_the_grid_loses_less_than_rounding_to_the_nearest(settings: d
     for one, other in zip(solved.blocks, nearest.blocks, strict=True):
         for ours, theirs in zip(one.linears, other.linears, strict=True):
             assert ours.error < theirs.error
+
+
+@pytest.mark.parametrize("change", [{"match": False}, {"rounding": "nearest"}])
+def test_s_comes_onto_its_grid_as_it_is_solved_where_no_matching_of_numbers_is_wanted(
+    settings: dict[str, Any], change: dict[str, Any]
+) -> None:
+    for block in streamslr.compress(**settings | INT4 | change).blocks:
+        assert block.matching_off_grid is None
+        for linear in block.linears:
+            assert linear.unrounded_error is not None
+            assert linear.rounding_error is None
+
+
+def test_a_block_whose_values_are_matched_before_they_are_rounded_ends_nearer_to_its_targets(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    change = INT4 | {"match_epochs": 10, "samples": 16}
+    before = streamslr.compress(**settings | change)
+    nearest = streamslr.compress(**settings | change | {"rounding": "nearest", "out": tmp_path / "nearest"})
+    for one, other in zip(before.blocks, nearest.blocks, strict=True):
+        assert one.matching is not None
+        assert other.matching is not None
+        assert one.matching.loss_after is not None
+        assert other.matching.loss_after is not None
+        assert one.matching.loss_after < other.matching.loss_after
+
+
+def test_only_linears_with_a_grid_come_onto_one(settings: dict[str, Any], tmp_path: Path) -> None:
+    allocation = tmp_path / "allocation.json"
+    allocation.write_text(json.dumps({"*": {"values": "int4/16"}, "model.layers.1.*": {"values": "stored"}}))
+    state = streamslr.compress(**settings | {"pattern": "2:4", "allocation": allocation})
+    first, second = state.blocks
+    assert first.matching_off_grid is not None
+    assert second.matching_off_grid is None
+    assert {linear.values for linear in first.linears} == {"int4/16"}
+    assert {linear.values for linear in second.linears} == {"stored"}
+    allocation.write_text(json.dumps({"*": {"values": "int4/16"}, "v_proj": {"values": "stored"}}))
+    state = streamslr.compress(**settings | {"pattern": "2:4", "allocation": allocation, "out": tmp_path / "mixed"})
+    assert verify(tmp_path / "mixed").problems == ()
+    for linear in state.blocks[0].linears:
+        assert (linear.rounding_error is None) == (linear.values == "stored") == linear.name.endswith("v_proj")
 
 
 def test_a_run_killed_after_its_first_block_goes_on_to_the_same_bytes(settings: dict[str, Any], finished: Path) -> None:

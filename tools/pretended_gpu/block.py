@@ -41,6 +41,7 @@ from streamslr.memory import held_to_gpu_limit
 from streamslr.model.blockwise import Block
 from streamslr.ranks import Ranks
 from streamslr.run import block_solver, loop
+from streamslr.run.block_compressor import BlockCompressor
 from streamslr.run.check import Check
 from streamslr.run.context import RunContext, open_run
 from streamslr.run.dealing import Deal
@@ -50,7 +51,7 @@ from streamslr.run.progress import BlockProgress, NoDisplay, PhaseTimer, Warning
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.solvers import threebasil_fused
 from streamslr.solvers.threebasil_fused import FusedState
-from streamslr.spec.allocation import Allocation
+from streamslr.spec.allocation import Allocation, rounds_late
 from streamslr.spec.pattern import SparsityPattern
 
 _ANSWERS = {"_read": [1.0, 0.0], "inverse_error": 0.0}
@@ -260,14 +261,15 @@ def _compress_block(context: RunContext, iterations: int) -> None:
         method: Any = context.method.solver
         if hasattr(method, "max_iterations"):
             method = replace(method, max_iterations=iterations)
-        compressor = LinearCompressor(method, context.allocation, config.seed, plan.solver_workspace)
-        solver = block_solver.BlockSolver(context, context.allocation, passes, compressor)
+        rounding = config.rounding, rounds_late(config, context.allocation)
+        of_linears = LinearCompressor(method, context.allocation, config.seed, plan.solver_workspace, *rounding)
+        solver = block_solver.BlockSolver(context, context.allocation, passes, of_linears)
         progress = BlockProgress(NoDisplay(), 0, plan.kinds)
         warnings = WarningsOfRanks(context.ranks)
         check = Check(context.blockwise, ids[: config.check_windows], scratch, plan.in_memory, context.ranks)
-        compression = loop.Compression(
-            context, context.allocation, journal, timer, progress, passes, check, solver, warnings
-        )
+        compressor = BlockCompressor(context, context.allocation, passes, solver)
+        parts = timer, progress, passes, check, solver, compressor, warnings
+        compression = loop.Compression(context, context.allocation, journal, *parts)
         exchange = partial(_exchange_with_others, block_solver.exchange_solved, context.allocation)
         if context.ranks.world > 1:
             stack.enter_context(mock.patch.object(block_solver, "exchange_solved", exchange))

@@ -29,7 +29,7 @@ def draw_figures(state: JournalState) -> dict[str, Figure]:
     """Return the figures that the run has data for, by the id of their HTML element."""
     if not state.blocks:
         return {}
-    matched = [(block, block.matching) for block in state.blocks if block.matching]
+    matched = [(block, match) for block in state.blocks if (match := block.whole_matching)]
     return {
         "errors": _draw_error_map(state.blocks),
         "block-errors": _draw_block_errors(state.blocks),
