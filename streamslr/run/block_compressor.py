@@ -176,12 +176,12 @@ def _match_record(curve: Sequence[float], held_out: Sequence[float], loss: float
 
 
 def _warn_of(block: Block, record: MatchRecord) -> None:
-    """Log that a block is kept as it was solved, because matching did not lower its loss."""
-    held_out = record.held_out
-    losses = (held_out[0], held_out[-1]) if held_out else (record.loss_before, record.loss_after)
-    first, last = (math.nan if loss is None else loss for loss in losses)
-    where = " on held-out windows" if held_out else ""
-    log.warning("%s: matching did not lower its loss of %.3g%s (%.3g); kept as solved", block.name, first, where, last)
+    """Log that a block is kept as it was solved, and which loss matching did not lower."""
+    before, after, where = record.loss_before, record.loss_after, ""
+    if record.held_out and after is not None and after < before:
+        before, after, where = record.held_out[0] or math.nan, record.held_out[-1], " on held-out windows"
+    shown = "not finite" if after is None else f"{after:.3g}"
+    log.warning("%s: matching did not lower its loss of %.3g%s (%s); kept as solved", block.name, before, where, shown)
 
 
 def _finite_or_none(loss: float) -> float | None:

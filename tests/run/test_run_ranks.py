@@ -3,6 +3,7 @@
 import itertools
 import random
 import shutil
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,26 @@ def test_outliers_decide_alike(settings: dict[str, Any], tmp_path: Path) -> None
     assert len({linear.pattern for block in ours.blocks for linear in block.linears}) > 1
 
 
+ON_GRID: dict[str, Any] = {"values": "int4", "group": 16}
+
+
+@pytest.mark.slow
+def test_values_come_onto_their_grid_by_rows_too(settings: dict[str, Any], tmp_path: Path) -> None:
+    wide = tiny_checkpoint(tmp_path / "wide", blocks=1, intermediate_size=768)
+    settings |= MAIN | ON_GRID | {"model": wide}
+    require_done(compress_by_ranks(2, settings))
+    require_done(compress_by_ranks(2, settings | {"out": tmp_path / "again"}, plan={"grams_at": "disk"}))
+    assert run_contents(settings["out"]) == run_contents(tmp_path / "again")
+    streamslr.compress(**settings | {"out": tmp_path / "alone"})
+    require_alike(settings["out"], tmp_path / "alone", **ROUNDING_AMPLIFIED)
+    of_rounding = [
+        statistics.mean(linear.rounding_error or 0.0 for linear in blocks_of(folder)[0].linears)
+        for folder in (settings["out"], tmp_path / "alone")
+    ]
+    assert of_rounding[0] == pytest.approx(of_rounding[1], rel=0.1)
+    assert verify(settings["out"]).problems == ()
+
+
 IN_GROUPS: dict[str, dict[str, Any]] = {
     "passes": {"gram_bytes_at_once": 40_000, "grams_at": "disk"},
     "inputs": {"expert_gram_bytes_at_once": 200_000},
@@ -227,6 +248,21 @@ def test_grams_of_experts_in_groups_give_the_bytes_of_all_at_once(
     assert compress_in_child(settings) == 0
     require_done(compress_by_ranks(1, settings | {"out": tmp_path / "groups"}, plan=in_groups))
     assert run_contents(tmp_path / "groups") == run_contents(settings["out"])
+
+
+@pytest.mark.slow
+def test_experts_come_onto_their_grid_over_ranks_and_in_groups(
+    settings: dict[str, Any], experts: Path, tmp_path: Path
+) -> None:
+    settings |= ON_GRID | {"model": experts}
+    require_done(compress_by_ranks(2, settings))
+    require_done(compress_by_ranks(2, settings | {"out": tmp_path / "groups"}, plan=IN_GROUPS["both"]))
+    assert shards_of(tmp_path / "groups") == shards_of(settings["out"])
+    for block in blocks_of(settings["out"]):
+        assert block.matching_off_grid is not None
+        assert all(linear.rounding_error is not None for linear in block.linears)
+        assert all(len(set(linear.warnings)) == len(linear.warnings) for linear in block.linears)
+    assert verify(settings["out"]).problems == ()
 
 
 # Resume
