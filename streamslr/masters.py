@@ -296,6 +296,8 @@ class Masters:
         stored: dict[PartMasters, Mapping[str, Tensor]] = {}
         self._collect(lambda master, numbers: stored.update({master: master.stored(numbers)}))
         self.attempt.settle()
+        for bundle in self._bundles:
+            bundle.own.grad = None  # what is stored may be views of the masters
         vectors = stored[self._vectors] if self._vectors else {}
         packed = {name: stored[linear] for name, linear in self._linears.items()}
         return BlockWeights(packed, {**before.other_tensors, **vectors})

@@ -70,8 +70,9 @@ def list_warnings(block: BlockRecord) -> list[str]:
     """Return the warnings of a block: those of its linears, phases tried again, a matching that was not applied."""
     found = [warning for linear in block.linears for warning in linear.warnings]
     found += _list_retries(block.name, block.retries)
-    if (matching := block.whole_matching) and not matching.applied:
-        found.append(f"matching did not lower the loss of {block.name}; its weights stay as they were solved")
+    for matching in (block.matching_off_grid, block.matching):
+        if matching and matching.loss_before and not matching.applied:
+            found.append(f"matching did not lower the loss of {block.name}; its weights stay as they were before")
     return found
 
 

@@ -58,7 +58,7 @@ class BlockCompressor:
         """Solve the linears of the live block, match it to its targets, pass the windows on, and write its shard.
 
         Where S has a grid, the block is matched with numbers first; then S comes onto its grid in the metric of what
-        the matched block gives its linears, and the block is matched once more, in fewer epochs.
+        the matched block gives its linears, and the block is matched once more, in half the epochs.
 
         Args:
             block: Live block, dense.
@@ -79,7 +79,7 @@ class BlockCompressor:
             with self.passes.resident(hidden, targets):
                 solved, off_grid = self.match_off_grid(block, solved, hidden, targets)
             # Bring S onto its grid, given what the matched block gives its linears.
-            grams, _ = self.solver.collect(block, Boundary(hidden, None))
+            grams, _ = self.solver.collect(block, Boundary(hidden, None), matched=True)
             on_grid, records = self.solver.round(block, grams, solved.packed, records)
             solved, epochs = self._waiting(replace(solved, packed=on_grid)), epochs_on_grid(epochs)
             del on_grid
@@ -176,12 +176,12 @@ def _match_record(curve: Sequence[float], held_out: Sequence[float], loss: float
 
 
 def _warn_of(block: Block, record: MatchRecord) -> None:
-    """Log that a block is kept as it was solved, and which loss matching did not lower."""
+    """Log that a block is kept as it was, and which loss matching did not lower."""
     before, after, where = record.loss_before, record.loss_after, ""
     if record.held_out and after is not None and after < before:
         before, after, where = record.held_out[0] or math.nan, record.held_out[-1], " on held-out windows"
     shown = "not finite" if after is None else f"{after:.3g}"
-    log.warning("%s: matching did not lower its loss of %.3g%s (%s); kept as solved", block.name, before, where, shown)
+    log.warning("%s: matching did not lower its loss of %.3g%s (%s); kept as it was", block.name, before, where, shown)
 
 
 def _finite_or_none(loss: float) -> float | None:

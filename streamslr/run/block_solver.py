@@ -60,24 +60,27 @@ class WaitingGrams:
         return counted
 
 
-Compress = Callable[[str, Tensor, GramCache, Ranks], Solved]
+Compress = Callable[[str, Gram, GramCache, Ranks], Solved]
 """Function of (name of a linear, its Gram, what those before it with that Gram left, ranks that do it together) that
 puts what is stored of the linear into the live block and returns it, with its record."""
 
 
 @dataclass(frozen=True)
 class BlockSolver:
-    """Solver of a run's blocks, before they are matched."""
+    """Solver of a run's blocks, before they are matched, and for their grids between two matchings."""
 
     context: RunContext
     allocation: Allocation
     passes: Passes
     linear_compressor: LinearCompressor
 
-    def collect(self, block: Block, boundary: Boundary) -> tuple[WaitingGrams, HiddenStates | None]:
+    def collect(
+        self, block: Block, boundary: Boundary, matched: bool = False
+    ) -> tuple[WaitingGrams, HiddenStates | None]:
         """Collect the Grams of the live block and its targets; each Gram goes to the ranks that need it.
 
-        The block is dense, or matched already where the boundary has no targets.
+        The block is dense; or it is matched already, and then the boundary has no targets, and nothing is warned of
+        that has been before.
 
         Where not all Grams fit at once, the inputs of experts are kept, from which `solve` collects their Grams group
         by group. Where the others do not fit either, the windows pass the block once for each group of them.
@@ -86,7 +89,7 @@ class BlockSolver:
         plan, folder = context.plan, rank_scratch(context.config, ranks)
         shape = context.shape.blocks[block.index]
         if ranks.world == 1 and plan.gram_bytes_at_once is None and plan.expert_gram_bytes_at_once is None:
-            collected = passes.retry("grams", partial(passes.collect, block, boundary))
+            collected = passes.retry("grams", partial(passes.collect, block, boundary, warn=not matched))
             collected.grams.sort(key=_order(shape))
             linears = [gram.linears for gram in collected.grams]
             deal = self._deal(block, linears)
@@ -113,7 +116,8 @@ class BlockSolver:
                 f"{block.name}: its linears share their inputs in another way for these windows than its shapes say; "
                 "start without torchrun, with memory for all Gram matrices at once"
             )
-        warn_of_few_tokens(block, seen)
+        if not matched:
+            warn_of_few_tokens(block, seen)
         blended = kinds_to_blend(seen, block.experts)
         for group in from_inputs:
             if owners := [owner for owner in group if block.experts[owner] in blended]:
@@ -150,9 +154,12 @@ class BlockSolver:
     ) -> tuple[dict[str, Mapping[str, Tensor]], tuple[LinearRecord, ...]]:
         """Compress every linear of the live dense block; return them packed, and their records. Empties `waiting`."""
 
-        def compress(name: str, gram: Tensor, cache: GramCache, ranks: Ranks) -> Solved:
+        def compress(name: str, gram: Gram, cache: GramCache, ranks: Ranks) -> Solved:
             weight, dtype = partial(self.context.blockwise.stored_weight, name), self._dtype(name)
-            return self.linear_compressor.compress(name, block.linears[name], weight, gram, dtype, cache, ranks)
+            packed, record = self.linear_compressor.compress(
+                name, block.linears[name], weight, gram.matrix, dtype, cache, ranks
+            )
+            return packed, replace(record, rows=gram.rows, warnings=(*gram.warnings(name), *record.warnings))
 
         return self._for_each_linear(block, waiting, compress)
 
@@ -173,11 +180,10 @@ class BlockSolver:
         """
         record_of = {record.name: record for record in records}
 
-        def round_one(name: str, gram: Tensor, cache: GramCache, ranks: Ranks) -> Solved:
+        def round_one(name: str, gram: Gram, _: GramCache, ranks: Ranks) -> Solved:
             before = matched[name], record_of[name]
-            return self.linear_compressor.round(
-                name, block.linears[name], gram, self._dtype(name), before, cache, ranks
-            )
+            linear, dtype = block.linears[name], self._dtype(name)
+            return self.linear_compressor.round(name, linear, gram.matrix, dtype, before, ranks)
 
         return self._for_each_linear(block, waiting, round_one)
 
@@ -233,9 +239,7 @@ class BlockSolver:
                 order.append((gram.linears, partial(replace, gram)))
             cache = self.linear_compressor.gram_cache(block.linears, together or own)
             for name in together or own:
-                packed, record = work(name, gram.matrix, cache, ranks if together else ALONE)
-                warnings = tuple(dict.fromkeys((*gram.warnings(name), *record.warnings)))
-                solved[name] = packed, replace(record, rows=gram.rows, warnings=warnings)
+                solved[name] = work(name, gram, cache, ranks if together else ALONE)
                 step(1)
             del gram, cache
         return solved

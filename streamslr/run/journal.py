@@ -63,7 +63,10 @@ operator without a deterministic form."""
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """One linear W [o, d] that became S + U·V. Errors are tr(R H Rᵀ) / tr(W H Wᵀ), R as stored, H damped."""
+    """One linear W [o, d] that became S + U·V. Errors are tr(R H Rᵀ) / tr(W H Wᵀ), H damped.
+
+    R is W minus S + U·V as stored; where S comes onto its grid once the block is matched, minus S + U·V before that.
+    """
 
     name: str
     shape: tuple[Positive, Positive]
@@ -81,7 +84,7 @@ class LinearRecord:
     values: str = STORED  # of S: its format
     low_rank_values: str = STORED  # the same of U and V
     unrounded_error: Number | None = None  # before S came onto its grid as it was solved; None where it did not
-    rounding_error: Number | None = None  # of S + U·V as it came onto its grid, against that as matched; the same
+    rounding_error: Number | None = None  # of S + U·V on the grid, against that as matched; None where it came not so
 
     def __post_init__(self) -> None:
         weights = prod(self.shape)
@@ -152,7 +155,7 @@ class BlockRecord:
     def whole_matching(self) -> MatchRecord | None:
         """The matching of the block, before and after S came onto its grid as if it were one; None without any."""
         first, last = self.matching_off_grid, self.matching
-        if first is None or last is None:
+        if first is None or last is None or not first.loss_before:  # dense, with nothing to make up for
             return last
         return MatchRecord(
             first.loss_before,

@@ -224,6 +224,7 @@ class Passes:
         only: Collection[str] | None = None,
         blend: bool = True,
         keep: Collection[Experts] = (),
+        warn: bool = True,
     ) -> Collected:
         """Pass the live block; collect the Grams of this rank's windows, and the block's targets if these are wanted.
 
@@ -233,6 +234,7 @@ class Passes:
             only: Owners of the Grams to collect; None for all.
             blend: Blend the Grams of experts with few tokens.
             keep: Modules of experts whose inputs are kept, to collect the Grams of their experts later.
+            warn: Warn of experts with few tokens.
         """
         with (
             self.timer.phase("grams", steps=len(self.ids), block=block.index) as step,
@@ -244,14 +246,15 @@ class Passes:
             targets = self._dense_pass(block, boundary, run, step)
             grams = collector.grams()
             if blend:
-                warn_of_few_tokens(block, grams)
+                if warn:
+                    warn_of_few_tokens(block, grams)
                 grams = blend_experts(grams, block.experts)
             return Collected(grams, collector.seen(), targets, [recorder.recorded() for recorder in recorders])
 
     def collect_experts(self, block: Block, kept: Sequence[RoutedInputs], only: Collection[str]) -> list[Gram]:
         """Return the Grams with these owners, of this rank's windows, from the kept inputs of their experts.
 
-        These experts must be dense still; others may be compressed already.
+        These experts must be as they were when the inputs were kept; others may be compressed already.
         """
         with (
             self.timer.phase("grams", steps=self.fitted, block=block.index) as step,

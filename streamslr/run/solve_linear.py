@@ -64,7 +64,7 @@ class LinearCompressor:
         if len(sharing) < 2:
             return GramCache()
         peaks = {
-            name: solve_bytes(self.solver, self.allocation[name], linears[name], self.workspace) for name in linears
+            name: solve_bytes(self.solver, self._solved_spec(name), linears[name], self.workspace) for name in linears
         }
         return GramCache(max(peaks.values()) - max(peaks[name] for name in sharing))
 
@@ -92,9 +92,7 @@ class LinearCompressor:
             cache: What earlier linears with this Gram matrix left; emptied where memory runs out.
             ranks: Ranks that solve it together; each passes the same linear, weight and Gram matrix.
         """
-        spec = self.allocation[name]
-        if self.rounds_late:
-            spec = spec.off_grid
+        spec = self._solved_spec(name)
 
         def work() -> Solved:
             W = weight()
@@ -103,52 +101,6 @@ class LinearCompressor:
             problem = self._problem(name, W, gram, cache, ranks)
             return compress_linear(problem, linear, self.solver, dtype, spec, self.rounding)
 
-        return self._in_workspace(name, linear, cache, ranks, work)
-
-    def round(
-        self,
-        name: str,
-        linear: nn.Linear,
-        gram: Tensor,
-        dtype: torch.dtype,
-        matched: Solved,
-        cache: GramCache | None = None,
-        ranks: Ranks = ALONE,
-    ) -> Solved:
-        """Bring S of a matched linear onto its grid as `round_linear` does; as `compress` where memory runs out.
-
-        Args:
-            name: Name of the linear in the allocation.
-            linear: The live linear, with S + U·V as matched.
-            gram: Gram matrix of the inputs that the matched block gives it, [d, d] float32 on the linear's device.
-            dtype: Dtype to store factors and scales in.
-            matched: The packed linear as matched, and its record as solved.
-            cache: What earlier linears with this Gram matrix left; emptied where memory runs out.
-            ranks: Ranks that round it together; each passes the same.
-
-        Returns:
-            The packed linear and its record; those of `matched` where its values have no grid.
-        """
-        spec = self.allocation[name]
-        if spec.grid is None:
-            return matched
-
-        def work() -> Solved:
-            of_matched = _unpacked(matched[0], spec.pattern, linear, ranks).dense()
-            problem = self._problem(name, of_matched, gram, cache, ranks)
-            return round_linear(problem, linear, dtype, spec, matched)
-
-        return self._in_workspace(name, linear, cache, ranks, work)
-
-    def _problem(self, name: str, weight: Tensor, gram: Tensor, cache: GramCache | None, ranks: Ranks) -> LinearProblem:
-        spec = self.allocation[name]
-        return LinearProblem(name, weight, gram, spec.pattern, spec.rank, self.seed, self.workspace, cache, ranks)
-
-    def _in_workspace(
-        self, name: str, linear: nn.Linear, cache: GramCache | None, ranks: Ranks, work: Callable[[], Solved]
-    ) -> Solved:
-        """Call `work`; on one rank alone once more in a smaller workspace where memory runs out."""
-        spec = self.allocation[name]
         if ranks.world > 1:
             return work()
 
@@ -162,6 +114,38 @@ class LinearCompressor:
             return f"a solver workspace of {format_bytes(smaller)}, from {name} on"
 
         return retry_on_oom(work, shrink, phase="solve", device=linear.weight.device, note=self.note)
+
+    def round(
+        self, name: str, linear: nn.Linear, gram: Tensor, dtype: torch.dtype, matched: Solved, ranks: Ranks = ALONE
+    ) -> Solved:
+        """Bring S of a matched linear onto its grid as `round_linear` does; there is no doing so in less memory.
+
+        Args:
+            name: Name of the linear in the allocation.
+            linear: The live linear, with S + U·V as matched.
+            gram: Gram matrix of the inputs that the matched block gives it, [d, d] float32 on the linear's device.
+            dtype: Dtype to store factors and scales in.
+            matched: The packed linear as matched, and its record as solved.
+            ranks: Ranks that round it together; each passes the same.
+
+        Returns:
+            The packed linear on the device of the live one, and its record; as matched where its values have no grid.
+        """
+        spec, (packed, record) = self.allocation[name], matched
+        packed = {part: tensor.to(linear.weight.device) for part, tensor in packed.items()}
+        if spec.grid is None:
+            return packed, record
+        of_matched = _unpacked(packed, spec.pattern, linear, ranks).dense()
+        problem = self._problem(name, of_matched, gram, None, ranks)
+        return round_linear(problem, linear, dtype, spec, (packed, record))
+
+    def _solved_spec(self, name: str) -> LinearSpec:
+        """Return the spec that `compress` solves a linear for."""
+        return self.allocation[name].off_grid if self.rounds_late else self.allocation[name]
+
+    def _problem(self, name: str, weight: Tensor, gram: Tensor, cache: GramCache | None, ranks: Ranks) -> LinearProblem:
+        spec = self.allocation[name]
+        return LinearProblem(name, weight, gram, spec.pattern, spec.rank, self.seed, self.workspace, cache, ranks)
 
 
 def smaller_workspace(solver: Solver, spec: LinearSpec, linear: nn.Linear, workspace: int | None) -> int | None:
@@ -321,12 +305,11 @@ def round_linear(
 
 
 def _unpacked(packed: Mapping[str, Tensor], pattern: SparsityPattern, linear: nn.Linear, ranks: Ranks) -> SparseLowRank:
-    """Return S, U and V of a packed linear, float32 on the device of the live one; S and U of this rank's rows."""
+    """Return S, U and V of a packed linear on the device of the live one, float32; S and U of this rank's rows."""
     o, d = linear.out_features, linear.in_features
     rows, device = rows_of_ranks(o, ranks.world)[ranks.rank], linear.weight.device
-    parts = {part: tensor.to(device) for part, tensor in packed.items()}
-    U, V = unpack_low_rank(parts) or (torch.zeros(o, 0, device=device), torch.zeros(0, d, device=device))
-    S = unpack(parts, pattern, (o, d))[rows].float()
+    U, V = unpack_low_rank(packed) or (torch.zeros(o, 0, device=device), torch.zeros(0, d, device=device))
+    S = unpack(packed, pattern, (o, d))[rows].float()
     return SparseLowRank(S, U[rows].float(), V.float(), iterations=0)
 
 
