@@ -45,7 +45,7 @@ class Compressed:
 
 @dataclass(frozen=True)
 class BlockCompressor:
-    """What a run does to a block between its Grams and its commit."""
+    """Compressor of a run's blocks, from their Grams to their shards."""
 
     context: RunContext
     allocation: Allocation

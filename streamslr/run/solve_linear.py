@@ -135,9 +135,9 @@ class LinearCompressor:
         packed = {part: tensor.to(linear.weight.device) for part, tensor in packed.items()}
         if spec.grid is None:
             return packed, record
-        of_matched = _unpacked(packed, spec.pattern, linear, ranks).dense()
-        problem = self._problem(name, of_matched, gram, None, ranks)
-        return round_linear(problem, linear, dtype, spec, (packed, record))
+        solution = _unpacked(packed, spec.pattern, linear, ranks)
+        problem = self._problem(name, solution.dense(), gram, None, ranks)
+        return round_linear(problem, solution, linear, dtype, spec, record)
 
     def _solved_spec(self, name: str) -> LinearSpec:
         """Return the spec that `compress` solves a linear for."""
@@ -251,7 +251,12 @@ def compress_linear(
 
 @torch.no_grad()
 def round_linear(
-    problem: LinearProblem, linear: nn.Linear, dtype: torch.dtype, spec: LinearSpec, matched: Solved
+    problem: LinearProblem,
+    solution: SparseLowRank,
+    linear: nn.Linear,
+    dtype: torch.dtype,
+    spec: LinearSpec,
+    record: LinearRecord,
 ) -> Solved:
     """Bring S of a matched linear onto its grid, fit U·V to it, and put what is stored into the weight of `linear`.
 
@@ -261,10 +266,11 @@ def round_linear(
     Args:
         problem: The linear as matched: its weight is S + U·V, its Gram matrix of the inputs that the matched block
             gives it; on each of several ranks, the rows that `rows_of_ranks` gives it.
+        solution: S, U and V as matched, of the same rows; S is overwritten.
         linear: The live linear, its weight [o, d] on the problem's device.
         dtype: Dtype of scales, and of U and V where the spec leaves them as the checkpoint stores them.
         spec: Spec with the values of S, U and V.
-        matched: The packed linear as matched, of all rows, and its record as solved.
+        record: Its record as solved.
 
     Returns:
         As `compress_linear`. The record keeps the error of the solve, and gets that of the rounding beside it.
@@ -272,16 +278,13 @@ def round_linear(
     Raises:
         InputError: A factor overflows `dtype`, or the weights or inputs are beyond what can be solved.
     """
-    packed, record = matched
     grid, pattern, ranks = spec.grid, problem.pattern, problem.ranks
     assert grid is not None
     errors = RelativeError(problem.weight, problem.gram, ranks)
-    solution = _unpacked(packed, pattern, linear, ranks)
     try:
         on_grid = solved_on_grid(problem, solution, grid, dtype)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in torch's stubs
         raise InputError(f"{_extreme(problem)} the solver fails ({first_line(error)}); {_CHECK_MODEL}") from error
-    del solution
     kept, tensors = _count_codes(on_grid), pack_on_grid(on_grid.codes, on_grid.scales, pattern, dtype, grid)
     stored = _stored(problem, linear, tensors, on_grid.U, on_grid.V, dtype, spec.low_rank_values)
     damping, warnings, rank = on_grid.damping, on_grid.warnings, on_grid.U.shape[1]
