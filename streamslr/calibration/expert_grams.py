@@ -73,11 +73,8 @@ def blend_expert(gram: Gram, sums: Mapping[str, ExpertSum], experts: Mapping[str
     if owner not in experts or not fraction:
         return gram
     of_all = sums[experts[owner]]
-    if not of_all.tokens and not gram.matrix.is_meta:  # on the meta device nothing is counted
-        raise InputError(
-            f"{owner}: no token reached any expert of its kind, so its Gram is 0; give other --calibration"
-        )
-    share = (gram.rows or of_all.tokens) / max(1, of_all.tokens)
+    _require_tokens(owner, of_all)
+    share = (gram.rows or of_all.tokens) / of_all.tokens
     gram.matrix.mul_(1 - fraction).add_(of_all.matrix, alpha=fraction * share)
     return replace(gram, shared_fraction=fraction)
 
@@ -112,6 +109,14 @@ def warn_of_few_tokens(block: Block, grams: Iterable[Gram]) -> None:
             len(few),
             len(rows),
             min(few),
+        )
+
+
+def _require_tokens(owner: str, of_all: ExpertSum) -> None:
+    """Raise InputError where no token reached any expert of a kind."""
+    if not of_all.tokens:
+        raise InputError(
+            f"{owner}: no token reached any expert of its kind, so its Gram is 0; give other --calibration"
         )
 
 

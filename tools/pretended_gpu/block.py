@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from pretended_gpu.cost import Cost
 from pretended_gpu.device import PretendedGpu
 from pretended_gpu.ranks import PretendedRanks
-from streamslr.calibration import grams, hidden_states
+from streamslr.calibration import expert_grams, grams, hidden_states
 from streamslr.config import RunConfig
 from streamslr.gpu import deterministic_libraries
 from streamslr.io import folder as shard_folder
@@ -372,6 +372,11 @@ def _stand_ins(gpu: PretendedGpu) -> list[tuple[Any, str, Any]]:
         (hidden_states, "zarr", SimpleNamespace(create_array=create_array)),
         (hidden_states, "hashlib", counting),
         (grams, "hashlib", counting),
+        (
+            expert_grams,
+            "_require_tokens",
+            lambda _, of_all: setattr(of_all, "tokens", 1),
+        ),  # routers choose nothing here
         (threebasil_fused, "_verdicts", {}),
         (threebasil_fused, "_fault_of_kernel", lambda *_: None),
         (threebasil_fused, "import_module", lambda _: SimpleNamespace(sparse_step=None)),
