@@ -1,6 +1,6 @@
 """Bytes and FLOPs of each phase on the busiest rank, for blocks of one kind: sums of what the parts take."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import starmap
@@ -9,17 +9,17 @@ import torch
 
 from streamslr.calibration.expert_grams import blend_bytes
 from streamslr.calibration.gram_products import product_bytes
-from streamslr.calibration.grams import grams_bytes, group_grams
+from streamslr.calibration.grams import grams_bytes
 from streamslr.calibration.hidden_states import boundary_bytes, transfer_bytes
-from streamslr.calibration.routed_inputs import routing_bytes
 from streamslr.calibration.transfers import gpu_transfer_bytes, host_transfer_bytes, pinned_bytes
 from streamslr.config import RunConfig
-from streamslr.io.packed_layout import packed_bytes
 from streamslr.masters import epochs_on_grid
 from streamslr.matching_costs import count_masters, refine_bytes, refine_flops, refine_micro_batches, refine_steps
 from streamslr.model.pass_costs import activation_bytes, kept_input_bytes, routed_bytes, score_bytes
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.run.dealing import Deal, deal_linears
+from streamslr.run.gram_costs import GramCosts
+from streamslr.run.packed_costs import PackedCosts
 from streamslr.run.quality import logits_bytes
 from streamslr.run.traffic import gram_traffic, match_traffic, ring_bytes
 from streamslr.solvers.methods import Method
@@ -30,9 +30,6 @@ from streamslr.spec.owl import scoring_bytes
 _LIBRARY_BUFFERS, _EARLY_BUFFERS = 120 * 2**20, 76 * 2**20
 """Host memory that torch, zarr and the tokenizer hold beside tensors, for buffers and pages of their code; and the part
 of it that they hold before the first block. Measured by tools/bench_run.py with the process alone on its machine."""
-
-Groups = list[list[str]]
-"""Owners of Grams, by group."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +102,10 @@ class Costs:
     def solve(self, grams_at: str, workspace: int | None) -> PhaseCost:
         """Return the cost of phase solve; arguments as of `phases`."""
         flops = sum(max(deal.loads) for deal in self.deals)
-        waiting = self.kept_gram_bytes if grams_at == "host" else 0
-        sent = max(ring_bytes(self._packed_linears_bytes(block), self.world) for block in self.model.blocks)
+        waiting = self.of_grams.waiting if grams_at == "host" else 0
+        sent = max(ring_bytes(self.packed.linears(block), self.world) for block in self.model.blocks)
         if self._rounds_late:
-            of_numbers = (self._packed_linears_bytes(block, off_grid=True) for block in self.model.blocks)
+            of_numbers = (self.packed.linears(block, off_grid=True) for block in self.model.blocks)
             sent += max(ring_bytes(numbers, self.world) for numbers in of_numbers)
         compute = max(self._beside(stage, grams_at) + self._solver_bytes(stage, workspace) for stage in self._stages)
         if self._rounds_late:
@@ -130,13 +127,16 @@ class Costs:
     def _stages(self) -> list[SolveStage]:
         """Parts of a block that are solved while the same Grams wait: all of it, or the experts' behind the others."""
         blocks = self.model.blocks
-        if not self.keeps_inputs:
-            return [SolveStage([tuple(block.linears) for block in blocks], self.kept_gram_bytes, self._packed_bytes)]
+        if not self.of_grams.keeps_inputs:
+            return [SolveStage([tuple(block.linears) for block in blocks], self.of_grams.waiting, self.packed.waiting)]
         of_experts = [tuple(block.expert_of) for block in blocks]
         others = [tuple(block.linears.keys() - block.expert_of.keys()) for block in blocks]
-        packed = max(starmap(self._waiting_linears_bytes, zip(blocks, others, strict=True)))
-        stages = [(others, self._waiting_of_passes, packed), (of_experts, self._waiting_of_experts, self._packed_bytes)]
-        return [SolveStage(*stage) for stage in stages if any(stage[0])]
+        packed = max(starmap(self.packed.waiting_linears, zip(blocks, others, strict=True)))
+        stages = [
+            SolveStage(others, self.of_grams.waiting_of_passes, packed),
+            SolveStage(of_experts, self.of_grams.waiting_of_experts, self.packed.waiting),
+        ]
+        return [stage for stage in stages if any(stage.linears)]
 
     def _solver_bytes(self, stage: SolveStage, workspace: int | None) -> int:
         gpu, solver, most = self.device.type == "cuda", self.method.solver, 0
@@ -152,7 +152,7 @@ class Costs:
         pairs = zip(self.model.blocks, stage.linears, strict=True)
         shapes = [block.linears[name] for block, names in pairs for name in names]
         grams = stage.waiting if grams_at == "device" else grams_bytes([max(d for _, d in shapes)])
-        grams += self._block.expert_sum_bytes if self._blends_late else 0
+        grams += self._block.expert_sum_bytes if self.of_grams.blends_late else 0
         weight = 0 if self._value_bytes == 4 else 4 * max(o * d for o, d in shapes)
         return self._block_bytes + grams + self._routing_bytes + stage.packed + weight
 
@@ -162,7 +162,7 @@ class Costs:
         shapes = [(name, *block.linears[name]) for block, names in pairs for name in names]
         rounding = max(max(rounding_bytes(self.allocation[n], o, d, self._on_gpu), 8 * o * d) for n, o, d in shapes)
         as_matched = 4 * max(o * d for _, o, d in shapes) if self._value_bytes == 4 else 0  # else in place of W
-        packed = max(map(self._packed_linears_bytes, self.model.blocks))
+        packed = max(map(self.packed.linears, self.model.blocks))
         beside = self._beside(replace(stage, packed=packed), grams_at)
         return beside + rounding + as_matched + self._matched_bytes[0]
 
@@ -170,30 +170,6 @@ class Costs:
     def fixed_bytes(self) -> int:
         """Host bytes of the process and its libraries, in every phase but embed."""
         return self.baseline + _LIBRARY_BUFFERS
-
-    def packed_bytes(self, block: BlockShape) -> int:
-        """Return the bytes of a compressed block as its shard stores it."""
-        return self._packed_linears_bytes(block) + self._others_bytes(block)
-
-    def _others_bytes(self, block: BlockShape) -> int:
-        """Return the bytes of what a compressed block stores beside its linears."""
-        return (block.parameters - sum(o * d for o, d in block.linears.values())) * self.model.value_bytes
-
-    def _waiting_linears_bytes(self, block: BlockShape, names: Iterable[str] | None = None) -> int:
-        """Return the bytes of a block's packed linears, or of some, on their grids or before that, the larger."""
-        on_grid = self._packed_linears_bytes(block, names)
-        return max(on_grid, self._packed_linears_bytes(block, names, off_grid=True)) if self._rounds_late else on_grid
-
-    def _packed_linears_bytes(
-        self, block: BlockShape, names: Iterable[str] | None = None, off_grid: bool = False
-    ) -> int:
-        packed = 0
-        for name in block.linears if names is None else names:
-            (o, d), spec = block.linears[name], self.allocation[name]
-            spec = spec.off_grid if off_grid else spec
-            rank, formats = min(spec.rank, o, d), (spec.values, spec.low_rank_values)
-            packed += packed_bytes(spec.pattern, (o, d), rank, self.model.value_bytes, *formats)
-        return packed
 
     def _survey(self, micro_batch: int) -> PhaseCost:
         on_gpu, host = self._moving(micro_batch, reads=("hidden",), writes=("hidden",))
@@ -234,16 +210,16 @@ class Costs:
         passing = self._pass_bytes(micro_batch) + self._product_bytes(micro_batch) + on_gpu
         sizes = self._tokens(micro_batch), self._value_bytes
         passing += kept_input_bytes(self._block, *sizes)
-        grams = self.largest_group_bytes
+        grams = self.of_grams.largest_group
         if self.grams_at_once is not None:
-            grams += 0 if self.keeps_inputs else self._block.expert_sum_bytes
-            host += self.kept_gram_bytes if grams_at == "host" else 0
-        elif not self.keeps_inputs:
+            grams += 0 if self.of_grams.keeps_inputs else self._block.expert_sum_bytes
+            host += self.of_grams.waiting if grams_at == "host" else 0
+        elif not self.of_grams.keeps_inputs:
             blending = blend_bytes(self._block.expert_grams.values())  # after all windows
-            passing = max(passing, self._block.expert_sum_bytes if self._blends_late else blending)
+            passing = max(passing, self._block.expert_sum_bytes if self.of_grams.blends_late else blending)
         on_gpu, writing = self._moving_inputs(micro_batch, writes=1)
         kept = on_gpu + self._routing_bytes
-        pairs = [(block, in_passes) for block, (in_passes, _) in zip(self.model.blocks, self._groups, strict=True)]
+        pairs = list(zip(self.model.blocks, self.of_grams.in_passes, strict=True))
         products = sum(b.token_fraction(o) * b.grams[o] ** 2 for b, groups in pairs for group in groups for o in group)
         flops = self._forward_flops + 2.0 * self._tokens(self.windows) * products
         again = sum(block.active_parameters * (len(groups) - 1) for block, groups in pairs)
@@ -262,11 +238,11 @@ class Costs:
         passing = on_gpu + self._routing_bytes + self._product_bytes(micro_batch)
         sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes
         passing += routed_bytes(self._block, *sizes)
-        grams = self.largest_expert_group_bytes + self._block.expert_sum_bytes
-        grams += self._waiting_of_passes if grams_at == "device" else 0
-        host += self.kept_gram_bytes if grams_at == "host" else 0
+        grams = self.of_grams.largest_expert_group + self._block.expert_sum_bytes
+        grams += self.of_grams.waiting_of_passes if grams_at == "device" else 0
+        host += self.of_grams.waiting if grams_at == "host" else 0
         work = 0.0
-        for block in self.model.blocks if self.keeps_inputs else ():
+        for block in self.model.blocks if self.of_grams.keeps_inputs else ():
             for group in (group for group in block.groups if group[0] in block.expert_of):
                 products = sum(o * d for o, d in (block.linears[name] for name in group))
                 work += block.token_fraction(group[0]) * (products + block.grams[group[0]] ** 2)
@@ -278,14 +254,14 @@ class Costs:
         """Return the cost of phase match; arguments as of `phases`."""
         micro_batch = min(micro_batch, -(-self.config.match_batch // self.world))
         sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes, self._stream_bytes
-        refined = 0 if self.solved_on_host else self._packed_bytes
+        refined = 0 if self.solved_on_host else self.packed.waiting
         refining = max(refine_bytes(block, self.allocation, *sizes, refined, self.world) for block in self.model.blocks)
         on_gpu, host = self._moving(micro_batch, reads=self._streams)
         compute = self._block_bytes + refining + self._score_bytes(micro_batch) + on_gpu
         if self.solved_on_host:
             host += self._stored_bytes
         else:
-            compute += self._packed_bytes  # as solved
+            compute += self.packed.waiting  # as solved
         masters = max(count_masters(block, self.allocation) for block in self.model.blocks)
         sent, flops, epochs = 0, 0.0, self.config.match_epochs
         for count in (epochs, epochs_on_grid(epochs)) if self._rounds_late else (epochs,):
@@ -304,7 +280,7 @@ class Costs:
             host += self._stored_bytes
         else:
             compute += self._stored_bytes
-            host += 0 if self.device.type == "cpu" else self._packed_bytes  # on its way to the shard
+            host += 0 if self.device.type == "cpu" else self.packed.waiting  # on its way to the shard
         return self._cost("propagate", compute, host, self._forward_flops)
 
     def _check(self) -> PhaseCost:
@@ -415,9 +391,15 @@ class Costs:
         return [deal_linears(block.groups, block.linears, *who) for block in self.model.blocks]
 
     @cached_property
-    def _groups(self) -> list[tuple[Groups, Groups]]:
-        """Owners of the Grams that each pass of a block collects, and those of kept inputs, by block."""
-        return [group_grams(block, self.grams_at_once, self.expert_grams_at_once) for block in self.model.blocks]
+    def packed(self) -> PackedCosts:
+        """Bytes of the compressed blocks."""
+        return PackedCosts(self.model, self.allocation, self._rounds_late)
+
+    @cached_property
+    def of_grams(self) -> GramCosts:
+        """Bytes of the blocks' Grams."""
+        at_once = self.grams_at_once, self.expert_grams_at_once
+        return GramCosts(self.model.blocks, self.deals, self.world, *at_once)
 
     @property
     def _block(self) -> BlockShape:
@@ -428,89 +410,28 @@ class Costs:
     def _block_bytes(self) -> int:
         return self._block.parameters * self._value_bytes
 
-    @cached_property
-    def kept_gram_bytes(self) -> int:
-        """Bytes of the Grams of a block that wait on a rank for the linears that it solves, the most at a time."""
-        return max(self._waiting_of_passes, self._waiting_of_experts)
-
-    @cached_property
-    def _waiting_of_passes(self) -> int:
-        """Bytes of the Grams that passes of a block have collected, on the rank that keeps most of them."""
-        owners = [[owner for group in in_passes for owner in group] for in_passes, _ in self._groups]
-        return max(starmap(self._waiting_bytes, zip(self.model.blocks, self.deals, owners, strict=True)))
-
-    @cached_property
-    def _waiting_of_experts(self) -> int:
-        """Bytes of the Grams of one group that were collected from kept inputs, on the rank that keeps most of them."""
-        of_blocks = zip(self.model.blocks, self.deals, self._groups, strict=True)
-        owners = [(block, deal, group) for block, deal, (_, from_inputs) in of_blocks for group in from_inputs]
-        return max(starmap(self._waiting_bytes, owners), default=0)
-
-    def _waiting_bytes(self, block: BlockShape, deal: Deal, owners: Iterable[str]) -> int:
-        wanted = frozenset(owners)
-        needs = [(deal.needs(g, self.world), block.grams[g[0]]) for g in block.groups if g[0] in wanted]
-        return max(grams_bytes(d for ranks, d in needs if rank in ranks) for rank in range(self.world))
-
-    @cached_property
-    def largest_group_bytes(self) -> int:
-        """Bytes of the Grams that one pass collects."""
-        return self._largest(self._groups[0][0])
-
-    @cached_property
-    def largest_expert_group_bytes(self) -> int:
-        """Bytes of the Grams that are collected from kept inputs at a time."""
-        return self._largest(self._groups[0][1])
-
-    def _largest(self, groups: Groups) -> int:
-        return max((grams_bytes(self._block.grams[owner] for owner in group) for group in groups), default=0)
-
-    @property
-    def expert_gram_groups(self) -> int:
-        """Groups of experts' Grams that a block is cut into; 0 where no inputs are kept."""
-        return len(self._groups[0][1])
-
-    @property
-    def has_experts(self) -> bool:
-        """True where the blocks have experts whose inputs can be kept."""
-        return bool(self._block.expert_of)
-
-    @property
-    def keeps_inputs(self) -> bool:
-        """True where the inputs of experts are kept, and their Grams collected from these."""
-        return self.expert_grams_at_once is not None
-
     @property
     def kept_input_bytes(self) -> int:
         """Bytes of the kept inputs of a block's experts, in the scratch folder."""
-        if not self.keeps_inputs:
-            return 0
-        return len(self._block.modules_of_experts) * self._fitted * self.window_bytes("hidden")
+        return self.of_grams.modules_kept * self._fitted * self.window_bytes("hidden")
 
     @property
     def _routing_bytes(self) -> int:
-        """Bytes of the routing that is kept with the inputs of experts."""
-        if not self.keeps_inputs:
-            return 0
-        return routing_bytes(self._tokens(self._fitted), sum(self._block.modules_of_experts.values()))
+        return self.of_grams.routing(self._tokens(self._fitted))
 
     def _moving_inputs(self, micro_batch: int, reads: int = 0, writes: int = 0) -> tuple[int, int]:
         """Return the bytes on the GPU and on the host of kept inputs on their way.
 
         A pass writes those of all modules of experts in the block, and later one module's are read at a time.
         """
-        if not self.keeps_inputs:
+        if not self.of_grams.keeps_inputs:
             return 0, 0
-        writes *= len(self._block.modules_of_experts)
+        writes *= self.of_grams.modules_kept
         moved = self._hidden_bytes(micro_batch)
         if not self._on_gpu:
             return 0, transfer_bytes(moved, reads, writes)
         host = host_transfer_bytes(self.window_bytes("targets"), reads, writes)
         return gpu_transfer_bytes(moved, reads, writes), host
-
-    @property
-    def _blends_late(self) -> bool:
-        """True where a Gram of an expert is blended as it is solved, with sums over groups and ranks."""
-        return self.world > 1 or self.grams_at_once is not None or self.keeps_inputs
 
     @property
     def _rounds_late(self) -> bool:
@@ -520,18 +441,13 @@ class Costs:
     @property
     def _matched_bytes(self) -> tuple[int, int]:
         """Bytes, where blocks are computed and in host memory, of weights as matched that wait for their grid."""
-        waiting = self._packed_bytes if self._rounds_late else 0
+        waiting = self.packed.waiting if self._rounds_late else 0
         return (0, waiting) if self.solved_on_host else (waiting, 0)
-
-    @cached_property
-    def _packed_bytes(self) -> int:
-        """Bytes of a block's weights, on their grids or before that."""
-        return max(self._waiting_linears_bytes(block) + self._others_bytes(block) for block in self.model.blocks)
 
     @property
     def _stored_bytes(self) -> int:
         """Bytes of a block's packed linears, with matching as solved and as refined."""
-        return (2 if self.config.match else 1) * self._packed_bytes
+        return (2 if self.config.match else 1) * self.packed.waiting
 
     @cached_property
     def widest(self) -> int:
