@@ -76,14 +76,14 @@ class BlockCompressor:
         # Match the block to its targets, first with numbers where S has a grid.
         epochs, off_grid = self.context.config.match_epochs, None
         if rounds_late(self.context.config, {name: self.allocation[name] for name in block.linears}):
-            with self.passes.resident(hidden, targets):
+            with self.passes.windows.resident(hidden, targets):
                 solved, off_grid = self.match_off_grid(block, solved, hidden, targets)
             # Bring S onto its grid, given what the matched block gives its linears.
             grams, _ = self.solver.collect(block, Boundary(hidden, None), matched=True)
             on_grid, records = self.solver.round(block, grams, solved.packed, records)
             solved, epochs = self._waiting(replace(solved, packed=on_grid)), epochs_on_grid(epochs)
             del on_grid
-        with self.passes.resident(hidden, targets):
+        with self.passes.windows.resident(hidden, targets):
             leaving, shard, matching = self.match_and_propagate(block, solved, hidden, targets, epochs)
         return Compressed(leaving, shard, records, matching, off_grid)
 

@@ -35,13 +35,10 @@ from streamslr.run.check import Check
 from streamslr.run.context import RunContext, require_fit
 from streamslr.run.journal import BlockRecord, CheckWindows, JournalState
 from streamslr.run.journal_writer import Journal, made_with
-from streamslr.run.passes import (
-    Boundary,
-    Passes,
-    load_block,
-)
+from streamslr.run.passes import Boundary, Passes, load_block
 from streamslr.run.progress import Agreed, BlockProgress, Display, NoDisplay, PhaseTimer, WarningsOfRanks
 from streamslr.run.quality import describe_quality, warn_of
+from streamslr.run.rank_windows import RankWindows
 from streamslr.run.samples import require_same_but_for_rounding
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.run.survey import allocation_by_outliers
@@ -123,16 +120,9 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
             torch.no_grad(),
         ):
             plan = context.plan
-            passes = Passes(
-                config,
-                context.blockwise,
-                calibration.ids,
-                timer,
-                state.micro_batch,
-                plan.in_memory,
-                plan.resident_windows,
-                ranks,
-            )
+            sizes = state.micro_batch, plan.in_memory, plan.resident_windows
+            windows = RankWindows(config, context.blockwise, calibration.ids, *sizes, ranks, timer.note_retry)
+            passes = Passes(config, context.blockwise, windows, timer, ranks)
             check = Check(context.blockwise, calibration.check, rank_scratch(config, ranks), plan.in_memory, ranks)
             try:
                 allocation = context.allocation
@@ -299,7 +289,7 @@ class Compression:
             non_block,
             digest,
             self.passes.sample(boundary),
-            self.passes.micro_batch,
+            self.passes.windows.micro_batch,
             agreed.measured,
             agreed.retries,
         )
@@ -417,7 +407,7 @@ class Compression:
             check,
             compressed.matching_off_grid,
         )
-        self.journal.commit_block(record, passes.micro_batch, self.solver.linear_compressor.workspace)
+        self.journal.commit_block(record, passes.windows.micro_batch, self.solver.linear_compressor.workspace)
         self.context.ranks.on_first(self.write_index)
         # Drop what only this block needed.
         boundary.drop()

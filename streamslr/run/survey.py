@@ -26,7 +26,7 @@ def allocation_by_outliers(
         for name, linears in zip(blockwise.block_names, blockwise.linears, strict=True):
             log.info("%s becomes %s", name, in_words(allocation[linear] for linear in linears))
         cut = passes.agree()
-        journal.commit_survey(outliers, as_json(allocation), passes.micro_batch, cut.measured, cut.retries)
+        journal.commit_survey(outliers, as_json(allocation), passes.windows.micro_batch, cut.measured, cut.retries)
     assert journal.state.allocation is not None
     return from_json(journal.state.allocation, blockwise.linears)
 

@@ -16,7 +16,7 @@ from streamslr.errors import InputError
 from streamslr.io.packing import pack
 from streamslr.masters import flats
 from streamslr.run import solve_linear
-from streamslr.run.passes import Passes
+from streamslr.run.rank_windows import RankWindows
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.solvers import threebasil
 from streamslr.solvers.threebasil_state import AdmmState
@@ -46,10 +46,10 @@ def gram_is_made_on_the_host(patch: pytest.MonkeyPatch) -> None:
 
 
 def hidden_states_stay_on_the_host(patch: pytest.MonkeyPatch) -> None:
-    def batches(self: Passes, states: Any, step: Any = None, wanted: Any = None) -> Iterator[tuple[int, Tensor]]:
-        yield from read_batches(states, wanted or self._spans())
+    def batches(self: RankWindows, states: Any, step: Any = None, wanted: Any = None) -> Iterator[tuple[int, Tensor]]:
+        yield from read_batches(states, wanted or self.all_spans())
 
-    patch.setattr(Passes, "_batches", batches)
+    patch.setattr(RankWindows, "batches", batches)
 
 
 def solver_starts_on_the_host(patch: pytest.MonkeyPatch) -> None:

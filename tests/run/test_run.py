@@ -714,7 +714,7 @@ def test_matching_and_propagation_are_cut_too(
 
     def once(self: Passes, *args: Any) -> Any:
         if not failed:
-            failed.append(self.micro_batch)
+            failed.append(self.windows.micro_batch)
             method(self, *args)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return method(self, *args)

@@ -48,6 +48,7 @@ from streamslr.run.dealing import Deal
 from streamslr.run.passes import Passes
 from streamslr.run.plan import Plan
 from streamslr.run.progress import BlockProgress, NoDisplay, PhaseTimer, WarningsOfRanks
+from streamslr.run.rank_windows import RankWindows
 from streamslr.run.solve_linear import LinearCompressor
 from streamslr.solvers import threebasil_fused
 from streamslr.solvers.threebasil_fused import FusedState
@@ -257,7 +258,8 @@ def _compress_block(context: RunContext, iterations: int) -> None:
     ):
         scratch = rank_scratch(config, context.ranks)
         sizes = plan.micro_batch, plan.in_memory, plan.resident_windows
-        passes = Passes(config, context.blockwise, ids, timer, *sizes, context.ranks)
+        windows = RankWindows(config, context.blockwise, ids, *sizes, context.ranks, timer.note_retry)
+        passes = Passes(config, context.blockwise, windows, timer, context.ranks)
         method: Any = context.method.solver
         if hasattr(method, "max_iterations"):
             method = replace(method, max_iterations=iterations)
@@ -365,7 +367,7 @@ def _stand_ins(gpu: PretendedGpu) -> list[tuple[Any, str, Any]]:
     counting = SimpleNamespace(sha256=Digest)
     return [
         (Passes, "propagate", propagate_below),
-        (Passes, "_in_order", lambda _, of_windows: list(of_windows)),  # other ranks have none to put between
+        (RankWindows, "in_order", lambda _, of_windows: list(of_windows)),  # other ranks have none to put between
         (Passes, "sample", lambda *_: ()),
         (shard_folder, "write_shard", write_shard),
         (loop, "write_index", lambda *_: None),
