@@ -121,7 +121,8 @@ class CompressedBlock:
         Returns:
             The weights to store, where those to start from are; the relative loss of each epoch; and that on the
             held-out windows after each epoch, the last one with the weights to store. The first epoch trains nothing
-            and gives the losses to start from; the loss of each later epoch is the mean over its steps.
+            and gives the losses to start from; the loss of each later epoch is the mean over its steps. Where it is 0,
+            there is no later one.
         """
         micro_batch = min(ranks.gather(micro_batch))  # a second try may have cut that of one rank alone
         fitted = windows - held_out
@@ -137,6 +138,8 @@ class CompressedBlock:
         before = sums.over(ranks)
         curve = [before.relative]
         held_out_curve = [held_out_sums.over(ranks).relative] if held_out else []
+        if not before.relative:  # as where S of the first block holds all of its weights still
+            return weights, tuple(curve), tuple(held_out_curve)
 
         parts = [range(first, min(first + settings.batch, fitted)) for first in range(0, fitted, settings.batch)]
         steps = [_Step.of(part, micro_batch, ranks) for part in parts]

@@ -97,8 +97,7 @@ class BlockCompressor:
         record = _match_record(curve, held_out, curve[-1])
         if record.applied:
             return matched, record
-        if curve[0]:  # else it is dense still, and nothing came before that it could make up for
-            _warn_of(block, record)
+        _warn_of(block, record)
         compressed.load(solved)
         return solved, record
 
@@ -176,8 +175,10 @@ def _match_record(curve: Sequence[float], held_out: Sequence[float], loss: float
 
 
 def _warn_of(block: Block, record: MatchRecord) -> None:
-    """Log that a block is kept as it was, and which loss matching did not lower."""
+    """Log that a block is kept as it was, and which loss matching did not lower; one of 0 it could not."""
     before, after, where = record.loss_before, record.loss_after, ""
+    if not before:
+        return
     if record.held_out and after is not None and after < before:
         before, after, where = record.held_out[0] or math.nan, record.held_out[-1], " on held-out windows"
     shown = "not finite" if after is None else f"{after:.3g}"
