@@ -23,7 +23,7 @@ from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint, open_checkpoint
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.journal import JOURNAL_FILE, read_journal
-from streamslr.run.plan import BATCH_TOKENS
+from streamslr.run.planning import BATCH_TOKENS
 from streamslr.runtime.stored_model import find_difference
 
 log = logging.getLogger("streamslr")

@@ -24,7 +24,8 @@ from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.ranks import ALONE, Ranks
 from streamslr.run.journal import in_kinds, read_journal
 from streamslr.run.journal_writer import refuse_changed_settings
-from streamslr.run.plan import Pieces, Plan, make_plan
+from streamslr.run.plan import Plan
+from streamslr.run.planning import Pieces, make_plan
 from streamslr.solvers.methods import Method, find_method
 from streamslr.spec.allocation import (
     DEFAULT_RANK,

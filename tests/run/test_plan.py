@@ -18,7 +18,8 @@ from streamslr.matching_costs import count_masters
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.ranks import Ranks
 from streamslr.run.costs import PhaseCost
-from streamslr.run.plan import Pieces, Plan, make_plan
+from streamslr.run.plan import Plan
+from streamslr.run.planning import Pieces, make_plan
 from streamslr.solvers import find_method
 from streamslr.spec.allocation import allocate
 
