@@ -121,8 +121,8 @@ class CompressedBlock:
         Returns:
             The weights to store, where those to start from are; the relative loss of each epoch; and that on the
             held-out windows after each epoch, the last one with the weights to store. The first epoch trains nothing
-            and gives the losses to start from; the loss of each later epoch is the mean over its steps. Where it is 0,
-            there is no later one.
+            and gives the losses to start from; the loss of each later epoch is the mean over its steps. Where the first
+            is 0 there is no later one, and the weights are those to start from.
         """
         micro_batch = min(ranks.gather(micro_batch))  # a second try may have cut that of one rank alone
         fitted = windows - held_out
@@ -138,7 +138,7 @@ class CompressedBlock:
         before = sums.over(ranks)
         curve = [before.relative]
         held_out_curve = [held_out_sums.over(ranks).relative] if held_out else []
-        if not before.relative:  # as where S of the first block holds all of its weights still
+        if not before.relative:  # as in the first block where S keeps every weight
             return weights, tuple(curve), tuple(held_out_curve)
 
         parts = [range(first, min(first + settings.batch, fitted)) for first in range(0, fitted, settings.batch)]

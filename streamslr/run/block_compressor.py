@@ -97,8 +97,9 @@ class BlockCompressor:
         record = _match_record(curve, held_out, curve[-1])
         if record.applied:
             return matched, record
-        _warn_of(block, record)
-        compressed.load(solved)
+        if matched is not solved:  # it was trained
+            _warn_of(block, record)
+            compressed.load(solved)
         return solved, record
 
     def match_and_propagate(
@@ -109,7 +110,7 @@ class BlockCompressor:
         matched, curve, held_out = self._match(compressed, solved, hidden, targets, epochs)
         leaving, loss, shard = self.propagate_and_write(block, matched, hidden, targets)
         record = _match_record(curve, held_out, loss)
-        if not record.applied:
+        if not record.applied and matched is not solved:  # it was trained, for nothing
             _warn_of(block, record)
             compressed.load(solved)
             leaving.drop()
@@ -175,10 +176,8 @@ def _match_record(curve: Sequence[float], held_out: Sequence[float], loss: float
 
 
 def _warn_of(block: Block, record: MatchRecord) -> None:
-    """Log that a block is kept as it was, and which loss matching did not lower; one of 0 it could not."""
+    """Log that a block is kept as it was, and which loss matching did not lower."""
     before, after, where = record.loss_before, record.loss_after, ""
-    if not before:
-        return
     if record.held_out and after is not None and after < before:
         before, after, where = record.held_out[0] or math.nan, record.held_out[-1], " on held-out windows"
     shown = "not finite" if after is None else f"{after:.3g}"

@@ -102,10 +102,10 @@ class Costs:
     def solve(self, grams_at: str, workspace: int | None) -> PhaseCost:
         """Return the cost of phase solve; arguments as of `phases`."""
         flops = sum(max(deal.loads) for deal in self.deals)
-        waiting = self.of_grams.waiting if grams_at == "host" else 0
-        sent = max(ring_bytes(self.packed.linears(block), self.world) for block in self.model.blocks)
+        waiting = self.gram_costs.waiting_bytes if grams_at == "host" else 0
+        sent = max(ring_bytes(self.packed_costs.linears_bytes(block), self.world) for block in self.model.blocks)
         if self._rounds_late:
-            of_numbers = (self.packed.linears(block, off_grid=True) for block in self.model.blocks)
+            of_numbers = (self.packed_costs.linears_bytes(block, off_grid=True) for block in self.model.blocks)
             sent += max(ring_bytes(numbers, self.world) for numbers in of_numbers)
         compute = max(self._beside(stage, grams_at) + self._solver_bytes(stage, workspace) for stage in self._stages)
         if self._rounds_late:
@@ -126,15 +126,15 @@ class Costs:
     @cached_property
     def _stages(self) -> list[SolveStage]:
         """Parts of a block that are solved while the same Grams wait: all of it, or the experts' behind the others."""
-        blocks = self.model.blocks
-        if not self.of_grams.keeps_inputs:
-            return [SolveStage([tuple(block.linears) for block in blocks], self.of_grams.waiting, self.packed.waiting)]
+        blocks, whole = self.model.blocks, self.packed_costs.waiting_bytes
+        if not self.gram_costs.keeps_inputs:
+            return [SolveStage([tuple(block.linears) for block in blocks], self.gram_costs.waiting_bytes, whole)]
         of_experts = [tuple(block.expert_of) for block in blocks]
         others = [tuple(block.linears.keys() - block.expert_of.keys()) for block in blocks]
-        packed = max(starmap(self.packed.waiting_linears, zip(blocks, others, strict=True)))
+        packed = max(starmap(self.packed_costs.waiting_linears_bytes, zip(blocks, others, strict=True)))
         stages = [
-            SolveStage(others, self.of_grams.waiting_of_passes, packed),
-            SolveStage(of_experts, self.of_grams.waiting_of_experts, self.packed.waiting),
+            SolveStage(others, self.gram_costs.passes_waiting_bytes, packed),
+            SolveStage(of_experts, self.gram_costs.experts_waiting_bytes, whole),
         ]
         return [stage for stage in stages if any(stage.linears)]
 
@@ -152,7 +152,7 @@ class Costs:
         pairs = zip(self.model.blocks, stage.linears, strict=True)
         shapes = [block.linears[name] for block, names in pairs for name in names]
         grams = stage.waiting if grams_at == "device" else grams_bytes([max(d for _, d in shapes)])
-        grams += self._block.expert_sum_bytes if self.of_grams.blends_late else 0
+        grams += self._block.expert_sum_bytes if self.gram_costs.blends_late else 0
         weight = 0 if self._value_bytes == 4 else 4 * max(o * d for o, d in shapes)
         return self._block_bytes + grams + self._routing_bytes + stage.packed + weight
 
@@ -162,7 +162,7 @@ class Costs:
         shapes = [(name, *block.linears[name]) for block, names in pairs for name in names]
         rounding = max(max(rounding_bytes(self.allocation[n], o, d, self._on_gpu), 8 * o * d) for n, o, d in shapes)
         as_matched = 4 * max(o * d for _, o, d in shapes) if self._value_bytes == 4 else 0  # else in place of W
-        packed = max(map(self.packed.linears, self.model.blocks))
+        packed = max(map(self.packed_costs.linears_bytes, self.model.blocks))
         beside = self._beside(replace(stage, packed=packed), grams_at)
         return beside + rounding + as_matched + self._matched_bytes[0]
 
@@ -210,16 +210,16 @@ class Costs:
         passing = self._pass_bytes(micro_batch) + self._product_bytes(micro_batch) + on_gpu
         sizes = self._tokens(micro_batch), self._value_bytes
         passing += kept_input_bytes(self._block, *sizes)
-        grams = self.of_grams.largest_group
+        grams = self.gram_costs.largest_group_bytes
         if self.grams_at_once is not None:
-            grams += 0 if self.of_grams.keeps_inputs else self._block.expert_sum_bytes
-            host += self.of_grams.waiting if grams_at == "host" else 0
-        elif not self.of_grams.keeps_inputs:
+            grams += 0 if self.gram_costs.keeps_inputs else self._block.expert_sum_bytes
+            host += self.gram_costs.waiting_bytes if grams_at == "host" else 0
+        elif not self.gram_costs.keeps_inputs:
             blending = blend_bytes(self._block.expert_grams.values())  # after all windows
-            passing = max(passing, self._block.expert_sum_bytes if self.of_grams.blends_late else blending)
+            passing = max(passing, self._block.expert_sum_bytes if self.gram_costs.blends_late else blending)
         on_gpu, writing = self._moving_inputs(micro_batch, writes=1)
         kept = on_gpu + self._routing_bytes
-        pairs = list(zip(self.model.blocks, self.of_grams.in_passes, strict=True))
+        pairs = list(zip(self.model.blocks, self.gram_costs.in_passes, strict=True))
         products = sum(b.token_fraction(o) * b.grams[o] ** 2 for b, groups in pairs for group in groups for o in group)
         flops = self._forward_flops + 2.0 * self._tokens(self.windows) * products
         again = sum(block.active_parameters * (len(groups) - 1) for block, groups in pairs)
@@ -238,11 +238,11 @@ class Costs:
         passing = on_gpu + self._routing_bytes + self._product_bytes(micro_batch)
         sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes
         passing += routed_bytes(self._block, *sizes)
-        grams = self.of_grams.largest_expert_group + self._block.expert_sum_bytes
-        grams += self.of_grams.waiting_of_passes if grams_at == "device" else 0
-        host += self.of_grams.waiting if grams_at == "host" else 0
+        grams = self.gram_costs.largest_expert_group_bytes + self._block.expert_sum_bytes
+        grams += self.gram_costs.passes_waiting_bytes if grams_at == "device" else 0
+        host += self.gram_costs.waiting_bytes if grams_at == "host" else 0
         work = 0.0
-        for block in self.model.blocks if self.of_grams.keeps_inputs else ():
+        for block in self.model.blocks if self.gram_costs.keeps_inputs else ():
             for group in (group for group in block.groups if group[0] in block.expert_of):
                 products = sum(o * d for o, d in (block.linears[name] for name in group))
                 work += block.token_fraction(group[0]) * (products + block.grams[group[0]] ** 2)
@@ -254,14 +254,14 @@ class Costs:
         """Return the cost of phase match; arguments as of `phases`."""
         micro_batch = min(micro_batch, -(-self.config.match_batch // self.world))
         sizes = self._tokens(micro_batch), self.model.hidden_size, self._value_bytes, self._stream_bytes
-        refined = 0 if self.solved_on_host else self.packed.waiting
+        refined = 0 if self.solved_on_host else self.packed_costs.waiting_bytes
         refining = max(refine_bytes(block, self.allocation, *sizes, refined, self.world) for block in self.model.blocks)
         on_gpu, host = self._moving(micro_batch, reads=self._streams)
         compute = self._block_bytes + refining + self._score_bytes(micro_batch) + on_gpu
         if self.solved_on_host:
             host += self._stored_bytes
         else:
-            compute += self.packed.waiting  # as solved
+            compute += self.packed_costs.waiting_bytes  # as solved
         masters = max(count_masters(block, self.allocation) for block in self.model.blocks)
         sent, flops, epochs = 0, 0.0, self.config.match_epochs
         for count in (epochs, epochs_on_grid(epochs)) if self._rounds_late else (epochs,):
@@ -280,7 +280,7 @@ class Costs:
             host += self._stored_bytes
         else:
             compute += self._stored_bytes
-            host += 0 if self.device.type == "cpu" else self.packed.waiting  # on its way to the shard
+            host += 0 if self.device.type == "cpu" else self.packed_costs.waiting_bytes  # on its way to the shard
         return self._cost("propagate", compute, host, self._forward_flops)
 
     def _check(self) -> PhaseCost:
@@ -391,12 +391,12 @@ class Costs:
         return [deal_linears(block.groups, block.linears, *who) for block in self.model.blocks]
 
     @cached_property
-    def packed(self) -> PackedCosts:
+    def packed_costs(self) -> PackedCosts:
         """Bytes of the compressed blocks."""
         return PackedCosts(self.model, self.allocation, self._rounds_late)
 
     @cached_property
-    def of_grams(self) -> GramCosts:
+    def gram_costs(self) -> GramCosts:
         """Bytes of the blocks' Grams."""
         at_once = self.grams_at_once, self.expert_grams_at_once
         return GramCosts(self.model.blocks, self.deals, self.world, *at_once)
@@ -413,20 +413,20 @@ class Costs:
     @property
     def kept_input_bytes(self) -> int:
         """Bytes of the kept inputs of a block's experts, in the scratch folder."""
-        return self.of_grams.modules_kept * self._fitted * self.window_bytes("hidden")
+        return self.gram_costs.modules_kept * self._fitted * self.window_bytes("hidden")
 
     @property
     def _routing_bytes(self) -> int:
-        return self.of_grams.routing(self._tokens(self._fitted))
+        return self.gram_costs.routing_bytes(self._tokens(self._fitted))
 
     def _moving_inputs(self, micro_batch: int, reads: int = 0, writes: int = 0) -> tuple[int, int]:
         """Return the bytes on the GPU and on the host of kept inputs on their way.
 
         A pass writes those of all modules of experts in the block, and later one module's are read at a time.
         """
-        if not self.of_grams.keeps_inputs:
+        if not self.gram_costs.keeps_inputs:
             return 0, 0
-        writes *= self.of_grams.modules_kept
+        writes *= self.gram_costs.modules_kept
         moved = self._hidden_bytes(micro_batch)
         if not self._on_gpu:
             return 0, transfer_bytes(moved, reads, writes)
@@ -441,13 +441,13 @@ class Costs:
     @property
     def _matched_bytes(self) -> tuple[int, int]:
         """Bytes, where blocks are computed and in host memory, of weights as matched that wait for their grid."""
-        waiting = self.packed.waiting if self._rounds_late else 0
+        waiting = self.packed_costs.waiting_bytes if self._rounds_late else 0
         return (0, waiting) if self.solved_on_host else (waiting, 0)
 
     @property
     def _stored_bytes(self) -> int:
         """Bytes of a block's packed linears, with matching as solved and as refined."""
-        return (2 if self.config.match else 1) * self.packed.waiting
+        return (2 if self.config.match else 1) * self.packed_costs.waiting_bytes
 
     @cached_property
     def widest(self) -> int:

@@ -38,7 +38,7 @@ class GramCosts:
         return [in_passes for in_passes, _ in self._groups]
 
     @cached_property
-    def from_inputs(self) -> list[Groups]:
+    def _from_inputs(self) -> list[Groups]:
         """Owners of the Grams that are collected from kept inputs at a time, by block."""
         return [from_inputs for _, from_inputs in self._groups]
 
@@ -47,37 +47,37 @@ class GramCosts:
         return [group_grams(block, self.at_once, self.of_experts_at_once) for block in self.blocks]
 
     @cached_property
-    def largest_group(self) -> int:
+    def largest_group_bytes(self) -> int:
         """Bytes of the Grams that one pass collects."""
         return self._largest(self.in_passes[0])
 
     @cached_property
-    def largest_expert_group(self) -> int:
+    def largest_expert_group_bytes(self) -> int:
         """Bytes of the Grams that are collected from kept inputs at a time."""
-        return self._largest(self.from_inputs[0])
+        return self._largest(self._from_inputs[0])
 
     @property
     def expert_groups(self) -> int:
         """Groups of experts' Grams that a block is cut into; 0 where no inputs are kept."""
-        return len(self.from_inputs[0])
+        return len(self._from_inputs[0])
 
     @cached_property
-    def waiting(self) -> int:
+    def waiting_bytes(self) -> int:
         """Bytes of the Grams of a block that wait for the linears that a rank solves, the most at a time."""
-        return max(self.waiting_of_passes, self.waiting_of_experts)
+        return max(self.passes_waiting_bytes, self.experts_waiting_bytes)
 
     @cached_property
-    def waiting_of_passes(self) -> int:
+    def passes_waiting_bytes(self) -> int:
         """Bytes of the Grams that wait once passes of a block have collected them."""
         owners = [list(chain.from_iterable(groups)) for groups in self.in_passes]
-        return max(starmap(self._waiting, zip(self.blocks, self.deals, owners, strict=True)))
+        return max(starmap(self._waiting_bytes, zip(self.blocks, self.deals, owners, strict=True)))
 
     @cached_property
-    def waiting_of_experts(self) -> int:
+    def experts_waiting_bytes(self) -> int:
         """Bytes of the Grams of one group that wait once they have been collected from kept inputs."""
-        of_blocks = zip(self.blocks, self.deals, self.from_inputs, strict=True)
+        of_blocks = zip(self.blocks, self.deals, self._from_inputs, strict=True)
         owners = ((block, deal, group) for block, deal, groups in of_blocks for group in groups)
-        return max(starmap(self._waiting, owners), default=0)
+        return max(starmap(self._waiting_bytes, owners), default=0)
 
     @property
     def blends_late(self) -> bool:
@@ -99,14 +99,14 @@ class GramCosts:
         """Modules of experts in a block whose inputs are kept."""
         return len(self.blocks[0].modules_of_experts) if self.keeps_inputs else 0
 
-    def routing(self, tokens: int) -> int:
+    def routing_bytes(self, tokens: int) -> int:
         """Return the bytes of the routing that is kept with the inputs of experts, of so many tokens."""
         return routing_bytes(tokens, sum(self.blocks[0].modules_of_experts.values())) if self.keeps_inputs else 0
 
     def _largest(self, groups: Groups) -> int:
         return max((grams_bytes(self.blocks[0].grams[owner] for owner in group) for group in groups), default=0)
 
-    def _waiting(self, block: BlockShape, deal: Deal, owners: Iterable[str]) -> int:
+    def _waiting_bytes(self, block: BlockShape, deal: Deal, owners: Iterable[str]) -> int:
         wanted = frozenset(owners)
         needs = [(deal.needs(g, self.world), block.grams[g[0]]) for g in block.groups if g[0] in wanted]
         return max(grams_bytes(d for ranks, d in needs if rank in ranks) for rank in range(self.world))

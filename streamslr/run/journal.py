@@ -107,7 +107,7 @@ class MatchRecord:
     loss_before: Number
     loss_after: Number | None  # with the block rounded as it is stored
     applied: bool  # False: the loss, here or on held-out windows, did not fall, and the block was stored as solved
-    curve: tuple[Number | None, ...]  # mean loss of each epoch while the block moves; the first is before any step
+    curve: tuple[Number | None, ...]  # mean loss of each epoch; the first is before any step, and 0 is the only one
     held_out: tuple[Number | None, ...] = ()  # loss on the held-out windows after each epoch, the first before any step
 
     def __post_init__(self) -> None:

@@ -122,7 +122,7 @@ def run(context: RunContext, display: Display | None = None) -> JournalState:
             plan = context.plan
             sizes = state.micro_batch, plan.in_memory, plan.resident_windows
             windows = RankWindows(config, context.blockwise, calibration.ids, *sizes, ranks, timer.note_retry)
-            passes = Passes(config, context.blockwise, windows, timer, ranks)
+            passes = Passes(windows, timer)
             check = Check(context.blockwise, calibration.check, rank_scratch(config, ranks), plan.in_memory, ranks)
             try:
                 allocation = context.allocation

@@ -11,10 +11,10 @@ from streamslr.spec.allocation import Allocation
 
 @dataclass(frozen=True)
 class PackedCosts:
-    """Bytes of the compressed blocks of a model.
+    """Bytes of compressed blocks.
 
     Attributes:
-        model: The model.
+        model: The model with the blocks of one kind; `shard_bytes` takes any block of the allocation.
         allocation: Spec of each linear.
         rounds_late: S comes onto its grid between two matchings, so that blocks wait before and after.
     """
@@ -23,21 +23,21 @@ class PackedCosts:
     allocation: Allocation
     rounds_late: bool
 
-    def shard(self, block: BlockShape) -> int:
+    def shard_bytes(self, block: BlockShape) -> int:
         """Return the bytes of a compressed block as its shard stores it."""
-        return self.linears(block) + self._others(block)
+        return self.linears_bytes(block) + self._others(block)
 
     @cached_property
-    def waiting(self) -> int:
+    def waiting_bytes(self) -> int:
         """Bytes of a compressed block that waits, the largest, on its grids or before that."""
-        return max(self.waiting_linears(block) + self._others(block) for block in self.model.blocks)
+        return max(self.waiting_linears_bytes(block) + self._others(block) for block in self.model.blocks)
 
-    def waiting_linears(self, block: BlockShape, names: Iterable[str] | None = None) -> int:
+    def waiting_linears_bytes(self, block: BlockShape, names: Iterable[str] | None = None) -> int:
         """Return the bytes of a block's packed linears, or of some, on their grids or before that, the larger."""
-        on_grid = self.linears(block, names)
-        return max(on_grid, self.linears(block, names, off_grid=True)) if self.rounds_late else on_grid
+        on_grid = self.linears_bytes(block, names)
+        return max(on_grid, self.linears_bytes(block, names, off_grid=True)) if self.rounds_late else on_grid
 
-    def linears(self, block: BlockShape, names: Iterable[str] | None = None, off_grid: bool = False) -> int:
+    def linears_bytes(self, block: BlockShape, names: Iterable[str] | None = None, off_grid: bool = False) -> int:
         """Return the bytes of a block's packed linears, or of some; with `off_grid`, before S comes onto its grid."""
         packed = 0
         for name in block.linears if names is None else names:

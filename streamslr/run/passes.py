@@ -9,17 +9,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from streamslr.calibration.expert_grams import blend_experts, warn_of_few_tokens
-from streamslr.calibration.grams import (
-    Gram,
-    GramCollector,
-    count_rows,
-    sum_grams,
-)
-from streamslr.calibration.hidden_states import (
-    HiddenStates,
-    Span,
-    digest_of,
-)
+from streamslr.calibration.grams import Gram, GramCollector, count_rows, sum_grams
+from streamslr.calibration.hidden_states import HiddenStates, Span, digest_of
 from streamslr.calibration.routed_inputs import InputRecorder, RoutedInputs
 from streamslr.config import RunConfig
 from streamslr.errors import BudgetError, first_line, says_out_of_memory
@@ -30,7 +21,7 @@ from streamslr.memory import release_memory, retry_on_oom
 from streamslr.model.blockwise import Block, BlockwiseModel
 from streamslr.model.checkpoint import Checkpoint
 from streamslr.model.experts import Experts
-from streamslr.ranks import ALONE, MemoryOfRanksError, Ranks
+from streamslr.ranks import MemoryOfRanksError, Ranks
 from streamslr.run.journal import Sample
 from streamslr.run.progress import Agreed, PhaseTimer, agreed
 from streamslr.run.rank_windows import RankWindows
@@ -84,11 +75,20 @@ class Collected:
 class Passes:
     """Passes of this rank's windows through a live block."""
 
-    config: RunConfig
-    blockwise: BlockwiseModel
     windows: RankWindows
     timer: PhaseTimer
-    ranks: Ranks = ALONE
+
+    @property
+    def config(self) -> RunConfig:
+        return self.windows.config
+
+    @property
+    def blockwise(self) -> BlockwiseModel:
+        return self.windows.blockwise
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.windows.ranks
 
     def seal(self, boundary: Boundary) -> tuple[str, str | None]:
         """Wait for all writes; return the digests of a boundary's hidden states and targets over all ranks."""
@@ -122,7 +122,7 @@ class Passes:
         """Write boundary 0, and a copy of it as `targets` where they are wanted."""
         names = ("hidden", "targets") if targets else ("hidden",)
         with self.timer.phase("embed", steps=len(self.windows)) as step, ExitStack() as stack:
-            written = [stack.enter_context(self.windows.new(name, 0)) for name in names]
+            written = [stack.enter_context(self.windows.new_boundary(name, 0)) for name in names]
             writes = [stack.enter_context(self.windows.writing(states)) for states in written]
             stack.callback(self.blockwise.evict_non_block)
             self.blockwise.load_non_block()
@@ -136,7 +136,7 @@ class Passes:
     def reopen(self, index: int, digests: tuple[str | None, str | None]) -> Boundary | None:
         """Return boundary `index` as an earlier process sealed it under these digests; None where any of it is lost."""
         names = ("hidden", "targets") if self.config.match else ("hidden",)
-        streams = [self.windows.stream(name, index).reopen(index) for name in names]
+        streams = [self.windows.boundaries(name, index).reopen(index) for name in names]
         found = [states for states in streams if states]
         if not all(self.ranks.gather(len(found) == len(names))):
             return None
@@ -163,7 +163,7 @@ class Passes:
         """Pass dense block i; return the dense model's boundary i + 1, the block, and the diagonals of its Grams."""
         with (
             self.timer.phase("survey", steps=len(self.windows), block=i) as step,
-            self.windows.new("hidden", i + 1) as leaving,
+            self.windows.new_boundary("hidden", i + 1) as leaving,
             self.windows.writing(leaving) as write,
         ):
             block = load_block(self.blockwise, i)
@@ -271,7 +271,7 @@ class Passes:
         loss = LossSums()
         with (
             self.timer.phase("propagate", steps=len(self.windows), block=block.index) as step,
-            self.windows.new("hidden", block.index + 1) as leaving,
+            self.windows.new_boundary("hidden", block.index + 1) as leaving,
             self.windows.writing(leaving) as write,
         ):
             outputs = self.windows.batches(targets) if targets else None
@@ -359,7 +359,7 @@ class Passes:
             return None
         recover, h = self.config.match_recover, self.blockwise.hidden_size
         earlier = self.windows.batches(boundary.targets)
-        with self.windows.new("targets", block.index + 1) as targets, self.windows.writing(targets) as write:
+        with self.windows.new_boundary("targets", block.index + 1) as targets, self.windows.writing(targets) as write:
             for first, x in self.windows.batches(boundary.hidden, step):
                 output = run(first, x)
                 _, target = next(earlier)

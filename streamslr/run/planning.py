@@ -110,22 +110,22 @@ def make_plan(
         in_memory=in_memory,
         resident_windows=resident_windows,
         gram_bytes_at_once=costs.grams_at_once,
-        expert_gram_bytes_at_once=max(k.of_grams.largest_expert_group for k in kinds)
-        if costs.of_grams.keeps_inputs
+        expert_gram_bytes_at_once=max(k.gram_costs.largest_expert_group_bytes for k in kinds)
+        if costs.gram_costs.keeps_inputs
         else None,
-        expert_gram_groups=max(kind.of_grams.expert_groups for kind in kinds),
+        expert_gram_groups=max(kind.gram_costs.expert_groups for kind in kinds),
         kept_input_bytes=max(kind.kept_input_bytes for kind in kinds),
         grams_at=grams_at,
         solved_at="host" if costs.solved_on_host else "device",
         solver_workspace=workspace,
         phases=tuple(_over_kinds(same) for same in zip(*by_kind, strict=True)),
         kinds=tuple(
-            BlockKind(blocks, tuple(p for p in phases if p.name not in _BESIDE_BLOCKS), kind.of_grams.expert_groups)
+            BlockKind(blocks, tuple(p for p in phases if p.name not in _BESIDE_BLOCKS), kind.gram_costs.expert_groups)
             for blocks, phases, kind in zip(model.block_kinds, by_kind, kinds, strict=True)
         ),
         scratch_bytes=scratch
-        + max(kind.kept_input_bytes + (kind.of_grams.waiting if grams_at == "disk" else 0) for kind in kinds),
-        output_bytes=model.non_block_bytes + sum(costs.packed.shard(block) for block in model.blocks),
+        + max(kind.kept_input_bytes + (kind.gram_costs.waiting_bytes if grams_at == "disk" else 0) for kind in kinds),
+        output_bytes=model.non_block_bytes + sum(costs.packed_costs.shard_bytes(block) for block in model.blocks),
         source_bytes=model.non_block_bytes + sum(block.source_bytes for block in model.blocks),
         download_bytes=model.download_bytes,
         cache_bytes=_cache_bytes(model, config.evict_shards),
@@ -222,7 +222,7 @@ def _cut_grams(kinds: Kinds, budgets: _Budgets, workspace: int | None) -> Kinds:
     Those of experts are cut first, since they need no pass for each group. They are cut too where all fit while windows
     pass, but would have to leave the device to be solved.
     """
-    if any(costs.of_grams.has_experts for costs in kinds):
+    if any(costs.gram_costs.has_experts for costs in kinds):
         whole = budgets.fit_on_device(costs.grams(1, "device") for costs in kinds)
         if not (whole and _choose_gram_tier(kinds, budgets, workspace) == "device"):
             kinds = [replace(costs, expert_grams_at_once=0) for costs in kinds]
@@ -237,13 +237,15 @@ def _enlarge_groups(kinds: Kinds, budgets: _Budgets, micro_batch: int) -> Kinds:
     """
     if kinds[0].grams_at_once is not None:
         rooms = [budgets.left_on_device([costs.passes(micro_batch, "disk")]) for costs in kinds]
-        most = min(costs.of_grams.largest_group + max(0, room or 0) for costs, room in zip(kinds, rooms, strict=True))
+        most = min(
+            costs.gram_costs.largest_group_bytes + max(0, room or 0) for costs, room in zip(kinds, rooms, strict=True)
+        )
         kinds = [replace(costs, grams_at_once=most) for costs in kinds]
     if kinds[0].expert_grams_at_once is not None:
         most = EXPERT_GRAMS_AT_ONCE
-        for costs in (costs for costs in kinds if costs.of_grams.has_experts):
+        for costs in (costs for costs in kinds if costs.gram_costs.has_experts):
             room = budgets.left_on_device([costs.replays(micro_batch, "device")])
-            most = min(most, most if room is None else costs.of_grams.largest_expert_group + max(0, room))
+            most = min(most, most if room is None else costs.gram_costs.largest_expert_group_bytes + max(0, room))
         kinds = [replace(costs, expert_grams_at_once=most) for costs in kinds]
     return kinds
 

@@ -21,10 +21,10 @@ from streamslr.calibration.routed_inputs import InputRecorder
 from streamslr.calibration.transfers import Resident, Transfers, pinned_windows
 from streamslr.config import RunConfig
 from streamslr.io.scratch import rank_scratch
-from streamslr.memory import note_nothing, retry_on_oom
+from streamslr.memory import retry_on_oom
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.experts import Experts
-from streamslr.ranks import ALONE, Ranks
+from streamslr.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -41,9 +41,9 @@ class RankWindows:
     all_ids: Tensor  # the calibration windows of all ranks, [windows, T] int64
     micro_batch: int  # halved for good when memory runs out
     in_memory: bool  # whether boundaries are kept in host memory beside the disk (Plan.in_memory)
-    resident_windows: int = 0  # windows of a boundary that `resident` keeps on the GPU; none once memory has run out
-    ranks: Ranks = ALONE
-    note: Callable[[str, str], None] = note_nothing  # of a retry: phase, and what it does without
+    resident_windows: int  # windows of a boundary that `resident` keeps on the GPU; none once memory has run out
+    ranks: Ranks
+    note: Callable[[str, str], None]  # of a retry: phase, and what it does without
     _resident: dict[HiddenStates, Resident] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class RankWindows:
 
     def all_spans(self) -> list[Span]:
         """Return the windows that pass together, fitted and held-out ones apart."""
-        return self.fitted_spans() + spans([(self.fitted, len(self.ids))], self.micro_batch)
+        return self.fitted_spans() + spans([(self.fitted, len(self))], self.micro_batch)
 
     def fitted_spans(self) -> list[Span]:
         """Return the fitted windows that pass together."""
@@ -87,7 +87,7 @@ class RankWindows:
         """The most windows that a rank has of a step of matching."""
         return -(-self.config.match_batch // self.ranks.world)
 
-    def stream(self, name: str, index: int) -> HiddenStateStream:
+    def boundaries(self, name: str, index: int) -> HiddenStateStream:
         """Return the boundaries called `name`, "hidden" or "targets", of the dtype that boundary `index` has.
 
         Targets are stored as blocks return them, since the compute dtype would round off what one block of many loses.
@@ -97,14 +97,14 @@ class RankWindows:
         blockwise, seq_len = self.blockwise, self.config.seq_len
         of_targets = name == "targets" and index > 0
         width = blockwise.hidden_size if of_targets else blockwise.widths(seq_len)[index]
-        shape = (len(self.ids), seq_len, width)
+        shape = (len(self), seq_len, width)
         dtype = blockwise.stream_dtype if of_targets else blockwise.dtype
         return HiddenStateStream(self._scratch, name, shape, dtype, self.in_memory, self._writers)
 
     @contextmanager
-    def new(self, stream: str, index: int) -> Iterator[HiddenStates]:
+    def new_boundary(self, stream: str, index: int) -> Iterator[HiddenStates]:
         """Yield a boundary to write; drop it if that fails."""
-        with self._dropped_if_it_fails(self.stream(stream, index).new(index)) as states:
+        with self._dropped_if_it_fails(self.boundaries(stream, index).new(index)) as states:
             yield states
 
     @contextmanager

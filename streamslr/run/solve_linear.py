@@ -135,9 +135,9 @@ class LinearCompressor:
         packed = {part: tensor.to(linear.weight.device) for part, tensor in packed.items()}
         if spec.grid is None:
             return packed, record
-        solution = _unpacked(packed, spec.pattern, linear, ranks)
-        problem = self._problem(name, solution.dense(), gram, None, ranks)
-        return round_linear(problem, solution, linear, dtype, spec, record)
+        return round_linear(
+            lambda weight: self._problem(name, weight, gram, None, ranks), (packed, record), linear, dtype, spec, ranks
+        )
 
     def _solved_spec(self, name: str) -> LinearSpec:
         """Return the spec that `compress` solves a linear for."""
@@ -251,12 +251,12 @@ def compress_linear(
 
 @torch.no_grad()
 def round_linear(
-    problem: LinearProblem,
-    solution: SparseLowRank,
+    problem_of: Callable[[Tensor], LinearProblem],
+    matched: Solved,
     linear: nn.Linear,
     dtype: torch.dtype,
     spec: LinearSpec,
-    record: LinearRecord,
+    ranks: Ranks,
 ) -> Solved:
     """Bring S of a matched linear onto its grid, fit U·V to it, and put what is stored into the weight of `linear`.
 
@@ -264,13 +264,13 @@ def round_linear(
     targets than where codes alone are matched (tools/results/matching.md, "Values on a grid").
 
     Args:
-        problem: The linear as matched: its weight is S + U·V, its Gram matrix of the inputs that the matched block
-            gives it; on each of several ranks, the rows that `rows_of_ranks` gives it.
-        solution: S, U and V as matched, of the same rows; S is overwritten.
+        problem_of: Returns the problem of the weight S + U·V as matched, with the Gram matrix of the inputs that the
+            matched block gives the linear; on each of several ranks, of the rows that `rows_of_ranks` gives it.
+        matched: The packed linear as matched, of all rows, and its record as solved.
         linear: The live linear, its weight [o, d] on the problem's device.
         dtype: Dtype of scales, and of U and V where the spec leaves them as the checkpoint stores them.
         spec: Spec with the values of S, U and V.
-        record: Its record as solved.
+        ranks: Ranks that round it together.
 
     Returns:
         As `compress_linear`. The record keeps the error of the solve, and gets that of the rounding beside it.
@@ -278,13 +278,16 @@ def round_linear(
     Raises:
         InputError: A factor overflows `dtype`, or the weights or inputs are beyond what can be solved.
     """
-    grid, pattern, ranks = spec.grid, problem.pattern, problem.ranks
+    (packed, record), grid, pattern = matched, spec.grid, spec.pattern
     assert grid is not None
+    solution = _unpacked(packed, pattern, linear, ranks)
+    problem = problem_of(solution.dense())
     errors = RelativeError(problem.weight, problem.gram, ranks)
     try:
         on_grid = solved_on_grid(problem, solution, grid, dtype)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in torch's stubs
         raise InputError(f"{_extreme(problem)} the solver fails ({first_line(error)}); {_CHECK_MODEL}") from error
+    del solution  # S is as large as the weight
     kept, tensors = _count_codes(on_grid), pack_on_grid(on_grid.codes, on_grid.scales, pattern, dtype, grid)
     stored = _stored(problem, linear, tensors, on_grid.U, on_grid.V, dtype, spec.low_rank_values)
     damping, warnings, rank = on_grid.damping, on_grid.warnings, on_grid.U.shape[1]

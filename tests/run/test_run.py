@@ -20,6 +20,7 @@ from streamslr.io.packing import unpack
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.carried import Carried
 from streamslr.model.checkpoint import open_checkpoint
+from streamslr.results.export import export
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from streamslr.run.context import RunContext, open_run
@@ -502,6 +503,21 @@ def test_norms_are_matched_too_and_non_block_tensors_are_not(settings: dict[str,
         for i in range(BLOCKS)
         for norm in ("input_layernorm", "post_attention_layernorm")
     }
+
+
+def test_a_block_that_loses_nothing_is_not_matched(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a model whose weights keep to the pattern already."""
+    streamslr.compress(**settings | {"rank": 0, "match": False})
+    export(settings["out"], tmp_path / "sparse", to="dense")
+    again = settings | {"model": tmp_path / "sparse", "out": tmp_path / "again", "rank": 0, "match_held_out": 2}
+    for block in streamslr.compress(**again).blocks:
+        assert block.matching is not None
+        assert (block.matching.curve, block.matching.held_out, block.matching.applied) == ((0,), (0,), False)
+    assert "did not lower" not in caplog.text
+    for shard in settings["out"].glob("model-block-*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "again" / shard.name).read_bytes()
 
 
 @pytest.mark.slow

@@ -119,13 +119,12 @@ def test_a_block_whose_values_are_matched_before_they_are_rounded_ends_nearer_to
         assert one.matching.loss_after < other.matching.loss_after
 
 
-def test_numbers_that_lose_nothing_are_not_matched(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    first, second = streamslr.compress(**settings | INT4 | {"pattern": "dense"}).blocks
+def test_numbers_that_lose_nothing_are_not_matched(settings: dict[str, Any]) -> None:
+    first, second = streamslr.compress(**settings | INT4 | {"pattern": "dense", "samples": 16}).blocks
     assert first.matching_off_grid is not None
     assert first.matching_off_grid.curve == (0,)
     assert second.matching_off_grid is not None
     assert len(second.matching_off_grid.curve) == 3  # it makes up for what the grid has cost the first block
-    assert "did not lower its loss of 0 " not in caplog.text
 
 
 def test_only_linears_with_a_grid_come_onto_one(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def _compress_block(context: RunContext, iterations: int) -> None:
         scratch = rank_scratch(config, context.ranks)
         sizes = plan.micro_batch, plan.in_memory, plan.resident_windows
         windows = RankWindows(config, context.blockwise, ids, *sizes, context.ranks, timer.note_retry)
-        passes = Passes(config, context.blockwise, windows, timer, context.ranks)
+        passes = Passes(windows, timer)
         method: Any = context.method.solver
         if hasattr(method, "max_iterations"):
             method = replace(method, max_iterations=iterations)
@@ -361,6 +361,10 @@ def _stand_ins(gpu: PretendedGpu) -> list[tuple[Any, str, Any]]:
             gpu.cost.operators["sparse_step"].update(calls=1, bytes=16 * product.numel())
         return torch.zeros(1, 2, dtype=torch.int32, device="cuda")
 
+    def count_one(_: str, of_all: expert_grams.ExpertSum) -> None:
+        """Count a token for all experts of a kind: routers choose nothing where there are no values."""
+        of_all.tokens = max(1, of_all.tokens)
+
     def create_array(**options: Any) -> Array:
         return Array(Path(options["store"]).name, options["shape"], options["dtype"])
 
@@ -374,11 +378,7 @@ def _stand_ins(gpu: PretendedGpu) -> list[tuple[Any, str, Any]]:
         (hidden_states, "zarr", SimpleNamespace(create_array=create_array)),
         (hidden_states, "hashlib", counting),
         (grams, "hashlib", counting),
-        (
-            expert_grams,
-            "_require_tokens",
-            lambda _, of_all: setattr(of_all, "tokens", 1),
-        ),  # routers choose nothing here
+        (expert_grams, "_require_tokens", count_one),
         (threebasil_fused, "_verdicts", {}),
         (threebasil_fused, "_fault_of_kernel", lambda *_: None),
         (threebasil_fused, "import_module", lambda _: SimpleNamespace(sparse_step=None)),
