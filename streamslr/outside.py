@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import threading
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,9 @@ LARGEST_JSON = 100_000_000
 takes some 10 MB."""
 
 T = TypeVar("T")
+
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
+_building = threading.Lock()  # of `_decoders`
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -49,6 +53,18 @@ def read_bounded(path: Path, limit: int = LARGEST_JSON) -> bytes:
     return content
 
 
+def decoder_of(kind: type[T]) -> msgspec.json.Decoder[T]:
+    """Return the decoder of a type, which any thread may use.
+
+    msgspec (0.22) describes a struct when it is first decoded. Another thread that decodes one meanwhile finds half of
+    the description, and the process ends by SIGSEGV. So decoders are built one at a time, and only once.
+    """
+    with _building:
+        if kind not in _decoders:
+            _decoders[kind] = msgspec.json.Decoder(kind)
+        return _decoders[kind]
+
+
 def parse_json(raw: bytes, kind: type[T]) -> T:
     """Parse JSON into a record of msgspec, or another type that msgspec knows.
 
@@ -62,7 +78,7 @@ def parse_json(raw: bytes, kind: type[T]) -> T:
         ValueError: The text is not JSON, or not of that type; the message says where.
     """
     try:
-        parsed = msgspec.json.decode(raw, type=kind)
+        parsed = decoder_of(kind).decode(raw)
         json.loads(raw, object_pairs_hook=_require_unique)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error

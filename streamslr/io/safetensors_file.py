@@ -22,7 +22,7 @@ from torch import Tensor
 
 from streamslr.errors import InputError
 from streamslr.io.durable import durable_file
-from streamslr.outside import open_regular, parse_json
+from streamslr.outside import decoder_of, open_regular, parse_json
 from streamslr.printable import printable
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
@@ -189,12 +189,12 @@ def _parse_header(raw: bytes) -> tuple[Mapping[str, str], Mapping[str, _Entry]]:
     entries = parse_json(raw, _Entries)
     texts = bytes(entries.pop(_METADATA, b"null"))
     metadata = {} if texts == b"null" else parse_json(texts, _Metadata)
-    described = {}
+    described, decoder = {}, decoder_of(_Entry)
     for name, entry in entries.items():
         if not name.isprintable():
             raise ValueError(f"the tensor name {printable(name)!r} holds control characters")
         try:
-            described[name] = msgspec.json.decode(entry, type=_Entry)
+            described[name] = decoder.decode(entry)
         except msgspec.MsgspecError as error:
             raise ValueError(f"{name}: {error}") from error
     return metadata, described

@@ -21,6 +21,8 @@ from streamslr.io.packed_layout import packed_linears, shard_metadata
 from streamslr.io.packing import pack
 from streamslr.io.safetensors_file import DTYPE_NAMES, TensorInfo, read_header, shard_header, write_shard
 from streamslr.spec.pattern import NofM
+from tests.support.forkserver import exit_code
+from tests.support.threads import read_headers_at_once
 
 S = torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 0], [0, 0, 5, 0, 7, 0, 0, 0]])
 
@@ -249,3 +251,10 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=r"a.safetensors: it is no regular file"):
         shard_header(tmp_path / "a.safetensors")
+
+
+@pytest.mark.slow
+def test_threads_read_the_first_headers_of_a_process(tmp_path: Path) -> None:
+    """Where threads are the first to decode a type, msgspec ends one process of several by SIGSEGV."""
+    write_shard(tmp_path / "shard.safetensors", tiny_block(), METADATA)
+    assert [exit_code(read_headers_at_once, tmp_path / "shard.safetensors") for _ in range(40)] == [0] * 40
