@@ -23,8 +23,9 @@ _FITTED_STAGES = 10
 _CAREFUL_STEPS = 4
 # Factors tried on the scale that makes the largest value of a group the largest code, from the least on.
 _FACTORS, _LEAST_FACTOR = 26, 0.5
-# Elements of the tiles of rows.
-_TILE, _TILE_ON_GPU = 1 << 20, 1 << 24
+# Elements of the tiles of rows: on a CPU as many as its caches hold, but no fewer rows than a product needs to be fast.
+_TILE, _TILE_ON_GPU = 1 << 17, 1 << 24
+_LEAST_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def rounding_bytes(spec: LinearSpec, o: int, d: int, gpu: bool) -> int:
     """Return the most bytes that coming onto a grid takes beside the weight and its Gram matrix; 0 without one."""
     if spec.grid is None:
         return 0
-    tile = 4 * 7 * min(o * d, _TILE_ON_GPU if gpu else max(_TILE, d))
+    tile = 4 * 7 * d * min(o, _tile_rows(d, gpu))
     factors = 4 * 8 * (o + d) * max(1, min(spec.rank, o, d))
     state = 4 * o * d + (1 + spec.grid.code_dtype.itemsize) * o * d
     unrounded = 8 * o * d  # S beside S + U·V, whose error is recorded
@@ -154,8 +155,13 @@ def flops(o: int, d: int, rank: int, *, gpu: bool = False, ranks: int = 1) -> fl
 
 def _tiles(W: Tensor) -> list[slice]:
     """Return slices of the rows of a matrix [o, d]."""
-    step = max(1, (_TILE_ON_GPU if W.is_cuda else _TILE) // W.shape[1])
+    step = _tile_rows(W.shape[1], W.is_cuda)
     return [slice(first, min(first + step, len(W))) for first in range(0, len(W), step)]
+
+
+def _tile_rows(d: int, gpu: bool) -> int:
+    """Return the rows of a tile of d columns."""
+    return max(_LEAST_ROWS, (_TILE_ON_GPU if gpu else _TILE) // d)
 
 
 def _numbers(codes: Tensor, scales: Tensor, rows: slice) -> Tensor:
