@@ -8,7 +8,6 @@ import hashlib
 import logging
 import math
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,21 +17,12 @@ from typing import Any, TypedDict
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel
 
 from streamslr.calibration.tokens import text_windows, window_prefix
-from streamslr.errors import BudgetError, InputError, ResumeError, StreamslrError, first_line, says_out_of_memory
-from streamslr.gpu import deterministic_libraries, deterministic_operators, pick_device, retry_in_any_order
+from streamslr.errors import InputError, ResumeError
+from streamslr.gpu import deterministic_libraries, pick_device, retry_in_any_order
 from streamslr.io.durable import (
     PARTIAL_SUFFIX,
     DiskNeed,
@@ -44,12 +34,12 @@ from streamslr.io.durable import (
 from streamslr.io.folder import copy_auxiliary_file, require_as_written, write_index
 from streamslr.io.packed_layout import low_rank_bytes
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, WrittenShard, shard_header, write_shard
-from streamslr.masters import MatchSettings
 from streamslr.memory import note_nothing
 from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.parameter_names import find_modules
 from streamslr.outside import parse_json, read_bounded
+from streamslr.parts_trainer import make_trainer, train, training_arguments
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from streamslr.run.journal import FinetuneRecord, JournalState, LinearRecord, read_journal, write_journal
@@ -140,14 +130,14 @@ def finetune(
         model = load(folder, where)
         in_bf16 = where.type == "cuda" and model.dtype == torch.bfloat16
         trained = _unfreeze_parts(model, state, in_bf16)
-        arguments = _training_arguments(work, total, batch, seed, where, in_bf16)
-        trainer = _make_trainer(model, trained, windows, held_out, arguments, lr)
+        arguments = training_arguments(work, total, batch, seed, where, in_bf16)
+        trainer = make_trainer(model, trained, windows, held_out, arguments, lr)
         message = "training %s parameters of U, V and scales on %d windows of %d tokens of %s; %d more are held out"
         count = sum(parameter.numel() for parameter in trained.values())
         log.info(message, f"{count:,}", len(windows) - held_out, seq_len, data, held_out)
-        train = partial(_train, trainer, work, {name: dtypes[name] for name in trained})
+        run = partial(train, trainer, work, {name: dtypes[name] for name in trained})
         with deterministic_libraries(where):
-            before, after = retry_in_any_order(train, "training", note_nothing)
+            before, after = retry_in_any_order(run, "training", note_nothing)
         record = FinetuneRecord(
             **training,
             data=data.name,
@@ -161,44 +151,6 @@ def finetune(
         fsync_folder(out.parent)
         shutil.rmtree(work)
     return record
-
-
-class _PartsTrainer(Trainer):
-    """Trainer whose checkpoints hold U, V and scales alone, by their stored names; the rest of the model stays."""
-
-    def __init__(self, parts: Mapping[str, nn.Parameter], **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.parts = parts
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        assert output_dir is not None
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().cpu() for name, p in self.parts.items()}, Path(output_dir) / "parts.safetensors")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        found = load_file(Path(resume_from_checkpoint) / "parts.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.parts.items():
-                parameter.copy_(found[name])
-
-
-class _ProgressLog(TrainerCallback):
-    """Log loss and time left, a line every twentieth of the steps."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._start, self._first = time.monotonic(), state.global_step
-        if self._first:
-            log.info("continuing from step %d of %d", self._first, state.max_steps)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if logs and "loss" in logs:
-            seconds = (time.monotonic() - self._start) / (state.global_step - self._first)
-            left = (state.max_steps - state.global_step) * seconds
-            log.info("step %d of %d: loss %.4f, %.0f s left", state.global_step, state.max_steps, logs["loss"], left)
 
 
 def _check_arguments(folder: Path, out: Path, lr: float) -> None:
@@ -347,116 +299,6 @@ def _unfreeze_parts(model: PreTrainedModel, state: JournalState, in_bf16: bool) 
         if parameter.requires_grad or not in_bf16:
             parameter.data = parameter.data.float()
     return trained
-
-
-def _training_arguments(
-    work: Path, steps: int, batch: int, seed: int, device: torch.device, in_bf16: bool
-) -> TrainingArguments:
-    twentieth = math.ceil(steps / 20)
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        lr_scheduler_type="cosine",
-        warmup_steps=twentieth,
-        bf16=in_bf16,
-        seed=seed,
-        logging_steps=twentieth,
-        save_steps=twentieth,
-        save_total_limit=1,
-        prediction_loss_only=True,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    arguments._n_gpu = 1  # otherwise Trainer copies the model to every GPU it sees
-    return arguments
-
-
-def _make_trainer(
-    model: PreTrainedModel,
-    trained: Mapping[str, nn.Parameter],
-    windows: Tensor,
-    held_out: int,
-    arguments: TrainingArguments,
-    lr: float,
-) -> _PartsTrainer:
-    """Return a trainer of U, V and scales on the windows [n, T]; the last `held_out` of them are for evaluation."""
-    examples = [{"input_ids": window, "labels": window} for window in windows]
-    trainer = _PartsTrainer(
-        trained,
-        model=model,
-        args=arguments,
-        train_dataset=examples[:-held_out],
-        eval_dataset=examples[-held_out:],
-        optimizers=(_make_adam(trained, lr), None),
-        callbacks=[_ProgressLog()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _make_adam(trained: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """Return Adam with a rate for each tensor, `lr` times the root mean square that the tensor has now.
-
-    Scales take a tenth, as in matching: they move all of S. There is no weight decay: it would pull U·V away from the
-    solution of the compression.
-    """
-    ratios = {name: MatchSettings.scale_lr_ratio if name.endswith(".scales") else 1.0 for name in trained}
-    groups = [
-        {"params": [p], "lr": ratios[name] * lr * float(p.detach().square().mean().sqrt())}
-        for name, p in trained.items()
-    ]
-    return torch.optim.Adam(groups)
-
-
-@deterministic_operators()
-def _train(trainer: _PartsTrainer, work: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[float, float]:
-    """Train from the last checkpoint, if there is one, to the last step; round the parts to `dtypes`, by name.
-
-    Returns:
-        The held-out loss before training and after rounding.
-
-    Raises:
-        BudgetError: Memory ran out.
-        StreamslrError: Training diverged; `work` is deleted.
-    """
-    try:
-        before = trainer.evaluate()["eval_loss"]
-        log.info("held-out loss %.4f", before)
-        done, last = _last_checkpoint(work)
-        if last and done == trainer.args.max_steps:  # train() would make one step more
-            trainer._load_from_checkpoint(last)
-        else:
-            trainer.train(resume_from_checkpoint=last)
-        with torch.no_grad():
-            for name, parameter in trainer.parts.items():
-                parameter.copy_(parameter.to(dtypes[name]))
-        after = trainer.evaluate()["eval_loss"]
-    except (RuntimeError, MemoryError) as error:
-        if not says_out_of_memory(error):
-            raise
-        raise BudgetError(
-            f"fine-tuning does not fit the memory ({first_line(error)}); give a smaller --batch or --seq-len"
-        ) from error
-    if not math.isfinite(after):
-        shutil.rmtree(work)
-        raise StreamslrError(f"training diverged, the held-out loss is {after}; nothing was written. Lower --lr")
-    if after >= before:
-        message = "the held-out loss did not fall: %.4f before, %.4f after; lower --lr, or train on more text"
-        log.warning(message, before, after)
-    return before, after
-
-
-def _last_checkpoint(work: Path) -> tuple[int, str | None]:
-    """Return (steps done, folder) of the last whole checkpoint; (0, None) where there is none.
-
-    Trainer writes trainer_state.json last, so a checkpoint without it was cut off.
-    """
-    whole = {int(path.parent.name.rpartition("-")[2]): str(path.parent) for path in work.glob("*/trainer_state.json")}
-    return max(whole.items(), default=(0, None))
 
 
 def _as_numbers(linear: LinearRecord) -> LinearRecord:

@@ -222,7 +222,7 @@ def test_a_source_that_changes_during_the_training_is_refused(
         shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
         return 2.0, 1.0
 
-    monkeypatch.setattr("streamslr.finetune._train", damage)
+    monkeypatch.setattr("streamslr.finetune.train", damage)
     with pytest.raises(InputError, match=r"model-block-00001\.safetensors is damaged or was changed"):
         finetune(folder, text, tmp_path / "out", **SETTINGS)
     assert not (tmp_path / "out").exists()
