@@ -318,13 +318,11 @@ def read_journal(folder: Path) -> JournalState | None:
             f"{' and '.join(map(str, READABLE_VERSIONS))}. Use the version of streamslr that wrote it"
         )
     try:
-        claimed = data.pop("sha256", None)
-        if version != FORMAT_VERSION:
-            data = _from_version_2(data)
+        claimed, found = data.pop("sha256", None), _digest(data)
+        data = (_from_version_2(data) if version == 2 else data) | {"format_version": FORMAT_VERSION}
         state = msgspec.convert(data, JournalState)
         if unknown := next(_unknown_fields(data, state), None):
             raise ValueError(f"{unknown} is no field of version {version}")
-        found = _digest(data)
     except KeyError as error:
         raise InputError(f"{path} is damaged: it lacks {error}; {_ADVICE}") from error
     except (TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -382,7 +380,6 @@ def _from_version_2(data: dict[str, Any]) -> dict[str, Any]:
     return rename(data, description="auxiliary_files", outside="non_block", solver_room="solver_workspace") | {
         "blocks": [block(entry) for entry in data["blocks"]],
         "measured": rename(data.get("measured", {}), outside="non_block"),
-        "format_version": FORMAT_VERSION,
     }
 
 

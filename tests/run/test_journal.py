@@ -120,6 +120,24 @@ def test_a_folder_of_format_version_2_is_read_under_its_new_names(tmp_path: Path
     assert read_journal(tmp_path) == written
 
 
+def test_a_folder_of_format_version_3_is_read_and_its_digest_checked(tmp_path: Path) -> None:
+    with Journal(tmp_path, start(1)) as journal:
+        journal.commit_non_block({"config.json": "c" * 64}, NON_BLOCK, "b" * 64, SAMPLE, 1, {})
+        journal.commit_block(block(0), 1, None)
+        written = journal.state
+    path = tmp_path / JOURNAL_FILE
+    old = json.loads(path.read_text()) | {"format_version": 3}
+    for later in ("check", "quality", "unread"):
+        del old[later]
+    del old["sha256"]
+    digest = hashlib.sha256(json.dumps(old, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    path.write_text(json.dumps(old | {"sha256": digest}))
+    assert read_journal(tmp_path) == written
+    path.write_text(json.dumps(old | {"sha256": digest, "blocks_total": 2}))
+    with pytest.raises(InputError, match="was changed after it was written"):
+        read_journal(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name", ["../../.bashrc", "/etc/passwd", "..", "", "a/b", "a\0b", ".bashrc", "x.py", "a\x1b[31m.json", 3]
 )
