@@ -202,21 +202,23 @@ def plan(world: int, fit: int | None, as_json: bool, **settings: Any) -> None:
         silence_libraries()
         from streamslr.ranks import Ranks
         from streamslr.results.plan_table import plan_table
-        from streamslr.run.context import open_run, require_fit
+        from streamslr.run.context import open_run, open_shape, require_fit
 
-        # --fit tries patterns and values itself, so the run that is opened for the model's shapes has the default ones
-        opened = config if fit is None else dataclasses.replace(config, pattern=None, values="stored", group=128)
-        context = open_run(opened, gpu_required=False, ranks=Ranks(world=world, local_world=world))
         if fit is not None:
-            from streamslr.results.fit import context_bytes, fit_table, settings_that_fit
+            from streamslr.model.context_size import context_bytes
+            from streamslr.results.fit import CONTEXT_TOKENS, fit_table, settings_that_fit
 
-            cache = context_bytes(context.checkpoint.config.get_text_config(), context.shape.value_bytes)
-            found = settings_that_fit(config, context.shape, cache, fit)
+            if world > 1:
+                raise InputError(f"--fit is about one card: leave --world {world} out")
+            checkpoint, shape = open_shape(config)
+            cache = context_bytes(checkpoint, shape.value_bytes, CONTEXT_TOKENS)
+            found = settings_that_fit(config, shape, cache, fit)
             if as_json:
                 print_json([dataclasses.asdict(setting) for setting in found])
             else:
                 print_table(fit_table(found, fit, cache))
             return
+        context = open_run(config, gpu_required=False, ranks=Ranks(world=world, local_world=world))
         if as_json:
             print_json(context.plan.as_dict())
         else:

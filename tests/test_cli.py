@@ -279,6 +279,15 @@ def test_plan_says_what_does_not_fit_and_exits_with_3(model: Path) -> None:
     assert "--host-mem" in done.stderr
 
 
+def test_plan_fit_lists_settings_whatever_run_is_in_the_folder(model: Path, finished: Path) -> None:
+    done = call("plan", "--model", model, "--out", finished, "--fit", "48GB", "--values", "int4", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {(entry["pattern"], entry["values"]) for entry in json.loads(done.stdout)} >= {("dense", "int4")}
+    done = call("plan", "--model", model, "--fit", "48GB", "--world", "2")
+    assert done.returncode == 2
+    assert "leave --world 2 out" in done.stderr
+
+
 def test_verify_exits_with_1_and_names_what_is_off(finished: Path, tmp_path: Path) -> None:
     assert call("verify", finished).returncode == 0
     copy = shutil.copytree(finished, tmp_path / "copy")

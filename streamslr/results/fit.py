@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from rich.table import Table
 
@@ -9,8 +10,8 @@ from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import InputError
 from streamslr.io.packed_layout import packed_bytes
 from streamslr.model.shape import ModelShape
-from streamslr.spec.allocation import DEFAULT_RANK
-from streamslr.spec.pattern import Dense, SparsityPattern, parse_pattern
+from streamslr.spec.allocation import DEFAULT_RANK, LinearSpec
+from streamslr.spec.pattern import parse_pattern
 from streamslr.spec.values import STORED, parse_low_rank_values, parse_values
 
 CONTEXT_TOKENS = 8192
@@ -62,14 +63,18 @@ def settings_that_fit(config: RunConfig, model: ModelShape, cache_bytes: int, ca
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"--fit lists settings that are the same for all linears: leave {flag} out")
     rank = DEFAULT_RANK if config.rank is None else config.rank
+    low_rank = parse_low_rank_values(config.low_rank_values)
     every = [
-        _fit(model, pattern, values, rank, config.group, config.low_rank_values, cache_bytes)
+        _fit(model, pattern, values, spec, cache_bytes)
         for pattern in (_PATTERNS if config.pattern is None else (config.pattern,))
         for values in (_VALUES if config.values == STORED else (config.values,))
-        if not (pattern == "dense" and values == STORED) and _has_all(model, parse_pattern(pattern))
+        if _has_all(
+            model, spec := LinearSpec(parse_pattern(pattern), rank, parse_values(values, config.group), low_rank)
+        )
     ]
     if not every:
-        raise InputError(f"not every linear of the model can have --pattern {config.pattern}; give another")
+        given = [f"--{name} {getattr(config, name)}" for name in ("pattern", "values") if getattr(config, name)]
+        raise InputError(f"not every linear of the model can have {' with '.join(given)}; give others")
     fitting = [fit for fit in every if fit.needed_bytes <= card]
     if not fitting:
         least = min(every, key=lambda fit: fit.needed_bytes)
@@ -99,44 +104,24 @@ def fit_table(fits: Sequence[Fit], card: int, cache_bytes: int) -> Table:
     return table
 
 
-def context_bytes(config: object, dtype_bytes: int) -> int:
-    """Return the bytes of keys and values of one context of a model of transformers; 0 where its config says no sizes.
-
-    Every layer is taken to keep all tokens: sliding windows and shared keys take less.
-
-    Args:
-        config: The model's text config.
-        dtype_bytes: Bytes of a number.
-    """
-    layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
-    hidden = getattr(config, "hidden_size", None)
-    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
-        return 0
-    of_keys = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or hidden // heads
-    return 2 * layers * of_keys * width * CONTEXT_TOKENS * dtype_bytes
-
-
-def _fit(model: ModelShape, pattern: str, values: str, rank: int, group: int, low_rank: str, cache_bytes: int) -> Fit:
-    parsed, form, factors = parse_pattern(pattern), parse_values(values, group), parse_low_rank_values(low_rank)
+def _fit(model: ModelShape, pattern: str, values: str, spec: LinearSpec, cache_bytes: int) -> Fit:
     packed = dense = weights = 0
     for block in model.blocks:
-        for o, d in block.linears.values():
-            packed += packed_bytes(parsed, (o, d), min(rank, o, d), model.value_bytes, form, factors)
-            weights += o * d
-        dense += block.parameters - sum(o * d for o, d in block.linears.values())
+        for shape in block.linears.values():
+            rank = min(spec.rank, *shape)
+            packed += packed_bytes(spec.pattern, shape, rank, model.value_bytes, spec.values, spec.low_rank_values)
+            weights += prod(shape)
+        dense += block.parameters - sum(map(prod, block.linears.values()))
     total = packed + dense * model.value_bytes + model.non_block_bytes
-    return Fit(pattern, values, rank, total, 8 * packed / weights, total + cache_bytes + _OTHERS)
+    return Fit(pattern, values, spec.rank, total, 8 * packed / weights, total + cache_bytes + _OTHERS)
 
 
-def _has_all(model: ModelShape, pattern: SparsityPattern) -> bool:
-    """Return True where every linear can have the pattern."""
-    if isinstance(pattern, Dense):
-        return True
+def _has_all(model: ModelShape, spec: LinearSpec) -> bool:
+    """Return True where every linear can have the spec."""
     try:
         for block in model.blocks:
             for name, shape in block.linears.items():
-                pattern.require_fits(name, shape)
+                spec.require_fits(name, shape)
     except InputError:
         return False
     return True

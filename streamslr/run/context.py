@@ -151,6 +151,17 @@ def require_fit(context: RunContext) -> None:
     context.plan.require_disk(config.out, config.scratch_folder, Path(constants.HF_HUB_CACHE))
 
 
+def open_shape(config: RunConfig) -> tuple[Checkpoint, ModelShape]:
+    """Open the model alone, whatever of the settings it can have and whatever lies in the output folder.
+
+    Raises:
+        InputError: The model cannot be compressed.
+    """
+    device, dtype = pick_device("cpu")
+    checkpoint, blockwise = _open_model(config, device, dtype)
+    return checkpoint, _model_shape(blockwise, config.seq_len)
+
+
 def _open_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[Checkpoint, BlockwiseModel]:
     """Open the checkpoint and its model on the meta device; refuse what cannot be compressed."""
     checkpoint = open_checkpoint(config.model, config.revision, config.evict_shards)

@@ -1,7 +1,6 @@
 """Settings that fit a card: their bytes are those that a run writes, and what does not fit is not listed."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +8,8 @@ import pytest
 import streamslr
 from streamslr.config import RunConfig
 from streamslr.errors import InputError
-from streamslr.results.fit import context_bytes, settings_that_fit
-from streamslr.run.context import open_run
+from streamslr.results.fit import settings_that_fit
+from streamslr.run.context import open_shape
 from tests.support.tiny_models import tiny_checkpoint
 
 
@@ -30,7 +29,7 @@ def test_the_bytes_are_those_that_a_run_stores(model: Path, text: Path, tmp_path
     settings |= {"pattern": "2:4", "values": "int4"}
     state = streamslr.compress(**settings)
     config = RunConfig.of(**settings)
-    (ours,) = settings_that_fit(config, open_run(config).shape, cache_bytes=0, card=10**12)
+    (ours,) = settings_that_fit(config, open_shape(config)[1], cache_bytes=0, card=10**12)
     assert (ours.pattern, ours.values) == ("2:4", "int4")
     linears = [linear for block in state.blocks for linear in block.linears]
     weights = sum(o * d for o, d in (linear.shape for linear in linears))
@@ -42,7 +41,7 @@ def test_what_fits_is_listed_the_dense_first_and_of_each_kind_the_largest(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
     config = some_config(model, text, tmp_path)
-    shape = open_run(config).shape
+    shape = open_shape(config)[1]
     every = settings_that_fit(config, shape, 0, 10**12)
     dense, sparse = ([fit for fit in every if (fit.pattern == "dense") == kind] for kind in (True, False))
     assert every == dense + sparse
@@ -54,14 +53,23 @@ def test_what_fits_is_listed_the_dense_first_and_of_each_kind_the_largest(
         settings_that_fit(config, shape, 0, 10**6)
 
 
-def test_a_context_of_grouped_keys_takes_their_heads_alone() -> None:
-    config = SimpleNamespace(num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, hidden_size=8192)
-    assert context_bytes(config, 2) == 2 * 80 * 8 * 128 * 8192 * 2
-    assert context_bytes(SimpleNamespace(num_hidden_layers=80), 2) == 0
+def test_dense_without_a_grid_is_not_listed(model: Path, text: Path, tmp_path: Path) -> None:
+    shape = open_shape(some_config(model, text, tmp_path))[1]
+    found = settings_that_fit(some_config(model, text, tmp_path, values="bf16"), shape, 0, 10**12)
+    assert {(fit.pattern, fit.values) for fit in found} == {("2:4", "bf16"), ("1:4", "bf16")}
+    with pytest.raises(InputError, match="not every linear of the model can have --pattern dense with --values bf16"):
+        settings_that_fit(some_config(model, text, tmp_path, values="bf16", pattern="dense"), shape, 0, 10**12)
+
+
+def test_a_model_that_no_2_4_fits_has_the_others(text: Path, tmp_path: Path) -> None:
+    odd = tiny_checkpoint(tmp_path / "odd", blocks=1, shards=1, intermediate_size=50)
+    config = some_config(odd, text, tmp_path)
+    found = settings_that_fit(config, open_shape(config)[1], 0, 10**12)
+    assert {(fit.pattern, fit.values) for fit in found} == {("dense", "int8"), ("dense", "int4")}
 
 
 def test_a_pattern_and_values_that_are_given_are_the_only_ones_listed(model: Path, text: Path, tmp_path: Path) -> None:
-    shape = open_run(some_config(model, text, tmp_path)).shape
+    shape = open_shape(some_config(model, text, tmp_path))[1]
     found = settings_that_fit(some_config(model, text, tmp_path, pattern="4:8"), shape, 0, 10**12)
     assert {fit.pattern for fit in found} == {"4:8"}
     found = settings_that_fit(some_config(model, text, tmp_path, values="fp8/64"), shape, 0, 10**12)
@@ -69,6 +77,6 @@ def test_a_pattern_and_values_that_are_given_are_the_only_ones_listed(model: Pat
 
 
 def test_settings_by_name_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
-    shape = open_run(some_config(model, text, tmp_path)).shape
+    shape = open_shape(some_config(model, text, tmp_path))[1]
     with pytest.raises(InputError, match="same for all linears: leave --ranks out"):
         settings_that_fit(some_config(model, text, tmp_path, ranks="q_proj=8"), shape, 0, 10**12)
