@@ -196,11 +196,16 @@ def _overridden(config: RunConfig, blockwise: BlockwiseModel, allocation: Alloca
         others.append(("pattern", by_name, replace(config, pattern="60%" if config.pattern == "50%" else "50%")))
     if config.rank is not None and (config.allocation or config.ranks):
         others.append(("rank", by_name, replace(config, rank=config.rank + 1)))
+    if config.values != STORED and config.allocation is not None:
+        other = "int8" if config.values.startswith("fp8") else "fp8"  # dense may need a grid
+        others.append(("values", by_name, replace(config, values=other)))
+    if config.low_rank_values != STORED and config.allocation is not None:
+        others.append(("low_rank_values", by_name, replace(config, low_rank_values=STORED)))
     if config.group != DEFAULT_GROUP:
         why = "no linear has values on a grid whose group is not given with them"
         others.append(("group", why, replace(config, group=config.group + 1 if config.group < LARGEST else 1)))
     found = [
-        f"--{name} {getattr(config, name)} has no effect: {why}"
+        f"--{name.replace('_', '-')} {getattr(config, name)} has no effect: {why}"
         for name, why, other in others
         if allocate(other, blockwise.linears) == allocation
     ]

@@ -224,6 +224,22 @@ def test_a_rank_or_pattern_that_every_name_overrides_is_warned_of(
     assert caplog.messages == []
 
 
+def test_values_that_every_name_overrides_are_warned_of(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "a.json"
+    given = {"values": "int4", "low_rank_values": "int8", "allocation": file}
+    entry = {"pattern": "dense", "values": "int8", "low_rank_values": "bf16"}
+    file.write_text(json.dumps({"*": entry}))
+    open_run(RunConfig.of(**settings, **given))
+    found = [message.split(" has no effect")[0] for message in caplog.messages]
+    assert found == ["--values int4", "--low-rank-values int8"]
+    caplog.clear()
+    file.write_text(json.dumps({"q_proj": entry}))
+    open_run(RunConfig.of(**settings, **given))
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"owl": 0.05}, "owl: 0.1 there, 0.05 now"), ({"compression": "50%"}, "compression: '60%' there, '50%' now")],
