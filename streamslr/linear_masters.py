@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamslr.gpu import in_any_order
 from streamslr.io.low_rank import pack_low_rank, unpack_low_rank
 from streamslr.io.packed_layout import count_values, value_format
 from streamslr.io.packing import stored_columns, unpack, unpack_codes
@@ -158,7 +159,9 @@ class LinearMasters:
     def _sum_groups(self, numbers: Tensor, positions: Tensor, rows: int) -> Tensor:
         """Return the sums of a tile's numbers over the groups of each row, [rows, groups]."""
         assert self._first_scales is not None
-        dense = numbers.new_zeros(rows * self.linear.in_features).index_copy_(0, positions.long(), numbers)
+        dense = numbers.new_zeros(rows * self.linear.in_features)
+        with in_any_order():  # no position twice; in a fixed order CUDA would sort them
+            dense.index_copy_(0, positions.long(), numbers)
         return sum_groups(dense.view(rows, -1), self._first_scales.shape[1])
 
 

@@ -13,8 +13,9 @@ _TILE_COPIES = 4
 """Tiles of a dense weight that a refinement is planned to hold at once: two are made (a gradient, a product), and the
 products take temporaries of their own. With 4 the plan is 1.02 to 1.04 of the measured peak (in
 tools/results/run-llama-8m.json)."""
-_GRID_TILE_COPIES = 3
-"""Tiles beside these where values lie on a grid: of codes, of their scales, and of the gradients of scales."""
+_GRID_TILE_COPIES = 5
+"""Tiles of float32 beside these where values lie on a grid: of codes, of their scales, of the gradients of scales, and
+of positions in int64."""
 
 _NORM_COPIES, _LOSS_TENSORS = 2, 4
 """Float32 tensors [b, T, h] that a pass in 16 bits holds in addition when its backward pass begins: inputs of norms,
