@@ -8,6 +8,7 @@ from streamslr.solvers.base import SolverByRows
 from streamslr.solvers.methods import Method
 from streamslr.solvers.rounding import flops as rounding_flops
 from streamslr.spec.allocation import Allocation
+from streamslr.spec.pattern import Dense
 
 _SMALL_GROUP = 0.1
 """Fraction of a rank's fair share up to which linears that share a Gram matrix stay together, which saves a copy of it
@@ -79,6 +80,8 @@ def deal_linears(
     def flops(name: str, ranks: int = 1) -> float:
         (o, d), spec = shapes[name], allocation[name]
         rounding = 0.0 if spec.grid is None else rounding_flops(o, d, spec.rank, gpu=gpu, ranks=ranks)
+        if isinstance(spec.pattern, Dense):  # S begins as the weight
+            return rounding
         if ranks == 1:
             return method.solver.flops(o, d, spec.rank, gpu=gpu) + rounding
         return cast(SolverByRows, method.solver).flops(o, d, spec.rank, gpu=gpu, ranks=ranks) + rounding

@@ -19,8 +19,8 @@ from streamslr.spec.values import ValueFormat, group_count, in_groups, spread, s
 _PACE, _STAGES, _ITERATIONS = Pace(1.0, 1.25), 15, 8
 # Stages after which scales stay: codes settle only while their grid does.
 _FITTED_STAGES = 10
-# Steps of the last fit of U·V.
-_CAREFUL_STEPS = 4
+# Steps of the last fit of U·V, and of the only one.
+_CAREFUL_STEPS, _STEPS_FROM_RANDOM = 4, 16
 # Factors tried on the scale that makes the largest value of a group the largest code, from the least on.
 _FACTORS, _LEAST_FACTOR = 26, 0.5
 # Elements of the tiles of rows: on a CPU as many as its caches hold, but no fewer rows than a product needs to be fast.
@@ -53,7 +53,8 @@ class OnGrid:
 def nearest_on_grid(problem: LinearProblem, solution: SparseLowRank, values: ValueFormat, dtype: torch.dtype) -> OnGrid:
     """Return the solution with each value of S rounded to the nearest of its grid: rounding after the fact.
 
-    The scale of a group is the one of some that changes its values least, weighted by the energy of their inputs.
+    The scale of a group is the one of some that changes its values least, weighted by the energy of their inputs. U·V
+    stays, but where the solution left nothing to it (pattern dense: S = W), it is fitted to what rounding changed.
 
     Args:
         problem: The linear.
@@ -61,12 +62,26 @@ def nearest_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Val
         values: Format of the values of S.
         dtype: Dtype of the stored scales.
     """
+    codes, scales = _nearest(problem, solution, values, dtype)
+    U, V, damping, warnings = solution.U, solution.V, solution.damping, list[str]()
+    if U.shape[1] and not problem.ranks.sum(bool(U.any())):
+        metric, counts = build_metric(problem, warnings), problem.ranks.gather(len(U))
+        basis = orthonormal_rows(_first_basis(problem, solution, counts), problem.ranks, counts)
+        U, V = _fit(problem, _numbers(codes, scales, slice(None)), basis, metric, counts, _STEPS_FROM_RANDOM)
+        damping = metric.damping
+    return OnGrid(codes, scales, U, V, damping, _new_of(warnings, solution))
+
+
+def _nearest(
+    problem: LinearProblem, solution: SparseLowRank, values: ValueFormat, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the nearest codes [o, d] of the values of S, and their scales [o, groups]."""
     added, _ = damping_diagonal(problem.gram, solution.damping)
     scales = _searched_scales(solution.S, problem.gram.diagonal() + added, values, dtype)
     codes = torch.empty_like(solution.S, dtype=values.code_dtype)
     for rows in _tiles(solution.S):
         codes[rows] = values.nearest(solution.S[rows] / spread(scales[rows], codes.shape[1])).to(codes.dtype)
-    return OnGrid(codes, scales, solution.U, solution.V, solution.damping)
+    return codes, scales
 
 
 @torch.no_grad()
@@ -91,8 +106,7 @@ def solved_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Valu
     support = torch.ones_like(W, dtype=torch.bool) if isinstance(problem.pattern, Dense) else solution.S != 0
     support[:, metric.dead] = False
     solution.S[:, metric.dead] = 0
-    start = nearest_on_grid(problem, solution, values, dtype)
-    codes, scales, (o, d) = start.codes, start.scales, W.shape
+    (codes, scales), (o, d) = _nearest(problem, solution, values, dtype), W.shape
     counts = ranks.gather(o)
     basis = orthonormal_rows(_first_basis(problem, solution, counts), ranks, counts)  # [r, o]
     held = solution.S  # D − Y, scaled as all is
@@ -124,14 +138,20 @@ def solved_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Valu
     del M, inverses
     for rows in _tiles(W):
         held[rows] = _numbers(codes, scales, rows)
-    U, V = _fit(problem, held, basis, metric, counts)
-    others = tuple(warning for warning in warnings if warning not in solution.warnings)
-    return OnGrid(codes, scales, U, V, metric.damping, others)
+    U, V = _fit(problem, held, basis, metric, counts, _CAREFUL_STEPS)
+    if isinstance(problem.pattern, Dense) and bool(metric.dead.any()):  # nothing was learned of these columns of W
+        for rows in _tiles(W):
+            nearest = values.nearest(W[rows] / spread(scales[rows], d))
+            codes[rows] = torch.where(metric.dead, nearest, codes[rows].to(nearest.dtype)).to(codes.dtype)
+    return OnGrid(codes, scales, U, V, metric.damping, _new_of(warnings, solution))
 
 
 def peak_bytes(solver: Solver, spec: LinearSpec, o: int, d: int, workspace: int | None, gpu: bool) -> int:
     """Return the most bytes that a solve takes (`Solver.peak_bytes`), coming onto a grid included."""
-    solve = solver.peak_bytes(o, d, spec.rank, workspace, pattern=spec.pattern, gpu=gpu)
+    if isinstance(spec.pattern, Dense):  # S begins as the weight
+        solve = 4 * (o * d + (o + d) * min(spec.rank, o, d))
+    else:
+        solve = solver.peak_bytes(o, d, spec.rank, workspace, pattern=spec.pattern, gpu=gpu)
     return max(solve, rounding_bytes(spec, o, d, gpu))
 
 
@@ -169,6 +189,11 @@ def _numbers(codes: Tensor, scales: Tensor, rows: slice) -> Tensor:
     return codes[rows].float().mul_(spread(scales[rows], codes.shape[1]))
 
 
+def _new_of(warnings: list[str], solution: SparseLowRank) -> tuple[str, ...]:
+    """Return the warnings that the solution does not have yet."""
+    return tuple(warning for warning in warnings if warning not in solution.warnings)
+
+
 def _first_basis(problem: LinearProblem, solution: SparseLowRank, counts: list[int]) -> Tensor:
     """Return the columns of U as rows [r, o], or random ones where the solution has no U·V yet."""
     ranks = problem.ranks
@@ -185,10 +210,12 @@ def _best_factor(W: Tensor, held: Tensor, basis: Tensor, metric: Metric, problem
     return problem.ranks.sum_((basis @ W).mul_(metric.scale) - basis @ held)
 
 
-def _fit(problem: LinearProblem, S: Tensor, basis: Tensor, metric: Metric, counts: list[int]) -> tuple[Tensor, Tensor]:
+def _fit(
+    problem: LinearProblem, S: Tensor, basis: Tensor, metric: Metric, counts: list[int], steps: int
+) -> tuple[Tensor, Tensor]:
     """Return the best U [o, r] and V [r, d] for W − S, by subspace steps from a basis [r, o]."""
     W, ranks = problem.weight, problem.ranks
-    for _ in range(_CAREFUL_STEPS if len(basis) else 0):
+    for _ in range(steps if len(basis) else 0):
         y = ranks.sum_((basis @ W - basis @ S).mul_(metric.scale))
         y = metric.times(y).mul_(metric.scale)
         basis = orthonormal_rows(y @ W.t() - y @ S.t(), ranks, counts)

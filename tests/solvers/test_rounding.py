@@ -1,6 +1,7 @@
 """S on a grid: what it loses against rounding after the fact and a slow reference, and what it must obey."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -76,15 +77,31 @@ def test_any_methods_solution_comes_onto_the_grid(method: str) -> None:
     assert error(problem, result) < nearest
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "dense"])
-def test_dead_inputs_get_nothing(pattern: str) -> None:
-    problem = made_problem(pattern=pattern)
-    problem.gram[[3, 17]] = 0
-    problem.gram[:, [3, 17]] = 0
-    result = solved_on_grid(problem, solved(problem), form_of("int4/16"), torch.bfloat16)
-    assert not result.codes[:, [3, 17]].any()
-    assert not result.V[:, [3, 17]].any()
-    assert error(problem, result) < 0.1
+def test_dead_inputs_get_nothing_but_in_pattern_dense_the_nearest_codes() -> None:
+    for pattern in ("2:4", "dense"):
+        problem = made_problem(pattern=pattern)
+        problem.gram[[3, 17]] = 0
+        problem.gram[:, [3, 17]] = 0
+        result = solved_on_grid(problem, solved(problem), form_of("int4/16"), torch.bfloat16)
+        of_dead = (result.codes.float() * spread(result.scales, problem.weight.shape[1]))[:, [3, 17]]
+        if pattern == "dense":
+            W = problem.weight[:, [3, 17]]
+            assert (of_dead - W).square().sum() < 0.05 * W.square().sum()
+        else:
+            assert not of_dead.any()
+        assert not result.V[:, [3, 17]].any()
+        assert error(problem, result) < 0.1
+
+
+def test_nearest_fits_a_low_rank_that_the_solution_left_empty() -> None:
+    problem, form = made_problem(pattern="dense", rank=4), form_of("int4/16")
+    W = problem.weight
+    kept = SparseLowRank(W.clone(), W.new_zeros(len(W), 4), W.new_zeros(4, W.shape[1]), 0, 1.0)
+    result = nearest_on_grid(problem, kept, form, torch.bfloat16)
+    S = result.codes.float() * spread(result.scales, W.shape[1])
+    best = reference.best_low_rank((W - S).double(), reference.damped(problem.gram), 4)
+    lost = relative_error(W, problem.gram, S + best.float())
+    assert error(problem, result) <= 1.02 * lost < 0.9 * relative_error(W, problem.gram, S)
 
 
 def test_a_weight_of_zeros_stays_zero() -> None:
@@ -105,10 +122,15 @@ def test_the_same_problem_gives_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize(("o", "d"), [(256, 768), (768, 256)])
-def test_planned_memory_is_what_it_takes(o: int, d: int) -> None:
-    problem = made_problem(o, d, rank=16)
-    solution = solved(dataclasses.replace(problem))
-    taken = peak_of(lambda: solved_on_grid(problem, solution, form_of("int4/128"), torch.bfloat16))
+@pytest.mark.parametrize(
+    ("pattern", "way"), [("2:4", solved_on_grid), ("dense", solved_on_grid), ("dense", nearest_on_grid)]
+)
+def test_planned_memory_is_what_it_takes(o: int, d: int, pattern: str, way: Callable[..., OnGrid]) -> None:
+    problem = made_problem(o, d, pattern=pattern, rank=16)
+    W = problem.weight
+    kept = SparseLowRank(W.clone(), W.new_zeros(o, 16), W.new_zeros(16, d), 0, 1.0)
+    solution = kept if pattern == "dense" else solved(dataclasses.replace(problem))
+    taken = peak_of(lambda: way(problem, solution, form_of("int4/128"), torch.bfloat16))
     spec = LinearSpec(problem.pattern, 16, form_of("int4/128"))
     planned = peak_bytes(ThreeBasil(), spec, o, d, None, gpu=False)
     assert taken + solution.S.nbytes <= planned
