@@ -21,17 +21,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from streamslr.calibration.tokens import text_windows, window_prefix
-from streamslr.errors import InputError, ResumeError
+from streamslr.errors import InputError, ResumeError, StreamslrError
 from streamslr.gpu import deterministic_libraries, pick_device, retry_in_any_order
 from streamslr.io.durable import (
     PARTIAL_SUFFIX,
     DiskNeed,
+    file_sha256,
     fsync_folder,
     lock_folder,
     require_disk_space,
+    write_file,
     write_json,
 )
-from streamslr.io.folder import copy_auxiliary_file, require_as_written, write_index
+from streamslr.io.folder import config_bytes, copy_auxiliary_file, require_as_written, write_index
 from streamslr.io.packed_layout import low_rank_bytes
 from streamslr.io.safetensors_file import TensorInfo, TensorSource, WrittenShard, shard_header, write_shard
 from streamslr.memory import note_nothing
@@ -39,7 +41,7 @@ from streamslr.model.blockwise import BlockwiseModel
 from streamslr.model.checkpoint import open_checkpoint
 from streamslr.model.parameter_names import find_modules
 from streamslr.outside import parse_json, read_bounded
-from streamslr.parts_trainer import make_trainer, train, training_arguments
+from streamslr.parts_trainer import CHECKPOINTS, held_out_loss, make_trainer, train, training_arguments
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from streamslr.run.journal import FinetuneRecord, JournalState, LinearRecord, read_journal, write_journal
@@ -50,9 +52,8 @@ _HELD_OUT_FRACTION, _MAX_HELD_OUT = 1 / 20, 64
 """Windows held out of training: a fraction of all, but at most so many, which is enough for a mean."""
 _SETTINGS_FILE, _RESULT = "settings.json", "result"
 """Names in `out`.partial, beside Trainer's checkpoints."""
-_CHECKPOINT_BYTES = 2 * 12
-"""Bytes on disk per trained parameter. A checkpoint holds it and Adam's two moments in float32, and the old checkpoint
-is deleted after the new one is written."""
+_CHECKPOINT_BYTES = 12
+"""Bytes on disk per trained parameter: itself and Adam's two moments in float32."""
 
 log = logging.getLogger("streamslr")
 
@@ -135,9 +136,18 @@ def finetune(
         message = "training %s parameters of U, V and scales on %d windows of %d tokens of %s; %d more are held out"
         count = sum(parameter.numel() for parameter in trained.values())
         log.info(message, f"{count:,}", len(windows) - held_out, seq_len, data, held_out)
+        measure = partial(held_out_loss, trainer)
         run = partial(train, trainer, work, {name: dtypes[name] for name in trained})
         with deterministic_libraries(where):
-            before, after = retry_in_any_order(run, "training", note_nothing)
+            before = retry_in_any_order(measure, "evaluation", note_nothing)
+            retry_in_any_order(run, "training", note_nothing)
+            after = retry_in_any_order(measure, "evaluation", note_nothing)
+        if not math.isfinite(after):
+            shutil.rmtree(work)
+            raise StreamslrError(f"training diverged, the held-out loss is {after}; nothing was written. Lower --lr")
+        if after >= before:
+            message = "the held-out loss did not fall: %.4f before, %.4f after; lower --lr, or train on more text"
+            log.warning(message, before, after)
         record = FinetuneRecord(
             **training,
             data=data.name,
@@ -164,7 +174,8 @@ def _check_arguments(folder: Path, out: Path, lr: float) -> None:
 def _require_space(work: Path, state: JournalState) -> None:
     """Raise BudgetError where the disk cannot hold the result and the checkpoints."""
     count = sum(map(_trained_numbers, _linears(state)))
-    nbytes = sum(shard.nbytes for shard in state.shards) + count * _CHECKPOINT_BYTES
+    more = sum(_as_numbers(linear).nbytes - linear.nbytes for linear in _linears(state))
+    nbytes = sum(shard.nbytes for shard in state.shards) + more + count * CHECKPOINTS * _CHECKPOINT_BYTES
     require_disk_space(DiskNeed(work, "result and checkpoints", nbytes, "give --out on another disk"))
 
 
@@ -334,6 +345,7 @@ def _write(
     for name, digest in state.auxiliary_files.items():
         require_as_written(folder / name, digest)
         copy_auxiliary_file(folder / name, out)
+    auxiliary_files = {**state.auxiliary_files, "config.json": _write_config(folder, out, state)}
     assert state.non_block is not None
     non_block = rewritten(state.non_block.file)
     # What the run's check found is not true of the trained model.
@@ -344,5 +356,23 @@ def _write(
     write_index(out, (non_block, *(block.shard for block in blocks)))
     finetuned = (*state.finetuned, record)
     write_journal(
-        out, replace(state, non_block=non_block, blocks=blocks, finetuned=finetuned, check=None, quality=None)
+        out,
+        replace(
+            state,
+            auxiliary_files=auxiliary_files,
+            non_block=non_block,
+            blocks=blocks,
+            finetuned=finetuned,
+            check=None,
+            quality=None,
+        ),
     )
+
+
+def _write_config(folder: Path, out: Path, state: JournalState) -> str:
+    """Write config.json, which names int8 codes of U and V no more where they became numbers; return its sha256."""
+    if not any(linear.low_rank_values == INT8 for linear in _linears(state)):
+        return file_sha256(out / "config.json")
+    config = parse_json(read_bounded(folder / "config.json"), dict[str, Any])
+    config["quantization_config"].pop("low_rank_values", None)
+    return write_file(out / "config.json", config_bytes(config))

@@ -1,10 +1,12 @@
 """The trainer of U, V and scales: their rates, the steps, and checkpoints that hold them alone."""
 
+import json
 import logging
 import math
-import shutil
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from streamslr.errors import BudgetError, StreamslrError, first_line, says_out_of_memory
+from streamslr.errors import BudgetError, first_line, says_out_of_memory
 from streamslr.gpu import deterministic_operators
+from streamslr.io.durable import file_sha256, fsync_folder, is_as_written
 from streamslr.masters import MatchSettings
+from streamslr.outside import parse_json, read_bounded
+
+_DIGESTS_FILE = "digests.json"
+"""Written last into a checkpoint."""
+CHECKPOINTS = 3
+"""Checkpoints that the disk holds at once: the last two, and one that is being written."""
 
 log = logging.getLogger("streamslr")
 
@@ -45,6 +54,19 @@ class PartsTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self.parts.items():
                 parameter.copy_(found[name])
+
+
+class _Digests(TrainerCallback):
+    """Write the digests of a checkpoint's files into it, once these are on the disk."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        digests = {path.name: file_sha256(path) for path in folder.iterdir() if path.name != _DIGESTS_FILE}
+        (folder / _DIGESTS_FILE).write_text(json.dumps(digests))
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        fsync_folder(folder)
 
 
 class _ProgressLog(TrainerCallback):
@@ -77,12 +99,12 @@ def training_arguments(
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
         lr_scheduler_type="cosine",
-        warmup_steps=twentieth,
+        warmup_steps=min(twentieth, steps - 1),  # the first step of a warm-up has a rate of 0
         bf16=in_bf16,
         seed=seed,
         logging_steps=twentieth,
         save_steps=twentieth,
-        save_total_limit=1,
+        save_total_limit=CHECKPOINTS - 1,
         prediction_loss_only=True,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
@@ -110,7 +132,7 @@ def make_trainer(
         train_dataset=examples[:-held_out],
         eval_dataset=examples[-held_out:],
         optimizers=(_make_adam(trained, lr), None),
-        callbacks=[_ProgressLog()],
+        callbacks=[_ProgressLog(), _Digests()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -131,47 +153,54 @@ def _make_adam(trained: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Op
 
 
 @deterministic_operators()
-def train(trainer: PartsTrainer, work: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[float, float]:
-    """Train from the last checkpoint, if there is one, to the last step; round the parts to `dtypes`, by name.
+def held_out_loss(trainer: PartsTrainer) -> float:
+    """Return the mean loss on the held-out windows. Raise BudgetError where memory runs out."""
+    with _telling_of_memory():
+        loss: float = trainer.evaluate()["eval_loss"]
+    log.info("held-out loss %.4f", loss)
+    return loss
 
-    Returns:
-        The held-out loss before training and after rounding.
+
+@deterministic_operators()
+def train(trainer: PartsTrainer, work: Path, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Train from the last checkpoint, if there is one, to the last step; round the parts to `dtypes`, by name.
 
     Raises:
         BudgetError: Memory ran out.
-        StreamslrError: Training diverged; `work` is deleted.
     """
-    try:
-        before = trainer.evaluate()["eval_loss"]
-        log.info("held-out loss %.4f", before)
-        done, last = _last_checkpoint(work)
+    done, last = _last_checkpoint(work)
+    with _telling_of_memory():
         if last and done == trainer.args.max_steps:  # train() would make one step more
             trainer._load_from_checkpoint(last)
         else:
             trainer.train(resume_from_checkpoint=last)
-        with torch.no_grad():
-            for name, parameter in trainer.parts.items():
-                parameter.copy_(parameter.to(dtypes[name]))
-        after = trainer.evaluate()["eval_loss"]
+    with torch.no_grad():
+        for name, parameter in trainer.parts.items():
+            parameter.copy_(parameter.to(dtypes[name]))
+
+
+@contextmanager
+def _telling_of_memory() -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         if not says_out_of_memory(error):
             raise
         raise BudgetError(
             f"fine-tuning does not fit the memory ({first_line(error)}); give a smaller --batch or --seq-len"
         ) from error
-    if not math.isfinite(after):
-        shutil.rmtree(work)
-        raise StreamslrError(f"training diverged, the held-out loss is {after}; nothing was written. Lower --lr")
-    if after >= before:
-        message = "the held-out loss did not fall: %.4f before, %.4f after; lower --lr, or train on more text"
-        log.warning(message, before, after)
-    return before, after
 
 
 def _last_checkpoint(work: Path) -> tuple[int, str | None]:
-    """Return (steps done, folder) of the last whole checkpoint; (0, None) where there is none.
-
-    Trainer writes trainer_state.json last, so a checkpoint without it was cut off.
-    """
-    whole = {int(path.parent.name.rpartition("-")[2]): str(path.parent) for path in work.glob("*/trainer_state.json")}
+    """Return (steps done, folder) of the last checkpoint that is whole; (0, None) where there is none."""
+    whole = {int(path.name.rpartition("-")[2]): str(path) for path in work.glob("checkpoint-*") if _is_whole(path)}
     return max(whole.items(), default=(0, None))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Return True for a checkpoint whose files are those that were written: it was not cut off, and has not changed."""
+    try:
+        digests = parse_json(read_bounded(checkpoint / _DIGESTS_FILE), dict[str, str])
+    except (OSError, ValueError):
+        return False
+    return all(is_as_written(checkpoint / name, digest) for name, digest in digests.items())

@@ -135,6 +135,24 @@ def test_going_on_begins_at_the_last_checkpoint(
     assert "continuing from step 6 of 10" in caplog.text
 
 
+@pytest.mark.parametrize("damaged", ["trainer_state.json", "optimizer.pt", "digests.json"])
+def test_a_checkpoint_that_was_cut_off_is_passed_over(
+    compressed: Path, tuned: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    assert finetune_in_child(compressed, text, tmp_path / "out", SETTINGS, "steps", 6) == -9
+    file = tmp_path / "out.partial" / "checkpoint-6" / damaged
+    file.write_bytes(file.read_bytes()[:-9])
+    with caplog.at_level("INFO", logger="streamslr"):
+        finetune(compressed, text, tmp_path / "out", **SETTINGS)
+    assert "continuing from step 5 of 10" in caplog.text
+    assert file_contents(tmp_path / "out") == file_contents(tuned)
+
+
+def test_one_step_is_a_step(compressed: Path, text: Path, tmp_path: Path) -> None:
+    record = finetune(compressed, text, tmp_path / "out", **SETTINGS | {"steps": 1})
+    assert record.loss_after < record.loss_before
+
+
 def test_the_same_line_on_the_finished_result_says_that_it_is_done(
     compressed: Path, text: Path, tuned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -217,10 +235,9 @@ def test_a_source_that_changes_during_the_training_is_refused(
 ) -> None:
     folder = shutil.copytree(compressed, tmp_path / "slr")
 
-    def damage(*_: Any) -> tuple[float, float]:
+    def damage(*_: Any) -> None:
         shard = folder / "model-block-00001.safetensors"
         shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
-        return 2.0, 1.0
 
     monkeypatch.setattr("streamslr.finetune.train", damage)
     with pytest.raises(InputError, match=r"model-block-00001\.safetensors is damaged or was changed"):

@@ -17,7 +17,7 @@ from streamslr.run.progress import PHASES, gpu_taken_bytes
 from streamslr.run.quality import describe_quality
 from streamslr.spec.allocation import LinearSpec, in_words
 from streamslr.spec.pattern import parse_pattern
-from streamslr.spec.values import STORED, parse_low_rank_values, parse_values
+from streamslr.spec.values import INT8, STORED, parse_low_rank_values, parse_values
 
 T = TypeVar("T")
 
@@ -116,8 +116,9 @@ def describe_method(state: JournalState) -> str:
     values = settings.get("values", STORED)
     if values != STORED:
         sparse += f" {values}" + (" rounded to the nearest" if settings["rounding"] == "nearest" else "")
-    if settings.get("low_rank_values", STORED) != STORED:
-        low_rank += f" in {settings['low_rank_values']}"
+    factors = settings.get("low_rank_values", STORED)
+    if factors != STORED and not (factors == INT8 and state.finetuned):  # fine-tuning makes numbers of codes
+        low_rank += f" in {factors}"
     parts = [f"{settings['method']} at {sparse} + {low_rank}"]
     if settings.get("owl") is not None:
         parts.append(f"OWL ±{settings['owl']:g}")

@@ -97,6 +97,8 @@ def test_finetuning_stores_them_as_numbers(finished: Path, text: Path, tmp_path:
     tuned = tmp_path / "tuned"
     finetune(finished, text, tuned, seq_len=32, batch=8, lr=0.05, steps=3, device="cpu")
     assert verify(tuned).problems == ()
+    assert describe_method(read_run(tuned)) == "eora-wanda at 2:4 + rank 4"
+    assert "low_rank_values" not in json.loads((tuned / "config.json").read_text())["quantization_config"]
     tensors = tensors_of(tuned)
     assert not [name for name in tensors if name.endswith("low_rank_scales")]
     assert {t.dtype for name, t in tensors.items() if name.endswith((".U", ".V"))} == {torch.float32}
