@@ -47,7 +47,7 @@ def compress(
     allocation: str | Path | None = None,
     seed: int = 0,
     match: bool = True,
-    match_epochs: int = 10,
+    match_epochs: int | None = None,
     match_batch: int = 4,
     match_lr: float = 1.2,
     match_held_out: int = 8,

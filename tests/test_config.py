@@ -118,6 +118,12 @@ def test_a_dot_is_named_after_the_folder_that_it_means(tmp_path: Path, monkeypat
     assert default_out("..") == default_out(f"..{os.sep}") == Path("llama-slr")
 
 
+@pytest.mark.parametrize(("samples", "epochs"), [(1, 10), (64, 10), (128, 10), (256, 5), (512, 3), (4096, 3)])
+def test_more_windows_pass_in_fewer_epochs_unless_they_are_given(samples: int, epochs: int) -> None:
+    assert RunConfig.of(model="m", samples=samples).epochs == epochs
+    assert RunConfig.of(model="m", samples=samples, match_epochs=7).epochs == 7
+
+
 @pytest.mark.parametrize(
     ("setting", "device", "warnings"),
     [
@@ -126,7 +132,7 @@ def test_a_dot_is_named_after_the_folder_that_it_means(tmp_path: Path, monkeypat
         ({"evict_shards": True}, "cpu", ["--evict-shards has no effect: . is a folder"]),
         ({"model": "org/model", "evict_shards": True}, "cpu", []),
         ({"match": False}, "cpu", []),
-        ({"match": False, "match_epochs": 10, "match_lr": 1.2}, "cpu", []),
+        ({"match": False, "match_lr": 1.2}, "cpu", []),
         ({"match": False, "match_batch": 8}, "cpu", ["--match-batch 8 has no effect with --no-match"]),
         (
             {"match": False, "match_epochs": 5, "match_lr": 0.5, "match_recover": 0.0},

@@ -156,7 +156,7 @@ def table(record: Record) -> Table:
 @click.option("--pattern", default="2:4", show_default=True)
 @click.option("--rank", default=64, show_default=True)
 @click.option("--iterations", default=threebasil._TYPICAL_ITERATIONS, show_default=True)
-@click.option("--epochs", default=RunConfig.match_epochs, show_default=True)
+@click.option("--epochs", default=RunConfig.of(model="m").epochs, show_default=True)
 @click.option("--expandable/--no-expandable", default=None, help="Expandable segments [default: as the run asks].")
 @click.option("--blocks", default=2, show_default=True, help="Blocks of the checkpoint; they only lengthen the plan.")
 @click.option("--scratch", type=click.Path(path_type=Path), help="Folder for a temporary folder.")

@@ -74,7 +74,7 @@ class BlockCompressor:
             leaving, _, shard = self.propagate_and_write(block, solved, hidden, None)
             return Compressed(leaving, shard, records)
         # Match the block to its targets, first with numbers where S has a grid.
-        epochs, off_grid = self.context.config.match_epochs, None
+        epochs, off_grid = self.context.config.epochs, None
         if rounds_late(self.context.config, {name: self.allocation[name] for name in block.linears}):
             with self.passes.windows.resident(hidden, targets):
                 solved, off_grid = self.match_off_grid(block, solved, hidden, targets)
@@ -92,7 +92,7 @@ class BlockCompressor:
     ) -> tuple[BlockWeights, MatchRecord]:
         """Match the block with numbers in S; keep it as solved where that does not lower its loss."""
         compressed = CompressedBlock(block, self._patterns(block))
-        epochs = self.context.config.match_epochs
+        epochs = self.context.config.epochs
         matched, curve, held_out = self._match(compressed, solved, hidden, targets, epochs)
         record = _match_record(curve, held_out, curve[-1])
         if record.applied:

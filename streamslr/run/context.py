@@ -226,6 +226,7 @@ def _fingerprint(config: RunConfig, checkpoint: Checkpoint, method: Method, devi
     return {
         "model": checkpoint.identity,
         **config.fixed(),
+        "match_epochs": config.epochs,
         "method": method.identity,
         "pattern": None if config.compression else sparsity,
         "compression": sparsity if config.compression else None,

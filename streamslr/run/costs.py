@@ -263,7 +263,7 @@ class Costs:
         else:
             compute += self.packed_costs.waiting_bytes  # as solved
         masters = max(count_masters(block, self.allocation) for block in self.model.blocks)
-        sent, flops, epochs = 0, 0.0, self.config.match_epochs
+        sent, flops, epochs = 0, 0.0, self.config.epochs
         for count in (epochs, epochs_on_grid(epochs)) if self._rounds_late else (epochs,):
             sizes_of_steps = self.config.samples, self.config.match_batch, count
             steps = refine_steps(*sizes_of_steps)

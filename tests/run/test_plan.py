@@ -359,7 +359,7 @@ def test_what_a_rank_sends_is_what_the_guide_says() -> None:
     packed = (made.output_bytes - 2 * (2 * 128256 * h + h)) / 80 - 2 * 2 * h
     block = llama_70b().blocks[0]
     masters = count_masters(block, allocate(RunConfig(model="m", out=Path("out")), [block.linears]))
-    steps = (RunConfig.match_epochs - 1) * 128 // 8
+    steps = (RunConfig.of(model="m").epochs - 1) * 128 // 8
     micro_batches = steps * 4 // min(4, made.micro_batch)
     sent = {p.name: p.sent_bytes for p in made.phases if p.sent_bytes}
     matching = (micro_batches + steps + 1) * 4 * masters
