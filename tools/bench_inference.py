@@ -35,6 +35,7 @@ from unittest import mock
 
 import click
 import torch
+from bench_block import commit
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -95,6 +96,7 @@ def main(
     if json_path:
         record = {
             "command": f"python {' '.join(sys.argv)}",
+            "commit": commit(),
             "machine": machine,
             "pattern": pattern,
             "values": values,

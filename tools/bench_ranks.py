@@ -22,6 +22,7 @@ from typing import Any
 import click
 import psutil
 import torch
+from bench_block import commit
 from torch.utils.flop_counter import FlopCounterMode
 
 _COUNTED = "STREAMSLR_COUNT_FLOPS"
@@ -113,8 +114,7 @@ def bench(
     """Measure and print; OPTIONS are further options of `streamslr run`."""
     numbers = [int(world) for world in worlds.split(",")]
     line = ["--model", str(model), "--calibration", str(calibration), "--device", "cpu", *options]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result: dict[str, Any] = {"commit": commit, "command": sys.argv, "options": list(options), "worlds": {}}
+    result: dict[str, Any] = {"commit": commit(), "command": sys.argv, "options": list(options), "worlds": {}}
     with tempfile.TemporaryDirectory(prefix="bench-ranks-", dir=os.environ.get("TMPDIR")) as temporary:
         folder = Path(temporary)
         for world in numbers:

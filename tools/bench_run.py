@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 import psutil
+from bench_block import commit
 
 from streamslr.config import format_bytes
 
@@ -104,8 +105,7 @@ def main(model: Path, repeat_blocks: int, to: Path | None, **options: str) -> No
     growth = runs[1]["peak_uss_bytes"] / runs[0]["peak_uss_bytes"] - 1
     click.echo(f"peak grows by {growth:.1%} with {repeat_blocks} times the blocks")
     if to:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        record = {"command": " ".join(["python", *sys.argv]), "commit": commit, "runs": runs, "peak_growth": growth}
+        record = {"command": " ".join(["python", *sys.argv]), "commit": commit(), "runs": runs, "peak_growth": growth}
         to.write_text(json.dumps(record, indent=2) + "\n")
 
 

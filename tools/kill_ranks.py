@@ -24,6 +24,7 @@ from typing import Any
 
 import click
 import psutil
+from bench_block import commit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -126,8 +127,7 @@ def main(
     out: Path | None,
 ) -> None:
     random.seed(seed)
-    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    commit, command = told.stdout.strip(), f"python tools/kill_ranks.py {' '.join(sys.argv[1:])}"
+    command = f"python tools/kill_ranks.py {' '.join(sys.argv[1:])}"
     folder = Path(tempfile.mkdtemp(prefix="streamslr-kill-ranks-"))
     model = model or tiny_checkpoint(folder / "model", blocks=4, shards=3)
     if calibration is None:
@@ -152,7 +152,7 @@ def main(
             click.echo(kill)
             if out:  # after each, since all take a quarter of an hour
                 before = json.loads(out.read_text()) if out.exists() else {}
-                ours = {"command": command, "commit": commit, **_summary(done, seconds)}
+                ours = {"command": command, "commit": commit(), **_summary(done, seconds)}
                 out.write_text(json.dumps(before | {f"{ranks} ranks": ours}, indent=1) + "\n")
     shutil.rmtree(folder)
 
