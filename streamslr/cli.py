@@ -358,8 +358,9 @@ def check(folder: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Data type of every weight [default: as stored]. The default is exact for peft. For dense it rounds the sum "
-    "S + U·V, which in bfloat16 can change generated text; float32 generates what FOLDER does, in twice the bytes.",
+    help="Data type of every weight [default: as stored]. The default is exact for peft, unless values are codes: code "
+    "times scale is rounded. For dense it rounds the sum S + U·V, which in bfloat16 can change generated text; float32 "
+    "generates what FOLDER does, in twice the bytes.",
 )
 @_quiet_option
 def export(folder: Path, out: Path, to: str, dtype: str | None, quiet: bool) -> None:

@@ -98,7 +98,8 @@ def export(
         out: Folder to write, outside of `folder`.
         to: "dense" writes W = S + U·V as a transformers folder. "peft" writes S, stored dense, as a transformers folder
             into `out`/base, and U, V into `out`/adapter as a LoRA with alpha = r.
-        dtype: Dtype of every weight. None keeps the stored dtype: exact for "peft", the sum rounded once for "dense".
+        dtype: Dtype of every weight. None keeps the stored dtype, and that of scales where values are codes: exact for
+            "peft" where they are not; the sum rounded once for "dense".
         step: Called with (shards done, shards in all).
 
     Raises:
