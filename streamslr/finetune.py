@@ -26,7 +26,6 @@ from streamslr.gpu import deterministic_libraries, pick_device, retry_in_any_ord
 from streamslr.io.durable import (
     PARTIAL_SUFFIX,
     DiskNeed,
-    file_sha256,
     fsync_folder,
     lock_folder,
     require_disk_space,
@@ -46,6 +45,7 @@ from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
 from streamslr.run.journal import FinetuneRecord, JournalState, LinearRecord, read_journal, write_journal
 from streamslr.runtime.loader import load, packed_modules
+from streamslr.spec.pattern import MIXED
 from streamslr.spec.values import INT8, STORED, grid_of, group_count, parse_values
 
 _HELD_OUT_FRACTION, _MAX_HELD_OUT = 1 / 20, 64
@@ -175,7 +175,9 @@ def _require_space(work: Path, state: JournalState) -> None:
     """Raise BudgetError where the disk cannot hold the result and the checkpoints."""
     count = sum(map(_trained_numbers, _linears(state)))
     more = sum(_as_numbers(linear).nbytes - linear.nbytes for linear in _linears(state))
-    nbytes = sum(shard.nbytes for shard in state.shards) + more + count * CHECKPOINTS * _CHECKPOINT_BYTES
+    there = sum(path.stat().st_size for path in work.glob("checkpoint-*/*"))  # of a training that goes on
+    checkpoints = max(0, count * CHECKPOINTS * _CHECKPOINT_BYTES - there)
+    nbytes = sum(shard.nbytes for shard in state.shards) + more + checkpoints
     require_disk_space(DiskNeed(work, "result and checkpoints", nbytes, "give --out on another disk"))
 
 
@@ -342,10 +344,11 @@ def _write(
             return write_shard(out / file, sources, opened.metadata())
 
     out.mkdir(exist_ok=True)
+    auxiliary_files = {}
     for name, digest in state.auxiliary_files.items():
         require_as_written(folder / name, digest)
-        copy_auxiliary_file(folder / name, out)
-    auxiliary_files = {**state.auxiliary_files, "config.json": _write_config(folder, out, state)}
+        write = partial(_write_config, state) if name == "config.json" else copy_auxiliary_file
+        auxiliary_files[name] = write(folder / name, out)
     assert state.non_block is not None
     non_block = rewritten(state.non_block.file)
     # What the run's check found is not true of the trained model.
@@ -369,10 +372,14 @@ def _write(
     )
 
 
-def _write_config(folder: Path, out: Path, state: JournalState) -> str:
-    """Write config.json, which names int8 codes of U and V no more where they became numbers; return its sha256."""
+def _write_config(state: JournalState, path: Path, out: Path) -> str:
+    """Write config.json, which says how U and V are stored once codes became numbers; return its sha256."""
     if not any(linear.low_rank_values == INT8 for linear in _linears(state)):
-        return file_sha256(out / "config.json")
-    config = parse_json(read_bounded(folder / "config.json"), dict[str, Any])
-    config["quantization_config"].pop("low_rank_values", None)
-    return write_file(out / "config.json", config_bytes(config))
+        return copy_auxiliary_file(path, out)
+    config = parse_json(read_bounded(path), dict[str, Any])
+    entry = config["quantization_config"]
+    texts = {_as_numbers(linear).low_rank_values for linear in _linears(state)}
+    entry["low_rank_values"] = texts.pop() if len(texts) == 1 else MIXED
+    if entry["low_rank_values"] == STORED:
+        del entry["low_rank_values"]
+    return write_file(out / path.name, config_bytes(config))

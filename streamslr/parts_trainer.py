@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from streamslr.errors import BudgetError, first_line, says_out_of_memory
+from streamslr.errors import BudgetError, InputError, first_line, says_out_of_memory
 from streamslr.gpu import deterministic_operators
 from streamslr.io.durable import file_sha256, fsync_folder, is_as_written
 from streamslr.masters import MatchSettings
@@ -62,11 +63,17 @@ class _Digests(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         digests = {path.name: file_sha256(path) for path in folder.iterdir() if path.name != _DIGESTS_FILE}
+        for name in digests:
+            _fsync(folder / name)
         (folder / _DIGESTS_FILE).write_text(json.dumps(digests))
-        for path in folder.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        fsync_folder(folder)
+        _fsync(folder / _DIGESTS_FILE)
+        for changed in (folder, folder.parent):
+            fsync_folder(changed)
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 class _ProgressLog(TrainerCallback):
@@ -174,9 +181,9 @@ def train(trainer: PartsTrainer, work: Path, dtypes: Mapping[str, torch.dtype]) 
             trainer._load_from_checkpoint(last)
         else:
             trainer.train(resume_from_checkpoint=last)
-    with torch.no_grad():
-        for name, parameter in trainer.parts.items():
-            parameter.copy_(parameter.to(dtypes[name]))
+        with torch.no_grad():
+            for name, parameter in trainer.parts.items():
+                parameter.copy_(parameter.to(dtypes[name]))
 
 
 @contextmanager
@@ -192,15 +199,23 @@ def _telling_of_memory() -> Iterator[None]:
 
 
 def _last_checkpoint(work: Path) -> tuple[int, str | None]:
-    """Return (steps done, folder) of the last checkpoint that is whole; (0, None) where there is none."""
-    whole = {int(path.name.rpartition("-")[2]): str(path) for path in work.glob("checkpoint-*") if _is_whole(path)}
-    return max(whole.items(), default=(0, None))
+    """Return (steps done, folder) of the last checkpoint that is whole, and delete those behind it that are not.
+
+    It is (0, None) where there is none.
+    """
+    steps = {path: int(path.name.rpartition("-")[2]) for path in work.glob("checkpoint-*")}
+    for path in sorted(steps, key=lambda path: -steps[path]):
+        if _is_whole(path):
+            return steps[path], str(path)
+        log.warning("%s was not written to its end, or has changed; it is deleted", path)
+        shutil.rmtree(path)
+    return 0, None
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Return True for a checkpoint whose files are those that were written: it was not cut off, and has not changed."""
+    """Return True for a checkpoint whose files are those that were written."""
     try:
         digests = parse_json(read_bounded(checkpoint / _DIGESTS_FILE), dict[str, str])
-    except (OSError, ValueError):
+        return all(is_as_written(checkpoint / name, digest) for name, digest in digests.items())
+    except (InputError, ValueError):  # no file, or none of ours
         return False
-    return all(is_as_written(checkpoint / name, digest) for name, digest in digests.items())

@@ -135,16 +135,30 @@ def test_going_on_begins_at_the_last_checkpoint(
     assert "continuing from step 6 of 10" in caplog.text
 
 
-@pytest.mark.parametrize("damaged", ["trainer_state.json", "optimizer.pt", "digests.json"])
+@pytest.mark.parametrize("damage", ["trainer_state.json", "optimizer.pt", "digests.json", "before digests.json"])
 def test_a_checkpoint_that_was_cut_off_is_passed_over(
-    compressed: Path, tuned: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str
+    compressed: Path, tuned: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     assert finetune_in_child(compressed, text, tmp_path / "out", SETTINGS, "steps", 6) == -9
-    file = tmp_path / "out.partial" / "checkpoint-6" / damaged
-    file.write_bytes(file.read_bytes()[:-9])
+    last = tmp_path / "out.partial" / "checkpoint-6"
+    if damage.startswith("before"):
+        (last / "digests.json").unlink()
+    else:
+        (last / damage).write_bytes((last / damage).read_bytes()[:-9])
     with caplog.at_level("INFO", logger="streamslr"):
         finetune(compressed, text, tmp_path / "out", **SETTINGS)
+    assert "checkpoint-6 was not written to its end, or has changed; it is deleted" in caplog.text
     assert "continuing from step 5 of 10" in caplog.text
+    assert file_contents(tmp_path / "out") == file_contents(tuned)
+
+
+def test_a_training_without_a_whole_checkpoint_begins_anew(
+    compressed: Path, tuned: Path, text: Path, tmp_path: Path
+) -> None:
+    assert finetune_in_child(compressed, text, tmp_path / "out", SETTINGS, "steps", 6) == -9
+    for path in (tmp_path / "out.partial").glob("checkpoint-*/digests.json"):
+        path.unlink()
+    finetune(compressed, text, tmp_path / "out", **SETTINGS)
     assert file_contents(tmp_path / "out") == file_contents(tuned)
 
 

@@ -32,6 +32,7 @@ from streamslr.results.report.costs import bytes_by_part, list_readings, peak_me
 from streamslr.results.report.figures import draw_figures
 from streamslr.run.journal import JournalState
 from streamslr.run.progress import format_duration
+from streamslr.spec.values import INT8, STORED
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ def _list_settings(folder: Path, state: JournalState) -> dict[str, Any]:
             f"{fixed['match_epochs']} epochs, {fixed['match_batch']} windows per step, learning rate "
             f"{fixed['match_lr']}, recovers {fixed['match_recover']:.0%} of the error of earlier blocks"
         )
+    if state.finetuned and fixed.get("low_rank_values") == INT8:  # numbers since then
+        fixed["low_rank_values"] = STORED
     differing = len(state.allocation or ()) > 1 and state.blocks
     rows = {
         "model": " ".join(filter(None, (state.model, _read_architecture(folder)))),
