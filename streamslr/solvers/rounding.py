@@ -54,7 +54,8 @@ def nearest_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Val
     """Return the solution with each value of S rounded to the nearest of its grid: rounding after the fact.
 
     The scale of a group is the one of some that changes its values least, weighted by the energy of their inputs. U·V
-    stays, but where the solution left nothing to it (pattern dense: S = W), it is fitted to what rounding changed.
+    stays, but where the solution left nothing to it (S = W: pattern dense, or W has the pattern already), it is fitted
+    to what rounding changed; S is then overwritten.
 
     Args:
         problem: The linear.
@@ -62,26 +63,25 @@ def nearest_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Val
         values: Format of the values of S.
         dtype: Dtype of the stored scales.
     """
-    codes, scales = _nearest(problem, solution, values, dtype)
+    scales = _searched_scales(problem, solution, values, dtype)
+    codes = _nearest_codes(solution.S, scales, values)
     U, V, damping, warnings = solution.U, solution.V, solution.damping, list[str]()
-    if U.shape[1] and not problem.ranks.sum(bool(U.any())):
+    if U.shape[1] and not _has_low_rank(problem, solution):
+        for rows in _tiles(solution.S):
+            solution.S[rows] = _numbers(codes, scales, rows)
         metric, counts = build_metric(problem, warnings), problem.ranks.gather(len(U))
-        basis = orthonormal_rows(_first_basis(problem, solution, counts), problem.ranks, counts)
-        U, V = _fit(problem, _numbers(codes, scales, slice(None)), basis, metric, counts, _STEPS_FROM_RANDOM)
+        basis = orthonormal_rows(_random_basis(problem, U, counts), problem.ranks, counts)
+        U, V = _fit(problem, solution.S, basis, metric, counts, _STEPS_FROM_RANDOM)
         damping = metric.damping
     return OnGrid(codes, scales, U, V, damping, _new_of(warnings, solution))
 
 
-def _nearest(
-    problem: LinearProblem, solution: SparseLowRank, values: ValueFormat, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the nearest codes [o, d] of the values of S, and their scales [o, groups]."""
-    added, _ = damping_diagonal(problem.gram, solution.damping)
-    scales = _searched_scales(solution.S, problem.gram.diagonal() + added, values, dtype)
-    codes = torch.empty_like(solution.S, dtype=values.code_dtype)
-    for rows in _tiles(solution.S):
-        codes[rows] = values.nearest(solution.S[rows] / spread(scales[rows], codes.shape[1])).to(codes.dtype)
-    return codes, scales
+def _nearest_codes(S: Tensor, scales: Tensor, values: ValueFormat) -> Tensor:
+    """Return the codes [o, d] that are nearest to S with these scales [o, groups]."""
+    codes = torch.empty_like(S, dtype=values.code_dtype)
+    for rows in _tiles(S):
+        codes[rows] = values.nearest(S[rows] / spread(scales[rows], codes.shape[1])).to(codes.dtype)
+    return codes
 
 
 @torch.no_grad()
@@ -103,12 +103,17 @@ def solved_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Valu
     warnings: list[str] = []
     metric = build_metric(problem, warnings)
     inverses = StageInverses(metric, _PACE, admm.product_dtype(W.device), admm.by_series(W.device), ranks=ranks)
-    support = torch.ones_like(W, dtype=torch.bool) if isinstance(problem.pattern, Dense) else solution.S != 0
+    dense = isinstance(problem.pattern, Dense)
+    support = torch.ones_like(W, dtype=torch.bool) if dense else solution.S != 0
     support[:, metric.dead] = False
-    solution.S[:, metric.dead] = 0
-    (codes, scales), (o, d) = _nearest(problem, solution, values, dtype), W.shape
+    if not dense:
+        solution.S[:, metric.dead] = 0
+    scales = _searched_scales(problem, solution, values, dtype)
+    solution.S[:, metric.dead] = 0  # in pattern dense until the end
+    codes, (o, d) = _nearest_codes(solution.S, scales, values), W.shape
     counts = ranks.gather(o)
-    basis = orthonormal_rows(_first_basis(problem, solution, counts), ranks, counts)  # [r, o]
+    first = solution.U.t() if _has_low_rank(problem, solution) else _random_basis(problem, solution.U, counts)
+    basis = orthonormal_rows(first, ranks, counts)  # [r, o]
     held = solution.S  # D − Y, scaled as all is
     for rows in _tiles(W):
         torch.mul(_numbers(codes, scales, rows), metric.scale, out=held[rows])
@@ -139,7 +144,7 @@ def solved_on_grid(problem: LinearProblem, solution: SparseLowRank, values: Valu
     for rows in _tiles(W):
         held[rows] = _numbers(codes, scales, rows)
     U, V = _fit(problem, held, basis, metric, counts, _CAREFUL_STEPS)
-    if isinstance(problem.pattern, Dense) and bool(metric.dead.any()):  # nothing was learned of these columns of W
+    if dense and bool(metric.dead.any()):  # nothing was learned of these columns of W
         for rows in _tiles(W):
             nearest = values.nearest(W[rows] / spread(scales[rows], d))
             codes[rows] = torch.where(metric.dead, nearest, codes[rows].to(nearest.dtype)).to(codes.dtype)
@@ -194,15 +199,17 @@ def _new_of(warnings: list[str], solution: SparseLowRank) -> tuple[str, ...]:
     return tuple(warning for warning in warnings if warning not in solution.warnings)
 
 
-def _first_basis(problem: LinearProblem, solution: SparseLowRank, counts: list[int]) -> Tensor:
-    """Return the columns of U as rows [r, o], or random ones where the solution has no U·V yet."""
-    ranks = problem.ranks
-    if ranks.sum(bool(solution.U.any())):
-        return solution.U.t()
+def _has_low_rank(problem: LinearProblem, solution: SparseLowRank) -> bool:
+    """Return False where the solution leaves nothing to U·V, on all ranks."""
+    return bool(problem.ranks.sum(bool(solution.U.any())))
+
+
+def _random_basis(problem: LinearProblem, U: Tensor, counts: list[int]) -> Tensor:
+    """Return random columns for U as rows [r, o], this rank's part of those of all ranks."""
     generator = torch.Generator().manual_seed(problem.seed)
-    drawn = torch.randn(sum(counts), solution.U.shape[1], generator=generator)
-    first = sum(counts[: ranks.rank])
-    return drawn[first : first + len(solution.U)].to(solution.U).t()
+    drawn = torch.randn(sum(counts), U.shape[1], generator=generator)
+    first = sum(counts[: problem.ranks.rank])
+    return drawn[first : first + len(U)].to(U).t()
 
 
 def _best_factor(W: Tensor, held: Tensor, basis: Tensor, metric: Metric, problem: LinearProblem) -> Tensor:
@@ -224,15 +231,12 @@ def _fit(
     return balance_factors(basis.t(), V, ranks)
 
 
-def _searched_scales(S: Tensor, energy: Tensor, values: ValueFormat, dtype: torch.dtype) -> Tensor:
-    """Return for each group the scale of the least weighted error, [o, groups].
-
-    Args:
-        S: [o, d].
-        energy: [d], weight of the squared error of a column.
-        values: Format of the values.
-        dtype: Dtype of the stored scales.
-    """
+def _searched_scales(
+    problem: LinearProblem, solution: SparseLowRank, values: ValueFormat, dtype: torch.dtype
+) -> Tensor:
+    """Return for each group of S the scale of the least error, weighted by the energy of its columns, [o, groups]."""
+    S, (added, _) = solution.S, damping_diagonal(problem.gram, solution.damping)
+    energy = problem.gram.diagonal() + added
     o, d = S.shape
     groups = group_count(d, values.group)
     scales = S.new_empty(o, groups)

@@ -212,6 +212,18 @@ def test_values_come_onto_their_grid_by_rows_too(settings: dict[str, Any], tmp_p
     assert verify(settings["out"]).problems == ()
 
 
+@pytest.mark.slow
+def test_a_low_rank_beside_nearest_codes_is_fitted_by_rows_too(settings: dict[str, Any], tmp_path: Path) -> None:
+    wide = tiny_checkpoint(tmp_path / "wide", blocks=1, intermediate_size=768)
+    settings |= MAIN | ON_GRID | {"model": wide, "pattern": "dense", "rounding": "nearest", "match": False}
+    require_done(compress_by_ranks(2, settings))
+    streamslr.compress(**settings | {"out": tmp_path / "alone"})
+    for ours, theirs in zip(
+        blocks_of(settings["out"])[0].linears, blocks_of(tmp_path / "alone")[0].linears, strict=True
+    ):
+        assert ours.error == pytest.approx(theirs.error, rel=0.01)
+
+
 IN_GROUPS: dict[str, dict[str, Any]] = {
     "passes": {"gram_bytes_at_once": 40_000, "grams_at": "disk"},
     "inputs": {"expert_gram_bytes_at_once": 200_000},

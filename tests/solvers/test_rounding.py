@@ -77,20 +77,31 @@ def test_any_methods_solution_comes_onto_the_grid(method: str) -> None:
     assert error(problem, result) < nearest
 
 
-def test_dead_inputs_get_nothing_but_in_pattern_dense_the_nearest_codes() -> None:
-    for pattern in ("2:4", "dense"):
-        problem = made_problem(pattern=pattern)
-        problem.gram[[3, 17]] = 0
-        problem.gram[:, [3, 17]] = 0
-        result = solved_on_grid(problem, solved(problem), form_of("int4/16"), torch.bfloat16)
-        of_dead = (result.codes.float() * spread(result.scales, problem.weight.shape[1]))[:, [3, 17]]
-        if pattern == "dense":
-            W = problem.weight[:, [3, 17]]
-            assert (of_dead - W).square().sum() < 0.05 * W.square().sum()
-        else:
-            assert not of_dead.any()
-        assert not result.V[:, [3, 17]].any()
-        assert error(problem, result) < 0.1
+def with_dead_inputs(pattern: str, dead: list[int]) -> LinearProblem:
+    problem = made_problem(pattern=pattern)
+    problem.gram[dead] = 0
+    problem.gram[:, dead] = 0
+    return problem
+
+
+def test_dead_inputs_get_nothing() -> None:
+    problem = with_dead_inputs("2:4", [3, 17])
+    result = solved_on_grid(problem, solved(problem), form_of("int4/16"), torch.bfloat16)
+    assert not result.codes[:, [3, 17]].any()
+    assert not result.V[:, [3, 17]].any()
+    assert error(problem, result) < 0.1
+
+
+@pytest.mark.parametrize("dead", [[3, 17], list(range(16))])  # in two groups; a whole group
+def test_dead_inputs_keep_their_weights_in_pattern_dense(dead: list[int]) -> None:
+    problem = with_dead_inputs("dense", dead)
+    W = problem.weight
+    kept = SparseLowRank(W.clone(), W.new_zeros(len(W), 4), W.new_zeros(4, W.shape[1]), 0, 1.0)
+    result = solved_on_grid(problem, kept, form_of("int4/16"), torch.bfloat16)
+    of_dead = (result.codes.float() * spread(result.scales, W.shape[1]))[:, dead]
+    assert (of_dead - W[:, dead]).square().sum() < 0.05 * W[:, dead].square().sum()
+    assert not result.V[:, dead].any()
+    assert error(problem, result) < 0.1
 
 
 def test_nearest_fits_a_low_rank_that_the_solution_left_empty() -> None:
@@ -121,7 +132,7 @@ def test_the_same_problem_gives_the_same_bits() -> None:
         assert torch.equal(getattr(one, part), getattr(two, part))
 
 
-@pytest.mark.parametrize(("o", "d"), [(256, 768), (768, 256)])
+@pytest.mark.parametrize(("o", "d"), [(256, 768), (768, 256), (8192, 256)])
 @pytest.mark.parametrize(
     ("pattern", "way"), [("2:4", solved_on_grid), ("dense", solved_on_grid), ("dense", nearest_on_grid)]
 )
