@@ -398,8 +398,9 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"fingerprint: {name[:80]}: {error}") from error
     needed = ["method", "pattern", "rank"]
     needed += ["compression"] if not settings.get("pattern") else []
-    needed += ["match_epochs", "match_batch", "match_lr", "match_recover"] if settings.get("match") else []
-    if missing := [name for name in needed if name not in settings]:
+    of_matching = ["match_epochs", "match_batch", "match_lr", "match_recover"] if settings.get("match") else []
+    missing = [name for name in needed if name not in settings]
+    if missing := missing + [name for name in of_matching if settings.get(name) is None]:
         raise ValueError(f"fingerprint lacks {missing[0]}")
 
 
