@@ -1,6 +1,7 @@
 """Command line: an option for each setting, a command for each job; terminal.py prints."""
 
 import dataclasses
+import logging
 import os
 import shlex
 import sys
@@ -210,6 +211,10 @@ def plan(world: int, fit: int | None, as_json: bool, **settings: Any) -> None:
 
             if world > 1:
                 raise InputError(f"--fit is about one card: leave --world {world} out")
+            for name in ("gpu_mem", "host_mem"):
+                if getattr(config, name) is not None:
+                    message = "--%s has no effect: --fit is about the result, not its run"
+                    logging.getLogger("streamslr").warning(message, name.replace("_", "-"))
             checkpoint, shape = open_shape(config)
             cache = context_bytes(checkpoint, shape.value_bytes, CONTEXT_TOKENS)
             found = settings_that_fit(config, shape, cache, fit)

@@ -276,8 +276,7 @@ class RunConfig:
     def epochs(self) -> int:
         """Passes over the windows in matching, as given or by their number.
 
-        By default as many windows pass as with 10 epochs of 128. SmolLM2-135M at 2:4 + 32 ends at a perplexity of 40.96
-        with 3 epochs of 512 windows, at 42.90 with 10 of 128 (tools/results, "A real model").
+        By default as many windows pass as with 10 epochs of 128 (tools/results, "A real model").
         """
         return self.match_epochs or max(3, min(10, round(1280 / self.samples)))
 

@@ -10,6 +10,7 @@ from streamslr.config import RunConfig, format_bytes
 from streamslr.errors import InputError
 from streamslr.io.packed_layout import packed_bytes
 from streamslr.model.shape import ModelShape
+from streamslr.solvers import Method, find_method
 from streamslr.spec.allocation import DEFAULT_RANK, LinearSpec
 from streamslr.spec.pattern import parse_pattern
 from streamslr.spec.values import STORED, parse_low_rank_values, parse_values
@@ -63,17 +64,17 @@ def settings_that_fit(config: RunConfig, model: ModelShape, cache_bytes: int, ca
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"--fit lists settings that are the same for all linears: leave {flag} out")
     rank = DEFAULT_RANK if config.rank is None else config.rank
-    low_rank = parse_low_rank_values(config.low_rank_values)
-    every = [
-        _fit(model, pattern, values, spec, cache_bytes)
-        for pattern in (_PATTERNS if config.pattern is None else (config.pattern,))
-        for values in (_VALUES if config.values == STORED else (config.values,))
-        if _has_all(
-            model, spec := LinearSpec(parse_pattern(pattern), rank, parse_values(values, config.group), low_rank)
-        )
-    ]
+    method, low_rank = find_method(config.method), parse_low_rank_values(config.low_rank_values)
+    every = []
+    for pattern in _PATTERNS if config.pattern is None else (config.pattern,):
+        for values in _VALUES if config.values == STORED else (config.values,):
+            spec = LinearSpec(parse_pattern(pattern), rank, parse_values(values, config.group), low_rank)
+            if _has_all(model, method, spec):
+                every.append(_fit(model, pattern, values, spec, cache_bytes))
     if not every:
-        given = [f"--{name} {getattr(config, name)}" for name in ("pattern", "values") if getattr(config, name)]
+        given = [f"--pattern {config.pattern}"] if config.pattern else []
+        given += [f"--values {config.values}"] if config.values != STORED else []
+        given += [f"--rank {rank} by --method {method.name}"]
         raise InputError(f"not every linear of the model can have {' with '.join(given)}; give others")
     fitting = [fit for fit in every if fit.needed_bytes <= card]
     if not fitting:
@@ -116,9 +117,10 @@ def _fit(model: ModelShape, pattern: str, values: str, spec: LinearSpec, cache_b
     return Fit(pattern, values, spec.rank, total, 8 * packed / weights, total + cache_bytes + _OTHERS)
 
 
-def _has_all(model: ModelShape, spec: LinearSpec) -> bool:
-    """Return True where every linear can have the spec."""
+def _has_all(model: ModelShape, method: Method, spec: LinearSpec) -> bool:
+    """Return True where every linear can have the spec, by this method."""
     try:
+        method.require(spec.pattern, spec.rank)
         for block in model.blocks:
             for name, shape in block.linears.items():
                 spec.require_fits(name, shape)

@@ -95,6 +95,7 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
         gpu = replace(gpu or GpuMemory(0), budget=config.gpu_mem)
     baseline = held()
     checkpoint, blockwise = _open_model(config, device if present else torch.device("cpu"), dtype)
+    _require_windows(config, blockwise)
     before = read_journal(config.out)
     if before:
         config = _keep_check_windows(config, before.check.windows if before.check else 0)
@@ -152,14 +153,14 @@ def require_fit(context: RunContext) -> None:
 
 
 def open_shape(config: RunConfig) -> tuple[Checkpoint, ModelShape]:
-    """Open the model alone, whatever of the settings it can have and whatever lies in the output folder.
+    """Open the model alone, and return its shape; other settings are not looked at, nor what is in the output folder.
 
     Raises:
         InputError: The model cannot be compressed.
     """
     device, dtype = pick_device("cpu")
     checkpoint, blockwise = _open_model(config, device, dtype)
-    return checkpoint, _model_shape(blockwise, config.seq_len)
+    return checkpoint, _model_shape(blockwise, min(config.seq_len, blockwise.positions or config.seq_len))
 
 
 def _open_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[Checkpoint, BlockwiseModel]:
@@ -170,11 +171,15 @@ def _open_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
         raise InputError(f"{config.model} is compressed already; give the model that it was made from")
     blockwise.require_compressible()
     checkpoint.require_no_outer_links()
+    return checkpoint, blockwise
+
+
+def _require_windows(config: RunConfig, blockwise: BlockwiseModel) -> None:
+    """Raise InputError where the model takes no windows of --seq-len; warn where it was not made for them."""
     blockwise.require_windows(config.seq_len)
     if blockwise.positions and config.seq_len > blockwise.positions:
         message = "--seq-len %d is more than the %d positions %s was made for"
         log.warning(message, config.seq_len, blockwise.positions, config.model)
-    return checkpoint, blockwise
 
 
 def _keep_check_windows(config: RunConfig, begun_with: int) -> RunConfig:
@@ -190,7 +195,7 @@ def _overridden(config: RunConfig, blockwise: BlockwiseModel, allocation: Alloca
 
     A setting has no effect if another value of it gives the same allocation.
     """
-    by_name = "--allocation or --ranks decides for every linear"
+    by_name, by_file = "--allocation or --ranks decides for every linear", "--allocation decides for every linear"
     others = []
     if config.pattern is not None and config.allocation is not None:
         others.append(("pattern", by_name, replace(config, pattern="60%" if config.pattern == "50%" else "50%")))
@@ -198,9 +203,9 @@ def _overridden(config: RunConfig, blockwise: BlockwiseModel, allocation: Alloca
         others.append(("rank", by_name, replace(config, rank=config.rank + 1)))
     if config.values != STORED and config.allocation is not None:
         other = "int8" if config.values.startswith("fp8") else "fp8"  # dense may need a grid
-        others.append(("values", by_name, replace(config, values=other)))
+        others.append(("values", by_file, replace(config, values=other)))
     if config.low_rank_values != STORED and config.allocation is not None:
-        others.append(("low_rank_values", by_name, replace(config, low_rank_values=STORED)))
+        others.append(("low_rank_values", by_file, replace(config, low_rank_values=STORED)))
     if config.group != DEFAULT_GROUP:
         why = "no linear has values on a grid whose group is not given with them"
         others.append(("group", why, replace(config, group=config.group + 1 if config.group < LARGEST else 1)))

@@ -57,8 +57,20 @@ def test_dense_without_a_grid_is_not_listed(model: Path, text: Path, tmp_path: P
     shape = open_shape(some_config(model, text, tmp_path))[1]
     found = settings_that_fit(some_config(model, text, tmp_path, values="bf16"), shape, 0, 10**12)
     assert {(fit.pattern, fit.values) for fit in found} == {("2:4", "bf16"), ("1:4", "bf16")}
-    with pytest.raises(InputError, match="not every linear of the model can have --pattern dense with --values bf16"):
+    with pytest.raises(InputError, match="can have --pattern dense with --values bf16 with --rank 4"):
         settings_that_fit(some_config(model, text, tmp_path, values="bf16", pattern="dense"), shape, 0, 10**12)
+
+
+def test_what_the_method_cannot_do_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    shape = open_shape(some_config(model, text, tmp_path))[1]
+    with pytest.raises(InputError, match="not every linear of the model can have --rank 4 by --method wanda"):
+        settings_that_fit(some_config(model, text, tmp_path, method="wanda"), shape, 0, 10**12)
+    assert settings_that_fit(some_config(model, text, tmp_path, method="wanda", rank=0), shape, 0, 10**12)
+
+
+def test_windows_longer_than_the_models_positions_do_not_matter(text: Path, tmp_path: Path) -> None:
+    short = tiny_checkpoint(tmp_path / "gpt2", "gpt2", blocks=1, shards=1)
+    assert open_shape(some_config(short, text, tmp_path, seq_len=2048))[1].blocks
 
 
 def test_a_model_that_no_2_4_fits_has_the_others(text: Path, tmp_path: Path) -> None:
