@@ -60,7 +60,9 @@ def test_a_model_that_cannot_tell_is_named(
     expected: int,
     said: str,
 ) -> None:
-    heads = {"num_attention_heads": None, "num_key_value_heads": None} if architecture == "mamba" else {}
+    heads: dict[str, Any] = (
+        {"num_attention_heads": None, "num_key_value_heads": None} if architecture == "mamba" else {}
+    )
     folder = tiny_checkpoint(tmp_path / "model", architecture, blocks=4, **heads)
     monkeypatch.setattr(f"transformers.{module}.forward", lambda *_, **__: {"last_hidden_state": torch.zeros(1)})
     assert context_bytes(open_checkpoint(str(folder)), 2, TOKENS) == expected
