@@ -22,6 +22,7 @@ from streamslr.ranks import Ranks
 from streamslr.results.evaluate import evaluate
 from streamslr.results.inspect import read_run
 from streamslr.results.verify import verify
+from streamslr.run.block_compressor import BlockCompressor
 from streamslr.run.block_solver import BlockSolver
 from streamslr.run.context import open_run
 from streamslr.run.journal import BlockRecord
@@ -475,7 +476,7 @@ END: list[tuple[Fault, str]] = [
     (Fault(0, Path, "replace", "disk", call=3), "No space left on device"),
     (Fault(0, BlockwiseModel, "_run", "memory", phase="propagate", lasts=True), MEMORY.format("propagate", "")),
     (Fault(1, Passes, "propagate", "error"), "a mistake"),
-    (Fault(0, Compression, "write", "error"), "a mistake"),
+    (Fault(0, BlockCompressor, "_write", "error"), "a mistake"),
     (Fault(1, BlockSolver, "solve", "error"), "a mistake"),
 ]
 
