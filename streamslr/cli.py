@@ -203,25 +203,10 @@ def plan(world: int, fit: int | None, as_json: bool, **settings: Any) -> None:
         silence_libraries()
         from streamslr.ranks import Ranks
         from streamslr.results.plan_table import plan_table
-        from streamslr.run.context import open_run, open_shape, require_fit
+        from streamslr.run.context import open_run, require_fit
 
         if fit is not None:
-            from streamslr.model.context_size import context_bytes
-            from streamslr.results.fit import CONTEXT_TOKENS, fit_table, settings_that_fit
-
-            if world > 1:
-                raise InputError(f"--fit is about one card: leave --world {world} out")
-            for name in ("gpu_mem", "host_mem"):
-                if getattr(config, name) is not None:
-                    message = "--%s has no effect: --fit is about the result, not its run"
-                    logging.getLogger("streamslr").warning(message, name.replace("_", "-"))
-            checkpoint, shape = open_shape(config)
-            cache = context_bytes(checkpoint, shape.value_bytes, CONTEXT_TOKENS)
-            found = settings_that_fit(config, shape, cache, fit)
-            if as_json:
-                print_json([dataclasses.asdict(setting) for setting in found])
-            else:
-                print_table(fit_table(found, fit, cache))
+            _list_fitting(config, fit, world, as_json)
             return
         context = open_run(config, gpu_required=False, ranks=Ranks(world=world, local_world=world))
         if as_json:
@@ -229,6 +214,27 @@ def plan(world: int, fit: int | None, as_json: bool, **settings: Any) -> None:
         else:
             print_table(plan_table(context.plan), full_width=False)
         require_fit(context)
+
+
+def _list_fitting(config: RunConfig, card: int, world: int, as_json: bool) -> None:
+    """Print the settings whose result runs on a card of so many bytes."""
+    from streamslr.model.context_size import context_bytes
+    from streamslr.results.fit import CONTEXT_TOKENS, fit_table, settings_that_fit
+    from streamslr.run.context import open_shape
+
+    if world > 1:
+        raise InputError(f"--fit is about one card: leave --world {world} out")
+    for name in ("gpu_mem", "host_mem"):
+        if getattr(config, name) is not None:
+            message = "--%s has no effect: --fit is about the result, not its run"
+            logging.getLogger("streamslr").warning(message, name.replace("_", "-"))
+    checkpoint, shape = open_shape(config)
+    cache = context_bytes(checkpoint, shape.value_bytes, CONTEXT_TOKENS)
+    found = settings_that_fit(config, shape, cache, card)
+    if as_json:
+        print_json([dataclasses.asdict(setting) for setting in found])
+    else:
+        print_table(fit_table(found, card, cache))
 
 
 @main.command()

@@ -315,7 +315,7 @@ def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx = packed_product(grad, *packed, pattern, d, not by_columns, scales) if ctx.needs_input_grad[0] else None
     dscales = None
     if x is not None:  # saved where scales are trained
-        if by_columns:
+        if by_columns:  # the product of a gradient: nothing that trains scales differentiates it again
             raise NotImplementedError("scales have no gradient of a gradient")
         dscales = _scale_gradient(grad, x, *packed, _parse(pattern), scales)
     return dx, *[None] * 6, dscales
