@@ -17,6 +17,7 @@ from streamslr.gpu import GpuMemory
 from streamslr.matching_costs import count_masters
 from streamslr.model.shape import BlockShape, ModelShape
 from streamslr.ranks import Ranks
+from streamslr.results.fit import settings_that_fit
 from streamslr.run.costs import PhaseCost
 from streamslr.run.plan import Plan
 from streamslr.run.planning import Pieces, make_plan
@@ -84,6 +85,13 @@ def plan(
 
 def phase(plan: Plan, name: str) -> PhaseCost:
     return next(p for p in plan.phases if p.name == name)
+
+
+def test_the_result_of_a_70b_at_2_4_in_int4_takes_less_than_32_gb() -> None:
+    config = RunConfig(model="m", out=Path("out"), pattern="2:4", values="int4", rank=64)
+    (fit,) = settings_that_fit(config, llama_70b(), cache_bytes=0, card=48 * GB)
+    assert 29 * GB < fit.weight_bytes < 32 * GB
+    assert 2.85 < fit.bits < 3
 
 
 def test_a_70b_model_fits_one_48_gb_card_and_a_modest_host() -> None:

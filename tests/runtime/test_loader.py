@@ -189,6 +189,15 @@ def test_what_multiplies_is_logged_once_a_model(folder: Path, caplog: pytest.Log
     assert [message.partition(" by ")[0] for message in logged] == ["packed linears: 21 unpacked in tiles"]
 
 
+def test_memory_on_a_grid_is_that_of_the_file(llama: Path, text: Path, tmp_path: Path) -> None:
+    run: dict[str, Any] = {"samples": 2, "seq_len": 16, "rank": 4, "device": "cpu", "method": "eora-wanda"}
+    run |= {"match": False, "values": "int4", "group": 32, "low_rank_values": "int8"}
+    state = streamslr.compress(llama, tmp_path / "slr", calibration=text, **run)
+    linears = packed_modules(streamslr.load(tmp_path / "slr", device="cpu")).values()
+    held = sum(t.nbytes for linear in linears for t in (*linear.parameters(), *linear.buffers()))
+    assert held == pytest.approx(sum(linear.nbytes for block in state.blocks for linear in block.linears), rel=0.02)
+
+
 def test_memory_in_bf16_at_2_4_is_what_the_format_takes(tmp_path: Path) -> None:
     made = compressed_folder(tmp_path, blocks=1, hidden=256, rank=16)
     linears = packed_modules(streamslr.load(made, device="cpu")).values()
