@@ -28,7 +28,7 @@ from streamslr.results.evaluate import evaluate
 from streamslr.results.export import export
 from streamslr.run.journal import LinearRecord, read_journal
 from streamslr.spec.pattern import parse_pattern
-from streamslr.spec.values import parse_values
+from streamslr.spec.values import parse_low_rank_values, parse_values
 from tests.support.hub_server import serve_hub
 from tests.support.tiny_models import VOCABULARY, tiny_checkpoint
 
@@ -46,9 +46,10 @@ LLAMA_LIKE = {
 ON_GRIDS = {
     "k_proj": {"values": "int4/16"},
     "v_proj": {"pattern": "dense", "values": "int8", "rank": 0},
-    "o_proj": {"pattern": "50%", "values": "int4"},
-    "up_proj": {"pattern": "50%/row", "values": "fp8/32"},
-    "down_proj": {"values": "int4"},
+    "o_proj": {"pattern": "50%", "values": "int4", "low_rank_values": "int8"},
+    "up_proj": {"pattern": "50%/row", "values": "fp8/32", "low_rank_values": "int8"},
+    "gate_proj": {"low_rank_values": "int8"},
+    "down_proj": {"values": "int4", "low_rank_values": "int8"},
 }
 MIXED = {
     "llama": LLAMA_LIKE,
@@ -199,8 +200,15 @@ def recorded(folder: Path) -> list[tuple[LinearRecord, tuple[int, int]]]:
 def test_linears_take_what_they_take_in_the_shards(architecture: str, text: Path, tmp_path: Path) -> None:
     mixed = compress_mixed(architecture, text, tmp_path)
     most = sum(
-        packed_bytes(parse_pattern(one.pattern), (o, d), one.rank, 2, parse_values(one.values))
-        for one, (o, d) in recorded(mixed)
+        packed_bytes(
+            parse_pattern(one.pattern),
+            shape,
+            one.rank,
+            2,
+            parse_values(one.values),
+            parse_low_rank_values(one.low_rank_values),
+        )
+        for one, shape in recorded(mixed)
     )
     assert answer_of_engine(mixed, arguments={"dtype": "bfloat16"})["bytes"] == [pytest.approx(most, rel=0.01)]
 
