@@ -190,7 +190,8 @@ def run(quiet: bool, log_file: Path | None, **settings: Any) -> None:
     "--fit",
     type=_Size(),
     help="List the settings whose result runs on a card of this size, like 48GB, with a context of 8,192 tokens: "
-    "dense, 2:4 and 1:4, as stored, in int8 and in int4; or those of --pattern or --values.",
+    "dense, 4:8, 2:4 and 1:4, as stored, in int8 and in int4, at rank 64, or at 0 where only that fits; or those of "
+    "--pattern, --values or --rank.",
 )
 @_json_option
 def plan(world: int, fit: int | None, as_json: bool, **settings: Any) -> None:

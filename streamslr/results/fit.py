@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 from rich.table import Table
@@ -17,7 +18,7 @@ from streamslr.spec.values import STORED, parse_low_rank_values, parse_values
 
 CONTEXT_TOKENS = 8192
 """Tokens of one context whose keys and values find room beside the weights."""
-_PATTERNS = ("dense", "2:4", "1:4")
+_PATTERNS = ("dense", "4:8", "2:4", "1:4")
 _VALUES = (STORED, "int8", "int4")
 _OTHERS = 1 << 30
 """Bytes of a card for CUDA itself and for what a pass through one block holds; chosen, not measured."""
@@ -47,6 +48,8 @@ class Fit:
 def settings_that_fit(config: RunConfig, model: ModelShape, cache_bytes: int, card: int) -> list[Fit]:
     """Return the settings whose result fits a card: the dense ones first, and of each kind those that keep most bytes.
 
+    Where the config gives no rank, each pattern with each values has the default rank, or 0 where only that fits.
+
     On the two models measured dense int4 gives a lower perplexity than every sparse setting of as many bits, and 2:4
     with bf16 of twice as many (tools/results, "Values on a grid" and "A real model").
 
@@ -63,26 +66,26 @@ def settings_that_fit(config: RunConfig, model: ModelShape, cache_bytes: int, ca
         if getattr(config, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"--fit lists settings that are the same for all linears: leave {flag} out")
-    rank = DEFAULT_RANK if config.rank is None else config.rank
+    ranks = (DEFAULT_RANK, 0) if config.rank is None else (config.rank,)
     method, low_rank = find_method(config.method), parse_low_rank_values(config.low_rank_values)
-    every = []
+    kinds = []
     for pattern in _PATTERNS if config.pattern is None else (config.pattern,):
         for values in _VALUES if config.values == STORED else (config.values,):
-            spec = LinearSpec(parse_pattern(pattern), rank, parse_values(values, config.group), low_rank)
-            if _has_all(model, method, spec):
-                every.append(_fit(model, pattern, values, spec, cache_bytes))
-    if not every:
+            form = parse_values(values, config.group)
+            specs = [LinearSpec(parse_pattern(pattern), rank, form, low_rank) for rank in ranks]
+            kinds.append([_fit(model, pattern, values, s, cache_bytes) for s in specs if _has_all(model, method, s)])
+    if not any(kinds):
         given = [f"--pattern {config.pattern}"] if config.pattern else []
         given += [f"--values {config.values}"] if config.values != STORED else []
-        given += [f"--rank {rank} by --method {method.name}"]
+        given += [f"--rank {' or '.join(map(str, ranks))} by --method {method.name}"]
         raise InputError(f"not every linear of the model can have {' with '.join(given)}; give others")
-    fitting = [fit for fit in every if fit.needed_bytes <= card]
+    fitting = [first for kind in kinds if (first := next((fit for fit in kind if fit.needed_bytes <= card), None))]
     if not fitting:
-        least = min(every, key=lambda fit: fit.needed_bytes)
+        least = min(chain.from_iterable(kinds), key=lambda fit: fit.needed_bytes)
         raise InputError(
-            f"no setting fits {format_bytes(card)}: {least.pattern} in {least.values} at rank {rank} needs "
-            f"{format_bytes(least.needed_bytes)} with a context of {CONTEXT_TOKENS:,} tokens; give a larger card, or a "
-            f"lower --rank"
+            f"no setting fits {format_bytes(card)}: {least.pattern} in {least.values} at rank {least.rank} needs "
+            f"{format_bytes(least.needed_bytes)} with a context of {CONTEXT_TOKENS:,} tokens; give a larger card"
+            f"{', or a lower --rank' if least.rank else ''}"
         )
     return sorted(fitting, key=lambda fit: (fit.pattern != "dense", -fit.needed_bytes))
 

@@ -53,10 +53,20 @@ def test_what_fits_is_listed_the_dense_first_and_of_each_kind_the_largest(
         settings_that_fit(config, shape, 0, 10**6)
 
 
+def test_without_a_rank_what_fits_only_at_rank_0_is_listed_at_rank_0(model: Path, text: Path, tmp_path: Path) -> None:
+    config = some_config(model, text, tmp_path, rank=None, pattern="dense", values="int4")
+    shape = open_shape(config)[1]
+    (ample,) = settings_that_fit(config, shape, 0, 10**12)
+    (tight,) = settings_that_fit(config, shape, 0, ample.needed_bytes - 1)
+    assert (ample.rank, tight.rank) == (64, 0)
+    with pytest.raises(InputError, match=r"dense in int4 at rank 0 needs .*; give a larger card$"):
+        settings_that_fit(config, shape, 0, tight.needed_bytes - 1)
+
+
 def test_dense_without_a_grid_is_not_listed(model: Path, text: Path, tmp_path: Path) -> None:
     shape = open_shape(some_config(model, text, tmp_path))[1]
     found = settings_that_fit(some_config(model, text, tmp_path, values="bf16"), shape, 0, 10**12)
-    assert {(fit.pattern, fit.values) for fit in found} == {("2:4", "bf16"), ("1:4", "bf16")}
+    assert {(fit.pattern, fit.values) for fit in found} == {("4:8", "bf16"), ("2:4", "bf16"), ("1:4", "bf16")}
     with pytest.raises(InputError, match="can have --pattern dense with --values bf16 with --rank 4"):
         settings_that_fit(some_config(model, text, tmp_path, values="bf16", pattern="dense"), shape, 0, 10**12)
 
@@ -85,7 +95,7 @@ def test_a_pattern_and_values_that_are_given_are_the_only_ones_listed(model: Pat
     found = settings_that_fit(some_config(model, text, tmp_path, pattern="4:8"), shape, 0, 10**12)
     assert {fit.pattern for fit in found} == {"4:8"}
     found = settings_that_fit(some_config(model, text, tmp_path, values="fp8/64"), shape, 0, 10**12)
-    assert {(fit.pattern, fit.values) for fit in found} == {("dense", "fp8/64"), ("2:4", "fp8/64"), ("1:4", "fp8/64")}
+    assert {(fit.pattern, fit.values) for fit in found} == {(name, "fp8/64") for name in ("dense", "4:8", "2:4", "1:4")}
 
 
 def test_settings_by_name_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
