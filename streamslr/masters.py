@@ -34,7 +34,7 @@ Shapes = Sequence[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class MatchSettings:
-    """Settings of matching: Adam on ‖f̂(X) − T‖² over all parts of a block at once (3BASiL-TM, arXiv 2603.01376).
+    """Settings of matching: Adam on the error by token over all parts of a block at once (3BASiL-TM, arXiv 2603.01376).
 
     epochs: passes over the windows; the first one only measures.
     batch: windows in one step.

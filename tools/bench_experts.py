@@ -1,4 +1,4 @@
-"""Measure how much weight the own Gram matrix of an expert with few tokens should get; see `calibration/grams.py`.
+"""Measure how much weight the own Gram matrix of an expert with few tokens should get: `calibration/expert_grams.py`.
 
     python tools/bench_experts.py MODEL TEXT
 

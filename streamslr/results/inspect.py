@@ -279,7 +279,7 @@ _ROUNDINGS = {
     "rounding_error": ("rounding", "the same error of S + U·V on the grid of S, against S + U·V as matched before"),
 }
 """Name of the error in the record of a linear -> its column and what that says."""
-_MATCHING_CAPTION = "matching: error of the block's output, ‖f̂(X) − T‖² / ‖T‖², before → after"
+_MATCHING_CAPTION = "matching: error of the block's output, mean of ‖f̂(x) − t‖² / ‖t‖² over tokens, before → after"
 _COSINE_CAPTION = "cosine: between the hidden states behind the block and the dense model's, mean over check tokens"
 
 

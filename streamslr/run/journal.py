@@ -99,7 +99,7 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class MatchRecord:
-    """Matching of one block. Losses are ‖f̂(X) − T‖² / ‖T‖², f̂(X) the block's output and T its targets.
+    """Matching of one block. Losses are means over tokens of ‖f̂(x) − t‖² / ‖t‖², t the target.
 
     None in place of a loss: it was not finite, which JSON cannot say.
     """
