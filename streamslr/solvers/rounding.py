@@ -244,6 +244,7 @@ def _searched_scales(
     for rows in _tiles(S):
         parts = in_groups(S[rows], groups)  # [t, groups, columns of a group]
         whole = parts.abs().amax(2) / values.largest
+        whole[whole == 0] = 1.0  # of an ordinary size: in a minute scale a group of zeros would saturate
         least, best = torch.full_like(whole, math.inf), _as_stored(whole, dtype)
         for factor in torch.linspace(_LEAST_FACTOR, 1.0, _FACTORS).tolist():
             scale = _as_stored(whole * factor, dtype)
@@ -267,5 +268,6 @@ def _fitted_scales(Z: Tensor, codes: Tensor, scales: Tensor, metric: Metric, dty
 
 def _as_stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scales rounded to their stored dtype, none of them zero."""
-    stored = scales.to(dtype)
-    return torch.where(stored > 0, stored, torch.finfo(dtype).tiny).to(scales.dtype)
+    form, compute = torch.finfo(dtype), torch.finfo(torch.float32)
+    least = max(form.tiny * form.eps, compute.tiny)  # float16 has subnormals that float32 holds as normal numbers
+    return scales.to(dtype).to(scales.dtype).clamp_min(least)

@@ -123,6 +123,26 @@ def test_a_weight_of_zeros_stays_zero() -> None:
     assert (result.scales > 0).all()
 
 
+@pytest.mark.parametrize("values", ["int8/1", "fp8/8", "int4/8"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_rows_of_zeros_do_no_harm_however_small_the_inputs_are(values: str, rank: int) -> None:
+    problem = made_problem(pattern="4:8", rank=rank)
+    problem.weight[:8] = 0
+    found = {}
+    for size in (1.0, 1e-8):
+        scaled = dataclasses.replace(problem, gram=problem.gram * size**2)
+        result = solved_on_grid(scaled, solved(scaled), form_of(values), torch.bfloat16)
+        found[size] = error(problem, result)
+    assert found[1e-8] == pytest.approx(found[1.0], rel=0.05)
+
+
+def test_a_weight_of_the_least_numbers_of_float16_keeps_its_values() -> None:
+    problem = made_problem()
+    problem.weight.mul_(2e-6 / problem.weight.abs().max())
+    result = solved_on_grid(problem, solved(problem), form_of("int8/16"), torch.float16)
+    assert error(problem, result) < 0.1
+
+
 def test_the_same_problem_gives_the_same_bits() -> None:
     one, two = (
         solved_on_grid(problem, solved(problem), form_of("int4/16"), torch.bfloat16)
