@@ -211,6 +211,8 @@ class BlockSolver:
                 solved |= self._work_on_waiting(block, waiting, work, step)
         for inputs in waiting.kept:
             inputs.states.drop()
+        waiting.kept.clear()  # before the block is matched, whose plan counts neither these nor the sums
+        waiting.expert_sums.clear()
         with timer.phase("solve", steps=len(block.linears), block=block.index) as step:
             step(len(solved))
             patterns = {name: self.allocation[name].pattern for name in block.linears}

@@ -3,6 +3,7 @@
 import html
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from streamslr.results.export import export
 from streamslr.results.inspect import read_run, summary
 from streamslr.results.report.page import write_report
 from streamslr.results.verify import verify
+from streamslr.run.block_solver import BlockSolver, WaitingGrams
 from streamslr.run.context import open_run
+from streamslr.run.loop import run
+from streamslr.run.passes import Passes
 from streamslr.runtime.loader import packed_modules
 from tests.support.compressed_folders import dense_model, run_contents
 from tests.support.killing import compress_in_child
@@ -161,6 +165,29 @@ def test_killed_it_goes_on_to_the_same_bytes(
         shutil.rmtree(tmp_path / "slr" / ".scratch")
     assert compress_in_child(settings) == 0
     assert run_contents(tmp_path / "slr") == run_contents(mixtral / "slr")
+
+
+def test_what_grams_of_experts_were_made_of_is_gone_before_the_block_is_matched(
+    mixtral: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = open_run(RunConfig.of(model=mixtral / "model", out=tmp_path / "out", calibration=text, **RUN))
+    context = replace(context, plan=replace(context.plan, expert_gram_bytes_at_once=1))  # each expert for itself
+    collect, match, collected = BlockSolver.collect, Passes.match, list[WaitingGrams]()
+
+    def collect_and_note(*args: Any, **settings: Any) -> Any:
+        collected.append((found := collect(*args, **settings))[0])
+        assert collected[-1].expert_sums
+        assert collected[-1].kept
+        return found
+
+    def match_without_them(*args: Any) -> Any:
+        assert not any(waiting.expert_sums or waiting.kept for waiting in collected)
+        return match(*args)
+
+    monkeypatch.setattr(BlockSolver, "collect", collect_and_note)
+    monkeypatch.setattr(Passes, "match", match_without_them)
+    run(context)
+    assert len(collected) == 2
 
 
 def test_the_plan_counts_the_grams_of_every_expert_and_what_they_share(mixtral: Path, text: Path) -> None:
