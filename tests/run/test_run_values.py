@@ -119,6 +119,16 @@ def test_a_block_whose_values_are_matched_before_they_are_rounded_ends_nearer_to
         assert one.matching.loss_after < other.matching.loss_after
 
 
+def test_a_single_step_of_matching_numbers_is_judged_by_what_comes_behind_it(settings: dict[str, Any]) -> None:
+    for block in streamslr.compress(**settings | INT4 | {"match_epochs": 2, "match_held_out": 0}).blocks:
+        record = block.matching_off_grid
+        assert record is not None
+        assert record.loss_after is not None
+        assert record.curve == (record.loss_before, record.loss_before)
+        assert record.loss_after < record.loss_before
+        assert record.applied
+
+
 def test_numbers_that_lose_nothing_are_not_matched(settings: dict[str, Any]) -> None:
     first, second = streamslr.compress(**settings | INT4 | {"pattern": "dense", "samples": 16}).blocks
     assert first.matching_off_grid is not None
