@@ -146,7 +146,7 @@ def _draw_windows(
     prefix = window_prefix(tokenizer, "yes" if state.bos else "no")
     seq_len, seed = int(settings["seq_len"]), int(settings["seed"])
     if text is None or text.name == state.calibration:
-        held_out = int(settings["match_held_out"]) if settings["match"] else 0
+        held_out = int(settings.get("match_held_out", 0)) if settings["match"] else 0  # none in early versions
         drawn = calibration_windows(tokenizer, text, int(settings["samples"]), seq_len, seed, prefix, held_out, count)
         if drawn.digest == settings["tokens"]:
             return drawn.check, state.check is not None and ids_digest(drawn.check) == state.check.tokens

@@ -1,7 +1,7 @@
 """Run context: everything that is known before work begins, opened from headers, and the plan made of it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -37,7 +37,7 @@ from streamslr.spec.allocation import (
     parameter_fraction,
     parse_mean_pattern,
 )
-from streamslr.spec.values import DEFAULT_GROUP, STORED, grid_of, parse_values, values_text
+from streamslr.spec.values import DEFAULT_GROUP, STORED, grid_of, parse_low_rank_values, parse_values, values_text
 from streamslr.version import __version__
 
 log = logging.getLogger("streamslr")
@@ -102,9 +102,9 @@ def open_run(config: RunConfig, gpu_required: bool = True, ranks: Ranks = ALONE)
     densest = allocate(config, blockwise.linears)  # with --owl each linear at its densest, which the plan must hold
     for spec in dict.fromkeys(densest.values()):
         method.require(spec.pattern, spec.rank)
-    for name, spec in densest.items():
-        if spec.rank and spec.low_rank_values == torch.int8:
-            require_range(f"{name}: U and V in int8", blockwise.stored_dtype(f"{name}.weight"))
+    _require_range(
+        blockwise, [name for name, spec in densest.items() if spec.rank and spec.low_rank_values == torch.int8]
+    )
     if gpu is not None and present:
         before_kernels = held()
         method.check_kernels(device, dict.fromkeys(spec.pattern for spec in densest.values()))
@@ -156,10 +156,12 @@ def open_shape(config: RunConfig) -> tuple[Checkpoint, ModelShape]:
     """Open the model alone, and return its shape; other settings are not looked at, nor what is in the output folder.
 
     Raises:
-        InputError: The model cannot be compressed.
+        InputError: The model cannot be compressed, or has no numbers for --low-rank-values int8.
     """
     device, dtype = pick_device("cpu")
     checkpoint, blockwise = _open_model(config, device, dtype)
+    if config.rank != 0 and parse_low_rank_values(config.low_rank_values) == torch.int8:
+        _require_range(blockwise, [name for linears in blockwise.linears for name in linears])
     return checkpoint, _model_shape(blockwise, min(config.seq_len, blockwise.positions or config.seq_len))
 
 
@@ -172,6 +174,12 @@ def _open_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
     blockwise.require_compressible()
     checkpoint.require_no_outer_links()
     return checkpoint, blockwise
+
+
+def _require_range(blockwise: BlockwiseModel, linears: Iterable[str]) -> None:
+    """Refuse U and V in int8 of linears whose checkpoint stores them in float16."""
+    for name in linears:
+        require_range(f"{name}: U and V in int8", blockwise.stored_dtype(f"{name}.weight"))
 
 
 def _require_windows(config: RunConfig, blockwise: BlockwiseModel) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import streamslr
 from streamslr.config import RunConfig
@@ -96,6 +97,13 @@ def test_a_pattern_and_values_that_are_given_are_the_only_ones_listed(model: Pat
     assert {fit.pattern for fit in found} == {"4:8"}
     found = settings_that_fit(some_config(model, text, tmp_path, values="fp8/64"), shape, 0, 10**12)
     assert {(fit.pattern, fit.values) for fit in found} == {(name, "fp8/64") for name in ("dense", "4:8", "2:4", "1:4")}
+
+
+def test_u_and_v_in_int8_are_refused_of_a_checkpoint_in_float16(text: Path, tmp_path: Path) -> None:
+    half = tiny_checkpoint(tmp_path / "half", blocks=1, shards=1, dtype=torch.float16)
+    with pytest.raises(InputError, match="U and V in int8 cannot go with float16"):
+        open_shape(some_config(half, text, tmp_path, low_rank_values="int8"))
+    assert open_shape(some_config(half, text, tmp_path, low_rank_values="int8", rank=0))
 
 
 def test_settings_by_name_are_refused(model: Path, text: Path, tmp_path: Path) -> None:

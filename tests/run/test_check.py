@@ -28,7 +28,7 @@ from streamslr.run.context import open_run
 from streamslr.run.journal import JournalState
 from streamslr.run.passes import Passes
 from streamslr.run.quality import WindowFigures, judge
-from tests.support.compressed_folders import dense_model, rewrite_block, run_contents
+from tests.support.compressed_folders import dense_model, edit_journal, rewrite_block, run_contents
 from tests.support.killing import compress_by_ranks, compress_in_child
 from tests.support.markers import long
 from tests.support.tiny_models import tiny_checkpoint
@@ -282,6 +282,15 @@ def test_another_text_and_number_of_windows_are_checked_too(model: Path, finishe
     other = _written(tmp_path / "other.txt", "Something else, of no length to speak of. " * 40)
     found = checked(finished, model=str(model), text=other, windows=2)
     assert (found.own_windows, found.quality.windows) == (False, 2)
+
+
+def test_a_folder_of_a_version_without_held_out_windows_is_checked(
+    model: Path, finished: Path, text: Path, tmp_path: Path
+) -> None:
+    old = shutil.copytree(finished, tmp_path / "old")
+    with edit_journal(old) as journal:
+        del journal["fingerprint"]["match_held_out"]
+    assert checked(old, model=str(model), text=text, windows=2).quality.windows == 2
 
 
 def test_a_changed_model_is_refused(model: Path, finished: Path, text: Path, tmp_path: Path) -> None:
